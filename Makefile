@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv; a machine with Python 3.11+, make and a compiler is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PARTS := kernels pipelines selection student teacher
+SEED ?= 0
+DEMO ?= demo
+
+.PHONY: demo test test-fast lint types dist bench clean
+.DEFAULT_GOAL := demo
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the main job, end to end, on handwritten digits
+	@test -f $(DEMO)/distilbeam.toml || $(BIN)/distilbeam init $(DEMO) --example digits --seed $(SEED)
+	@$(BIN)/distilbeam run $(DEMO)/distilbeam.toml
+
+test: $(READY)  ## the tests
+	@$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) .mypy/distilbeam
+	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS)) distilbeam/__init__.py
+
+.mypy/distilbeam:  # the parts are installed as distilbeam.<part>; this link shows mypy the same layout
+	@mkdir -p .mypy && ln -sfn .. $@
+
+dist: $(READY)  ## wheel and source distribution in dist/
+	@rm -rf build dist
+	@$(BIN)/python -m build --quiet --outdir dist .
+	@ls -1 dist
+
+bench: $(READY)  ## every benchmark in its short form; each takes --help
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+clean:
+	@rm -rf build dist .mypy .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,5 @@
+"""Run the command line as `python -m distilbeam`."""
+
+from distilbeam.pipelines.cli import main
+
+main()
