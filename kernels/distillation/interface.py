@@ -1,0 +1,119 @@
+"""The distillation loss of stored teacher labels: `distill_loss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation import chunked, reference
+from distilbeam.kernels.distillation.targets import Mixing, Objective
+from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
+from distilbeam.kernels.labels import Labels
+from distilbeam.kernels.resolve import never, resolve
+
+LARGE = 1 << 16  # logits from which the sweep beats autograd on a CPU (benchmarks/distill_loss.py)
+
+
+def distill_loss(
+    logits: Tensor,
+    labels: Labels | Tensor,
+    *,
+    weight: Tensor | None = None,
+    accuracy: Tensor | float | None = None,
+    candidates: Tensor | int | None = None,
+    temperature: float = 1.0,
+    objective: Objective = "kl",
+    mixing: Mixing = "normalised",
+    hard: Tensor | None = None,
+    hard_share: float = 0.5,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute the distillation loss of a student's logits.
+
+    With f = softmax(logits / T), y the teacher's distribution at temperature T and l_i the loss of row i, the result is
+    sum_i weight_i l_i / (number of rows that count); T^2 multiplies value and gradient.
+
+    Args:
+      logits: the student's, floating [B, C] of any strides; classes that do not exist are -inf. Computed in float32
+        (float64 for float64 logits), whatever the dtype.
+      labels: DenseLabels, TopKLabels, SampledLabels or HardLabels; a floating tensor [B, C] is taken as the teacher's
+        log-probabilities, an integer tensor [B] as true classes.
+      weight: factor of each row's loss, floating [B], a constant; None for 1.
+      accuracy: `slam`: probability in [0, 1] that the teacher is right, [B] or a number.
+      candidates: `slam`: how many of the teacher's top classes hold the truth, integer [B] or a number; None for 2.
+      temperature: T > 0. True classes are always compared at temperature 1.
+      objective: `kl`: KL(y || f); on sparse labels the kept classes alone, unnormalised, which pulls the student
+        towards y / sum y there. `ce`: the same without the teacher's entropy. `tail`: KL over the kept classes and one
+        bucket of all others, both bucketed at temperature 1. `renormalised`: KL with both sides normalised on the kept classes.
+        `sampled`: KL to the sampled frequencies, whose gradient at T = 1 is unbiased. `slam`: cross-entropy to the
+        student mixed with the teacher's errors. At k = C all but `ce` and `slam` equal the dense `kl`.
+      mixing: `slam`: `plain`, `normalised` or `forward`.
+      hard: true classes to mix in, integer [B]; `ignore_index` where unknown.
+      hard_share: share of the true class in the loss of a row that has one.
+      mask: rows that count, bool [B]; the others, NaN or not, add nothing to value and gradient.
+      ignore_index: the class of a row without a true class.
+      reduction: `mean`, `sum` or `none` (weighted losses [B]).
+      normalizer: replaces the number of rows that count in `mean`, e.g. the count over all ranks.
+      implementation: `reference`, `chunked`; None chooses by size and device.
+
+    Returns:
+      A scalar, or [B] for `none`; 0 when no row counts.
+
+    Raises:
+      ValueError: an argument is out of range, or the objective cannot use these labels.
+      NotImplementedError: the implementation asked for cannot run here.
+
+    Example:
+      >>> import torch
+      >>> from distilbeam.kernels import distill_loss
+      >>> logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+      >>> teacher = torch.tensor([[0.1, 0.6, 0.25, 0.05]]).log()
+      >>> round(float(distill_loss(logits, teacher, objective="slam", accuracy=0.7)), 6)
+      1.060392
+
+    References:
+      Hinton et al., arXiv:1503.02531 (T^2); Kontonis et al., arXiv:2302.03806 (SLaM, Remark B.1 for `plain`);
+      Anshumann et al., arXiv:2503.16870 (sampled labels).
+    """
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating [examples, classes], got {logits.dtype} {list(logits.shape)}")
+    options = Options(
+        weight=weight,
+        accuracy=accuracy,
+        candidates=candidates,
+        temperature=temperature,
+        objective=objective,
+        mixing=mixing,
+        hard=hard,
+        hard_share=hard_share,
+        mask=mask,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    terms = make_terms(
+        as_labels(labels, ignore_index), logits.shape[0], logits.shape[1], compute, logits.device, options
+    )
+    order = ("chunked", "reference") if logits.numel() >= LARGE else ("reference", "chunked")
+    name = resolve("distill_loss", implementation, dict.fromkeys(order, never))
+    run = {"reference": _reference, "chunked": chunked.total}[name]
+    return run(logits, terms, reduction != "none")
+
+
+def _reference(logits_BC: Tensor, terms: list[Term], reduced: bool) -> Tensor:
+    rows_B = sum(_scaled(logits_BC.to(term.scale.dtype), term) for term in terms)
+    assert isinstance(rows_B, Tensor)
+    return rows_B.sum() if reduced else rows_B
+
+
+def _scaled(logits_BC: Tensor, term: Term) -> Tensor:
+    if term.valid is None:
+        return term.scale * reference.row_losses(logits_BC, term.targets)
+    index = term.valid.nonzero()[:, 0]  # rows that do not count are never touched, so they cannot spread a NaN
+    losses = term.scale[index] * reference.row_losses(logits_BC[index], term.targets.rows(index))
+    return torch.zeros_like(term.scale).index_put((index,), losses)

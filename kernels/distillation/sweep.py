@@ -1,0 +1,92 @@
+"""Turn a block of logits into the gradient of its loss, in place.
+
+For sparse labels the classes are visited in a handful of passes over a block that fits the cache: the kept logits are
+taken out, the rest is summed up as exponentials, the small problem over the buckets is solved in closed form, and the
+same exponentials, times one factor per row, are the gradient of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
+from distilbeam.kernels.distillation.targets import Targets
+from distilbeam.kernels.distillation.terms import Term
+
+
+def replace_by_gradient(z_BC: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Compute the scaled losses of a block and overwrite its logits by their gradient.
+
+    Args:
+      z_BC: logits, contiguous float32 or float64 [B, C]; on return the gradient of the sum of the result.
+      terms: of the same rows.
+
+    Returns:
+      The scaled losses, [B].
+    """
+    copies = [z_BC.clone() for _ in terms[1:]]
+    loss_B = _one_term(z_BC, terms[0])
+    for copy_BC, term in zip(copies, terms[1:], strict=True):
+        loss_B += _one_term(copy_BC, term)
+        z_BC += copy_BC
+    return loss_B
+
+
+def _one_term(z_BC: Tensor, term: Term) -> Tensor:
+    targets = term.targets
+    if targets.classes is None:
+        loss_B, gradient_BC = bucket_losses_and_gradient(z_BC, targets)
+        torch.mul(gradient_BC, term.scale[:, None], out=z_BC)
+    else:
+        loss_B = _sparse(z_BC, targets, targets.classes, term.scale)
+    if term.valid is None:
+        return loss_B * term.scale
+    z_BC.masked_fill_(~term.valid[:, None], 0)
+    return (loss_B * term.scale).masked_fill(~term.valid, 0)
+
+
+def _sparse(z_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor) -> Tensor:
+    kept_BK = z_BC.gather(1, classes_BK)
+    if targets.padding is not None:
+        kept_BK.masked_fill_(targets.padding, -torch.inf)
+    if targets.rest_temperature is None:
+        loss_B, gradient_BN = bucket_losses_and_gradient(kept_BK, targets)
+        z_BC.zero_()
+    else:
+        rest_B1, sum_B1 = exponentiate_rest(z_BC, classes_BK, targets.rest_temperature)
+        loss_B, gradient_BN = bucket_losses_and_gradient(torch.cat([kept_BK, rest_B1], dim=1), targets)
+        z_BC *= gradient_BN[:, -1:] * scale_B[:, None] / sum_B1
+    z_BC.scatter_(1, classes_BK, kept_gradient(gradient_BN, targets, scale_B))
+    return loss_B
+
+
+def kept_gradient(gradient_BN: Tensor, targets: Targets, scale_B: Tensor) -> Tensor:
+    """Give the scaled gradient of the kept classes, padding repeating the row's first class, [B, k]."""
+    assert targets.classes is not None
+    kept_BK = gradient_BN[:, : targets.classes.shape[1]] * scale_B[:, None]
+    return kept_BK if targets.padding is None else torch.where(targets.padding, kept_BK[:, :1], kept_BK)
+
+
+def exponentiate_rest(z_BC: Tensor, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Overwrite logits by exp((z - max) / tau), zero where a class is kept.
+
+    Args:
+      z_BC: logits, overwritten.
+      classes_BK: the kept classes.
+      tau: temperature of the rest bucket.
+
+    Returns:
+      The rest bucket's logit [B, 1], -inf where it is empty, and the sum of the exponentials [B, 1], never zero.
+    """
+    z_BC.scatter_(1, classes_BK, -torch.inf)
+    top_B1 = z_BC.amax(dim=1, keepdim=True)
+    empty_B1 = torch.isneginf(top_B1)
+    z_BC -= top_B1.masked_fill(empty_B1, 0)
+    if tau != 1.0:
+        z_BC /= tau
+    sum_B1 = z_BC.exp_().sum(dim=1, keepdim=True)
+    rest_B1 = top_B1 + tau * sum_B1.log()
+    return rest_B1, sum_B1.masked_fill(empty_B1, 1)

@@ -1,0 +1,199 @@
+"""What a batch of labels asks of the logits, in the one form that every backend reads.
+
+Every objective is a function of n buckets with logits v and a target over them. Dense labels make each class a bucket.
+Sparse labels make a bucket of each kept class and, unless the objective looks at the support alone, one more of all the
+other classes: with z_j the logits of those others,
+
+    rest = tau * logsumexp_j(z_j / tau)
+
+so that softmax(v / tau) is exactly the student's distribution over the buckets at temperature tau. `kl`, `ce` and
+`sampled` compare classes, hence tau = T and the rest bucket has no target. `tail` and `slam` compare buckets: teacher
+and student are bucketed at temperature 1, where the tail's mass is known, and the buckets then brought to temperature T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels, tail_logmass
+
+Objective = Literal["kl", "ce", "tail", "renormalised", "sampled", "slam"]
+Mixing = Literal["plain", "normalised", "forward"]
+OBJECTIVES: tuple[Objective, ...] = ("kl", "ce", "tail", "renormalised", "sampled", "slam")
+MIXINGS: tuple[Mixing, ...] = ("plain", "normalised", "forward")
+FLOOR = 1e-7  # the least accuracy: keeps log(mix) finite for classes outside the candidates
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A target over buckets, for one objective.
+
+    Attributes:
+      logprobs: log of the target, [B, n]; the rest bucket, where there is one, is the last.
+      classes: the class of each bucket but the rest, int64 [B, k], padding replaced by the row's first class; None when
+        every class is a bucket of its own.
+      padding: True where an entry of `classes` is padding, bool [B, k]; None when there is none.
+      rest_temperature: tau of the rest bucket; None when there is no such bucket.
+      temperature: T, which divides the buckets' logits; the loss is multiplied by its square.
+      entropy: subtract the target's own entropy, so that the loss is a divergence.
+      accuracy: SLaM's a, [B, 1]; None for the other objectives.
+      flip: SLaM's coefficient of the candidates, (1 - a) / (m - 1) or (1 - a), zero elsewhere, [B, n].
+      forward: SLaM's candidates share their own mass instead of the complement's.
+    """
+
+    logprobs: Tensor
+    classes: Tensor | None = None
+    padding: Tensor | None = None
+    rest_temperature: float | None = None
+    temperature: float = 1.0
+    entropy: bool = True
+    accuracy: Tensor | None = None
+    flip: Tensor | None = None
+    forward: bool = False
+
+    def rows(self, index: Tensor | slice) -> Targets:
+        """Take some rows.
+
+        Args:
+          index: a slice, a boolean mask or row numbers.
+
+        Returns:
+          The targets of those rows.
+        """
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[index]
+
+        return Targets(
+            self.logprobs[index],
+            take(self.classes),
+            take(self.padding),
+            self.rest_temperature,
+            self.temperature,
+            self.entropy,
+            take(self.accuracy),
+            take(self.flip),
+            self.forward,
+        )
+
+
+@torch.no_grad()
+def prepare(
+    labels: Labels,
+    num_classes: int,
+    objective: Objective,
+    temperature: float = 1.0,
+    accuracy: Tensor | float | None = None,
+    candidates: Tensor | int | None = None,
+    mixing: Mixing = "normalised",
+    dtype: torch.dtype = torch.float32,
+) -> Targets:
+    """Bring labels to a target over buckets.
+
+    Args:
+      labels: the teacher's labels of B rows, or true classes.
+      num_classes: C, the columns of the logits.
+      objective: one of OBJECTIVES; true classes are always cross-entropy at temperature 1.
+      temperature: T > 0.
+      accuracy: SLaM's a in [0, 1], [B] or a number; required by `slam`.
+      candidates: SLaM's m >= 1, integer [B] or a number; None means 2.
+      mixing: SLaM's form, one of MIXINGS.
+      dtype: of the computation, float32 or float64.
+
+    Returns:
+      The targets; nothing in them requires a gradient.
+
+    Raises:
+      ValueError: the objective cannot use these labels, or an argument is missing or out of range.
+    """
+    if isinstance(labels, HardLabels):
+        return _hard(labels, num_classes, dtype)
+    _check(labels, num_classes, objective, temperature, accuracy)
+    logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype)
+    if objective != "slam":
+        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
+    rows = logprobs.shape[:1]
+    a_B1 = _per_row("accuracy", accuracy, rows, logprobs).clamp(FLOOR, 1.0)
+    m_B1 = _per_row("candidates", 2 if candidates is None else candidates, rows, logprobs)
+    share_B1 = 1 - a_B1 if mixing == "plain" else (1 - a_B1) / (m_B1 - 1).clamp(min=1)
+    kept = logprobs if rest is None else logprobs[:, :-1]  # the rest bucket is never a candidate
+    rank_BK = kept.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    flip = torch.zeros_like(logprobs)
+    flip[:, : kept.shape[1]] = share_B1 * (rank_BK < m_B1)
+    return Targets(logprobs, classes, padding, rest, temperature, False, a_B1, flip, mixing == "forward")
+
+
+def _hard(labels: HardLabels, num_classes: int, dtype: torch.dtype) -> Targets:
+    classes_B1 = labels.classes.long().clamp(min=0)[:, None]
+    certain = torch.zeros(classes_B1.shape, dtype=dtype, device=classes_B1.device)
+    if num_classes == 1:
+        return Targets(certain, classes_B1)
+    nothing = torch.full_like(certain, -torch.inf)
+    return Targets(torch.cat([certain, nothing], 1), classes_B1, rest_temperature=1.0, entropy=False)
+
+
+def _buckets(
+    labels: DenseLabels | TopKLabels | SampledLabels,
+    num_classes: int,
+    objective: Objective,
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float | None]:
+    logprobs = labels.logprobs.to(dtype)
+    if isinstance(labels, DenseLabels):
+        return torch.log_softmax(logprobs / temperature, dim=1), None, None, None
+    classes, padding = labels.classes.long(), labels.classes < 0
+    logprobs = logprobs.masked_fill(padding, -torch.inf)
+    classes = torch.where(padding, classes[:, :1], classes).clamp(min=0)
+    tail = _tail(labels, logprobs, num_classes) if objective != "renormalised" else None
+    if tail is not None:
+        logprobs = torch.cat([logprobs, tail], dim=1)
+    logprobs = torch.log_softmax(logprobs / temperature, dim=1)
+    if objective == "renormalised" or (logprobs.shape[1] == num_classes and tail is None and not bool(padding.any())):
+        return logprobs, classes, padding, None
+    nothing = torch.full_like(logprobs[:, :1], -torch.inf)
+    if objective in ("tail", "slam"):
+        return (logprobs if tail is not None else torch.cat([logprobs, nothing], 1)), classes, padding, 1.0
+    kept = logprobs if tail is None else logprobs[:, :-1]
+    return torch.cat([kept, nothing], 1), classes, padding, temperature
+
+
+def _tail(labels: TopKLabels | SampledLabels, logprobs: Tensor, num_classes: int) -> Tensor | None:
+    """Give the tail's log-mass as a column, or None where the label has no tail."""
+    if isinstance(labels, SampledLabels) or logprobs.shape[1] >= num_classes:
+        return None
+    mass = tail_logmass(logprobs) if labels.tail_logmass is None else labels.tail_logmass
+    return mass.to(logprobs.dtype)[:, None]
+
+
+def _per_row(name: str, value: Tensor | float | None, rows: torch.Size, like: Tensor) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if tensor.ndim and tensor.shape != rows:
+        raise ValueError(f"{name} must be a number or have one value per row, {list(rows)}, got {list(tensor.shape)}")
+    return tensor.expand(rows)[:, None]
+
+
+def _check(
+    labels: DenseLabels | TopKLabels | SampledLabels,
+    num_classes: int,
+    objective: Objective,
+    temperature: float,
+    accuracy: Tensor | float | None,
+) -> None:
+    width = labels.logprobs.shape[1]
+    if isinstance(labels, DenseLabels) and width != num_classes:
+        raise ValueError(f"dense labels must have the {num_classes} classes of the logits, got {width}")
+    if width > num_classes:
+        raise ValueError(f"labels must keep at most the {num_classes} classes of the logits, got {width}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if objective == "tail" and isinstance(labels, SampledLabels):
+        raise ValueError("objective 'tail' needs the mass that was left out, sampled labels have none: use 'sampled'")
+    if objective == "sampled" and isinstance(labels, TopKLabels):
+        raise ValueError("objective 'sampled' needs sampled labels, got top-k labels: use 'tail' or 'renormalised'")
+    if objective == "slam" and accuracy is None:
+        raise ValueError("objective 'slam' needs accuracy, the probability that the teacher is right on each row")
