@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation import chunked, reference
 from distilbeam.kernels.distillation.targets import Mixing, Objective
-from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
+from distilbeam.kernels.distillation.terms import Options, Reduction, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.resolve import never, resolve
 
@@ -48,7 +48,7 @@ def distill_loss(
       temperature: T > 0. True classes are always compared at temperature 1.
       objective: `kl`: KL(y || f); on sparse labels the kept classes alone, unnormalised, which pulls the student
         towards y / sum y there. `ce`: the same without the teacher's entropy. `tail`: KL over the kept classes and one
-        bucket of all others, both bucketed at temperature 1. `renormalised`: KL with both sides normalised on the kept classes.
+        bucket of all others, bucketed at temperature 1. `renormalised`: KL with both sides normalised on the kept ones.
         `sampled`: KL to the sampled frequencies, whose gradient at T = 1 is unbiased. `slam`: cross-entropy to the
         student mixed with the teacher's errors. At k = C all but `ce` and `slam` equal the dense `kl`.
       mixing: `slam`: `plain`, `normalised` or `forward`.
@@ -101,19 +101,5 @@ def distill_loss(
     )
     order = ("chunked", "reference") if logits.numel() >= LARGE else ("reference", "chunked")
     name = resolve("distill_loss", implementation, dict.fromkeys(order, never))
-    run = {"reference": _reference, "chunked": chunked.total}[name]
+    run = {"reference": reference.total, "chunked": chunked.total}[name]
     return run(logits, terms, reduction != "none")
-
-
-def _reference(logits_BC: Tensor, terms: list[Term], reduced: bool) -> Tensor:
-    rows_B = sum(_scaled(logits_BC.to(term.scale.dtype), term) for term in terms)
-    assert isinstance(rows_B, Tensor)
-    return rows_B.sum() if reduced else rows_B
-
-
-def _scaled(logits_BC: Tensor, term: Term) -> Tensor:
-    if term.valid is None:
-        return term.scale * reference.row_losses(logits_BC, term.targets)
-    index = term.valid.nonzero()[:, 0]  # rows that do not count are never touched, so they cannot spread a NaN
-    losses = term.scale[index] * reference.row_losses(logits_BC[index], term.targets.rows(index))
-    return torch.zeros_like(term.scale).index_put((index,), losses)

@@ -12,10 +12,37 @@ Cost: a few passes over [B, C] tensors, which autograd keeps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from distilbeam.kernels.distillation.targets import Targets
+from distilbeam.kernels.distillation.terms import Term
+
+
+def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
+    """Compute the scaled loss.
+
+    Args:
+      logits_BC: the student's logits, floating [B, C].
+      terms: from `make_terms`.
+      reduced: whether to add the rows up.
+
+    Returns:
+      A scalar, or the rows' losses [B]; differentiable in the logits to any order.
+    """
+    rows_B = sum(_scaled(logits_BC.to(term.scale.dtype), term) for term in terms)
+    assert isinstance(rows_B, Tensor)
+    return rows_B.sum() if reduced else rows_B
+
+
+def _scaled(logits_BC: Tensor, term: Term) -> Tensor:
+    if term.valid is None:
+        return term.scale * row_losses(logits_BC, term.targets)
+    index = term.valid.nonzero()[:, 0]  # rows that do not count are never touched, so they cannot spread a NaN
+    losses = term.scale[index] * row_losses(logits_BC[index], term.targets.rows(index))
+    return torch.zeros_like(term.scale).index_put((index,), losses)
 
 
 def row_losses(logits_BC: Tensor, targets: Targets) -> Tensor:

@@ -8,7 +8,7 @@ other classes: with z_j the logits of those others,
 
 so that softmax(v / tau) is exactly the student's distribution over the buckets at temperature tau. `kl`, `ce` and
 `sampled` compare classes, hence tau = T and the rest bucket has no target. `tail` and `slam` compare buckets: teacher
-and student are bucketed at temperature 1, where the tail's mass is known, and the buckets then brought to temperature T.
+and student are bucketed at temperature 1, where the mass of the tail is known, and then brought to temperature T.
 """
 
 from __future__ import annotations

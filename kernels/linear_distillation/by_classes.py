@@ -1,0 +1,158 @@
+"""The fused linear layer and loss, all rows of some classes at a time; sparse labels only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
+from distilbeam.kernels.distillation.sweep import kept_gradient
+from distilbeam.kernels.distillation.terms import Term
+
+if TYPE_CHECKING:
+    from distilbeam.kernels.linear_distillation.chunked import Gradients
+
+MOST_ROWS = 4096
+
+
+class _Buckets:
+    """The bucket logits of one term, gathered tile by tile; the rest's sum is kept relative to a running maximum."""
+
+    def __init__(self, term: Term) -> None:
+        assert term.targets.classes is not None
+        self.term, self.classes_BK = term, term.targets.classes
+        self.kept_BK = torch.zeros_like(term.targets.logprobs[:, : self.classes_BK.shape[1]])
+        self.top_B1 = torch.full_like(self.kept_BK[:, :1], -torch.inf)
+        self.sum_B1 = torch.zeros_like(self.top_B1)
+
+    def add(self, z_BW: Tensor, start: int) -> None:
+        """Take in the logits of the classes from `start`; `z_BW` ends in one column to spare and is overwritten."""
+        column_BK, inside_BK = _columns(self.classes_BK, start, z_BW)
+        self.kept_BK += torch.where(inside_BK, z_BW.gather(1, column_BK), 0)
+        if self.term.targets.rest_temperature is None:
+            return
+        z_BW.scatter_(1, column_BK, -torch.inf)
+        top_B1 = torch.maximum(self.top_B1, z_BW.amax(dim=1, keepdim=True))
+        safe_B1 = top_B1.masked_fill(torch.isneginf(top_B1), 0)
+        tau = self.term.targets.rest_temperature
+        self.sum_B1 *= ((self.top_B1 - safe_B1) / tau).exp()
+        self.sum_B1 += z_BW.sub_(safe_B1).div_(tau).exp_().sum(dim=1, keepdim=True)
+        self.top_B1 = top_B1
+
+    def solve(self) -> Tensor:
+        """Solve the problem over the buckets: keep its scaled gradient and give the scaled losses, [B]."""
+        targets, scale_B = self.term.targets, self.term.scale
+        v_BN = self.kept_BK
+        if targets.padding is not None:
+            v_BN = v_BN.masked_fill(targets.padding, -torch.inf)
+        self.rest_B1 = self.top_B1
+        if targets.rest_temperature is not None:
+            self.rest_B1 = self.top_B1 + targets.rest_temperature * self.sum_B1.log()
+            v_BN = torch.cat([v_BN, self.rest_B1], dim=1)
+        loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
+        if self.term.valid is not None:
+            scale_B = torch.where(self.term.valid, scale_B, 0)
+            loss_B = loss_B.masked_fill(~self.term.valid, 0)
+            gradient_BN = gradient_BN.masked_fill(~self.term.valid[:, None], 0)
+        self.kept_gradient_BK = kept_gradient(gradient_BN, targets, scale_B)
+        self.rest_gradient_B1 = gradient_BN[:, -1:] * scale_B[:, None]
+        self.rest_B1 = self.rest_B1.masked_fill(torch.isneginf(self.rest_B1), torch.inf)  # exp(z - inf) = 0
+        return loss_B * scale_B
+
+    def spread(self, z_BW: Tensor, start: int) -> None:
+        """Overwrite the logits of the classes from `start` by their gradient."""
+        column_BK, _ = _columns(self.classes_BK, start, z_BW)
+        if self.term.targets.rest_temperature is None:
+            z_BW.zero_()
+        else:
+            z_BW.sub_(self.rest_B1).div_(self.term.targets.rest_temperature).exp_().mul_(self.rest_gradient_B1)
+        z_BW.scatter_(1, column_BK, self.kept_gradient_BK)
+
+
+def sweep_classes(
+    hidden_BH: Tensor,
+    weight_CH: Tensor,
+    bias_C: Tensor | None,
+    terms: Sequence[Term],
+    sums: Gradients,
+    elements: int,
+) -> Tensor:
+    """Compute the scaled losses and add up the gradients.
+
+    Args:
+      hidden_BH: inputs, in the dtype of the computation.
+      weight_CH: weight of any floating dtype; a tile at a time is brought to that of the computation.
+      bias_C: bias in the dtype of the computation, or None.
+      terms: of all rows, with sparse labels.
+      sums: zeroed accumulators of the gradients wanted.
+      elements: logits held together.
+
+    Returns:
+      The scaled losses, [B].
+    """
+    losses_B = torch.empty_like(terms[0].scale)
+    for start in range(0, len(hidden_BH), MOST_ROWS):
+        rows = slice(start, start + MOST_ROWS)
+        buckets = [_Buckets(term.rows(rows)) for term in terms]
+        losses_B[rows] = _sweep_some_rows(hidden_BH[rows], weight_CH, bias_C, buckets, sums, rows, elements)
+    return losses_B
+
+
+def _sweep_some_rows(
+    hidden_RH: Tensor,
+    weight_CH: Tensor,
+    bias_C: Tensor | None,
+    buckets: Sequence[_Buckets],
+    sums: Gradients,
+    rows: slice,
+    elements: int,
+) -> Tensor:
+    for tile, _, z_RW in _tiles(hidden_RH, weight_CH, bias_C, elements):
+        for bucket in buckets[1:]:
+            bucket.add(z_RW.clone(), tile.start)
+        buckets[0].add(z_RW, tile.start)
+    losses_R = sum(bucket.solve() for bucket in buckets)
+    assert isinstance(losses_R, Tensor)
+    if sums == (None, None, None):
+        return losses_R
+    for tile, weight_WH, z_RW in _tiles(hidden_RH, weight_CH, bias_C, elements):
+        copies = [z_RW.clone() for _ in buckets[1:]]
+        buckets[0].spread(z_RW, tile.start)
+        for bucket, copy_RW in zip(buckets[1:], copies, strict=True):
+            bucket.spread(copy_RW, tile.start)
+            z_RW += copy_RW
+        gradient_RW = z_RW[:, :-1]
+        if sums.hidden is not None:
+            sums.hidden[rows].addmm_(gradient_RW, weight_WH)
+        if sums.weight is not None:
+            sums.weight[tile].addmm_(gradient_RW.T, hidden_RH)
+        if sums.bias is not None:
+            sums.bias[tile] += gradient_RW.sum(dim=0)
+    return losses_R
+
+
+def _tiles(
+    hidden_RH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, elements: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Give each tile of classes: where it is, its weight, and its logits with one column of -inf to spare."""
+    width = max(64, elements // max(1, len(hidden_RH)))
+    buffer = hidden_RH.new_empty(len(hidden_RH), min(width, len(weight_CH)) + 1)
+    for start in range(0, len(weight_CH), width):
+        tile = slice(start, min(start + width, len(weight_CH)))
+        weight_WH = weight_CH[tile].to(hidden_RH.dtype)
+        z_RW = buffer[:, : len(weight_WH) + 1]
+        torch.mm(hidden_RH, weight_WH.T, out=z_RW[:, :-1])
+        if bias_C is not None:
+            z_RW[:, :-1] += bias_C[tile]
+        z_RW[:, -1] = -torch.inf
+        yield tile, weight_WH, z_RW
+
+
+def _columns(classes_BK: Tensor, start: int, z_BW: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the kept classes in a tile; the others are sent to the column to spare."""
+    spare = z_BW.shape[1] - 1
+    inside_BK = (classes_BK >= start) & (classes_BK < start + spare)
+    return torch.where(inside_BK, classes_BK - start, spare), inside_BK

@@ -1,0 +1,64 @@
+"""The fused linear layer and loss, some rows of all classes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation.chunked import BLOCK_ELEMENTS
+from distilbeam.kernels.distillation.sweep import replace_by_gradient
+from distilbeam.kernels.distillation.terms import Term
+
+if TYPE_CHECKING:
+    from distilbeam.kernels.linear_distillation.chunked import Gradients
+
+
+def sweep_rows(
+    hidden_BH: Tensor,
+    weight_CH: Tensor,
+    bias_C: Tensor | None,
+    terms: Sequence[Term],
+    sums: Gradients,
+    rows_at_once: int,
+) -> Tensor:
+    """Compute the scaled losses and add up the gradients.
+
+    Args:
+      hidden_BH: inputs, in the dtype of the computation.
+      weight_CH: weight, in the same dtype.
+      bias_C: bias in the same dtype, or None.
+      terms: of all rows.
+      sums: zeroed accumulators of the gradients wanted.
+      rows_at_once: rows whose logits are held together.
+
+    Returns:
+      The scaled losses, [B].
+    """
+    losses_B = torch.empty_like(terms[0].scale)
+    buffer_RC = hidden_BH.new_empty(min(rows_at_once, len(hidden_BH)), len(weight_CH))
+    for start in range(0, len(hidden_BH), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        hidden_RH = hidden_BH[rows]
+        z_RC = torch.mm(hidden_RH, weight_CH.T, out=buffer_RC[: len(hidden_RH)])
+        if bias_C is not None:
+            z_RC += bias_C
+        losses_B[rows] = _replace_in_blocks(z_RC, [term.rows(rows) for term in terms])
+        if sums.hidden is not None:
+            torch.mm(z_RC, weight_CH, out=sums.hidden[rows])
+        if sums.weight is not None:
+            sums.weight.addmm_(z_RC.T, hidden_RH)
+        if sums.bias is not None:
+            sums.bias.add_(z_RC.sum(dim=0))
+    return losses_B
+
+
+def _replace_in_blocks(z_RC: Tensor, terms: Sequence[Term]) -> Tensor:
+    losses_R = torch.empty_like(terms[0].scale)
+    step = max(1, BLOCK_ELEMENTS // z_RC.shape[1])
+    for start in range(0, len(z_RC), step):
+        block = slice(start, start + step)
+        losses_R[block] = replace_by_gradient(z_RC[block], [term.rows(block) for term in terms])
+    return losses_R

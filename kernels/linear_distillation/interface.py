@@ -1,0 +1,120 @@
+"""The student's last layer and the distillation loss together: `linear_distill_loss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation.targets import Mixing, Objective
+from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
+from distilbeam.kernels.labels import Labels
+from distilbeam.kernels.linear_distillation import chunked, reference
+from distilbeam.kernels.resolve import never, resolve
+
+LARGE = 1 << 18  # logits from which not holding them pays on a CPU (benchmarks/distill_loss.py)
+
+
+def linear_distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Labels | Tensor,
+    *,
+    example_weight: Tensor | None = None,
+    accuracy: Tensor | float | None = None,
+    candidates: Tensor | int | None = None,
+    temperature: float = 1.0,
+    objective: Objective = "kl",
+    mixing: Mixing = "normalised",
+    hard: Tensor | None = None,
+    hard_share: float = 0.5,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute the distillation loss of a linear layer's outputs without holding them.
+
+    The result is `distill_loss(hidden @ weight.T + bias, labels, ...)`, with float32 accumulation whatever the dtypes.
+
+    Args:
+      hidden: inputs of the student's last layer, floating [B, H].
+      weight: its weight, floating [C, H].
+      bias: its bias, floating [C], -inf for classes that do not exist; None for 0.
+      labels: as for `distill_loss`. Memory is independent of C for all but dense labels, which have C columns already.
+      example_weight: factor of each row's loss, floating [B]; `weight` of `distill_loss`.
+      accuracy: as for `distill_loss`.
+      candidates: as for `distill_loss`.
+      temperature: as for `distill_loss`.
+      objective: as for `distill_loss`.
+      mixing: as for `distill_loss`.
+      hard: as for `distill_loss`.
+      hard_share: as for `distill_loss`.
+      mask: as for `distill_loss`; hidden states of rows that do not count may be NaN.
+      ignore_index: as for `distill_loss`.
+      reduction: as for `distill_loss`.
+      normalizer: as for `distill_loss`.
+      implementation: `reference`, `chunked`; None chooses by size and device.
+
+    Returns:
+      A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
+
+    Raises:
+      ValueError: sizes disagree, an argument is out of range, or the objective cannot use these labels.
+      NotImplementedError: the implementation asked for cannot run here.
+
+    Example:
+      >>> import torch
+      >>> from distilbeam.kernels import HardLabels, linear_distill_loss
+      >>> loss = linear_distill_loss(torch.zeros(2, 3), torch.zeros(4, 3), None, HardLabels(torch.tensor([0, 3])))
+      >>> round(float(loss), 4)  # log 4
+      1.3863
+
+    References:
+      Hsu et al., arXiv:2410.10989 (gradients made chunk by chunk in the forward pass, "chunked" by rows);
+      Wijmans et al., arXiv:2411.09009 (recomputed tiles of classes).
+    """
+    _check(hidden, weight, bias)
+    options = Options(
+        weight=example_weight,
+        accuracy=accuracy,
+        candidates=candidates,
+        temperature=temperature,
+        objective=objective,
+        mixing=mixing,
+        hard=hard,
+        hard_share=hard_share,
+        mask=mask,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    terms = make_terms(as_labels(labels, ignore_index), len(hidden), len(weight), compute, hidden.device, options)
+    order = ("chunked", "reference") if len(hidden) * len(weight) >= LARGE else ("reference", "chunked")
+    name = resolve("linear_distill_loss", implementation, dict.fromkeys(order, never))
+    run = {"reference": reference.total, "chunked": chunked.total}[name]
+    index = _rows_that_count(terms)
+    if index is None:
+        return run(hidden, weight, bias, terms, reduction != "none")
+    some = [Term(t.targets.rows(index), t.scale[index], None if t.valid is None else t.valid[index]) for t in terms]
+    value = run(hidden[index], weight, bias, some, reduction != "none")
+    return value if reduction != "none" else value.new_zeros(len(hidden)).index_put((index,), value)
+
+
+def _rows_that_count(terms: list[Term]) -> Tensor | None:
+    """Give the rows of any term, or None for all; the others' hidden states must not meet a gradient of zero."""
+    masks = [term.valid for term in terms if term.valid is not None]
+    if len(masks) < len(terms):
+        return None
+    return torch.stack(masks).any(dim=0).nonzero()[:, 0]
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating [examples, features], got {hidden.dtype} {list(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must be [classes, {hidden.shape[1]}] to fit hidden, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one value per class, [{len(weight)}], got {list(bias.shape)}")

@@ -1,0 +1,33 @@
+"""The definition: the logits of a linear layer, then the distillation loss; gradients by autograd.
+
+Cost: the logits and a few tensors of their size, [B, C] each, in float32 whatever the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.distillation import reference
+from distilbeam.kernels.distillation.terms import Term
+
+
+def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
+    """Compute the scaled loss.
+
+    Args:
+      hidden_BH: inputs of the last layer, floating [B, H].
+      weight_CH: its weight, floating [C, H].
+      bias_C: its bias, floating [C], or None.
+      terms: from `make_terms`.
+      reduced: whether to add the rows up.
+
+    Returns:
+      A scalar, or the rows' losses [B]; differentiable to any order.
+    """
+    compute = terms[0].scale.dtype
+    bias = None if bias_C is None else bias_C.to(compute)
+    logits_BC = torch.nn.functional.linear(hidden_BH.to(compute), weight_CH.to(compute), bias)
+    return reference.total(logits_BC, terms, reduced)
