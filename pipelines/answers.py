@@ -1,0 +1,47 @@
+"""The teacher's answers for a labelled set, as arrays in the set's own row order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from distilbeam.pipelines.reuse import known_logprobs
+from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+
+
+def read_answers(dataset: Path, spec: SoftLabelSpec, rows: int) -> npt.NDArray[np.float32]:
+    """Read dense soft labels by row of the set that was asked about.
+
+    Args:
+      dataset: directory of the soft-label dataset.
+      spec: its specification.
+      rows: number of rows of the set.
+
+    Returns:
+      float32 [rows, classes] log-probabilities; NaN in the rows that the teacher could not answer.
+    """
+    return known_logprobs([str(dataset)], spec, np.arange(rows))
+
+
+def tally(dataset: Path, failed: int) -> dict[str, Any]:
+    """Add up what a dataset's manifest entries say about the work.
+
+    Args:
+      dataset: directory of the soft-label dataset.
+      failed: number of rows in its dead letters.
+
+    Returns:
+      Numbers of rows labelled, failed and reused, of teacher calls (rows asked) and requests, bytes written, seconds of work.
+    """
+    entries = read_manifest(dataset).entries
+    totals = {name: sum(entry.extra[name] for entry in entries) for name in ("calls", "requests", "reused", "seconds")}
+    return {**totals, "failed": failed, "rows": sum(e.rows for e in entries), "bytes": sum(e.bytes for e in entries)}
+
+
+def count_dead_letters(directory: Path) -> int:
+    """Return the number of rows in a directory of dead letters."""
+    return sum(pq.read_metadata(path).num_rows for path in directory.glob("*.parquet"))

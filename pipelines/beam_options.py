@@ -1,0 +1,78 @@
+"""Beam's own options, checked: they follow `--` on the command line, and one that Beam does not know is an error.
+
+Beam itself only logs a warning for a flag it does not know and runs the job without it, so a misspelt `--max_num_worker`
+costs a night. Here every flag is compared with those of every `PipelineOptions` subclass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+LOCAL_RUNNER = "FnApiRunner"
+DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
+
+
+class _StrictParser(_BeamArgumentParser):  # type: ignore[misc]  # Beam has no annotations
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"Beam refuses the options after '--': {message}")
+
+
+def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
+    """Turn the flags that follow `--` into pipeline options.
+
+    The runner is `FnApiRunner` where none is named: Beam's default first tries to download another engine. `DaskRunner`
+    is accepted as a short name.
+
+    Args:
+      flags: words such as `--runner=DataflowRunner`.
+
+    Returns:
+      The options.
+
+    Raises:
+      ValueError: a flag that Beam does not know, or a value it does not accept.
+    """
+    flags = list(flags)
+    if not any(flag == "--runner" or flag.startswith("--runner=") for flag in flags):
+        flags.append(f"--runner={LOCAL_RUNNER}")
+    flags = [flag.replace("DaskRunner", DASK_RUNNER) if flag in ("DaskRunner", "--runner=DaskRunner") else flag for flag in flags]
+    if any(DASK_RUNNER in flag for flag in flags):
+        _register_dask_options()
+    parser = _StrictParser(allow_abbrev=False, add_help=False)
+    for subclass in _option_classes(PipelineOptions):
+        if "_add_argparse_args" in vars(subclass):
+            subclass._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(flags)
+    if unknown:
+        raise ValueError(_unknown_flag_sentence(unknown[0], parser))
+    return PipelineOptions(flags)
+
+
+def _register_dask_options() -> None:
+    try:
+        import apache_beam.runners.dask.dask_runner  # noqa: F401  # registers its PipelineOptions subclass
+    except ImportError as e:
+        raise ValueError("the Dask runner needs its packages: pip install 'distilbeam[dask]'") from e
+
+
+def _option_classes(cls: type) -> Iterator[type]:
+    seen = set()
+    for subclass in cls.__subclasses__():
+        if str(subclass) not in seen:
+            seen.add(str(subclass))
+            yield subclass
+            yield from _option_classes(subclass)
+
+
+def _unknown_flag_sentence(flag: str, parser: argparse.ArgumentParser) -> str:
+    name = flag.split("=", 1)[0]
+    if not name.startswith("-"):
+        return f"'{flag}' is not a Beam option: what follows '--' must be flags such as --runner=DataflowRunner"
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{name} is not a Beam option" + (f"; did you mean {near[0]}?" if near else "; see Beam's documentation of its runners")

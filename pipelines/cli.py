@@ -1,0 +1,198 @@
+"""The command line.
+
+Every failure that a user can mend is one sentence on standard error and exit status 2 (wrong input) or 1 (work that
+failed); `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distilbeam.pipelines.display import Display, configure_logs
+
+app = typer.Typer(
+    name="distilbeam",
+    help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
+BeamArgument = Annotated[list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")]
+RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = sys.argv[1:]
+    try:
+        app(args=arguments, standalone_mode=True)
+    except (ValueError, OSError) as e:
+        _fail(e, 2, arguments)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from here")
+        sys.exit(130)
+    except RuntimeError as e:
+        _fail(e, 1, arguments)
+
+
+def _fail(error: Exception, status: int, arguments: list[str]) -> None:
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--debug" in own:
+        errors.print_exception()
+    errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
+    example: Annotated[str | None, typer.Option(help="Write an example with its data and teacher: digits.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the example.")] = 0,
+    debug: DebugOption = False,  # noqa: ARG001  # read from the arguments, where an error finds it
+) -> None:
+    """Write a commented configuration for your own data, or an example that runs."""
+    target = directory / "distilbeam.toml"
+    if target.exists():
+        raise ValueError(f"{target} is there already; name another directory or remove it")
+    if example is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        target.write_text(resources.files("distilbeam.pipelines").joinpath("template.toml").read_text())
+    elif example == "digits":
+        from distilbeam.pipelines.example import write_digits
+
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
+            with Display(console).step("make the digits example: data and teacher") as report:
+                write_digits(Path(temporary) / "example", seed, report)
+            shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
+    else:
+        raise ValueError(f"--example must be digits, got {example}")
+    console.print(f"Wrote {target}. Next: distilbeam run {target}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do the whole run: rounds of select, label, train; then evaluate and report."""
+    directory = _steps(config, beam_options, overrides, log_level, None)
+    _print_results(directory)
+    console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def select(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to the choice of examples of a round."""
+    _steps(config, beam_options, overrides, log_level, ("select", number))
+
+
+@app.command()
+def label(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to the teacher's labels of a round."""
+    _steps(config, beam_options, overrides, log_level, ("label", number))
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to the student after a number of rounds (0: trained on the labelled set alone)."""
+    _steps(config, beam_options, overrides, log_level, ("train", number))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to its figures, and print the table."""
+    _print_results(_steps(config, beam_options, overrides, log_level, ("evaluate", None)))
+
+
+@app.command()
+def report(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run and draw its report again."""
+    from distilbeam.pipelines.steps import redraw_report
+
+    directory = _steps(config, beam_options, overrides, log_level, None)
+    redraw_report(directory)
+    console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _steps(
+    config: Path, flags: list[str] | None, overrides: list[str] | None, log_level: str, until: tuple[str, int | None] | None
+) -> Path:
+    configure_logs(log_level, console)
+    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
+        from distilbeam.pipelines.config import load_config
+        from distilbeam.pipelines.steps import run as run_steps
+    settings = load_config(config, overrides or ())
+    return run_steps(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+
+
+def _print_results(directory: Path) -> None:
+    from distilbeam.pipelines.files import read_json
+    from distilbeam.pipelines.report import calls_sentences, results_table
+
+    results = read_json(directory / "report" / "metrics.json")
+    console.print(results_table(results))
+    for sentence in calls_sentences(results):
+        console.print(sentence, highlight=False, soft_wrap=True)

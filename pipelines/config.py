@@ -1,0 +1,242 @@
+"""The configuration of a run: one TOML file, typed, frozen, validated.
+
+Relative paths are relative to the configuration file. Every rule that does not need the data is checked here; each
+violation is one sentence that names the setting, the value and, for an unknown name, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.teacher.config import TeacherConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(_Section):
+    """Where the run lives and how long it goes on."""
+
+    directory: str = Field("run", description="the run directory")
+    rounds: int = Field(3, ge=1, le=10_000, description="rounds of select, label, train")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+
+
+class DataSection(_Section):
+    """The data: Parquet files and which of their columns mean what."""
+
+    pool: str = Field(description="unlabelled examples: a Parquet file, a directory of them or a glob pattern")
+    labelled: str = Field(description="labelled examples that student 0 is trained on")
+    validation: str = Field(description="labelled examples, unseen by the teacher's training: they measure the teacher and choose checkpoints")
+    test: str | None = Field(None, description="labelled examples for the final table; without them the validation set serves, and the report says so")
+    label: str = Field("label", description="column with the true class, in labelled, validation and test")
+    id: str | None = Field(None, description="column with a unique id; without it the BLAKE2b hash of the carried columns serves")
+    carry: tuple[str, ...] = Field((), description="pool columns to copy beside the labels; the columns that the student reads are always copied")
+    classes: tuple[str, ...] = Field((), description="class names in the order of the teacher's outputs; without them the sorted labels of labelled and validation")
+
+    @model_validator(mode="after")
+    def _distinct_classes(self) -> Self:
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes must be at least two different names")
+        return self
+
+
+class LabelsSection(_Section):
+    """The form in which the teacher's answers are stored."""
+
+    kind: Literal["dense", "top_k", "sampled"] = Field("dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)")
+    k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
+    storage: Literal["float32", "float16"] = Field("float32", description="float32 columns rounded to half precision, which every reader opens, or float16")
+
+    @model_validator(mode="after")
+    def _k_fits_kind(self) -> Self:
+        if (self.kind == "dense") != (self.k is None):
+            raise ValueError("k must be given for top_k and sampled labels, and only for them")
+        return self
+
+
+class SelectionSection(_Section):
+    """Which examples to buy labels for."""
+
+    method: Literal["rad", "greedy", "uniform"] = Field("rad", description="the game against the teacher's mistakes, the largest gains, or chance")
+    gain: Literal["margin", "entropy", "least_confidence"] = Field("margin", description="what the student would learn from an example's label")
+    budget: int = Field(description="labels to buy in each round", ge=1)
+    floor: float = Field(0.5, ge=0, le=1, description="lower bound of the teacher's estimated accuracy")
+    coverage: float = Field(0.9, gt=0, lt=1, description="how often the truth must be among the teacher's candidate classes")
+    compare_uniform: bool = Field(
+        True,
+        description="also train a student on as many uniformly chosen labels, for the report; asks the teacher for those that were not bought already",
+    )
+
+
+class EngineSection(_Section):
+    """How the work is cut; nothing here changes what a label means."""
+
+    unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
+    shard_rows: int = Field(65_536, ge=1, description="most rows of a shard of soft labels")
+    batch_rows: int = Field(8_192, ge=1, description="rows read and scored at a time")
+    teacher_batch: int = Field(256, ge=1, description="most rows in one request to the teacher")
+    attempts: int = Field(2, ge=1, le=100, description="times that failed items are tried")
+
+
+class RunConfig(_Section):
+    """Everything that a run depends on."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    teacher: TeacherConfig
+    labels: LabelsSection = LabelsSection()
+    selection: SelectionSection
+    student: StudentConfig
+    training: TrainConfig = TrainConfig()
+    engine: EngineSection = EngineSection()
+
+    def dump(self) -> dict[str, Any]:
+        """Return the configuration as plain data, without the settings that are unset."""
+        data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        return data
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a configuration file.
+
+    Args:
+      path: the TOML file.
+      overrides: words `section.key=value`; the value is TOML, or a string where it is not.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
+        a line per setting.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise ValueError(f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from") from e
+    except IsADirectoryError as e:
+        raise ValueError(f"{path} is a directory; name the configuration file in it") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid TOML: {e}") from e
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data)
+
+
+def parse_config(data: Mapping[str, Any]) -> RunConfig:
+    """Validate a configuration given as plain data; see `load_config`."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as e:
+        sentences = [_sentence(error) for error in e.errors()]
+        raise ValueError("\n".join(dict.fromkeys(sentences))) from e
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the resolved configuration as TOML."""
+    path.write_text(tomli_w.dumps(config.dump()))
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted settings in which two configurations differ, with both values."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} ({_shown(a)} there, {_shown(b)} now)")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set takes section.key=value, got '{override}'")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ValueError(f"--set {override}: '{key}' is a value, not a section")
+    data[keys[-1]] = value
+
+
+def _sentence(error: Any) -> str:
+    location = [part for part in error["loc"] if not _is_union_tag(part, error["loc"])]
+    name = ".".join(str(part) for part in location)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{name} is not a setting{_suggestion(error['loc'])}"
+        case "missing":
+            return f"{name} must be given"
+        case "union_tag_invalid" | "union_tag_not_found":
+            context = error["ctx"]
+            expected = context.get("expected_tags", "one of the known kinds")
+            return f"{name}.kind must be one of {expected}, got {context.get('tag', 'nothing')!r}"
+        case "value_error":
+            return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+        case _:
+            message = error["msg"][0].lower() + error["msg"][1:]
+            return f"{name}: {message.removeprefix('input ')}, got {error['input']!r}"
+
+
+def _is_union_tag(part: str | int, location: Sequence[str | int]) -> bool:
+    return part == location[1:2][0] and location[0] == "teacher" and part not in {"kind"} if len(location) > 1 else False
+
+
+def _suggestion(location: Sequence[str | int]) -> str:
+    parents, unknown = location[:-1], str(location[-1])
+    near = difflib.get_close_matches(unknown, sorted(_fields_at(parents)), n=1, cutoff=0.5)
+    if near:
+        shown = [str(part) for part in parents if not _is_union_tag(part, location)]
+        return f"; did you mean {'.'.join([*shown, near[0]])}?"
+    elsewhere = [name for name in _all_settings(RunConfig) if name.rsplit(".", 1)[-1] == unknown]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the valid ones are {', '.join(sorted(_fields_at(parents)))}"
+
+
+def _fields_at(parents: Sequence[str | int]) -> set[str]:
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in parents:
+        inner = [m for model in models for m in _models_in(model.model_fields[str(part)].annotation)] if any(part in m.model_fields for m in models) else []
+        models = inner or [m for m in models if _tag(m) == part] or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    kind = model.model_fields.get("kind")
+    values = get_args(kind.annotation) if kind is not None else ()
+    return str(values[0]) if len(values) == 1 else None
+
+
+def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _all_settings(inner, f"{prefix}{name}.")

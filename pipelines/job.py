@@ -1,0 +1,251 @@
+"""The steps of a run: what each does and when it is done.
+
+Every step reads committed files and commits files, so that a killed step is repeated and a finished one skipped. Nothing
+else is state.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from distilbeam.pipelines.answers import count_dead_letters, read_answers, tally
+from distilbeam.pipelines.choose import Choice, choose
+from distilbeam.pipelines.config import RunConfig
+from distilbeam.pipelines.display import Report
+from distilbeam.pipelines.estimates import Estimates
+from distilbeam.pipelines.files import committed_file, read_json, write_json
+from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
+from distilbeam.pipelines.phases import run_phase
+from distilbeam.pipelines.rundir import RunDirectory
+from distilbeam.pipelines.score import Score
+from distilbeam.pipelines.shards import plan_shards
+from distilbeam.pipelines.units import Pool
+from distilbeam.student.train import train
+from distilbeam.teacher.softlabels import SoftLabelSpec
+
+
+class Job:
+    """A run of one configuration in one directory.
+
+    Args:
+      config: the configuration.
+      base: directory that relative paths are relative to.
+      directory: the run directory, held by this process.
+      options: Beam's options for the phases.
+    """
+
+    def __init__(self, config: RunConfig, base: Path, directory: RunDirectory, options: PipelineOptions) -> None:
+        self.config, self.base, self.directory, self.options = config, base, directory, options
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The data, planned and checked."""
+        return load_inputs(self.config, self.base)
+
+    @cached_property
+    def teacher(self) -> str:
+        """The teacher as text that travels to workers."""
+        return teacher_text(self.config.teacher, self.base)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The teacher's fingerprint."""
+        return cached_teacher(self.teacher).fingerprint()
+
+    def freeze(self) -> None:
+        """Record which data and which teacher the run belongs to, or check that they are still the same.
+
+        Raises:
+          ValueError: the data or the teacher changed since the run was started.
+        """
+        now = {
+            "inputs": self.inputs.digest,
+            "files": {name: digest for name, digest in self.inputs.pool.files},
+            "teacher": self.fingerprint,
+            "classes": list(self.inputs.classes),
+        }
+        path = self.directory.frozen
+        if not path.exists():
+            write_json(path, now)
+        then = read_json(path)
+        if then["teacher"] != now["teacher"]:
+            raise ValueError(
+                f"the teacher changed: {self.directory.root} was started with {then['teacher']}, the configuration now "
+                f"names {now['teacher']}; put the former back or choose another run.directory"
+            )
+        if then["inputs"] != now["inputs"]:
+            changed = sorted(name for name, _ in then["files"].items() ^ now["files"].items())
+            what = f"pool file(s) {', '.join(dict.fromkeys(changed))}" if changed else "a labelled set"
+            raise ValueError(
+                f"the data changed since {self.directory.root} was started: {what}; put it back or choose another run.directory"
+            )
+
+    def train(self, number: int, report: Report) -> None:
+        """Train the student on the labelled set and the soft labels of the first `number` rounds."""
+        self._train(self.directory.student(number), [self.directory.labels(r) for r in range(number)], report)
+
+    def ask(self, name: str, report: Report) -> None:
+        """Ask the teacher about the validation or the test set."""
+        spec = self._spec("dense")
+        self._label(self.directory.asked(name), f"ask-{name}", self._labelled_set(name).plan, spec, report)
+
+    def select(self, number: int, report: Report) -> None:
+        """Score what is left of the pool with the current student, solve the game, choose."""
+        choice = self.choice(number)
+        if choice.method != "uniform":
+            score = Score(
+                student=str(self.directory.student(number)),
+                gain=self.config.selection.gain,
+                output=str(choice.gains),
+                bought=choice.bought,
+                columns=self.inputs.student_columns,
+                batch_rows=self.config.engine.batch_rows,
+            )
+            self._phase("score", score, self.inputs.pool.units, report)
+        choose(choice)
+
+    def label(self, number: int, report: Report) -> None:
+        """Ask the teacher about the rows that a round chose."""
+        picks, student = self.choice(number).picks, self.directory.student(number)
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
+
+    def compare(self, report: Report) -> None:
+        """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
+        where, rounds = self.directory.uniform, self.config.run.rounds
+        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, 0)
+        choose(choice)
+        bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
+        self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
+        self._train(where.student(1), [where.labels(0)], report)
+
+    def choice(self, number: int) -> Choice:
+        """Describe what a round chooses."""
+        selection = self.config.selection
+        bought = tuple(str(self.directory.picks(r)) for r in range(number))
+        return self._choice(self.directory.selected(number), selection.method, selection.budget, bought, number, number)
+
+    def answers(self, name: str) -> npt.NDArray[np.float32]:
+        """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
+        return read_answers(self.directory.asked(name), self._spec("dense"), self._labelled_set(name).plan.rows)
+
+    def truth(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the class indices of a labelled set, int64 [rows]."""
+        labels: npt.NDArray[np.int64] = self._labelled_set(name).table[self.config.data.label].to_numpy()
+        return labels
+
+    def student_logits(self, student: Path, name: str) -> npt.NDArray[np.float32]:
+        """Return a student's logits for a labelled set, float32 [rows, classes]."""
+        table = self._labelled_set(name).table.select(self.inputs.student_columns)
+        batches = table.to_batches(max_chunksize=self.config.engine.batch_rows)
+        return np.concatenate([cached_student(str(student)).logits(batch) for batch in batches])
+
+    @property
+    def wrong_share(self) -> float:
+        """Share of wrong teacher labels on the validation set: the k / n of Robust Active Distillation."""
+        answers = self.answers("validation")
+        answered = ~np.isnan(answers).any(axis=1)
+        wrong = answers[answered].argmax(axis=1) != self.truth("validation")[answered]
+        return float(wrong.mean())
+
+    def _train(self, directory: Path, soft_labels: list[Path], report: Report) -> None:
+        train(
+            self.config.student,
+            self.config.training,
+            classes=self.inputs.classes,
+            labelled=self.inputs.labelled.table,
+            label_column=self.config.data.label,
+            soft_labels=soft_labels,
+            validation=self.inputs.validation.table,
+            directory=directory,
+            seed=self.config.run.seed,
+            progress=lambda done, total, _loss: report(done, total),
+        )
+
+    def _label_picks(
+        self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], report: Report
+    ) -> None:
+        estimates = self._estimates(output, student)
+        options = {"picks": str(picks), "student": str(student), "estimates": estimates, "reuse": reuse}
+        self._label(output, name, self.inputs.pool, self._spec(self.config.labels.kind), report, **options)
+
+    def _label(self, output: Path, name: str, plan: Pool, spec: SoftLabelSpec, report: Report, **options: Any) -> None:
+        picks = options.get("picks")
+        dead_letters = self.directory.dead_letters(name)
+        id_column = self.config.data.id if picks is not None else None
+        columns = [*spec.carried, *self.inputs.teacher_columns, *self.inputs.student_columns, *filter(None, [id_column])]
+        work = Label(
+            teacher=self.teacher,
+            spec=spec,
+            output=str(output),
+            dead_letters=str(dead_letters),
+            columns=tuple(dict.fromkeys(columns)),
+            id_column=id_column,
+            teacher_batch=self.config.engine.teacher_batch,
+            batch_rows=self.config.engine.batch_rows,
+            **options,
+        )
+        shards = plan_shards(plan.units, picks, self.config.engine.shard_rows, spec)
+        self._phase("label", work, shards, report)
+        failed = count_dead_letters(dead_letters)
+        if failed == sum(shard.rows for shard in shards):
+            raise ValueError(f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}")
+        write_json(self.directory.summary(output), tally(output, failed))
+
+    def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
+        errors = self.directory.errors(name)
+        run_phase(name, work, items, errors=errors, options=self.options, progress=report, attempts=self.config.engine.attempts)
+
+    def _choice(
+        self, directory: Path, method: str, budget: int, bought: tuple[str, ...], number: int, student: int
+    ) -> Choice:
+        digests = {"pool": self.inputs.pool.digest, "teacher": self.fingerprint, "student": str(student)}
+        return Choice(
+            pool=self.inputs.pool,
+            directory=directory,
+            method=method,
+            budget=budget,
+            wrong_share=self.wrong_share,
+            bought=bought,
+            seed=self.config.run.seed,
+            round=number,
+            digests=digests,
+        )
+
+    def _spec(self, kind: str) -> SoftLabelSpec:
+        labels = self.config.labels
+        stored = {"k": labels.k, "storage": labels.storage} if kind == labels.kind else {}
+        return SoftLabelSpec(
+            num_classes=len(self.inputs.classes),
+            kind=kind,
+            classes=self.inputs.classes,
+            teacher=self.fingerprint,
+            carried=self.inputs.carried,
+            **stored,
+        )
+
+    def _labelled_set(self, name: str) -> LabelledSet:
+        chosen: LabelledSet = getattr(self.inputs, name)
+        return chosen
+
+    def _estimates(self, output: Path, student: Path) -> str:
+        """Fit a dataset's estimates once and freeze them beside it."""
+        path = output.with_name(f"{output.name}.estimates.json")
+        if not path.exists():
+            answers, truth = self.answers("validation"), self.truth("validation")
+            answered = ~np.isnan(answers).any(axis=1)
+            logits = self.student_logits(student, "validation")
+            selection = self.config.selection
+            estimates = Estimates.fit(
+                answers[answered], logits[answered], truth[answered], selection.floor, selection.coverage
+            )
+            with committed_file(path) as temporary:
+                temporary.write_text(estimates.to_text())
+        return path.read_text()

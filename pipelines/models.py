@@ -1,0 +1,55 @@
+"""Teachers and students inside workers: loaded once per process, whatever the runner does with its threads.
+
+Some runners call `setup` once per partition or per thread, so models are kept in a module-level cache instead; the key is
+the configuration as text, and a lock keeps two threads from loading the same model twice.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from distilbeam.student.checkpoint import Student, load_student
+from distilbeam.teacher.config import TeacherConfig
+from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.protocol import Teacher
+
+_lock = threading.Lock()
+_teachers: dict[str, Teacher] = {}
+_students: dict[str, Student] = {}
+
+
+def teacher_text(config: TeacherConfig, base: Path) -> str:
+    """Describe a teacher as text that travels to workers; relative paths are relative to `base`."""
+    return json.dumps({"base": str(base), "config": config.model_dump(mode="json")}, sort_keys=True)
+
+
+def cached_teacher(text: str) -> Teacher:
+    """Return this process's copy of the teacher that `teacher_text` describes."""
+    with _lock:
+        if text not in _teachers:
+            description = json.loads(text)
+            config: TeacherConfig = TypeAdapter(TeacherConfig).validate_python(description["config"])
+            _teachers[text] = load_teacher(config, base=description["base"])
+        return _teachers[text]
+
+
+def cached_student(directory: str) -> Student:
+    """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back."""
+    with _lock:
+        if directory not in _students:
+            _students.clear()
+            _students[directory] = load_student(directory)
+        return _students[directory]
+
+
+def forget_models() -> None:
+    """Close and drop every cached model of this process."""
+    with _lock:
+        for teacher in _teachers.values():
+            teacher.close()
+        _teachers.clear()
+        _students.clear()

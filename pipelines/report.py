@@ -1,0 +1,96 @@
+"""The report of a run: a table for the console, and one HTML file that opens offline, with its plots inside."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
+
+from distilbeam.pipelines.display import Report
+from distilbeam.pipelines.files import committed_file, read_json
+from distilbeam.pipelines.plots import draw_plots
+from distilbeam.pipelines.rundir import RunDirectory
+
+_CAPTIONS = {
+    "accuracy.png": "Accuracy against the number of labels bought. The dashed line is the teacher.",
+    "bought.png": "Where the labels were bought: the gains of what was left of the pool and of what was chosen, and how often the teacher is right on validation examples of such a gain.",
+    "footprint.png": "Size and latency against accuracy.",
+}
+_COLUMNS = ("", "labels bought", "accuracy", "NLL", "ECE", "parameters", "size", "ms / example", "ms / 64")
+
+
+def write_report(where: RunDirectory, report: Report) -> None:
+    """Draw the plots and write `report/report.html`."""
+    results = read_json(where.metrics)
+    plots = draw_plots(results, where.report)
+    report(1, 2)
+    environment = Environment(loader=PackageLoader("distilbeam.pipelines", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"pct": "{:.1%}".format, "count": "{:,}".format}
+    html = environment.get_template("report.html.j2").render(
+        results=results,
+        columns=_COLUMNS,
+        rows=table_rows(results),
+        sentences=calls_sentences(results),
+        plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
+        config=where.config.read_text(),
+    )
+    with committed_file(where.report / "report.html") as temporary:
+        temporary.write_text(html)
+    report(2, 2)
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Return the final table for the console."""
+    table = Table(title=f"On the {results['evaluated_on']} set", title_justify="left", title_style="bold", pad_edge=False)
+    for i, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in table_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Format a row for the teacher, each student and the uniform comparison."""
+    rows = [results["teacher"], *results["students"], *([results["uniform"]] if "uniform" in results else [])]
+    return [
+        (
+            row["name"],
+            f"{row['labels']:,}" if "labels" in row else "–",
+            f"{row['accuracy']:.1%}",
+            f"{row['nll']:.3f}",
+            f"{row['ece']:.3f}",
+            _count(row["parameters"]),
+            _bytes(row["size_bytes"]),
+            f"{row['latency_ms_batch1']:.2f}",
+            f"{row['latency_ms_batch64']:.2f}",
+        )
+        for row in rows
+    ]
+
+
+def calls_sentences(results: dict[str, Any]) -> list[str]:
+    """Say in sentences what the teacher was asked, and what it was spared."""
+    calls, pool = results["calls"], results["pool_rows"]
+    failed = sum(entry["summary"]["failed"] for entry in results["rounds"])
+    sentences = [
+        f"The teacher labelled {calls['labels']:,} of the {pool:,} examples of the pool ({calls['labels'] / pool:.0%}); {calls['saved']:,} calls saved.",
+        f"It is wrong on {results['wrong_share']:.1%} of the validation set.",
+    ]
+    asked = [f"{calls[name]:,} for the {what}" for name, what in (("validation", "validation set"), ("test", "test set"), ("uniform", "uniform comparison")) if name in calls]
+    sentences.append(f"Asked besides: {', '.join(asked)}.")
+    if failed:
+        sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")
+    return sentences
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return "–"
+    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB"

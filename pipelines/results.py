@@ -1,0 +1,119 @@
+"""The figures of a run: the final table's and the plots', collected into `report/metrics.json`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from distilbeam.pipelines.display import Report
+from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.models import cached_student, cached_teacher
+from distilbeam.pipelines.score import GAINS
+from distilbeam.student.evaluate import evaluate, footprint
+from distilbeam.teacher.softlabels import read_manifest
+
+_BINS = 20
+
+
+def write_results(job: Job, report: Report) -> None:
+    """Evaluate the teacher and every student and write `report/metrics.json`."""
+    where, config = job.directory, job.config
+    name = "validation" if config.data.test is None else "test"
+    bought = [read_json(where.summary(where.labels(r))) for r in range(config.run.rounds)]
+    students = []
+    for number in range(config.run.rounds + 1):
+        title = f"student after round {number}" if number else "student before the first round"
+        labels = sum(b["rows"] for b in bought[:number])
+        students.append(_student_row(job, where.student(number), name, title, labels))
+        report(number + 1, config.run.rounds + 1)
+    results: dict[str, Any] = {
+        "evaluated_on": name,
+        "teacher": _teacher_row(job, name),
+        "students": students,
+        "human_labels": job.inputs.labelled.plan.rows,
+        "pool_rows": job.inputs.pool.rows,
+        "wrong_share": job.wrong_share,
+        "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
+        "calls": _calls(job, bought),
+    }
+    if config.selection.compare_uniform:
+        labels = read_json(where.summary(where.uniform.labels(0)))["rows"]
+        results["uniform"] = _student_row(job, where.uniform.student(1), name, "same student, uniform choice", labels)
+    write_json(where.metrics, results)
+
+
+def _student_row(job: Job, directory: Path, name: str, title: str, labels: int) -> dict[str, Any]:
+    metrics = evaluate(job.student_logits(directory, name), job.truth(name))
+    return {"name": title, "labels": labels, **metrics, **footprint(cached_student(str(directory)))}
+
+
+def _teacher_row(job: Job, name: str) -> dict[str, Any]:
+    answers = job.answers(name)
+    answered = ~np.isnan(answers).any(axis=1)
+    metrics = evaluate(answers[answered], job.truth(name)[answered])
+    return {"name": "teacher", "unanswered": int((~answered).sum()), **metrics, **_teacher_footprint(job)}
+
+
+def _teacher_footprint(job: Job) -> dict[str, Any]:
+    teacher = cached_teacher(job.teacher)
+    batch = job.inputs.validation.table.select(job.inputs.teacher_columns).combine_chunks().to_batches()[0]
+    latency = {f"latency_ms_batch{n}": _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for n in (1, 64)}
+    return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": getattr(teacher, "size_bytes", None), **latency}
+
+
+def _median_ms(call: Any, repeats: int = 11) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(times))
+
+
+def _calls(job: Job, bought: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the rows that the teacher was asked about, and those of the pool that it was spared."""
+    where = job.directory
+    datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": where.uniform.labels(0)}
+    calls = {name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()}
+    asked = sum(b["rows"] + b["failed"] for b in bought)
+    return {**calls, "labels": sum(b["calls"] for b in bought), "saved": job.inputs.pool.rows - asked}
+
+
+def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """Describe what a round bought: where the pool's and the bought gains lie, and how often the teacher is right there."""
+    plan = read_json(job.directory.selected(number) / "plan.json")
+    entry = {"summary": summary, **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")}}
+    if plan["method"] == "uniform":
+        return entry
+    gains = [_column(file, "gain") for file in sorted(job.choice(number).gains.glob("*.parquet"))]
+    edges = np.linspace(0, max(float(g.max(initial=0)) for g in gains), _BINS + 1)
+    bought = np.concatenate([_column(path, "gain") for path in read_manifest(job.directory.labels(number)).paths()])
+    return {
+        **entry,
+        "edges": edges.tolist(),
+        "pool": sum(np.histogram(g, edges)[0] for g in gains).tolist(),
+        "bought": np.histogram(bought, edges)[0].tolist(),
+        "validation": _validation_curve(job, number, edges),
+    }
+
+
+def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> dict[str, list[int]]:
+    """Count the validation examples, and those that the teacher has right, by the gain that the round's student gives them."""
+    answers = job.answers("validation")
+    answered = ~np.isnan(answers).any(axis=1)
+    gain = GAINS[job.config.selection.gain](job.student_logits(job.directory.student(number), "validation"))
+    right = answers.argmax(axis=1) == job.truth("validation")
+    count = np.histogram(gain[answered], edges)[0]
+    return {"count": count.tolist(), "right": np.histogram(gain[answered & right], edges)[0].tolist()}
+
+
+def _column(path: Path | str, name: str) -> npt.NDArray[np.float32]:
+    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name])[name].to_numpy()
+    return column

@@ -1,0 +1,141 @@
+"""The run directory: where each thing of a run is, who works in it, and which configuration it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distilbeam.pipelines.config import RunConfig, differing_keys, write_config
+from distilbeam.pipelines.files import committed_file, sweep
+
+_FREE = (("run", "directory"), ("engine", "attempts"))  # settings that change no file of a run
+
+
+class RunDirectory:
+    """The paths of a run; see the design of the run in the README."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.toml"
+
+    @property
+    def frozen(self) -> Path:
+        """What the run was started with: digests of pool and teacher, class names."""
+        return self.root / "frozen.json"
+
+    @property
+    def report(self) -> Path:
+        """Directory of the report."""
+        return self.root / "report"
+
+    @property
+    def metrics(self) -> Path:
+        """The figures of the final table and of the plots."""
+        return self.report / "metrics.json"
+
+    @property
+    def uniform(self) -> RunDirectory:
+        """The comparison with uniformly chosen labels, laid out like a run."""
+        return RunDirectory(self.root / "uniform")
+
+    def asked(self, name: str) -> Path:
+        """Directory of the teacher's answers for the validation or the test set."""
+        return self.root / "teacher" / name
+
+    def selected(self, number: int) -> Path:
+        """Directory of a round's plan, gains and picks."""
+        return self.root / "selected" / f"round={number:03d}"
+
+    def labels(self, number: int) -> Path:
+        """Soft-label dataset of a round."""
+        return self.root / "labels" / f"round={number:03d}"
+
+    def summary(self, dataset: Path) -> Path:
+        """Totals of a dataset; written when all its shards are committed."""
+        return dataset.with_name(f"{dataset.name}.summary.json")
+
+    def dead_letters(self, name: str) -> Path:
+        """Directory of the rows that could not be labelled."""
+        return self.root / "deadletter" / name
+
+    def picks(self, number: int) -> Path:
+        """Directory of the rows that a round chose."""
+        return self.selected(number) / "picks"
+
+    def student(self, number: int) -> Path:
+        """Checkpoint of the student after `number` rounds."""
+        return self.root / "students" / f"round={number:03d}"
+
+    def errors(self, phase: str) -> Path:
+        """Directory of the records of items that failed in a phase."""
+        return self.root / "errors" / phase
+
+
+@contextmanager
+def opened_run(config: RunConfig, base: Path) -> Iterator[RunDirectory]:
+    """Create or reopen the run directory of a configuration and hold it until the block ends.
+
+    Args:
+      config: the configuration.
+      base: directory that relative paths are relative to.
+
+    Yields:
+      The run directory.
+
+    Raises:
+      ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
+    """
+    root = (base / config.run.directory).resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("a+")
+    except OSError as e:
+        raise ValueError(f"run.directory: {root} cannot be written ({e.strerror}); choose another with --set run.directory=...") from e
+    with lock:
+        _hold(lock, root)
+        directory = RunDirectory(root)
+        _check_config(directory, config)
+        sweep(root)
+        yield directory
+
+
+def _hold(lock: Any, root: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise ValueError(f"{root} is being worked on by {holder}; wait for it to end or choose another run.directory") from e
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+
+
+def _check_config(directory: RunDirectory, config: RunConfig) -> None:
+    if not directory.config.exists():
+        strangers = [p.name for p in directory.root.iterdir() if p.name != ".lock" and not p.name.startswith(".tmp-")]
+        if strangers:
+            raise ValueError(f"run.directory: {directory.root} holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty or a new directory")
+        with committed_file(directory.config) as temporary:
+            write_config(temporary, config)
+        return
+    former = tomllib.loads(directory.config.read_text())
+    differing = differing_keys(_essential(former), _essential(config.dump()))
+    if differing:
+        raise ValueError(
+            f"{directory.root} was made by another configuration; it differs in {'; '.join(differing)}. "
+            "Set these back, or choose another run.directory"
+        )
+
+
+def _essential(config: dict[str, Any]) -> dict[str, Any]:
+    return {section: {k: v for k, v in values.items() if (section, k) not in _FREE} for section, values in config.items()}

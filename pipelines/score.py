@@ -1,0 +1,115 @@
+"""Score: what the current student would gain from each example's label, per unit, with the unit's sketch.
+
+A unit's file `gains/<uid>.parquet` has the columns `row` (int64, row of the unit) and `gain` (float32, >= 0) for the rows
+that were not bought in an earlier round, and the unit's `GainSketch` in its footer. The driver reads footers to solve the
+game and reads gains again only to refine and to round; it never scores a unit twice, so that another processor's rounding
+cannot change a choice that was made.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distilbeam.pipelines.files import write_parquet
+from distilbeam.pipelines.models import cached_student
+from distilbeam.pipelines.units import Unit, read_unit
+from distilbeam.selection import gains as gain_functions
+from distilbeam.selection.sketch import GainSketch
+
+GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
+    "margin": gain_functions.margin_gain,
+    "entropy": gain_functions.entropy_gain,
+    "least_confidence": gain_functions.least_confidence_gain,
+}
+_SKETCH_KEY = b"distilbeam.sketch"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The work of the score phase.
+
+    Attributes:
+      student: directory of the student's checkpoint.
+      gain: name of the gain, a key of `GAINS`.
+      output: directory of the gains files.
+      bought: directories with the picks of earlier rounds.
+      columns: pool columns that the student reads.
+      batch_rows: rows scored at a time.
+    """
+
+    student: str
+    gain: str
+    output: str
+    bought: tuple[str, ...]
+    columns: tuple[str, ...]
+    batch_rows: int
+
+    def __call__(self, unit: Unit) -> None:
+        """Score the unit's rows and commit its gains."""
+        student = cached_student(self.student)
+        gain = GAINS[self.gain]
+        parts = [gain(student.logits(batch)).astype(np.float32) for batch in read_unit(unit, self.columns, self.batch_rows)]
+        rows = unbought_rows(unit, self.bought)
+        gains = np.concatenate(parts)[rows]
+        sketch = GainSketch()
+        sketch.add(gains)
+        table = pa.table({"row": rows, "gain": gains})
+        metadata = {_SKETCH_KEY: base64.b64encode(sketch.to_bytes())}
+        write_parquet(self._file(unit), table.replace_schema_metadata(metadata))
+
+    def done(self, unit: Unit) -> bool:
+        """Tell whether the unit's gains are committed."""
+        return self._file(unit).exists()
+
+    def name(self, unit: Unit) -> str:
+        """Name the unit by its file and rows."""
+        return unit_name(unit)
+
+    def _file(self, unit: Unit) -> Path:
+        return gains_file(self.output, unit)
+
+
+def unit_name(unit: Unit) -> str:
+    """Name a unit by its file and rows, for errors."""
+    return f"{unit.path} rows {unit.first_row:,}-{unit.first_row + unit.rows - 1:,}"
+
+
+def gains_file(directory: str | Path, unit: Unit) -> Path:
+    """Return the path of a unit's gains."""
+    return Path(directory) / f"{unit.uid}.parquet"
+
+
+def picks_file(directory: str | Path, unit: Unit) -> Path:
+    """Return the path of what was chosen of a unit; a unit of which nothing was chosen has none."""
+    return Path(directory) / f"{unit.uid}.parquet"
+
+
+def unbought_rows(unit: Unit, bought: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    """Return the unit's rows, ascending, that none of the `bought` picks directories holds."""
+    free = np.ones(unit.rows, bool)
+    for directory in bought:
+        file = picks_file(directory, unit)
+        if file.exists():
+            free[pq.read_table(file, columns=["row"])["row"].to_numpy()] = False
+    return np.flatnonzero(free).astype(np.int64)
+
+
+def read_gains(directory: str | Path, unit: Unit) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Read a unit's rows and gains."""
+    table = pq.read_table(gains_file(directory, unit))
+    return table["row"].to_numpy(), table["gain"].to_numpy()
+
+
+def read_sketches(directory: str | Path, units: tuple[Unit, ...]) -> Iterator[GainSketch]:
+    """Read the units' sketches from the footers of their gains."""
+    for unit in units:
+        metadata = pq.read_metadata(gains_file(directory, unit)).metadata
+        yield GainSketch.from_bytes(base64.b64decode(metadata[_SKETCH_KEY]))

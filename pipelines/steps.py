@@ -1,0 +1,141 @@
+"""The order of a run's steps, and the command that carries them out.
+
+    train student 0 on the labelled set; ask the teacher about the validation (and the test) set
+    for each round:   select -> label -> train
+    compare with as many uniformly chosen labels; evaluate; report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distilbeam.pipelines.beam_options import pipeline_options
+from distilbeam.pipelines.config import RunConfig, load_config, parse_config
+from distilbeam.pipelines.display import Display, Report
+from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.report import write_report
+from distilbeam.pipelines.results import write_results
+from distilbeam.pipelines.rundir import RunDirectory, opened_run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+      name: the command that does it: "train", "ask", "select", "label", "compare", "evaluate" or "report".
+      round: number of the round, or None.
+      title: what is shown.
+      commit: the file or directory whose presence means that the step is done.
+      do: does it, reporting progress.
+    """
+
+    name: str
+    round: int | None
+    title: str
+    commit: Path
+    do: Callable[[Report], None]
+
+
+def steps_of(job: Job) -> list[Step]:
+    """List the steps of a run in their order."""
+    where, config = job.directory, job.config
+    budget, rounds = config.selection.budget, config.run.rounds
+    steps = [
+        Step("train", 0, "train student 0 on the labelled set", where.student(0), partial(job.train, 0)),
+        *(_ask(job, name) for name in ("validation", "test") if name == "validation" or config.data.test is not None),
+    ]
+    for r in range(rounds):
+        steps += [
+            Step("select", r, f"round {r + 1}: choose {budget:,} examples", where.picks(r), partial(job.select, r)),
+            Step("label", r, f"round {r + 1}: ask the teacher", where.summary(where.labels(r)), partial(job.label, r)),
+            Step("train", r + 1, f"round {r + 1}: train student {r + 1}", where.student(r + 1), partial(job.train, r + 1)),
+        ]
+    if config.selection.compare_uniform:
+        title = f"compare with {budget * rounds:,} uniformly chosen labels"
+        steps.append(Step("compare", None, title, where.uniform.student(1), job.compare))
+    return [
+        *steps,
+        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job)),
+        Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where)),
+    ]
+
+
+def _ask(job: Job, name: str) -> Step:
+    commit = job.directory.summary(job.directory.asked(name))
+    return Step("ask", None, f"ask the teacher about the {name} set", commit, partial(job.ask, name))
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    base: Path | str | None = None,
+    beam_flags: Sequence[str] = (),
+    display: Display | None = None,
+    until: tuple[str, int | None] | None = None,
+) -> Path:
+    """Carry out a run, or what is left of it.
+
+    A run is a directory: what is committed there is never done again, so that the same call after a crash goes on where
+    the former one stopped, and after the end does nothing.
+
+    Args:
+      config: the configuration, or plain data for one, or the path of its TOML file.
+      base: directory that the configuration's relative paths are relative to; by default the file's, else the working
+        directory.
+      beam_flags: Beam's own options, such as `--runner=DataflowRunner`.
+      display: where to show progress; nothing is shown without one.
+      until: name and round of the last step to do; all steps without it.
+
+    Returns:
+      The run directory.
+
+    Raises:
+      ValueError: settings or data that are not valid, or a run directory of another configuration; the message is a
+        sentence.
+      PhaseError: work that failed in every attempt.
+    """
+    display = display or Display.silent()
+    if isinstance(config, str | Path):
+        base = Path(config).parent if base is None else base
+        config = load_config(Path(config))
+    elif isinstance(config, Mapping):
+        config = parse_config(config)
+    base = Path(base or ".").resolve()
+    options = pipeline_options(beam_flags)
+    with opened_run(config, base) as directory:
+        job = Job(config, base, directory, options)
+        steps = _up_to(steps_of(job), until)
+        todo = [step for step in steps if not step.commit.exists()]
+        if not todo:
+            display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
+            return directory.root
+        if len(todo) < len(steps):
+            display.say(f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already")
+        with display.step("read the data and load the teacher"):
+            job.freeze()
+        for step in todo:
+            with display.step(step.title) as report:
+                step.do(report)
+    return directory.root
+
+
+def redraw_report(root: Path) -> None:
+    """Draw the report of a finished run again."""
+    write_report(RunDirectory(root), lambda _done, _total: None)
+
+
+def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step]:
+    if until is None:
+        return steps
+    name, number = until
+    matching = [i for i, step in enumerate(steps) if step.name == name and number in (None, step.round)]
+    if not matching:
+        rounds = sorted({step.round for step in steps if step.name == name and step.round is not None})
+        raise ValueError(f"--round must be between {rounds[0]} and {rounds[-1]} for {name}, got {number}")
+    pending = [i for i in matching if not steps[i].commit.exists()]
+    return steps[: (pending or matching[-1:])[0] + 1]

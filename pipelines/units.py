@@ -1,0 +1,180 @@
+"""Units: the pieces of the pool that workers take.
+
+A unit is a Parquet file and a range of its row groups, with an id that changes when its content can have changed: the
+BLAKE2b hash of the file's footer (which holds the sizes, offsets and statistics of every column chunk), its name and the
+row range. Planning reads footers only. Everything downstream is keyed by unit: what a worker commits, the generator that
+rounds its marginals, what a resumed job still has to do.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A range of row groups of one Parquet file.
+
+    Attributes:
+      uid: stable id, 16 hexadecimal digits.
+      path: the file.
+      row_groups: first row group and the one after the last.
+      first_row: row of the file at which the unit starts.
+      pool_row: row of the whole pool, in planned order, at which the unit starts.
+      rows: number of rows, at least 1.
+    """
+
+    uid: str
+    path: str
+    row_groups: tuple[int, int]
+    first_row: int
+    pool_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The frozen plan of a set of Parquet files: which units there are, in which order.
+
+    Attributes:
+      files: (name, footer digest) per file.
+      units: in file order, then row order.
+      columns: column names, the same in every file.
+    """
+
+    files: tuple[tuple[str, str], ...]
+    units: tuple[Unit, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in all units."""
+        return sum(unit.rows for unit in self.units)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the unit ids: two pools with one digest have the same content in the same order."""
+        return hashlib.blake2b("\n".join(unit.uid for unit in self.units).encode(), digest_size=8).hexdigest()
+
+
+def find_files(pattern: str | Path, what: str = "pool") -> list[Path]:
+    """List the Parquet files that a path, a directory or a glob pattern names, sorted.
+
+    Raises:
+      ValueError: nothing is there.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = [p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_"))]
+    else:
+        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207  # absolute patterns
+    if not found:
+        raise ValueError(f"{what} must name Parquet files, a directory of them or a glob pattern; nothing is at {pattern}")
+    return sorted(found)
+
+
+def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool") -> Pool:
+    """Cut files into units of about `target_rows` rows along their row groups.
+
+    Args:
+      files: Parquet files of one schema.
+      target_rows: row groups are merged until a unit has this many rows.
+      what: the setting to name in errors.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: a file that is not Parquet, differing columns, or no rows at all.
+    """
+    root = Path(os.path.commonpath([str(f.parent.resolve()) for f in files]))
+    units: list[Unit] = []
+    digests: list[tuple[str, str]] = []
+    schema: pa.Schema | None = None
+    pool_row = 0
+    for path in files:
+        metadata = open_parquet(path, what).metadata
+        schema = _same_columns(schema, metadata.schema.to_arrow_schema(), path, what)
+        name, digest = str(path.resolve().relative_to(root)), _footer_digest(path)
+        digests.append((name, digest))
+        for groups, first_row, rows in _merge_row_groups(metadata, target_rows):
+            identity = f"{name}|{digest}|{first_row}|{rows}"
+            uid = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+            units.append(Unit(uid, str(path.resolve()), groups, first_row, pool_row, rows))
+            pool_row += rows
+    if not units or schema is None:
+        raise ValueError(f"{what} must have at least one row; its {len(files)} file(s), the first {files[0]}, have none")
+    return Pool(tuple(digests), tuple(units), tuple(schema.names))
+
+
+def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
+    """Open a Parquet file, or say in a sentence why it cannot be."""
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError as e:
+        raise ValueError(f"{what}: no such file: {path}") from e
+    except (pa.ArrowInvalid, OSError) as e:
+        raise ValueError(f"{what}: {path} cannot be read as Parquet ({_first_line(e)}); write it again or take it out") from e
+
+
+def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    """Read a unit in batches of at most `batch_rows` rows.
+
+    Args:
+      unit: what to read.
+      columns: columns to read.
+      batch_rows: most rows in a batch.
+      row_groups: read only these of the unit's row groups.
+
+    Yields:
+      Record batches, in row order.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    file = open_parquet(unit.path)
+    groups = list(range(*unit.row_groups)) if row_groups is None else list(row_groups)
+    try:
+        yield from file.iter_batches(batch_size=batch_rows, row_groups=groups, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f"{unit.path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+
+
+def _merge_row_groups(metadata: pq.FileMetaData, target_rows: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+    start, first_row, rows = 0, 0, 0
+    for group in range(metadata.num_row_groups):
+        rows += metadata.row_group(group).num_rows
+        if rows >= target_rows or group == metadata.num_row_groups - 1:
+            if rows:
+                yield (start, group + 1), first_row, rows
+            start, first_row, rows = group + 1, first_row + rows, 0
+
+
+def _footer_digest(path: Path) -> str:
+    with path.open("rb") as f:
+        size = f.seek(-8, os.SEEK_END) + 8
+        length = int.from_bytes(f.read(4), "little")
+        f.seek(-8 - length, os.SEEK_END)
+        return hashlib.blake2b(f.read(length) + str(size).encode(), digest_size=16).hexdigest()
+
+
+def _same_columns(first: pa.Schema | None, schema: pa.Schema, path: Path, what: str) -> pa.Schema:
+    if first is None:
+        return schema
+    expected, found = ({field.name: field.type for field in s} for s in (first, schema))
+    differing = {name for name, _ in expected.items() ^ found.items()}
+    if not differing:
+        return first
+    raise ValueError(f"{what}: {path} differs from the first file in column(s) {', '.join(sorted(differing))}; all files must have one schema")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
