@@ -1,0 +1,26 @@
+"""Soft labels: what a teacher answered, stored so that it says what it is."""
+
+from distilbeam.teacher.softlabels.codec import SoftLabels, decode, encode
+from distilbeam.teacher.softlabels.columns import label_schema
+from distilbeam.teacher.softlabels.gathering import compact_manifest, merge_manifests
+from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, committed, entry_path, read_manifest
+from distilbeam.teacher.softlabels.shards import file_checksum, write_shard
+from distilbeam.teacher.softlabels.spec import SoftLabelSpec, label_key
+
+__all__ = [
+    "Manifest",
+    "ManifestEntry",
+    "SoftLabelSpec",
+    "SoftLabels",
+    "committed",
+    "compact_manifest",
+    "decode",
+    "encode",
+    "entry_path",
+    "file_checksum",
+    "label_key",
+    "label_schema",
+    "merge_manifests",
+    "read_manifest",
+    "write_shard",
+]

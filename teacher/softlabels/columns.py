@@ -1,0 +1,127 @@
+"""Columns of a soft-label shard: Arrow types, and the Parquet encodings that make them small.
+
+Values of log-probabilities rounded to half precision leave the low 13 bits of a float32 at zero. BYTE_STREAM_SPLIT puts
+equal byte positions beside each other and zstd removes the empty ones, so that a float32 column that every reader opens
+costs little more than float16. Dictionaries are kept off floats, where they cost time and save nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distilbeam.teacher.softlabels.spec import SoftLabelSpec
+
+LOGPROBS, CLASSES, TAIL, MARGIN = "teacher_logprobs", "teacher_classes", "teacher_tail_logmass", "teacher_margin"
+SPEC_KEY = b"distilbeam.softlabels"
+
+
+def label_schema(spec: SoftLabelSpec) -> pa.Schema:
+    """Return the schema of what `encode` makes, with the specification in its metadata.
+
+    Args:
+      spec: the specification.
+
+    Returns:
+      The schema of the columns whose names begin with `teacher_`.
+    """
+    value = pa.float32() if spec.storage == "float32" else pa.float16()
+    fields = [pa.field(LOGPROBS, pa.list_(pa.field("element", value, nullable=False), spec.width), nullable=False)]
+    if spec.kind != "dense":
+        classes = pa.list_(pa.field("element", pa.int32(), nullable=False), spec.width)
+        fields.append(pa.field(CLASSES, classes, nullable=False))
+    if spec.kind == "top_k":
+        fields.append(pa.field(TAIL, pa.float32(), nullable=False))
+    fields.append(pa.field(MARGIN, pa.float32(), nullable=False))
+    return pa.schema(fields, metadata={SPEC_KEY: spec.to_json()})
+
+
+def check_columns(schema: pa.Schema, spec: SoftLabelSpec) -> None:
+    """Check that a schema has the label columns of a specification.
+
+    Columns beyond those of the specification are welcome: newer minor versions add some.
+
+    Raises:
+      ValueError: a column is missing or of another type.
+    """
+    for field in label_schema(spec):
+        if field.name not in schema.names:
+            raise ValueError(f"soft labels must have a column {field.name}; the columns are {', '.join(schema.names)}")
+        if not _same_type(schema.field(field.name).type, field.type):
+            raise ValueError(
+                f"column {field.name} must be {field.type} for {spec.kind} labels, got {schema.field(field.name).type}"
+            )
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Choose encodings for `pyarrow.parquet.ParquetWriter`.
+
+    Args:
+      schema: schema of a shard.
+
+    Returns:
+      Keyword arguments.
+    """
+    leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
+    encodings = {path: encoding for path, type_ in leaves.items() if (encoding := _encoding(path, type_))}
+    return {
+        "compression": "zstd",
+        "use_dictionary": [path for path in leaves if path not in encodings],
+        "column_encoding": encodings,
+        "write_statistics": [
+            path for path, type_ in leaves.items() if "." not in path and not pa.types.is_binary(type_)
+        ],
+        "store_schema": True,
+    }
+
+
+def flat_values(column: pa.Array | pa.ChunkedArray, width: int) -> np.ndarray[Any, Any]:
+    """View a fixed-size list column as an array without copying where it is one piece.
+
+    Args:
+      column: fixed-size lists, or the variable lists of one length that other tools make of them.
+      width: values in each list.
+
+    Returns:
+      Array [n, width] of the column's type.
+
+    Raises:
+      ValueError: missing values or lists of another length.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        if column.num_chunks != 1:
+            parts = [flat_values(chunk, width) for chunk in column.chunks]
+            empty = np.empty((0, width), column.type.value_type.to_pandas_dtype())
+            return np.concatenate(parts) if parts else empty
+        column = column.chunk(0)
+    values = column.flatten()
+    if column.null_count or values.null_count or len(values) != len(column) * width:
+        raise ValueError(f"every row of a label column must have {width:,} values and none missing")
+    array: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=True).reshape(-1, width)
+    return array
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_fixed_size_list(expected):
+        lists = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+        sized = not pa.types.is_fixed_size_list(found) or found.list_size == expected.list_size
+        return bool(lists and sized and found.value_type == expected.value_type)
+    return bool(found == expected)
+
+
+def _leaves(path: str, type_: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
+        return _leaves(f"{path}.list.element", type_.value_type)
+    if pa.types.is_struct(type_):
+        return [leaf for field in type_ for leaf in _leaves(f"{path}.{field.name}", field.type)]
+    return [(path, type_)]
+
+
+def _encoding(path: str, type_: pa.DataType) -> str | None:
+    if pa.types.is_floating(type_):
+        return "BYTE_STREAM_SPLIT"
+    if pa.types.is_fixed_size_binary(type_):
+        return "PLAIN"
+    return "PLAIN" if path.startswith(f"{CLASSES}.") else None
