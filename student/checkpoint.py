@@ -1,0 +1,198 @@
+"""A trained student on disk: `model.safetensors` and `student.json`, committed together by one rename.
+
+`student.json` holds the configuration, the classes in the order of the logits, the shape of the input and what the
+training wants remembered; no pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.models import build_student, count_parameters
+from distilbeam.teacher.preprocess import make_input
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
+FORWARD_ROWS = 256  # every forward pass has this many rows, so that a row's logits do not depend on its neighbours
+
+
+class Student:
+    """A trained student, ready to answer.
+
+    Attributes:
+      module: the network in evaluation mode.
+      config: its configuration.
+      classes: names of the classes in the order of the logits.
+      input_shape: shape of one example's input.
+      num_parameters: how many numbers training adjusted.
+      size_bytes: size of the weights on disk.
+      extra: what the training wanted remembered.
+    """
+
+    def __init__(self, module: nn.Module, description: Mapping[str, Any], weights: Path) -> None:
+        self.module = module.eval().requires_grad_(requires_grad=False)
+        self.config = StudentConfig.model_validate(description["config"])
+        self.classes: tuple[str, ...] = tuple(description["classes"])
+        self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
+        self.num_parameters = int(description["num_parameters"])
+        self.size_bytes = weights.stat().st_size
+        self.extra: dict[str, Any] = description["extra"]
+        self._make_input = make_input(self.config.input)
+        self._fingerprint = _digest(weights, description)
+
+    def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+        """Compute the logits of a batch.
+
+        Args:
+          batch: with the columns that the student reads.
+
+        Returns:
+          float32 [rows, C]; a row's values do not depend on the rows around it.
+
+        Raises:
+          ValueError: a column is missing or of another width.
+        """
+        return self.logits_of_inputs(self._make_input(batch))
+
+    def logits_of_inputs(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Compute the logits of inputs that are arrays already, [rows, *input_shape]."""
+        if inputs.shape[1:] != self.input_shape:
+            raise ValueError(
+                f"inputs must have the shape {list(self.input_shape)} that the student was trained on, "
+                f"got {list(inputs.shape[1:])}"
+            )
+        parts = [self._block(inputs[i : i + FORWARD_ROWS]) for i in range(0, len(inputs), FORWARD_ROWS)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
+
+    def zeros(self, rows: int) -> torch.Tensor:
+        """Make an input of zeros, of the type that the network takes."""
+        token_ids = self.config.input.kind == "text" and self.config.input.tokenizer is not None
+        return torch.zeros(rows, *self.input_shape, dtype=torch.int64 if token_ids else torch.float32)
+
+    def fingerprint(self) -> str:
+        """Identify the student by its weights and configuration."""
+        return self._fingerprint
+
+    def _block(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        padded = self.zeros(FORWARD_ROWS)
+        padded[: len(inputs)] = torch.tensor(inputs)  # copies: Arrow's memory is read-only
+        with torch.inference_mode():
+            logits: npt.NDArray[np.float32] = self.module(padded)[: len(inputs)].float().numpy()
+        return logits
+
+
+def save_student(
+    directory: str | Path,
+    module: nn.Module,
+    config: StudentConfig,
+    classes: Sequence[str],
+    input_shape: Sequence[int],
+    extra: Mapping[str, Any] | None = None,
+    files: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a student; the directory appears complete or not at all.
+
+    Args:
+      directory: where; it must not exist, or be empty.
+      module: the trained network.
+      config: its configuration.
+      classes: names of the classes in the order of the logits.
+      input_shape: shape of one example's input.
+      extra: what else to remember, plain data.
+      files: writes further files into the directory it is given before the commit.
+
+    Returns:
+      The directory.
+
+    Raises:
+      FileExistsError: the directory already holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "classes": list(classes),
+        "input_shape": list(input_shape),
+        "num_parameters": count_parameters(module),
+        "extra": dict(extra or {}),
+    }
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS)
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        if files is not None:
+            files(temporary)
+        _flush(temporary)
+        temporary.replace(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return directory
+
+
+def load_student(directory: str | Path) -> Student:
+    """Read a student.
+
+    Args:
+      directory: written by `save_student`.
+
+    Returns:
+      The student, on the CPU.
+
+    Raises:
+      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description.
+    """
+    directory = Path(directory)
+    try:
+        description = json.loads((directory / DESCRIPTION).read_text())
+    except FileNotFoundError as e:
+        raise ValueError(f"{directory} holds no student: {DESCRIPTION} is missing") from e
+    except ValueError as e:
+        raise ValueError(f"{directory / DESCRIPTION} is not valid JSON: {e}") from e
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{directory} has format version {version}, this release reads {FORMAT_VERSION}")
+    config = StudentConfig.model_validate(description["config"])
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
+        module = build_student(config, tuple(description["input_shape"]), len(description["classes"]))
+    try:
+        module.load_state_dict(load_file(directory / WEIGHTS))
+    except (RuntimeError, OSError, SafetensorError) as e:
+        raise ValueError(f"{directory / WEIGHTS} does not hold the weights of this student: {e}") from e
+    return Student(module, description, directory / WEIGHTS)
+
+
+def _digest(weights: Path, description: Mapping[str, Any]) -> str:
+    meaning = {name: description[name] for name in ("config", "classes", "input_shape")}
+    digest = hashlib.blake2b(weights.read_bytes(), digest_size=16)
+    digest.update(json.dumps(meaning, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _flush(directory: Path) -> None:
+    for path in [*directory.iterdir(), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
