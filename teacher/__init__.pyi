@@ -1,0 +1,10 @@
+from .asking import Answers as Answers
+from .asking import RowError as RowError
+from .asking import ask as ask
+from .config import TeacherConfig as TeacherConfig
+from .load import load_teacher as load_teacher
+from .preprocess import InputConfig as InputConfig
+from .preprocess import make_input as make_input
+from .protocol import Teacher as Teacher
+from .protocol import TeacherChanged as TeacherChanged
+from .protocol import TeacherUnavailable as TeacherUnavailable

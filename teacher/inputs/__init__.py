@@ -1,0 +1,1 @@
+"""Kinds of input, one file each; `distilbeam.teacher.preprocess` chooses among them."""

@@ -1,0 +1,198 @@
+"""How columns of an Arrow batch become a model's input.
+
+The same configuration serves the teacher and, separately, the student. Reading costs nothing where the column already
+is the
+array: a `fixed_size_binary` column of float32 is viewed, not copied.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MakeInput = Callable[[pa.RecordBatch], npt.NDArray[Any]]
+
+
+class InputError(ValueError):
+    """Rows that do not have the input that a model needs."""
+
+
+class InputConfig(BaseModel):
+    """Which columns are read and how they become an array of one row per example.
+
+    `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `function` calls your own
+    function on the batch. Numbers x become (x * scale - mean) / std.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["tensor", "image", "text", "function"] = Field("tensor", description="what the columns hold")
+    columns: tuple[str, ...] = Field(description="columns to read; `column` may name a single one", min_length=1)
+    shape: tuple[int, ...] | None = Field(None, description="tensor: shape of one example; without it, one dimension")
+    dtype: str = Field("float32", description="tensor: type of numbers stored as bytes, unless the field says its own")
+    scale: float | None = Field(None, description="factor on the stored numbers; 1, and 1/255 for images")
+    mean: tuple[float, ...] = Field((), description="subtracted: one number, or one per feature or image channel")
+    std: tuple[float, ...] = Field((), description="divided by: one number, or one per feature or image channel")
+    size: tuple[int, int] | None = Field(
+        None, description="image: height and width in pixels; needed when images differ"
+    )
+    resize: Literal["stretch", "crop"] = Field("stretch", description="image: change the aspect, or cut the middle out")
+    mode: Literal["RGB", "L"] = Field("RGB", description="image: colour or grey")
+    layout: Literal["chw", "hwc"] = Field("chw", description="image: order of channel, height and width")
+    tokenizer: str | None = Field(None, description="text: a tokenizer.json; without it, hashed n-grams")
+    max_length: int = Field(128, ge=1, description="text: tokens kept and padded to")
+    pad_id: int = Field(0, ge=0, description="text: token id that fills the rest")
+    buckets: int = Field(4096, ge=2, le=2**22, description="text: number of hashed features")
+    analyzer: Literal["word", "char", "char_wb"] = Field("word", description="text: n-grams of words or characters")
+    ngrams: tuple[int, int] = Field((1, 2), description="text: shortest and longest n-gram")
+    function: str | None = Field(None, description="function: 'module:function', called with the batch of `columns`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _column_is_columns(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "column" in data:
+            if "columns" in data:
+                raise ValueError("column and columns must not both be given")
+            data = {**data, "columns": [data["column"]]}
+            del data["column"]
+        return data
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        if self.kind in ("image", "text") and len(self.columns) != 1:
+            raise ValueError(f"columns must be one column for {self.kind} input, got {len(self.columns)}")
+        if (self.kind == "function") != (self.function is not None):
+            raise ValueError("function must be given for input of kind 'function', and only for it")
+        if self.shape is not None and (not self.shape or min(self.shape) < 1):
+            raise ValueError(f"shape must be positive whole numbers, got {list(self.shape)}")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be positive whole numbers, got {list(self.size)}")
+        if not 1 <= self.ngrams[0] <= self.ngrams[1]:
+            raise ValueError(f"ngrams must be two ascending positive numbers, got {list(self.ngrams)}")
+        if self.std and min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {list(self.std)}")
+        _number_type(self.dtype)
+        return self
+
+    def files(self) -> tuple[str, ...]:
+        """Return the files that the input depends on."""
+        return (self.tokenizer,) if self.tokenizer else ()
+
+    def relative_to(self, base: Path) -> InputConfig:
+        """Return the configuration with its files' relative paths resolved against a folder."""
+        return self.model_copy(update={"tokenizer": str(base / self.tokenizer)}) if self.tokenizer else self
+
+
+def make_input(config: InputConfig) -> MakeInput:
+    """Make the function that turns a batch into a model's input.
+
+    Args:
+      config: the configuration.
+
+    Returns:
+      A picklable function from a record batch of n rows to an array [n, *shape], C-contiguous and possibly a read-only
+      view of the batch. float32; int64 for token ids; for kind `function` whatever the function returns. It raises
+      `InputError`, a `ValueError`, when a column is missing or a row does not have the shape of the others.
+
+    Raises:
+      ValueError: a file or function that the configuration names cannot be loaded.
+    """
+    if config.kind == "tensor":
+        from distilbeam.teacher.inputs.tensors import TensorInput
+
+        return TensorInput(config)
+    if config.kind == "image":
+        from distilbeam.teacher.inputs.images import ImageInput
+
+        return ImageInput(config)
+    if config.kind == "text":
+        from distilbeam.teacher.inputs.texts import text_input
+
+        return text_input(config)
+    from distilbeam.teacher.inputs.functions import FunctionInput
+
+    return FunctionInput(config)
+
+
+def load_object(name: str, setting: str) -> Any:
+    """Import what `module:name` says.
+
+    Args:
+      name: dotted module, colon, dotted name in it.
+      setting: the setting that holds it, for the message.
+
+    Raises:
+      ValueError: not of that form, no such module, or no such name in it.
+    """
+    module, colon, path = name.partition(":")
+    if not (module and colon and path):
+        raise ValueError(f"{setting} must be 'module:name', got '{name}'")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"{setting}: module '{e.name}' is not installed; install it or put it on PYTHONPATH") from e
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{setting}: module '{module}' has no '{path}'")
+        found = getattr(found, part)
+    return found
+
+
+def require_columns(batch: pa.RecordBatch, columns: tuple[str, ...]) -> None:
+    """Check that a batch has columns.
+
+    Raises:
+      InputError: it lacks one.
+    """
+    for name in columns:
+        if name not in batch.schema.names:
+            raise InputError(f"the input must have a column {name}; the columns are {', '.join(batch.schema.names)}")
+
+
+def normalised(
+    values: npt.NDArray[Any], config: InputConfig, default_scale: float, per: str, channels: int
+) -> npt.NDArray[np.float32]:
+    """Compute (x * scale - mean) / std over the last axis.
+
+    Args:
+      values: numbers [..., channels].
+      config: the configuration.
+      default_scale: scale where the configuration has none.
+      per: what a number of mean and std belongs to, for the message.
+      channels: size of the last axis.
+
+    Returns:
+      float32 of the same shape; the values themselves where there is nothing to do.
+
+    Raises:
+      InputError: mean or std has another length than 1 or `channels`.
+    """
+    out: npt.NDArray[Any] = values.astype(np.float32, copy=False)
+    scale = default_scale if config.scale is None else config.scale
+    for name, numbers in (("mean", config.mean), ("std", config.std)):
+        if len(numbers) not in (0, 1, channels):
+            raise InputError(f"{name} must be one number or one per {per} ({channels:,}), got {len(numbers):,}")
+    if scale != 1:
+        out = out * np.float32(scale)
+    if config.mean:
+        out = out - np.asarray(config.mean, np.float32)
+    if config.std:
+        out = out / np.asarray(config.std, np.float32)
+    return out
+
+
+def _number_type(name: str) -> np.dtype[Any]:
+    try:
+        dtype = np.dtype(name)
+    except TypeError as e:
+        raise ValueError(f"dtype must be the name of a number type such as float32, got '{name}'") from e
+    if dtype.kind not in "fiub":
+        raise ValueError(f"dtype must be a number type such as float32, got '{name}'")
+    return dtype.newbyteorder("<")
