@@ -38,15 +38,15 @@ def compact_manifest(path: str | Path) -> Path:
     """
     directory = Path(path)
     read_manifest(directory)
-    files = manifest_files(directory)
-    entries = sorted(read_entries(files), key=lambda entry: entry.path)
+    files = {file: _identity(file) for file in manifest_files(directory)}
+    entries = sorted(read_entries(list(files)), key=lambda entry: entry.path)
     text = "".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in entries)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     target = directory / FOLDER / f"gathered-{digest}.jsonl"
     with replacing(target) as temporary:
         temporary.write_text(text)
-    for file in files:
-        if file != target:
+    for file, identity in files.items():
+        if file != target and _identity(file) == identity:  # an entry that was written anew meanwhile stays
             file.unlink()
     return target
 
@@ -74,3 +74,8 @@ def merge_manifests(target: str | Path, sources: Sequence[str | Path]) -> Manife
         relative = os.path.relpath((origin / entry.path).resolve(), directory.resolve())
         write_entry(directory, replace(entry, path=Path(relative).as_posix()))
     return read_manifest(directory)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_ino, stat.st_mtime_ns

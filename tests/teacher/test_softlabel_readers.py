@@ -1,0 +1,85 @@
+"""The default layout opened by tools that are not ours, with the values that were written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from distilbeam.teacher.softlabels import SoftLabels, SoftLabelSpec, decode, write_shard
+
+SPECS = {
+    "dense": SoftLabelSpec(10),
+    "top_k": SoftLabelSpec(1000, "top_k", 8),
+    "sampled": SoftLabelSpec(1000, "sampled", 20),
+}
+
+
+@pytest.fixture(params=SPECS)
+def shard(
+    request: pytest.FixtureRequest, tmp_path: Path, labelled: Callable[..., pa.Table]
+) -> tuple[Path, SoftLabels, SoftLabelSpec]:
+    spec = SPECS[request.param]
+    table = labelled(np.random.default_rng(2).normal(size=(257, spec.num_classes)) * 3, spec)
+    write_shard(tmp_path, "shard", table, spec, "k")
+    return tmp_path / "shard.parquet", decode(table, spec), spec
+
+
+def check(read: dict[str, Any], labels: SoftLabels, spec: SoftLabelSpec) -> None:
+    stored = np.stack([np.asarray(row, np.float32) for row in read["teacher_logprobs"]])
+    if spec.kind == "sampled":  # stored to half precision, decoded to the exact frequency
+        np.testing.assert_allclose(np.exp(stored), np.exp(labels.logprobs), atol=1e-3)
+    else:
+        np.testing.assert_array_equal(stored, labels.logprobs)
+    if labels.classes is not None:
+        np.testing.assert_array_equal(np.stack([np.asarray(row) for row in read["teacher_classes"]]), labels.classes)
+    if labels.tail_logmass is not None:
+        np.testing.assert_array_equal(np.asarray(read["teacher_tail_logmass"], np.float32), labels.tail_logmass)
+    assert list(read["example_id"]) == [f"row-{i}" for i in range(257)]
+
+
+def test_pyarrow_dataset(shard: Any) -> None:
+    path, labels, spec = shard
+    table = ds.dataset(path).to_table()
+    check(table.to_pydict(), labels, spec)
+    np.testing.assert_array_equal(decode(table, spec).logprobs, labels.logprobs)
+
+
+def test_pandas(shard: Any) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    path, labels, spec = shard
+    check(pandas.read_parquet(path), labels, spec)
+
+
+def test_duckdb(shard: Any) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    path, labels, spec = shard
+    with duckdb.connect() as connection:
+        rows = connection.sql(f"select * from read_parquet('{path}')")
+        check({name: [row[i] for row in rows.fetchall()] for i, name in enumerate(rows.columns)}, labels, spec)
+
+
+def test_hugging_face_datasets(shard: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    path, labels, spec = shard
+    loaded = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    check(loaded.to_dict(), labels, spec)
+    np.testing.assert_array_equal(decode(loaded.with_format("arrow")[:], spec).logprobs, labels.logprobs)
+
+
+def test_compact_storage_reads_back_the_same_values(tmp_path: Path, labelled: Callable[..., pa.Table]) -> None:
+    logits = np.random.default_rng(2).normal(size=(100, 10))
+    values = []
+    for storage in ("float32", "float16"):
+        spec = SoftLabelSpec(10, storage=storage)  # type: ignore[arg-type]
+        write_shard(tmp_path / storage, "s", labelled(logits, spec), spec, "k")
+        values.append(decode(pq.read_table(tmp_path / storage / "s.parquet"), spec).logprobs)
+    np.testing.assert_array_equal(*values)
+    wide, narrow = ((tmp_path / s / "s.parquet").stat().st_size for s in ("float32", "float16"))
+    assert narrow < wide
