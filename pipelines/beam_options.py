@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
@@ -17,7 +17,7 @@ LOCAL_RUNNER = "FnApiRunner"
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 
-class _StrictParser(_BeamArgumentParser):  # type: ignore[misc]  # Beam has no annotations
+class _StrictParser(_BeamArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"Beam refuses the options after '--': {message}")
 
@@ -40,7 +40,10 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     flags = list(flags)
     if not any(flag == "--runner" or flag.startswith("--runner=") for flag in flags):
         flags.append(f"--runner={LOCAL_RUNNER}")
-    flags = [flag.replace("DaskRunner", DASK_RUNNER) if flag in ("DaskRunner", "--runner=DaskRunner") else flag for flag in flags]
+    flags = [
+        flag.replace("DaskRunner", DASK_RUNNER) if flag in ("DaskRunner", "--runner=DaskRunner") else flag
+        for flag in flags
+    ]
     if any(DASK_RUNNER in flag for flag in flags):
         _register_dask_options()
     parser = _StrictParser(allow_abbrev=False, add_help=False)
@@ -60,8 +63,8 @@ def _register_dask_options() -> None:
         raise ValueError("the Dask runner needs its packages: pip install 'distilbeam[dask]'") from e
 
 
-def _option_classes(cls: type) -> Iterator[type]:
-    seen = set()
+def _option_classes(cls: Any) -> Iterator[Any]:
+    seen: set[str] = set()
     for subclass in cls.__subclasses__():
         if str(subclass) not in seen:
             seen.add(str(subclass))
@@ -75,4 +78,6 @@ def _unknown_flag_sentence(flag: str, parser: argparse.ArgumentParser) -> str:
         return f"'{flag}' is not a Beam option: what follows '--' must be flags such as --runner=DataflowRunner"
     known = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"{name} is not a Beam option" + (f"; did you mean {near[0]}?" if near else "; see Beam's documentation of its runners")
+    return f"{name} is not a Beam option" + (
+        f"; did you mean {near[0]}?" if near else "; see Beam's documentation of its runners"
+    )

@@ -27,7 +27,6 @@ from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.sketch import GainSketch, Threshold
 
-
 _UnitMarginals: TypeAlias = tuple[Unit, npt.NDArray[np.int64], npt.NDArray[np.float32] | None, npt.NDArray[np.float64]]
 
 
@@ -97,7 +96,9 @@ def _frozen_plan(choice: Choice) -> dict[str, Any]:
     plan: dict[str, Any] = read_json(path)
     changed = [name for name, digest in choice.digests.items() if plan["digests"].get(name) != digest]
     if changed:
-        raise ValueError(f"{path} was made with another {' and another '.join(changed)}; start a new run directory for the new one")
+        raise ValueError(
+            f"{path} was made with another {' and another '.join(changed)}; start a new run directory for the new one"
+        )
     return plan
 
 
@@ -117,7 +118,13 @@ def _solve(choice: Choice) -> dict[str, Any]:
     _check_budget(choice.budget, sketch.count)
     wrong = 0.0 if choice.method == "greedy" else sketch.count * choice.wrong_share
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)
-    return {**plan, "examples": sketch.count, "wrong": wrong, "value": threshold.value, "threshold": threshold.to_json()}
+    return {
+        **plan,
+        "examples": sketch.count,
+        "wrong": wrong,
+        "value": threshold.value,
+        "threshold": threshold.to_json(),
+    }
 
 
 def _merged(total: GainSketch, other: GainSketch) -> GainSketch:
@@ -136,7 +143,9 @@ def _refined(threshold: Threshold, choice: Choice) -> Threshold:
 
 def _check_budget(budget: int, left: int) -> None:
     if budget > left:
-        raise ValueError(f"selection.budget must be at most the {left:,} examples that are left in the pool, got {budget:,}")
+        raise ValueError(
+            f"selection.budget must be at most the {left:,} examples that are left in the pool, got {budget:,}"
+        )
 
 
 def _pick(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
@@ -186,4 +195,5 @@ def _add_pick(path: Path, pick: pa.Table) -> int:
 
 
 def _rng(choice: Choice, name: str) -> np.random.Generator:
-    return shard_rng(choice.seed, choice.round, name)
+    rng: np.random.Generator = shard_rng(choice.seed, choice.round, name)
+    return rng

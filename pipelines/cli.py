@@ -30,9 +30,15 @@ console = Console()
 errors = Console(stderr=True)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
-BeamArgument = Annotated[list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")]
-RoundOption = Annotated[int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")]
+BeamArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
@@ -178,7 +184,11 @@ def report(
 
 
 def _steps(
-    config: Path, flags: list[str] | None, overrides: list[str] | None, log_level: str, until: tuple[str, int | None] | None
+    config: Path,
+    flags: list[str] | None,
+    overrides: list[str] | None,
+    log_level: str,
+    until: tuple[str, int | None] | None,
 ) -> Path:
     configure_logs(log_level, console)
     with Display(console).waiting("loading"):  # Beam and torch take seconds to import

@@ -7,6 +7,7 @@ violation is one sentence that names the setting, the value and, for an unknown 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,12 +38,24 @@ class DataSection(_Section):
 
     pool: str = Field(description="unlabelled examples: a Parquet file, a directory of them or a glob pattern")
     labelled: str = Field(description="labelled examples that student 0 is trained on")
-    validation: str = Field(description="labelled examples, unseen by the teacher's training: they measure the teacher and choose checkpoints")
-    test: str | None = Field(None, description="labelled examples for the final table; without them the validation set serves, and the report says so")
+    validation: str = Field(
+        description="labelled examples, unseen by the teacher's training: they measure the teacher and choose checkpoints"
+    )
+    test: str | None = Field(
+        None,
+        description="labelled examples for the final table; without them the validation set serves, and the report says so",
+    )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
-    id: str | None = Field(None, description="column with a unique id; without it the BLAKE2b hash of the carried columns serves")
-    carry: tuple[str, ...] = Field((), description="pool columns to copy beside the labels; the columns that the student reads are always copied")
-    classes: tuple[str, ...] = Field((), description="class names in the order of the teacher's outputs; without them the sorted labels of labelled and validation")
+    id: str | None = Field(
+        None, description="column with a unique id; without it the BLAKE2b hash of the carried columns serves"
+    )
+    carry: tuple[str, ...] = Field(
+        (), description="pool columns to copy beside the labels; the columns that the student reads are always copied"
+    )
+    classes: tuple[str, ...] = Field(
+        (),
+        description="class names in the order of the teacher's outputs; without them the sorted labels of labelled and validation",
+    )
 
     @model_validator(mode="after")
     def _distinct_classes(self) -> Self:
@@ -54,9 +67,13 @@ class DataSection(_Section):
 class LabelsSection(_Section):
     """The form in which the teacher's answers are stored."""
 
-    kind: Literal["dense", "top_k", "sampled"] = Field("dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)")
+    kind: Literal["dense", "top_k", "sampled"] = Field(
+        "dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)"
+    )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
-    storage: Literal["float32", "float16"] = Field("float32", description="float32 columns rounded to half precision, which every reader opens, or float16")
+    storage: Literal["float32", "float16"] = Field(
+        "float32", description="float32 columns rounded to half precision, which every reader opens, or float16"
+    )
 
     @model_validator(mode="after")
     def _k_fits_kind(self) -> Self:
@@ -68,14 +85,20 @@ class LabelsSection(_Section):
 class SelectionSection(_Section):
     """Which examples to buy labels for."""
 
-    method: Literal["rad", "greedy", "uniform"] = Field("rad", description="the game against the teacher's mistakes, the largest gains, or chance")
-    gain: Literal["margin", "entropy", "least_confidence"] = Field("margin", description="what the student would learn from an example's label")
+    method: Literal["rad", "greedy", "uniform"] = Field(
+        "rad", description="the game against the teacher's mistakes, the largest gains, or chance"
+    )
+    gain: Literal["margin", "entropy", "least_confidence"] = Field(
+        "margin", description="what the student would learn from an example's label"
+    )
     budget: int = Field(description="labels to buy in each round", ge=1)
     floor: float = Field(0.5, ge=0, le=1, description="lower bound of the teacher's estimated accuracy")
-    coverage: float = Field(0.9, gt=0, lt=1, description="how often the truth must be among the teacher's candidate classes")
+    coverage: float = Field(
+        0.9, gt=0, lt=1, description="how often the truth must be among the teacher's candidate classes"
+    )
     compare_uniform: bool = Field(
         True,
-        description="also train a student on as many uniformly chosen labels, for the report; asks the teacher for those that were not bought already",
+        description="also train on as many uniformly chosen labels, for the report; asks the teacher for those not bought already",
     )
 
 
@@ -124,7 +147,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError as e:
-        raise ValueError(f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from") from e
+        raise ValueError(
+            f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
+        ) from e
     except IsADirectoryError as e:
         raise ValueError(f"{path} is a directory; name the configuration file in it") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -181,44 +206,60 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _sentence(error: Any) -> str:
-    location = [part for part in error["loc"] if not _is_union_tag(part, error["loc"])]
-    name = ".".join(str(part) for part in location)
+    names, models = _resolve(error["loc"])
+    name = ".".join(names)
     match error["type"]:
         case "extra_forbidden":
             return f"{name} is not a setting{_suggestion(error['loc'])}"
         case "missing":
             return f"{name} must be given"
         case "union_tag_invalid" | "union_tag_not_found":
-            context = error["ctx"]
-            expected = context.get("expected_tags", "one of the known kinds")
-            return f"{name}.kind must be one of {expected}, got {context.get('tag', 'nothing')!r}"
+            kinds = [tag for model in models if (tag := _tag(model)) is not None]
+            return f"{name}.kind must be one of {', '.join(kinds)}, got {error['ctx'].get('tag', 'nothing')!r}"
         case "value_error":
-            return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+            return _placed(str(error["ctx"]["error"]), names, models)
         case _:
-            message = error["msg"][0].lower() + error["msg"][1:]
-            return f"{name}: {message.removeprefix('input ')}, got {error['input']!r}"
+            rule = re.sub(r", (unable|got) .*", "", error["msg"].removeprefix("Input ").replace("should", "must", 1))
+            return f"{name}: {rule}, got {error['input']!r}"
 
 
-def _is_union_tag(part: str | int, location: Sequence[str | int]) -> bool:
-    return part == location[1:2][0] and location[0] == "teacher" and part not in {"kind"} if len(location) > 1 else False
+def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> str:
+    """Put the section before a validator's sentence that begins with the name of a field."""
+    first = message.split(" ", 1)[0]
+    if names and first == names[-1]:
+        return ".".join([*names[:-1], message])
+    if any(first in model.model_fields for model in models):
+        return ".".join([*names, message])
+    return f"{'.'.join(names)}: {message}"
 
 
 def _suggestion(location: Sequence[str | int]) -> str:
-    parents, unknown = location[:-1], str(location[-1])
-    near = difflib.get_close_matches(unknown, sorted(_fields_at(parents)), n=1, cutoff=0.5)
+    names, models = _resolve(location[:-1])
+    valid = sorted({name for model in models for name in model.model_fields})
+    near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
     if near:
-        shown = [str(part) for part in parents if not _is_union_tag(part, location)]
-        return f"; did you mean {'.'.join([*shown, near[0]])}?"
-    elsewhere = [name for name in _all_settings(RunConfig) if name.rsplit(".", 1)[-1] == unknown]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the valid ones are {', '.join(sorted(_fields_at(parents)))}"
+        return f"; did you mean {'.'.join([*names, near[0]])}?"
+    elsewhere = [name for name in _all_settings(RunConfig) if name.rsplit(".", 1)[-1] == location[-1]]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the valid ones are {', '.join(valid)}"
 
 
-def _fields_at(parents: Sequence[str | int]) -> set[str]:
+def _resolve(location: Sequence[str | int]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Follow a validation error's location: the settings it names, without the tags of unions, and the models it ends in."""
+    names: list[str] = []
     models: list[type[BaseModel]] = [RunConfig]
-    for part in parents:
-        inner = [m for model in models for m in _models_in(model.model_fields[str(part)].annotation)] if any(part in m.model_fields for m in models) else []
-        models = inner or [m for m in models if _tag(m) == part] or models
-    return {name for model in models for name in model.model_fields}
+    for part in location:
+        tagged = [model for model in models if _tag(model) == part and part not in model.model_fields]
+        if tagged:
+            models = tagged
+            continue
+        names.append(str(part))
+        models = [
+            m
+            for model in models
+            if part in model.model_fields
+            for m in _models_in(model.model_fields[str(part)].annotation)
+        ]
+    return names, models
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -8,6 +8,7 @@ with `torch.export` like any user's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 
 SPLITS = {"test": 400, "validation": 200, "teacher": 300, "labelled": 60}
 
-CONFIG = '''# The embedded example: handwritten digits. `distilbeam run` on this file takes under a minute.
+CONFIG = """# The embedded example: handwritten digits. `distilbeam run` on this file takes under a minute.
 # Relative paths are relative to this file; every setting can be overridden: --set section.key=value
 
 [run]
@@ -53,9 +54,9 @@ input = {{ columns = ["pixels"], shape = [64], scale = 0.0625 }}
 [training]
 epochs = 120
 batch_size = 64
-learning_rate = 0.01
+lr = 0.01
 weight_decay = 0.1
-'''
+"""
 
 
 def write_digits(directory: Path, seed: int, progress: Callable[[int, int], None]) -> Path:
@@ -72,8 +73,8 @@ def write_digits(directory: Path, seed: int, progress: Callable[[int, int], None
     images, digits = load_digits(return_X_y=True)
     images = images.astype(np.uint8)
     order = np.random.default_rng(seed).permutation(len(images))
-    bounds = np.cumsum([0, *SPLITS.values(), len(images)]).clip(max=len(images))
-    rows = dict(zip([*SPLITS, "pool"], (order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)), strict=True))
+    bounds = [*np.cumsum([0, *SPLITS.values()]), len(images)]
+    rows = dict(zip([*SPLITS, "pool"], (order[a:b] for a, b in pairwise(bounds)), strict=True))
     (directory / "pool").mkdir(parents=True, exist_ok=True)
     for name in ("labelled", "validation", "test"):
         table = _table(rows[name], images).append_column("digit", pa.array(digits[rows[name]]))
@@ -90,16 +91,26 @@ def write_digits(directory: Path, seed: int, progress: Callable[[int, int], None
 
 
 def _table(rows: npt.NDArray[np.int64], images: npt.NDArray[np.uint8]) -> pa.Table:
-    pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), len(rows), [None, pa.py_buffer(images[rows].tobytes())])
+    pixels = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(64), len(rows), [None, pa.py_buffer(images[rows].tobytes())]
+    )
     field = pa.field("pixels", pa.binary(64), metadata={"dtype": "uint8", "shape": "[8, 8]"})
-    return pa.table([pa.array([f"digit-{row:04d}" for row in rows]), pixels], schema=pa.schema([pa.field("id", pa.string()), field]))
+    return pa.table(
+        [pa.array([f"digit-{row:04d}" for row in rows]), pixels], schema=pa.schema([pa.field("id", pa.string()), field])
+    )
 
 
 def _teacher(width: int = 32) -> nn.Module:
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    features = [*block(1, width), *block(width, 2 * width), nn.MaxPool2d(2), *block(2 * width, 4 * width), nn.MaxPool2d(2)]
+    features = [
+        *block(1, width),
+        *block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *block(2 * width, 4 * width),
+        nn.MaxPool2d(2),
+    ]
     head = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(16 * width, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(*features, *head)
 

@@ -59,7 +59,13 @@ class Inputs:
     @property
     def digest(self) -> str:
         """Hash of everything that the run reads: the pool, the labelled sets and the class names."""
-        parts = [self.pool.digest, self.labelled.plan.digest, self.validation.plan.digest, self.test.plan.digest, *self.classes]
+        parts = [
+            self.pool.digest,
+            self.labelled.plan.digest,
+            self.validation.plan.digest,
+            self.test.plan.digest,
+            *self.classes,
+        ]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -94,7 +100,9 @@ def load_inputs(config: RunConfig, base: Path) -> Inputs:
     sets = {name: LabelledSet(plan, _indexed(table, data.label, classes, name)) for name, (plan, table) in raw.items()}
     _require_budget(config, pool)
     test = sets.get("data.test", sets["data.validation"])
-    return Inputs(pool, sets["data.labelled"], sets["data.validation"], test, classes, student_columns, teacher_columns, carried)
+    return Inputs(
+        pool, sets["data.labelled"], sets["data.validation"], test, classes, student_columns, teacher_columns, carried
+    )
 
 
 def _sets(config: RunConfig) -> dict[str, str]:
@@ -133,7 +141,9 @@ def _found_classes(tables: Sequence[pa.Table], label: str) -> tuple[str, ...]:
     values = pc.drop_null(values)
     names = tuple(str(value) for value in values.take(pc.array_sort_indices(values)).to_pylist())
     if len(names) < 2:
-        raise ValueError(f"data.label: the labelled sets must have at least two classes in column {label}, found {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"data.label: the labelled sets must have at least two classes in column {label}, found {', '.join(names) or 'none'}"
+        )
     return names
 
 

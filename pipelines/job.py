@@ -16,12 +16,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.answers import count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
-from distilbeam.pipelines.config import RunConfig
+from distilbeam.pipelines.config import LabelsSection, RunConfig
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
-from distilbeam.pipelines.files import committed_file, read_json, write_json
+from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.phases import run_phase
 from distilbeam.pipelines.rundir import RunDirectory
@@ -30,6 +31,7 @@ from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.teacher.softlabels.atomic import replacing
 
 
 class Job:
@@ -66,9 +68,9 @@ class Job:
         Raises:
           ValueError: the data or the teacher changed since the run was started.
         """
-        now = {
+        now: dict[str, Any] = {
             "inputs": self.inputs.digest,
-            "files": {name: digest for name, digest in self.inputs.pool.files},
+            "files": dict(self.inputs.pool.files),
             "teacher": self.fingerprint,
             "classes": list(self.inputs.classes),
         }
@@ -94,8 +96,8 @@ class Job:
 
     def ask(self, name: str, report: Report) -> None:
         """Ask the teacher about the validation or the test set."""
-        spec = self._spec("dense")
-        self._label(self.directory.asked(name), f"ask-{name}", self._labelled_set(name).plan, spec, report)
+        labelling = Labelling(self.teacher, self._spec(LabelsSection()), teacher_batch=self.config.engine.teacher_batch)
+        self._label(self.directory.asked(name), f"ask-{name}", self._labelled_set(name).plan, labelling, None, report)
 
     def select(self, number: int, report: Report) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
@@ -134,7 +136,7 @@ class Job:
 
     def answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
-        return read_answers(self.directory.asked(name), self._spec("dense"), self._labelled_set(name).plan.rows)
+        return read_answers(self.directory.asked(name), self._spec(LabelsSection()), self._labelled_set(name).plan.rows)
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
@@ -172,36 +174,50 @@ class Job:
     def _label_picks(
         self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], report: Report
     ) -> None:
-        estimates = self._estimates(output, student)
-        options = {"picks": str(picks), "student": str(student), "estimates": estimates, "reuse": reuse}
-        self._label(output, name, self.inputs.pool, self._spec(self.config.labels.kind), report, **options)
-
-    def _label(self, output: Path, name: str, plan: Pool, spec: SoftLabelSpec, report: Report, **options: Any) -> None:
-        picks = options.get("picks")
-        dead_letters = self.directory.dead_letters(name)
-        id_column = self.config.data.id if picks is not None else None
-        columns = [*spec.carried, *self.inputs.teacher_columns, *self.inputs.student_columns, *filter(None, [id_column])]
-        work = Label(
+        labelling = Labelling(
             teacher=self.teacher,
-            spec=spec,
+            spec=self._spec(self.config.labels),
+            id_column=self.config.data.id,
+            teacher_batch=self.config.engine.teacher_batch,
+            estimates=self._estimates(output, student),
+            student=str(student),
+            reuse=reuse,
+        )
+        self._label(output, name, self.inputs.pool, labelling, str(picks), report)
+
+    def _label(
+        self, output: Path, name: str, plan: Pool, labelling: Labelling, picks: str | None, report: Report
+    ) -> None:
+        inputs, spec, dead_letters = self.inputs, labelling.spec, self.directory.dead_letters(name)
+        columns = [*spec.carried, *inputs.teacher_columns, *inputs.student_columns, labelling.id_column]
+        work = Label(
+            labelling=labelling,
             output=str(output),
             dead_letters=str(dead_letters),
-            columns=tuple(dict.fromkeys(columns)),
-            id_column=id_column,
-            teacher_batch=self.config.engine.teacher_batch,
+            columns=tuple(dict.fromkeys(column for column in columns if column is not None)),
+            picks=picks,
             batch_rows=self.config.engine.batch_rows,
-            **options,
         )
         shards = plan_shards(plan.units, picks, self.config.engine.shard_rows, spec)
         self._phase("label", work, shards, report)
         failed = count_dead_letters(dead_letters)
         if failed == sum(shard.rows for shard in shards):
-            raise ValueError(f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}")
+            raise ValueError(
+                f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
+            )
         write_json(self.directory.summary(output), tally(output, failed))
 
     def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
         errors = self.directory.errors(name)
-        run_phase(name, work, items, errors=errors, options=self.options, progress=report, attempts=self.config.engine.attempts)
+        run_phase(
+            name,
+            work,
+            items,
+            errors=errors,
+            options=self.options,
+            progress=report,
+            attempts=self.config.engine.attempts,
+        )
 
     def _choice(
         self, directory: Path, method: str, budget: int, bought: tuple[str, ...], number: int, student: int
@@ -219,16 +235,15 @@ class Job:
             digests=digests,
         )
 
-    def _spec(self, kind: str) -> SoftLabelSpec:
-        labels = self.config.labels
-        stored = {"k": labels.k, "storage": labels.storage} if kind == labels.kind else {}
+    def _spec(self, labels: LabelsSection) -> SoftLabelSpec:
         return SoftLabelSpec(
             num_classes=len(self.inputs.classes),
-            kind=kind,
+            kind=labels.kind,
+            k=labels.k,
+            storage=labels.storage,
             classes=self.inputs.classes,
             teacher=self.fingerprint,
             carried=self.inputs.carried,
-            **stored,
         )
 
     def _labelled_set(self, name: str) -> LabelledSet:
@@ -246,6 +261,6 @@ class Job:
             estimates = Estimates.fit(
                 answers[answered], logits[answered], truth[answered], selection.floor, selection.coverage
             )
-            with committed_file(path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_text(estimates.to_text())
         return path.read_text()

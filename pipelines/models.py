@@ -10,8 +10,6 @@ import json
 import threading
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.teacher.config import TeacherConfig
 from distilbeam.teacher.load import load_teacher
@@ -32,8 +30,7 @@ def cached_teacher(text: str) -> Teacher:
     with _lock:
         if text not in _teachers:
             description = json.loads(text)
-            config: TeacherConfig = TypeAdapter(TeacherConfig).validate_python(description["config"])
-            _teachers[text] = load_teacher(config, base=description["base"])
+            _teachers[text] = load_teacher(description["config"], base=description["base"])
         return _teachers[text]
 
 

@@ -33,18 +33,19 @@ from distilbeam.pipelines.files import read_json, write_json
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
 
 
-class Work(Protocol[Item]):
+class Work(Protocol[Item_contra]):
     """What a phase does with one item; picklable, and building models only inside `__call__`."""
 
-    def __call__(self, item: Item, /) -> None:
+    def __call__(self, item: Item_contra, /) -> None:
         """Do the work of `item` and commit its file."""
 
-    def done(self, item: Item, /) -> bool:
+    def done(self, item: Item_contra, /) -> bool:
         """Tell whether the file of `item` is committed."""
 
-    def name(self, item: Item, /) -> str:
+    def name(self, item: Item_contra, /) -> str:
         """Describe `item` for a reader of an error."""
 
 
@@ -52,7 +53,7 @@ class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
 
 
-class _Run(beam.DoFn, Generic[Item]):  # type: ignore[misc]
+class _Run(beam.DoFn, Generic[Item]):
     def __init__(self, phase: str, work: Work[Item], errors: str) -> None:
         self.phase, self.work, self.errors = phase, work, errors
         self.items_done = Metrics.counter("distilbeam", f"{phase}_items")
@@ -63,7 +64,12 @@ class _Run(beam.DoFn, Generic[Item]):  # type: ignore[misc]
                 self.work(item)
             self.items_done.inc()
         except Exception as e:  # noqa: BLE001  # the boundary: the driver reads it and raises it
-            record = {"item": self.work.name(item), "type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}
+            record = {
+                "item": self.work.name(item),
+                "type": type(e).__name__,
+                "message": str(e),
+                "traceback": traceback.format_exc(),
+            }
             write_json(Path(self.errors) / f"{_stable_name(self.work.name(item))}.json", record)
 
 
@@ -122,7 +128,10 @@ def run_phase(
             _submit(phase, work, todo, errors, options)
         todo = [item for item in todo if not work.done(item)]
         failed = _failures(errors)
-        if todo and (attempt == attempts or all(f["type"] in ("ValueError", "TypeError", "KeyError") for f in failed) and failed):
+        if todo and (
+            attempt == attempts
+            or (all(f["type"] in ("ValueError", "TypeError", "KeyError") for f in failed) and failed)
+        ):
             raise PhaseError(_sentence(phase, todo, failed, work))
         if todo:
             log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
@@ -141,7 +150,9 @@ def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, op
 class _Watch(Generic[Item]):
     """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
 
-    def __init__(self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float) -> None:
+    def __init__(
+        self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
+    ) -> None:
         self._pending = list(items)
         self._total, self._work, self._progress, self._poll_s = len(items), work, progress, poll_s
         self._stop = threading.Event()

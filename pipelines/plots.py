@@ -11,7 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TEACHER, STUDENT, UNIFORM, GREY = "#1b4965", "#d1495b", "#8d99ae", "#cfd4da"
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#eceff1", "axes.axisbelow": True}
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eceff1",
+    "axes.axisbelow": True,
+}
 
 
 def draw_plots(results: dict[str, Any], directory: Path) -> list[Path]:
@@ -43,7 +50,14 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     ax.plot(labels, accuracy, "o-", color=STUDENT, lw=2, label="student")
     ax.axhline(100 * results["teacher"]["accuracy"], color=TEACHER, lw=1.5, ls="--", label="teacher")
     if "uniform" in results:
-        ax.plot(results["uniform"]["labels"], 100 * results["uniform"]["accuracy"], "s", color=UNIFORM, ms=8, label="same student, uniform choice")
+        ax.plot(
+            results["uniform"]["labels"],
+            100 * results["uniform"]["accuracy"],
+            "s",
+            color=UNIFORM,
+            ms=8,
+            label="same student, uniform choice",
+        )
     for x, y in zip(labels, accuracy, strict=True):
         ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color=STUDENT)
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
@@ -68,18 +82,30 @@ def _bought_in_round(ax: Axes, entry: dict[str, Any]) -> None:
     edges = np.array(entry["edges"])
     for name, color, alpha in (("pool", GREY, 1.0), ("bought", STUDENT, 0.75)):
         counts = np.array(entry[name])
-        ax.bar(edges[:-1], 100 * counts / max(counts.sum(), 1), np.diff(edges), align="edge", color=color, alpha=alpha, label=name)
+        ax.bar(
+            edges[:-1],
+            100 * counts / max(counts.sum(), 1),
+            np.diff(edges),
+            align="edge",
+            color=color,
+            alpha=alpha,
+            label=name,
+        )
     ax.set_xlabel("gain (how much the student would learn)")
     centres, right, low, high = _teacher_right(edges, entry["validation"])
     twin = ax.twinx()
-    twin.errorbar(centres, 100 * right, 100 * np.array([right - low, high - right]), fmt="o-", color=TEACHER, ms=4, capsize=2)
+    twin.errorbar(
+        centres, 100 * right, 100 * np.array([right - low, high - right]), fmt="o-", color=TEACHER, ms=4, capsize=2
+    )
     twin.set_ylim(0, 105)
     twin.grid(visible=False)
     twin.set_ylabel("teacher right on validation (%)", color=TEACHER)
     ax.plot([], [], "o-", color=TEACHER, label="teacher right (95 % interval)")
 
 
-def _teacher_right(edges: np.ndarray, validation: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _teacher_right(
+    edges: np.ndarray, validation: dict[str, list[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pool the gain bins to quarters of the range and return centres, share right and its Wilson interval."""
     count, right = (np.array(validation[name]).reshape(4, -1).sum(axis=1) for name in ("count", "right"))
     centres = edges.reshape(-1)[:-1].reshape(4, -1).mean(axis=1) + (edges[1] - edges[0]) / 2
@@ -91,10 +117,17 @@ def _teacher_right(edges: np.ndarray, validation: dict[str, list[int]]) -> tuple
 
 
 def _footprint(results: dict[str, Any]) -> Figure:
-    rows = [(results["teacher"], TEACHER, "teacher"), (results["students"][0], UNIFORM, "student before"), (results["students"][-1], STUDENT, "student after")]
+    rows = [
+        (results["teacher"], TEACHER, "teacher"),
+        (results["students"][0], UNIFORM, "student before"),
+        (results["students"][-1], STUDENT, "student after"),
+    ]
     figure = Figure(figsize=(9.6, 3.8))
     left, right = figure.subplots(1, 2, sharey=True)
-    for ax, key, label in ((left, "size_bytes", "size (KB)"), (right, "latency_ms_batch1", "latency, one example (ms)")):
+    for ax, key, label in (
+        (left, "size_bytes", "size (KB)"),
+        (right, "latency_ms_batch1", "latency, one example (ms)"),
+    ):
         for row, color, name in rows:
             if row.get(key) is not None:
                 x = row[key] / 1024 if key == "size_bytes" else row[key]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
 from distilbeam.pipelines.display import Report
-from distilbeam.pipelines.files import committed_file, read_json
+from distilbeam.pipelines.files import read_json
 from distilbeam.pipelines.plots import draw_plots
 from distilbeam.pipelines.rundir import RunDirectory
+from distilbeam.teacher.softlabels.atomic import replacing
 
 _CAPTIONS = {
     "accuracy.png": "Accuracy against the number of labels bought. The dashed line is the teacher.",
-    "bought.png": "Where the labels were bought: the gains of what was left of the pool and of what was chosen, and how often the teacher is right on validation examples of such a gain.",
+    "bought.png": "Where the labels were bought: the gains of what was left of the pool and of what was chosen, "
+    "and how often the teacher is right on validation examples of such a gain.",
     "footprint.png": "Size and latency against accuracy.",
 }
 _COLUMNS = ("", "labels bought", "accuracy", "NLL", "ECE", "parameters", "size", "ms / example", "ms / 64")
@@ -27,7 +28,9 @@ def write_report(where: RunDirectory, report: Report) -> None:
     results = read_json(where.metrics)
     plots = draw_plots(results, where.report)
     report(1, 2)
-    environment = Environment(loader=PackageLoader("distilbeam.pipelines", "."), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("distilbeam.pipelines", "."), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {"pct": "{:.1%}".format, "count": "{:,}".format}
     html = environment.get_template("report.html.j2").render(
         results=results,
@@ -37,14 +40,16 @@ def write_report(where: RunDirectory, report: Report) -> None:
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
         config=where.config.read_text(),
     )
-    with committed_file(where.report / "report.html") as temporary:
+    with replacing(where.report / "report.html") as temporary:
         temporary.write_text(html)
     report(2, 2)
 
 
 def results_table(results: dict[str, Any]) -> Table:
     """Return the final table for the console."""
-    table = Table(title=f"On the {results['evaluated_on']} set", title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        title=f"On the {results['evaluated_on']} set", title_justify="left", title_style="bold", pad_edge=False
+    )
     for i, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in table_rows(results):
@@ -76,10 +81,15 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
     calls, pool = results["calls"], results["pool_rows"]
     failed = sum(entry["summary"]["failed"] for entry in results["rounds"])
     sentences = [
-        f"The teacher labelled {calls['labels']:,} of the {pool:,} examples of the pool ({calls['labels'] / pool:.0%}); {calls['saved']:,} calls saved.",
+        f"The teacher labelled {calls['labels']:,} of the {pool:,} examples of the pool ({calls['labels'] / pool:.0%}); "
+        f"{calls['saved']:,} calls saved.",
         f"It is wrong on {results['wrong_share']:.1%} of the validation set.",
     ]
-    asked = [f"{calls[name]:,} for the {what}" for name, what in (("validation", "validation set"), ("test", "test set"), ("uniform", "uniform comparison")) if name in calls]
+    asked = [
+        f"{calls[name]:,} for the {what}"
+        for name, what in (("validation", "validation set"), ("test", "test set"), ("uniform", "uniform comparison"))
+        if name in calls
+    ]
     sentences.append(f"Asked besides: {', '.join(asked)}.")
     if failed:
         sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")

@@ -64,7 +64,11 @@ def _teacher_footprint(job: Job) -> dict[str, Any]:
     teacher = cached_teacher(job.teacher)
     batch = job.inputs.validation.table.select(job.inputs.teacher_columns).combine_chunks().to_batches()[0]
     latency = {f"latency_ms_batch{n}": _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for n in (1, 64)}
-    return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": getattr(teacher, "size_bytes", None), **latency}
+    return {
+        "parameters": getattr(teacher, "num_parameters", None),
+        "size_bytes": getattr(teacher, "size_bytes", None),
+        **latency,
+    }
 
 
 def _median_ms(call: Any, repeats: int = 11) -> float:
@@ -81,7 +85,9 @@ def _calls(job: Job, bought: list[dict[str, Any]]) -> dict[str, int]:
     """Count the rows that the teacher was asked about, and those of the pool that it was spared."""
     where = job.directory
     datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": where.uniform.labels(0)}
-    calls = {name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()}
+    calls = {
+        name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()
+    }
     asked = sum(b["rows"] + b["failed"] for b in bought)
     return {**calls, "labels": sum(b["calls"] for b in bought), "saved": job.inputs.pool.rows - asked}
 
@@ -89,7 +95,10 @@ def _calls(job: Job, bought: list[dict[str, Any]]) -> dict[str, int]:
 def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
     """Describe what a round bought: where the pool's and the bought gains lie, and how often the teacher is right there."""
     plan = read_json(job.directory.selected(number) / "plan.json")
-    entry = {"summary": summary, **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")}}
+    entry = {
+        "summary": summary,
+        **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")},
+    }
     if plan["method"] == "uniform":
         return entry
     gains = [_column(file, "gain") for file in sorted(job.choice(number).gains.glob("*.parquet"))]
@@ -98,7 +107,7 @@ def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
     return {
         **entry,
         "edges": edges.tolist(),
-        "pool": sum(np.histogram(g, edges)[0] for g in gains).tolist(),
+        "pool": np.sum([np.histogram(g, edges)[0] for g in gains], axis=0).tolist(),
         "bought": np.histogram(bought, edges)[0].tolist(),
         "validation": _validation_curve(job, number, edges),
     }

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, read_manifest
 
 
-def known_logprobs(datasets: Sequence[str], spec: SoftLabelSpec, pool_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def known_logprobs(
+    datasets: Sequence[str], spec: SoftLabelSpec, pool_rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
     """Look rows up in soft-label datasets of the same pool.
 
     Only dense labels hold every class, so that rows of other kinds are not found. The row groups to read are chosen by the

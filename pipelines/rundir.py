@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.config import RunConfig, differing_keys, write_config
-from distilbeam.pipelines.files import committed_file, sweep
+from distilbeam.pipelines.files import sweep
+from distilbeam.teacher.softlabels.atomic import replacing
 
 _FREE = (("run", "directory"), ("engine", "attempts"))  # settings that change no file of a run
 
@@ -99,7 +100,9 @@ def opened_run(config: RunConfig, base: Path) -> Iterator[RunDirectory]:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / ".lock").open("a+")
     except OSError as e:
-        raise ValueError(f"run.directory: {root} cannot be written ({e.strerror}); choose another with --set run.directory=...") from e
+        raise ValueError(
+            f"run.directory: {root} cannot be written ({e.strerror}); choose another with --set run.directory=..."
+        ) from e
     with lock:
         _hold(lock, root)
         directory = RunDirectory(root)
@@ -114,7 +117,9 @@ def _hold(lock: Any, root: Path) -> None:
     except BlockingIOError as e:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
-        raise ValueError(f"{root} is being worked on by {holder}; wait for it to end or choose another run.directory") from e
+        raise ValueError(
+            f"{root} is being worked on by {holder}; wait for it to end or choose another run.directory"
+        ) from e
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}")
     lock.flush()
@@ -122,10 +127,12 @@ def _hold(lock: Any, root: Path) -> None:
 
 def _check_config(directory: RunDirectory, config: RunConfig) -> None:
     if not directory.config.exists():
-        strangers = [p.name for p in directory.root.iterdir() if p.name != ".lock" and not p.name.startswith(".tmp-")]
+        strangers = [p.name for p in directory.root.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
         if strangers:
-            raise ValueError(f"run.directory: {directory.root} holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty or a new directory")
-        with committed_file(directory.config) as temporary:
+            raise ValueError(
+                f"run.directory: {directory.root} holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty or a new directory"
+            )
+        with replacing(directory.config) as temporary:
             write_config(temporary, config)
         return
     former = tomllib.loads(directory.config.read_text())
@@ -138,4 +145,6 @@ def _check_config(directory: RunDirectory, config: RunConfig) -> None:
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
-    return {section: {k: v for k, v in values.items() if (section, k) not in _FREE} for section, values in config.items()}
+    return {
+        section: {k: v for k, v in values.items() if (section, k) not in _FREE} for section, values in config.items()
+    }

@@ -56,7 +56,9 @@ class Score:
         """Score the unit's rows and commit its gains."""
         student = cached_student(self.student)
         gain = GAINS[self.gain]
-        parts = [gain(student.logits(batch)).astype(np.float32) for batch in read_unit(unit, self.columns, self.batch_rows)]
+        parts = [
+            gain(student.logits(batch)).astype(np.float32) for batch in read_unit(unit, self.columns, self.batch_rows)
+        ]
         rows = unbought_rows(unit, self.bought)
         gains = np.concatenate(parts)[rows]
         sketch = GainSketch()

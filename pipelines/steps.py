@@ -1,8 +1,8 @@
 """The order of a run's steps, and the command that carries them out.
 
-    train student 0 on the labelled set; ask the teacher about the validation (and the test) set
-    for each round:   select -> label -> train
-    compare with as many uniformly chosen labels; evaluate; report
+train student 0 on the labelled set; ask the teacher about the validation (and the test) set
+for each round:   select -> label -> train
+compare with as many uniformly chosen labels; evaluate; report
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def steps_of(job: Job) -> list[Step]:
         steps += [
             Step("select", r, f"round {r + 1}: choose {budget:,} examples", where.picks(r), partial(job.select, r)),
             Step("label", r, f"round {r + 1}: ask the teacher", where.summary(where.labels(r)), partial(job.label, r)),
-            Step("train", r + 1, f"round {r + 1}: train student {r + 1}", where.student(r + 1), partial(job.train, r + 1)),
+            Step(
+                "train", r + 1, f"round {r + 1}: train student {r + 1}", where.student(r + 1), partial(job.train, r + 1)
+            ),
         ]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
@@ -115,7 +117,9 @@ def run(
             display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
             return directory.root
         if len(todo) < len(steps):
-            display.say(f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already")
+            display.say(
+                f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
+            )
         with display.step("read the data and load the teacher"):
             job.freeze()
         for step in todo:

@@ -77,7 +77,9 @@ def find_files(pattern: str | Path, what: str = "pool") -> list[Path]:
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207  # absolute patterns
     if not found:
-        raise ValueError(f"{what} must name Parquet files, a directory of them or a glob pattern; nothing is at {pattern}")
+        raise ValueError(
+            f"{what} must name Parquet files, a directory of them or a glob pattern; nothing is at {pattern}"
+        )
     return sorted(found)
 
 
@@ -111,21 +113,27 @@ def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool") -> P
             units.append(Unit(uid, str(path.resolve()), groups, first_row, pool_row, rows))
             pool_row += rows
     if not units or schema is None:
-        raise ValueError(f"{what} must have at least one row; its {len(files)} file(s), the first {files[0]}, have none")
+        raise ValueError(
+            f"{what} must have at least one row; its {len(files)} file(s), the first {files[0]}, have none"
+        )
     return Pool(tuple(digests), tuple(units), tuple(schema.names))
 
 
 def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
     """Open a Parquet file, or say in a sentence why it cannot be."""
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
     except FileNotFoundError as e:
         raise ValueError(f"{what}: no such file: {path}") from e
     except (pa.ArrowInvalid, OSError) as e:
-        raise ValueError(f"{what}: {path} cannot be read as Parquet ({_first_line(e)}); write it again or take it out") from e
+        raise ValueError(
+            f"{what}: {path} cannot be read as Parquet ({_first_line(e)}); write it again or take it out"
+        ) from e
 
 
-def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+def read_unit(
+    unit: Unit, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Read a unit in batches of at most `batch_rows` rows.
 
     Args:
@@ -173,7 +181,9 @@ def _same_columns(first: pa.Schema | None, schema: pa.Schema, path: Path, what: 
     differing = {name for name, _ in expected.items() ^ found.items()}
     if not differing:
         return first
-    raise ValueError(f"{what}: {path} differs from the first file in column(s) {', '.join(sorted(differing))}; all files must have one schema")
+    raise ValueError(
+        f"{what}: {path} differs from the first file in column(s) {', '.join(sorted(differing))}; all files must have one schema"
+    )
 
 
 def _first_line(error: BaseException) -> str:

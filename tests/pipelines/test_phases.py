@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+from distilbeam.pipelines.beam_options import pipeline_options
+from distilbeam.pipelines.phases import PhaseError, run_phase, single_threaded
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Commits the square of a number; fails for those in `broken`, and once for those in `shaky`."""
+
+    directory: str
+    broken: tuple[int, ...] = ()
+    shaky: tuple[int, ...] = ()
+
+    def __call__(self, item: int) -> None:
+        attempts = Path(self.directory) / f"attempts-{item}"
+        count = int(attempts.read_text()) + 1 if attempts.exists() else 1
+        attempts.write_text(str(count))
+        if item in self.broken:
+            raise ValueError(f"{item} is broken")
+        if item in self.shaky and count == 1:
+            raise ConnectionError("the line was cut")
+        self._file(item).write_text(str(item * item))
+
+    def done(self, item: int) -> bool:
+        return self._file(item).exists()
+
+    def name(self, item: int) -> str:
+        return f"number {item}"
+
+    def _file(self, item: int) -> Path:
+        return Path(self.directory) / f"{item}.txt"
+
+    def attempts(self, item: int) -> int:
+        file = Path(self.directory) / f"attempts-{item}"
+        return int(file.read_text()) if file.exists() else 0
+
+
+def run(work: Squares, items: list[int], tmp_path: Path, **options: object) -> int:
+    return run_phase("square", work, items, errors=tmp_path / "errors", options=pipeline_options(), **options)  # type: ignore[arg-type]
+
+
+def test_every_item_is_done_once_and_never_again(tmp_path: Path) -> None:
+    work = Squares(str(tmp_path))
+    seen: list[tuple[int, int]] = []
+    assert run(work, list(range(20)), tmp_path, progress=lambda *counts: seen.append(counts)) == 20
+    assert [(tmp_path / f"{i}.txt").read_text() for i in range(20)] == [str(i * i) for i in range(20)]
+    assert seen[-1] == (20, 20)
+    (tmp_path / "7.txt").unlink()
+    assert run(work, list(range(20)), tmp_path) == 1
+    assert run(work, list(range(20)), tmp_path) == 0
+    assert [work.attempts(i) for i in (6, 7)] == [1, 2]
+
+
+def test_a_failing_item_costs_its_neighbours_nothing_and_is_named(tmp_path: Path) -> None:
+    work = Squares(str(tmp_path), broken=(3,))
+    with pytest.raises(PhaseError, match=r"^square: 1 item\(s\) could not be done, the first number 3: 3 is broken$"):
+        run(work, list(range(6)), tmp_path)
+    assert [work.done(i) for i in range(6)] == [True, True, True, False, True, True]
+    assert work.attempts(3) == 1, "wrong input does not get better by repeating"
+    assert run(Squares(str(tmp_path)), list(range(6)), tmp_path) == 1
+
+
+def test_what_can_pass_is_tried_again(tmp_path: Path) -> None:
+    work = Squares(str(tmp_path), shaky=(1, 4))
+    assert run(work, list(range(6)), tmp_path) == 6
+    assert [work.attempts(i) for i in range(6)] == [1, 2, 1, 1, 2, 1]
+
+
+def test_attempts_are_bounded(tmp_path: Path) -> None:
+    work = Squares(str(tmp_path), shaky=(1,))
+    with pytest.raises(PhaseError, match=r"number 1: ConnectionError: the line was cut$"):
+        run(work, [0, 1], tmp_path, attempts=1)
+
+
+def test_a_runner_that_loses_work_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distilbeam.pipelines.phases._submit", lambda *_: None)
+    with pytest.raises(
+        PhaseError, match=r"1 item\(s\) could not be done although the runner reported success, the first number 5"
+    ):
+        run(Squares(str(tmp_path)), [5], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
+def test_other_ways_of_running_do_the_same(tmp_path: Path, mode: str) -> None:
+    work = Squares(str(tmp_path), broken=(3,))
+    options = pipeline_options([f"--direct_running_mode={mode}", "--direct_num_workers=2"])
+    with pytest.raises(PhaseError, match=r"number 3: 3 is broken"):
+        run_phase("square", work, list(range(6)), errors=tmp_path / "errors", options=options)
+    assert [work.done(i) for i in range(6)] == [True, True, True, False, True, True]
+
+
+def test_work_runs_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with single_threaded():
+            assert torch.get_num_threads() == 1
+            assert {pool["num_threads"] for pool in threadpool_info()} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
