@@ -97,7 +97,7 @@ def tail_logmass(logprobs_BK: Tensor) -> Tensor:
     Returns:
       log(1 - sum exp(logprobs)), floating [B]; log(1e-7) where rounding leaves no mass, so that it stays finite.
     """
-    kept = torch.logsumexp(logprobs_BK.float(), dim=-1)
+    kept = torch.logsumexp(logprobs_BK.to(torch.promote_types(logprobs_BK.dtype, torch.float32)), dim=-1)
     return torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
 
 

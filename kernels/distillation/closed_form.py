@@ -52,7 +52,8 @@ def _slam_pull(y_BN: Tensor, logf_BN: Tensor, logmix_BN: Tensor, targets: Target
     pull_BN = -y_BN * ratio_BN * (targets.accuracy - targets.flip)
     if targets.forward:
         shift_B1 = reach_shift(logf_BN, targets)
-        shared_BN = y_BN * targets.flip * (shift_B1 - logmix_BN).masked_fill(y_BN == 0, 0).exp()
-        candidate_f_BN = (logf_BN - shift_B1).masked_fill(targets.flip <= 0, -torch.inf).exp()
+        outside_BN = targets.flip <= 0
+        shared_BN = y_BN * targets.flip * (shift_B1 - logmix_BN).masked_fill(outside_BN, 0).exp()
+        candidate_f_BN = (logf_BN - shift_B1).masked_fill(outside_BN, -torch.inf).exp()
         pull_BN = pull_BN - candidate_f_BN * shared_BN.sum(dim=1, keepdim=True)
     return pull_BN
