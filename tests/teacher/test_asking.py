@@ -1,0 +1,170 @@
+"""A row that fails costs its neighbours nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distilbeam.teacher import TeacherChanged, TeacherUnavailable, ask
+from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
+
+
+class Scripted:
+    """Answers [row, -row, 0] and does what its script says when a row is in the batch."""
+
+    def __init__(self, script: dict[int, Callable[[np.ndarray, int], np.ndarray]], parallel: int = 1) -> None:
+        self.script, self.parallel = script, parallel
+        self.batches: list[list[int]] = []
+
+    def fingerprint(self) -> str:
+        return "scripted"
+
+    def logits(self, batch: pa.RecordBatch) -> np.ndarray:
+        rows = batch["row"].to_pylist()
+        self.batches.append(rows)
+        answer = np.array([[r, -r, 0] for r in rows], np.float32).reshape(-1, 3)
+        for place, row in enumerate(rows):
+            if row in self.script:
+                answer = self.script[row](answer, place)
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+def raising(error: Exception) -> Callable[[np.ndarray, int], np.ndarray]:
+    def act(_: np.ndarray, __: int) -> np.ndarray:
+        raise error
+
+    return act
+
+
+def poisoned(value: float) -> Callable[[np.ndarray, int], np.ndarray]:
+    def act(answer: np.ndarray, place: int) -> np.ndarray:
+        answer[place, 1] = value
+        return answer
+
+    return act
+
+
+def rows(n: int) -> pa.RecordBatch:
+    return pa.record_batch({"row": list(range(n))})
+
+
+def check_the_rest(answers: Any, n: int, bad: set[int]) -> None:
+    good = [r for r in range(n) if r not in bad]
+    np.testing.assert_array_equal(answers.logits[good], [[r, -r, 0] for r in good])
+    assert np.isnan(answers.logits[sorted(bad)]).all()
+    np.testing.assert_array_equal(answers.ok, [r not in bad for r in range(n)])
+    assert [e.row for e in answers.errors] == sorted(bad)
+
+
+ACTIONS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
+    "raises": (raising(RuntimeError("no such token")), "teacher", "RuntimeError: no such token"),
+    "input": (raising(InputError("column x must hold text, got int64")), "input", "column x must hold text, got int64"),
+    "nan": (poisoned(np.nan), "answer", "the teacher's logits must be finite, 1 of 3 are NaN or infinite"),
+    "inf": (poisoned(np.inf), "answer", "the teacher's logits must be finite, 1 of 3 are NaN or infinite"),
+    "short": (lambda a, _: a[:-1], "answer", "the teacher must answer with shape [1, 3], got [0, 3]"),
+    "classes": (lambda a, _: a[:, :2], "answer", "the teacher must answer with shape [1, 3], got [1, 2]"),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.dictionaries(st.integers(0, 69), st.sampled_from(sorted(ACTIONS)), max_size=6),
+)
+def test_exactly_the_bad_rows_fail(n: int, batch_size: int, bad: dict[int, str]) -> None:
+    bad = {row: action for row, action in bad.items() if row < n}
+    teacher = Scripted({row: ACTIONS[action][0] for row, action in bad.items()})
+    answers = ask(teacher, rows(n), 3, batch_size=batch_size)
+    check_the_rest(answers, n, set(bad))
+    for error in answers.errors:
+        _, stage, message = ACTIONS[bad[error.row]]
+        assert (error.stage, error.error) == (stage, message)
+        assert error.attempts == sum(error.row in batch for batch in teacher.batches)
+    assert answers.requests == len(teacher.batches)
+    assert answers.calls == sum(map(len, teacher.batches))
+
+
+def test_a_clean_batch_is_asked_once() -> None:
+    teacher = Scripted({})
+    answers = ask(teacher, rows(100), 3, batch_size=32)
+    assert [len(b) for b in teacher.batches] == [32, 32, 32, 4]
+    assert (answers.calls, answers.requests, answers.errors) == (100, 4, [])
+
+
+def test_one_bad_row_of_1024_costs_twenty_more_requests() -> None:
+    answers = ask(Scripted({700: ACTIONS["raises"][0]}), rows(1024), 3, batch_size=1024)
+    assert (answers.requests, answers.calls) == (1 + 2 * 10, 1024 + 1024 + 1022)
+
+
+def test_nan_rows_cost_no_further_request() -> None:
+    answers = ask(Scripted({7: ACTIONS["nan"][0]}), rows(64), 3, batch_size=64)
+    assert (answers.requests, answers.errors[0].attempts) == (1, 1)
+
+
+def test_a_row_is_given_up_after_attempts_alone() -> None:
+    teacher = Scripted({2: ACTIONS["raises"][0]})
+    answers = ask(teacher, rows(4), 3, attempts=3)
+    assert teacher.batches.count([2]) == 3
+    assert answers.errors[0].attempts == 1 + 1 + 3
+
+
+def test_a_row_that_recovers_is_answered() -> None:
+    tries = iter([True, True, False])
+
+    def flaky(answer: np.ndarray, _: int) -> np.ndarray:
+        if next(tries):
+            raise RuntimeError("busy")
+        return answer
+
+    answers = ask(Scripted({0: flaky}), rows(1), 3, attempts=3)
+    check_the_rest(answers, 1, set())
+
+
+@pytest.mark.parametrize("error", [TeacherChanged("changed"), TeacherUnavailable("down"), KeyboardInterrupt()])
+def test_what_is_no_fault_of_a_row_stops_the_job(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        ask(Scripted({5: raising(error)}), rows(10), 3)  # type: ignore[arg-type]
+
+
+def test_parallel_teachers_get_several_batches_at_once() -> None:
+    teacher = Scripted({}, parallel=3)
+    ask(teacher, rows(100), 3, batch_size=10)
+    assert [len(b) for b in teacher.batches] == [30, 30, 30, 10]
+
+
+def test_no_rows_are_no_request() -> None:
+    answers = ask(Scripted({}), rows(0), 3)
+    assert (answers.logits.shape, answers.requests, len(answers.ok)) == ((0, 3), 0, 0)
+
+
+def test_long_messages_are_cut() -> None:
+    answers = ask(Scripted({0: raising(RuntimeError("x" * 10_000))}), rows(1), 3)
+    assert len(answers.errors[0].error) == 500
+
+
+@pytest.mark.parametrize("name", ["batch_size", "attempts"])
+def test_sizes_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        ask(Scripted({}), rows(1), 3, **{name: 0})
+
+
+def test_rows_with_bad_input_are_found_by_bisection() -> None:
+    class Reader(Scripted):
+        def logits(self, batch: pa.RecordBatch) -> np.ndarray:
+            return make_input(InputConfig(columns=("x",)))(batch)
+
+    column = pa.array([[1.0, 2, 3], [4.0, 5], [7.0, 8, 9], None, [1.0, 2, 3]])
+    answers = ask(Reader({}), pa.record_batch({"x": column}), 3)
+    assert [(e.row, e.stage) for e in answers.errors] == [(1, "answer"), (3, "input")]
+    assert answers.errors[1].error == "column x must not have missing values, got 1"
+    np.testing.assert_array_equal(answers.logits[[0, 2, 4]], [[1, 2, 3], [7, 8, 9], [1, 2, 3]])
