@@ -242,8 +242,10 @@ def _open(paths: Sequence[str | Path]) -> tuple[SoftLabelSpec, list[_Group], lis
     rows = 0
     for file in [pq.ParquetFile(p) for manifest in manifests for p in manifest.paths()]:
         for number in range(file.metadata.num_row_groups):
-            groups.append(_Group(file, number, file.metadata.row_group(number).num_rows, rows))
-            rows += groups[-1].rows
+            size = file.metadata.row_group(number).num_rows
+            if size:
+                groups.append(_Group(file, number, size, rows))
+            rows += size
     return spec, groups, [[entry.key, entry.rows] for manifest in manifests for entry in manifest.entries]
 
 

@@ -1,0 +1,191 @@
+"""SoftLabelDataset: what it gives out, in which order, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distilbeam.kernels import DenseLabels, SampledLabels, TopKLabels
+from distilbeam.student.data import SoftLabelDataset, teacher_labels
+from distilbeam.student.order import EpochOrder, share
+from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.softlabels import decode
+
+SHARDS = [[5, 7], [11], [3, 4, 13]]  # 43 rows in six row groups
+ROWS = 43
+
+
+def numbers(batches):
+    return [int(number) for batch in batches for number in batch["number"]]
+
+
+def joined(datasets):
+    """What all ranks give out, step by step."""
+    return [number for step in zip(*datasets, strict=True) for number in numbers(step)]
+
+
+def ranks(path, world_size, state=None, batch_size=4, **options):
+    datasets = [SoftLabelDataset(path, batch_size, 7, rank, world_size, **options) for rank in range(world_size)]
+    for dataset in datasets:
+        if state is not None:
+            dataset.load_state_dict(state)
+    return datasets
+
+
+@pytest.mark.parametrize(("kind", "k"), [("dense", None), ("top_k", 2), ("sampled", 5)])
+def test_batches_hold_the_rows_of_the_shards(write_labels, kind, k):
+    path = write_labels(SHARDS, kind=kind, k=k)
+    dataset = SoftLabelDataset(path, batch_size=8, seed=0, input=InputConfig(columns=("x",)))
+    stored = [pq.read_table(file) for file in sorted(path.glob("*.parquet"))]
+    labels = [decode(table, dataset.spec) for table in stored]
+    x = np.concatenate([np.stack(table["x"].to_numpy(zero_copy_only=False)) for table in stored])
+    weight = np.concatenate([table["weight"].to_numpy() for table in stored])
+    for batch in dataset:
+        rows = batch["number"].numpy()
+        assert batch["row"].tolist() == rows.tolist()
+        np.testing.assert_array_equal(batch["inputs"], x[rows])
+        np.testing.assert_array_equal(batch["weight"], weight[rows])
+        for name, part in (
+            ("teacher_logprobs", "logprobs"),
+            ("teacher_classes", "classes"),
+            ("teacher_tail_logmass", "tail_logmass"),
+        ):
+            if getattr(labels[0], part) is None:
+                assert name not in batch
+            else:
+                np.testing.assert_array_equal(batch[name], np.concatenate([getattr(la, part) for la in labels])[rows])
+
+
+def test_without_an_input_every_tensor_column_comes_along(write_labels):
+    batch = next(iter(SoftLabelDataset(write_labels(SHARDS), 4, 0)))
+    assert batch["x"].shape == (4, 2)
+    assert batch["alpha"].shape == (4,)
+    assert "example_id" not in batch
+
+
+@pytest.mark.parametrize("buffer_rows", [1, 12, 65_536])
+def test_every_row_once_an_epoch_in_an_order_that_ranks_do_not_change(write_labels, buffer_rows):
+    path = write_labels(SHARDS)
+    alone = ranks(path, 1, buffer_rows=buffer_rows)
+    first, second = joined(alone), joined(alone)
+    assert sorted(first) == sorted(second) == list(range(ROWS))
+    assert first != second
+    for world_size in (2, 3, 5):
+        datasets = ranks(path, world_size, buffer_rows=buffer_rows)
+        assert joined(datasets) == first
+        assert joined(datasets) == second
+        assert {len(dataset) for dataset in datasets} == {-(-ROWS // (4 * world_size))}
+
+
+def test_the_order_follows_the_seed(write_labels):
+    path = write_labels(SHARDS)
+    orders = [numbers(SoftLabelDataset(path, 4, seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("buffer_rows", [12, 65_536])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 3), (3, 2), (1, 3), (3, 1)])
+def test_a_stopped_epoch_goes_on_exactly_at_any_world_size(write_labels, buffer_rows, before, after):
+    path = write_labels(SHARDS)
+    whole = ranks(path, 1, buffer_rows=buffer_rows)
+    undisturbed = joined(whole) + joined(whole)
+    stopped = ranks(path, before, buffer_rows=buffer_rows)
+    iterators = [iter(dataset) for dataset in stopped]
+    seen = [number for _ in range(2) for iterator in iterators for number in numbers([next(iterator)])]
+    states = [dataset.state_dict() for dataset in stopped]
+    assert all(state == states[0] for state in states)
+    resumed = ranks(path, after, states[0], buffer_rows=buffer_rows)
+    rest = joined(resumed)
+    assert seen + rest + joined(resumed) == undisturbed
+
+
+def test_a_state_taken_at_the_end_of_an_epoch_starts_the_next(write_labels):
+    path = write_labels(SHARDS)
+    dataset = SoftLabelDataset(path, 4, 7)
+    list(dataset)
+    resumed = SoftLabelDataset(path, 4, 7)
+    resumed.load_state_dict(dataset.state_dict())
+    assert numbers(resumed) == numbers(dataset)
+
+
+def test_a_rank_without_a_share_of_the_last_step_gets_an_empty_batch(write_labels):
+    path = write_labels([[9]])
+    datasets = ranks(path, 4, batch_size=2)
+    sizes = [[len(batch["number"]) for batch in dataset] for dataset in datasets]
+    assert sizes == [[2, 0], [2, 0], [2, 0], [2, 1]]
+    assert all(batch["teacher_logprobs"].shape[1] == 3 for dataset in datasets for batch in dataset)
+
+
+def test_several_datasets_are_one(write_labels):
+    paths = [write_labels([[5, 4]], name="round=000"), write_labels([[6]], name="round=001", seed=1, first=9)]
+    dataset = SoftLabelDataset(paths, 4, 0)
+    assert dataset.rows == 15
+    assert sorted(numbers(dataset)) == list(range(15))
+
+
+def test_only_the_manifest_decides_what_is_read(write_labels):
+    path = write_labels(SHARDS)
+    (path / "shard-000.parquet").rename(path / "stray.parquet")
+    (path / "_manifest" / "labels000.json").unlink()
+    assert sorted(numbers(SoftLabelDataset(path, 4, 0))) == list(range(12, ROWS))
+
+
+def test_labels_are_made_for_the_losses(write_labels):
+    for kind, k, made in (("dense", None, DenseLabels), ("top_k", 2, TopKLabels), ("sampled", 5, SampledLabels)):
+        dataset = SoftLabelDataset(write_labels([[6]], name=kind, kind=kind, k=k), 6, 0)
+        batch = next(iter(dataset))
+        labels = teacher_labels(batch, dataset.spec)
+        assert isinstance(labels, made)
+        assert torch.equal(labels.logprobs, batch["teacher_logprobs"])
+
+
+def test_the_mean_of_a_column(write_labels):
+    dataset = SoftLabelDataset(write_labels(SHARDS), 4, 0)
+    assert dataset.mean("weight") == pytest.approx(1.0)
+    assert dataset.scalar_columns >= {"weight", "alpha", "candidates", "number", "teacher_margin"}
+
+
+@given(
+    groups=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    buffer_rows=st.integers(1, 30),
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+)
+def test_shares_and_pieces_tile_the_epoch(groups, buffer_rows, batch_size, world_size):
+    order, rows = EpochOrder(groups, buffer_rows, 1, 0), sum(groups)
+    position, covered = 0, []
+    while position < rows:
+        parts = [share(position, rows, batch_size, rank, world_size) for rank in range(world_size)]
+        assert [start for start, _, _ in parts] == [position] + [stop for _, stop, _ in parts[:-1]]
+        assert max(stop - start for start, stop, _ in parts) <= batch_size
+        covered += [piece for start, stop, _ in parts for piece in order.pieces(start, stop)]
+        position = parts[-1][2]
+    visited = [order.starts[window] + i for window, start, stop in covered for i in range(start, stop)]
+    assert visited == list(range(rows))
+    assert sorted(group for window in order.windows for group in window) == list(range(len(groups)))
+    assert all(sum(groups[g] for g in window) >= buffer_rows for window in order.windows[:-1])
+
+
+def test_each_mistake_is_named(write_labels, tmp_path):
+    path = write_labels(SHARDS)
+    for arguments, message in (
+        ((path, 0, 0), "batch_size must be at least 1, got 0"),
+        ((path, 1, 0, 2, 2), "rank must be between 0 and 1, got 2"),
+        (([], 1, 0), "path must name at least one soft-label dataset, got none"),
+        ((tmp_path / "nothing", 1, 0), "has no soft labels"),
+        (([path, write_labels([[3]], name="other", teacher="u")], 1, 0), r"differ in teacher \('t' and 'u'\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SoftLabelDataset(*arguments)
+    state = SoftLabelDataset(path, 4, 0).state_dict()
+    for change, message in (
+        ({"seed": 1}, "the state's seed must be that of this dataset, 0, got 1"),
+        ({"dataset": "x"}, "the state's dataset must be that of this dataset"),
+        ({"version": 2}, "the state's version must be that of this dataset, 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SoftLabelDataset(path, 4, 0).load_state_dict({**state, **change})
