@@ -32,7 +32,7 @@ def evaluate(
       `agreement`, the share of rows whose top class is the teacher's, when its log-probabilities are given.
 
     Raises:
-      ValueError: there is no row, or the numbers of rows differ.
+      ValueError: there is no row, the numbers of rows differ, or a logit is NaN.
 
     References:
       Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, section 2 (expected calibration error).
@@ -41,6 +41,8 @@ def evaluate(
         raise ValueError(
             f"evaluation needs as many labels as logits, at least one, got {len(labels)} and {len(logits)}"
         )
+    if np.isnan(logits).any():
+        raise ValueError(f"logits must be numbers, row {np.isnan(logits).any(axis=1).argmax()} has NaN")
     logprobs = log_softmax(np.asarray(logits, np.float64), axis=1)
     predicted, right = logprobs.argmax(axis=1), logprobs.argmax(axis=1) == labels
     result = {

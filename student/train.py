@@ -136,11 +136,7 @@ def train(
                 )
                 loss = _loss(module, training, soft_batch, hard_batch, spec, weight_scale, device)
                 value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"the training loss became {value} in step {done + 1} of {total}; lower training.lr "
-                        f"({training.lr}) or look for missing values in the inputs"
-                    )
+                _require_finite(value, done, total, training)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if training.clip is not None:
@@ -151,7 +147,8 @@ def train(
                     progress(done + 1, total, value)
 
             history.append(
-                {"epoch": epoch + 1, "train_loss": losses / steps_per_epoch} | _validate(module, held_out, device)
+                {"epoch": epoch + 1, "train_loss": losses / steps_per_epoch}
+                | _validate(module, held_out, device, training.lr)
             )
             if _is_best(history):
                 best = copy.deepcopy(module.state_dict())
@@ -301,14 +298,26 @@ def _lr_factor(done: int, total: int, training: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, total - warm)))
 
 
-def _validate(module: nn.Module, held_out: Examples | None, device: torch.device) -> dict[str, float]:
+def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:
     if held_out is None:
         return {}
     module.eval()
     with torch.inference_mode():
-        logits = torch.cat([module(part.to(device)).float().cpu() for part in held_out.inputs.split(EVALUATION_ROWS)])
-    measured = evaluate(logits.numpy(), held_out.classes.numpy())
+        logits_BC = torch.cat(
+            [module(part.to(device)).float().cpu() for part in held_out.inputs.split(EVALUATION_ROWS)]
+        )
+    if not bool(torch.isfinite(logits_BC).all()):
+        raise ValueError(f"the student's logits stopped being numbers; lower training.lr ({lr})")
+    measured = evaluate(logits_BC.numpy(), held_out.classes.numpy())
     return {f"validation_{name}": measured[name] for name in ("nll", "accuracy", "ece")}
+
+
+def _require_finite(loss: float, done: int, total: int, training: TrainConfig) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the training loss became {loss} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look "
+            "for missing values in the inputs"
+        )
 
 
 def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:

@@ -187,8 +187,8 @@ def _check(
     width = labels.logprobs.shape[1]
     if isinstance(labels, DenseLabels) and width != num_classes:
         raise ValueError(f"dense labels must have the {num_classes} classes of the logits, got {width}")
-    if width > num_classes:
-        raise ValueError(f"labels must keep at most the {num_classes} classes of the logits, got {width}")
+    if isinstance(labels, TopKLabels) and width > num_classes:
+        raise ValueError(f"top-k labels must keep at most the {num_classes} classes of the logits, got {width}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if objective == "tail" and isinstance(labels, SampledLabels):
