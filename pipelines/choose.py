@@ -133,12 +133,12 @@ def _merged(total: GainSketch, other: GainSketch) -> GainSketch:
 
 
 def _refined(threshold: Threshold, choice: Choice) -> Threshold:
-    refinement = threshold.refinement()
-    if refinement is None:
-        return threshold
-    for unit in choice.pool.units:
-        refinement.add(read_gains(choice.gains, unit)[1])
-    return refinement.solve()
+    """Make the solution exact: one light pass over the gains, as a rule."""
+    while (refinement := threshold.refinement()) is not None:
+        for unit in choice.pool.units:
+            refinement.add(read_gains(choice.gains, unit)[1])
+        threshold = refinement.solve()
+    return threshold
 
 
 def _check_budget(budget: int, left: int) -> None:
@@ -158,9 +158,9 @@ def _pick(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
             selected[carry] = False
             carries.append(_Carry(unit, columns.slice(carry, 1), probability))
         chosen += _write_picks(picks_file(directory, unit), columns.filter(pa.array(selected)))
-    won = round_carries(np.array([carry.probability for carry in carries]), _rng(choice, "carries"))
-    for carry in compress(carries, won):
-        chosen += _add_pick(picks_file(directory, carry.unit), carry.pick)
+    won = round_carries([c.probability for c in carries], _rng(choice, "carries"))
+    for winner in compress(carries, won):
+        chosen += _add_pick(picks_file(directory, winner.unit), winner.pick)
     assert chosen == choice.budget, f"{chosen} rows chosen for a budget of {choice.budget}"
 
 

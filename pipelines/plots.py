@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +20,8 @@ _STYLE: Any = {
     "grid.color": "#eceff1",
     "axes.axisbelow": True,
 }
+
+_Floats = npt.NDArray[np.float64]
 
 
 def draw_plots(results: dict[str, Any], directory: Path) -> list[Path]:
@@ -47,73 +50,53 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     figure, ax = _figure(6.4, 4)
     students = results["students"]
     labels, accuracy = [s["labels"] for s in students], [100 * s["accuracy"] for s in students]
-    ax.plot(labels, accuracy, "o-", color=STUDENT, lw=2, label="student")
     ax.axhline(100 * results["teacher"]["accuracy"], color=TEACHER, lw=1.5, ls="--", label="teacher")
+    ax.plot(labels, accuracy, "o-", color=STUDENT, lw=2, label="student")
     if "uniform" in results:
-        ax.plot(
-            results["uniform"]["labels"],
-            100 * results["uniform"]["accuracy"],
-            "s",
-            color=UNIFORM,
-            ms=8,
-            label="same student, uniform choice",
-        )
+        point = results["uniform"]["labels"], 100 * results["uniform"]["accuracy"]
+        ax.plot(*point, "s", color=UNIFORM, ms=7, label="the same student, uniform choice")
     for x, y in zip(labels, accuracy, strict=True):
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color=STUDENT)
+        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-4, 7), ha="right", color=STUDENT)
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
-    ax.margins(y=0.15)
+    ax.margins(x=0.12, y=0.15)
     ax.legend(frameon=False, loc="lower right")
     return figure
 
 
 def _bought(results: dict[str, Any]) -> Figure:
     rounds = [(i, entry) for i, entry in enumerate(results["rounds"]) if "edges" in entry][-3:]
-    figure = Figure(figsize=(4.2 * len(rounds), 3.8))
-    axes = figure.subplots(1, len(rounds), squeeze=False)[0]
-    for ax, (number, entry) in zip(axes, rounds, strict=True):
-        _bought_in_round(ax, entry)
-        ax.set_title(f"round {number + 1}", loc="left")
-    axes[0].set_ylabel("share of examples (%)")
-    axes[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3)
+    figure = Figure(figsize=(3.6 * len(rounds) + 0.6, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(rounds), squeeze=False, sharex="col", sharey="row", height_ratios=(2, 3))
+    for (right, shares), (number, entry) in zip(axes.T, rounds, strict=True):
+        edges = np.array(entry["edges"])
+        _draw_right(right, edges, entry["validation"])
+        _draw_shares(shares, edges, entry)
+        right.set_title(f"round {number + 1}", loc="left")
+    axes[0, 0].set_ylabel("teacher right on\nvalidation (%)")
+    axes[1, 0].set_ylabel("share of examples (%)")
+    axes[1, -1].legend(frameon=False)
     return figure
 
 
-def _bought_in_round(ax: Axes, entry: dict[str, Any]) -> None:
-    edges = np.array(entry["edges"])
+def _draw_right(ax: Axes, edges: _Floats, validation: dict[str, list[int]]) -> None:
+    """Pool the bins of the gain to quarters of its range; draw the share right and its 95 % Wilson interval."""
+    count, right = (np.array(validation[name]).reshape(4, -1).sum(axis=1) for name in ("count", "right"))
+    centres = edges[:-1].reshape(4, -1).mean(axis=1) + (edges[1] - edges[0]) / 2
+    some = count > 0
+    n, share, z = count[some], right[some] / count[some], 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    bars = np.clip([share - (middle - half), middle + half - share], 0, None)
+    ax.errorbar(centres[some], 100 * share, 100 * bars, fmt="o-", color=TEACHER, ms=4, capsize=2)
+    ax.set_ylim(0, 105)
+
+
+def _draw_shares(ax: Axes, edges: _Floats, entry: dict[str, Any]) -> None:
     for name, color, alpha in (("pool", GREY, 1.0), ("bought", STUDENT, 0.75)):
         counts = np.array(entry[name])
-        ax.bar(
-            edges[:-1],
-            100 * counts / max(counts.sum(), 1),
-            np.diff(edges),
-            align="edge",
-            color=color,
-            alpha=alpha,
-            label=name,
-        )
-    ax.set_xlabel("gain (how much the student would learn)")
-    centres, right, low, high = _teacher_right(edges, entry["validation"])
-    twin = ax.twinx()
-    twin.errorbar(
-        centres, 100 * right, 100 * np.array([right - low, high - right]), fmt="o-", color=TEACHER, ms=4, capsize=2
-    )
-    twin.set_ylim(0, 105)
-    twin.grid(visible=False)
-    twin.set_ylabel("teacher right on validation (%)", color=TEACHER)
-    ax.plot([], [], "o-", color=TEACHER, label="teacher right (95 % interval)")
-
-
-def _teacher_right(
-    edges: np.ndarray, validation: dict[str, list[int]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pool the gain bins to quarters of the range and return centres, share right and its Wilson interval."""
-    count, right = (np.array(validation[name]).reshape(4, -1).sum(axis=1) for name in ("count", "right"))
-    centres = edges.reshape(-1)[:-1].reshape(4, -1).mean(axis=1) + (edges[1] - edges[0]) / 2
-    keep = count > 0
-    n, p, z = count[keep], right[keep] / count[keep], 1.96
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return centres[keep], p, np.minimum(middle - half, p), np.maximum(middle + half, p)
+        shares = 100 * counts / max(counts.sum(), 1)
+        ax.bar(edges[:-1], shares, np.diff(edges), align="edge", color=color, alpha=alpha, label=name)
+    ax.set_xlabel("gain")
 
 
 def _footprint(results: dict[str, Any]) -> Figure:

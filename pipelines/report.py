@@ -6,6 +6,7 @@ import base64
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
 from rich.table import Table
 
 from distilbeam.pipelines.display import Report
@@ -20,7 +21,7 @@ _CAPTIONS = {
     "and how often the teacher is right on validation examples of such a gain.",
     "footprint.png": "Size and latency against accuracy.",
 }
-_COLUMNS = ("", "labels bought", "accuracy", "NLL", "ECE", "parameters", "size", "ms / example", "ms / 64")
+_COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms/64")
 
 
 def write_report(where: RunDirectory, report: Report) -> None:
@@ -47,11 +48,12 @@ def write_report(where: RunDirectory, report: Report) -> None:
 
 def results_table(results: dict[str, Any]) -> Table:
     """Return the final table for the console."""
+    title = f"On the {results['evaluated_on']} set (ms: latency for one example, and for 64)"
     table = Table(
-        title=f"On the {results['evaluated_on']} set", title_justify="left", title_style="bold", pad_edge=False
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
     )
     for i, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row in table_rows(results):
         table.add_row(*row)
     return table

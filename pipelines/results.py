@@ -28,7 +28,7 @@ def write_results(job: Job, report: Report) -> None:
     bought = [read_json(where.summary(where.labels(r))) for r in range(config.run.rounds)]
     students = []
     for number in range(config.run.rounds + 1):
-        title = f"student after round {number}" if number else "student before the first round"
+        title = f"student, round {number}" if number else "student, before"
         labels = sum(b["rows"] for b in bought[:number])
         students.append(_student_row(job, where.student(number), name, title, labels))
         report(number + 1, config.run.rounds + 1)
@@ -44,7 +44,7 @@ def write_results(job: Job, report: Report) -> None:
     }
     if config.selection.compare_uniform:
         labels = read_json(where.summary(where.uniform.labels(0)))["rows"]
-        results["uniform"] = _student_row(job, where.uniform.student(1), name, "same student, uniform choice", labels)
+        results["uniform"] = _student_row(job, where.uniform.student(1), name, "student, uniform choice", labels)
     write_json(where.metrics, results)
 
 
@@ -61,14 +61,20 @@ def _teacher_row(job: Job, name: str) -> dict[str, Any]:
 
 
 def _teacher_footprint(job: Job) -> dict[str, Any]:
+    """Measure what can be measured of any teacher: its latency as it is asked, and its files and parameters if it is local."""
     teacher = cached_teacher(job.teacher)
-    batch = job.inputs.validation.table.select(job.inputs.teacher_columns).combine_chunks().to_batches()[0]
+    answered = np.flatnonzero(~np.isnan(job.answers("validation")).any(axis=1))[:64]
+    examples = job.inputs.validation.table.select(job.inputs.teacher_columns).take(answered)
+    batch = examples.combine_chunks().to_batches()[0]
     latency = {f"latency_ms_batch{n}": _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for n in (1, 64)}
-    return {
-        "parameters": getattr(teacher, "num_parameters", None),
-        "size_bytes": getattr(teacher, "size_bytes", None),
-        **latency,
-    }
+    paths = [
+        job.base / getattr(job.config.teacher, name)
+        for name in job.config.teacher.paths()
+        if getattr(job.config.teacher, name)
+    ]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}
 
 
 def _median_ms(call: Any, repeats: int = 11) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import TorchConfig
 from distilbeam.teacher.halving import Halving
 from distilbeam.teacher.preprocess import load_object, make_input
-
-Model = Callable[[torch.Tensor], Any]
 
 
 class TorchTeacher:
@@ -44,7 +42,7 @@ class TorchTeacher:
         self._device = _device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._fixed_rows: int | None = None
-        self._model: Model | None = self._load()
+        self._model: Any = self._load()
         self._forward = Halving(self._run, _out_of_memory, self._release, self._fixed_rows or config.batch_rows)
 
     def fingerprint(self) -> str:
@@ -56,12 +54,17 @@ class TorchTeacher:
         """Answer a batch; see `Teacher`."""
         return self._forward(self._input(batch))
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(p.numel() for p in self._model.parameters()) if isinstance(self._model, torch.nn.Module) else 0
+
     def close(self) -> None:
         """Drop the model and the device's memory; see `Teacher`."""
         self._model = None
         self._release()
 
-    def _load(self) -> Model:
+    def _load(self) -> Any:
         if not self._config.exported:
             return _made(self._config).to(device=self._device, dtype=self._dtype).eval()
         try:

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from problem import write_problem
+
+
+@pytest.fixture(autouse=True)
+def _clean_models() -> Iterator[None]:
+    yield
+    models = sys.modules.get("distilbeam.pipelines.models")
+    if models is not None:
+        models.forget_models()
+
+
+@pytest.fixture
+def problem(tmp_path: Path) -> dict[str, Any]:
+    """Write a pool of 240 rows in 4 files and the labelled sets into `tmp_path`; return the settings of a run over them."""
+    return write_problem(tmp_path)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distilbeam.pipelines.config import differing_keys, load_config, parse_config, write_config
+
+SETTINGS: dict[str, Any] = {
+    "data": {"pool": "pool", "labelled": "a.parquet", "validation": "v.parquet"},
+    "teacher": {"kind": "torch", "model": "teacher.pt2", "input": {"columns": ["x"]}},
+    "selection": {"budget": 10},
+    "student": {"input": {"columns": ["x"]}},
+}
+
+
+def changed(name: str, value: Any) -> dict[str, Any]:
+    settings = copy.deepcopy(SETTINGS)
+    *sections, key = name.split(".")
+    target = settings
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[key] = value
+    return settings
+
+
+def test_defaults() -> None:
+    config = parse_config(SETTINGS)
+    assert (config.run.rounds, config.run.seed, config.run.directory) == (3, 0, "run")
+    assert (config.selection.method, config.selection.gain, config.labels.kind) == ("rad", "margin", "dense")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(SETTINGS).selection.budget = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("selection.budgte", 3, "selection.budgte is not a setting; did you mean selection.budget?"),
+        ("selction.budget", 3, "selction is not a setting; did you mean selection?"),
+        ("seed", 3, "seed is not a setting; did you mean run.seed?"),
+        ("teacher.modle", "x", "teacher.modle is not a setting; did you mean teacher.model?"),
+        ("student.input.colums", ["x"], "student.input.colums is not a setting; did you mean student.input.columns?"),
+        ("selection.budget", "many", "selection.budget: must be a valid integer, got 'many'"),
+        ("selection.budget", 0, "selection.budget: must be greater than or equal to 1, got 0"),
+        ("run.rounds", 2.5, "run.rounds: must be a valid integer, got 2.5"),
+        ("run.seed", -1, "run.seed: must be greater than or equal to 0, got -1"),
+        ("selection.method", "radd", "selection.method: must be 'rad', 'greedy' or 'uniform', got 'radd'"),
+        ("labels.k", 3, "labels.k must be given for top_k and sampled labels, and only for them"),
+        ("labels.kind", "top_k", "labels.k must be given for top_k and sampled labels, and only for them"),
+        ("data.classes", ["a", "a"], "data.classes must be at least two different names"),
+        ("student.kind", "mpl", "student.kind must be one of linear, mlp, cnn"),
+        ("engine.shard_rows", 0, "engine.shard_rows: must be greater than or equal to 1, got 0"),
+    ],
+)
+def test_each_wrong_setting_is_one_sentence(name: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
+        parse_config(changed(name, value))
+    assert str(error.value).startswith(sentence)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_unknown_kind_of_teacher_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^teacher.kind.* must be .*torch.*, got 'torsh'"):
+        parse_config(changed("teacher.kind", "torsh"))
+
+
+def test_every_wrong_setting_is_named() -> None:
+    settings = changed("run.seed", -1)
+    settings["selection"]["budgte"] = 1
+    del settings["data"]["pool"]
+    with pytest.raises(ValueError, match="budgte") as error:
+        parse_config(settings)
+    assert sorted(line.split()[0].rstrip(":") for line in str(error.value).splitlines()) == [
+        "data.pool",
+        "run.seed",
+        "selection.budgte",
+    ]
+
+
+def write(path: Path, settings: str) -> Path:
+    path.write_text(settings)
+    return path
+
+
+TOML = """
+[data]
+pool = "pool"
+labelled = "a.parquet"
+validation = "v.parquet"
+[teacher]
+kind = "torch"
+model = "t.pt2"
+input = { columns = ["x"] }
+[selection]
+budget = 10
+[student]
+input = { columns = ["x"] }
+"""
+
+
+def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", TOML)
+    config = load_config(path, ["run.rounds=5", "data.pool=some/where", "student.hidden=[8, 9]", 'labels.kind="dense"'])
+    assert (config.run.rounds, config.data.pool, config.student.hidden) == (5, "some/where", (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("run.rounds", "--set takes section.key=value, got 'run.rounds'"),
+        ("=3", "--set takes section.key=value, got '=3'"),
+        ("run.roundz=3", "run.roundz is not a setting; did you mean run.rounds?"),
+        ("data.pool.x=3", "--set data.pool.x=3: 'pool' is a value, not a section"),
+    ],
+)
+def test_wrong_overrides_are_refused(tmp_path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(write(tmp_path / "c.toml", TOML), [override])
+    assert str(error.value) == sentence
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no configuration file at .*; 'distilbeam init DIRECTORY' writes one"):
+        load_config(tmp_path / "missing.toml")
+    with pytest.raises(ValueError, match="is a directory"):
+        load_config(tmp_path)
+    with pytest.raises(ValueError, match=r"c.toml is not valid TOML: .*line 1"):
+        load_config(write(tmp_path / "c.toml", "[run\n"))
+
+
+def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
+    config = parse_config(changed("labels.kind", "dense"))
+    write_config(tmp_path / "resolved.toml", config)
+    assert load_config(tmp_path / "resolved.toml") == config
+
+
+def test_differing_keys_are_named_with_both_values() -> None:
+    old, new = parse_config(SETTINGS).dump(), parse_config(changed("run.rounds", 4)).dump()
+    assert differing_keys(old, new) == ["run.rounds (3 there, 4 now)"]
+    assert differing_keys(old, parse_config(changed("data.id", "key")).dump()) == ["data.id (unset there, 'key' now)"]
+    assert differing_keys(old, old) == []
+
+
+def test_the_starting_file_is_valid() -> None:
+    from importlib import resources
+
+    text = resources.files("distilbeam.pipelines").joinpath("template.toml").read_text()
+    config = parse_config(tomllib.loads(text))
+    assert config.selection.budget == 1000
+    for line in text.splitlines():  # what is commented out is valid too
+        if line.startswith("# ") and " = " in line:
+            tomllib.loads(line.removeprefix("# "))

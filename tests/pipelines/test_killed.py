@@ -1,0 +1,148 @@
+"""A run that is killed with SIGKILL, at moments chosen by what it has just committed, and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from problem import SUPPORT, asked, write_problem
+
+from distilbeam.teacher.softlabels import read_manifest
+
+pytestmark = pytest.mark.slow
+
+# the file whose appearance is the moment to kill, relative to the run directory
+MOMENTS = [
+    "students/round=000/student.json",
+    "teacher/validation/_manifest/*.json",
+    "selected/round=000/gains/*.parquet",
+    "selected/round=000/plan.json",
+    "selected/round=000/picks",
+    "labels/round=000/_manifest/*.json",
+    "labels/round=000.summary.json",
+    "selected/round=001/plan.json",
+    "labels/round=001/_manifest/*.json",
+    "uniform/labels/round=000/_manifest/*.json",
+    "report/metrics.json",
+]
+
+
+def start(directory: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "distilbeam", "run", str(directory / "distilbeam.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def kill_when(directory: Path, moment: str, already: int) -> bool:
+    """Start a run and kill it when `already` + 1 files match; return False if it ended before."""
+    process = start(directory)
+    while process.poll() is None:
+        if len(list((directory / "run").glob(moment))) > already:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def finish(directory: Path) -> str:
+    process = start(directory)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+def result(directory: Path) -> dict[str, Any]:
+    """Everything of a run that must not depend on how often it was killed."""
+    root = directory / "run"
+    datasets = [root / "labels" / "round=000", root / "labels" / "round=001", root / "uniform" / "labels" / "round=000"]
+    return {
+        "shards": [[(e.key, e.rows, e.checksum) for e in read_manifest(d).entries] for d in datasets],
+        "students": [p.read_bytes() for p in sorted(root.rglob("model.safetensors"))],
+        "plans": [p.read_bytes() for p in sorted(root.rglob("plan.json"))],
+    }
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    problem = write_problem(directory)
+    problem["teacher"]["arguments"]["delay_s"] = 0.03
+    (directory / "distilbeam.toml").write_text(tomli_w.dumps(problem))
+    return problem
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("undisturbed") / "d"
+    settings(directory)
+    finish(directory)
+    return {**result(directory), "calls": len(asked(directory))}
+
+
+@pytest.mark.parametrize("moments", [MOMENTS[0::3], MOMENTS[1::3], MOMENTS[2::3]], ids=["a", "b", "c"])
+def test_killed_and_started_again_it_ends_in_the_same_result(
+    tmp_path: Path, undisturbed: dict[str, Any], moments: list[str]
+) -> None:
+    directory = tmp_path / "d"
+    problem = settings(directory)
+    killed, committed = 0, []
+    for moment in moments:
+        before = len(list((directory / "run").glob(moment)))
+        if kill_when(directory, moment, before):
+            killed += 1
+            committed.append(len(asked(directory)))
+    assert killed >= len(moments) - 1, "the moments are met in their order"
+    finish(directory)
+    after = result(directory)
+    for name in after:
+        assert after[name] == undisturbed[name], name
+    # a kill costs at most the shard that was being labelled (8 rows, in one batch), and no committed row is asked again
+    shard_rows = problem["engine"]["shard_rows"]
+    extra = len(asked(directory)) - undisturbed["calls"]
+    assert 0 <= extra <= killed * shard_rows + LATENCY_ROWS
+    assert not list((directory / "run").rglob(".*.tmp"))
+
+
+LATENCY_ROWS = 12 * (1 + 60)  # asked when the teacher's latency is measured, once more if the evaluation was cut
+
+
+def test_no_committed_shard_is_asked_again(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    settings(directory)
+    moment = "labels/round=000/_manifest/*.json"
+    assert kill_when(directory, moment, 1)
+    log = asked(directory)
+    rows = {e.key: e for e in read_manifest(directory / "run" / "labels" / "round=000").entries}
+    assert 2 <= len(rows) < 4
+    import pyarrow.parquet as pq
+
+    def committed_rows() -> list[str]:
+        tables = [pq.read_table(p) for p in read_manifest(directory / "run" / "labels" / "round=000").paths()[:]]
+        return [
+            row.tobytes().hex() for t in tables for row in t["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+        ]
+
+    paid = committed_rows()
+    assert set(paid) <= set(log)
+    finish(directory)
+    again = Counter(asked(directory)[len(log) :])
+    assert not set(paid) & set(again), "rows of committed shards were asked again"
+
+
+def test_the_finished_run_says_that_there_is_nothing_to_do(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    settings(directory)
+    first = finish(directory)
+    assert "Report:" in first
+    calls = len(asked(directory))
+    assert "Nothing to do: all 12 steps are done" in finish(directory)
+    assert len(asked(directory)) == calls
