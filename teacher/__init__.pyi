@@ -8,3 +8,6 @@ from .preprocess import make_input as make_input
 from .protocol import Teacher as Teacher
 from .protocol import TeacherChanged as TeacherChanged
 from .protocol import TeacherUnavailable as TeacherUnavailable
+from .serving import ServeOptions as ServeOptions
+from .serving import TeacherServer as TeacherServer
+from .serving import serve as serve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -60,7 +60,91 @@ class TorchConfig(_Config):
         return ("model",) if self.exported else ("weights",)
 
 
-TeacherConfig = TorchConfig
+class HeaderConfig(_Config):
+    """A header of each request. Its value comes from the environment or a file, never from the configuration."""
+
+    env: str | None = Field(None, description="environment variable with the value")
+    file: str | None = Field(None, description="file with the value; read anew for each request")
+    prefix: str = Field("", description="text before the value, such as 'Bearer '")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.env is None) == (self.file is None):
+            raise ValueError("a header must have either env or file")
+        return self
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("file",)
+
+
+class TfServingConfig(_Config):
+    """A model behind TensorFlow Serving's gRPC PredictionService, or behind `distilbeam serve-teacher`."""
+
+    kind: Literal["tfserving"] = "tfserving"
+    addresses: tuple[str, ...] = Field(
+        description="host:port of the servers, asked in turn; `address` may name one", min_length=1
+    )
+    model: str = Field(description="name of the model", min_length=1)
+    version: int | None = Field(None, ge=0, description="version; without it or a label, the server's newest")
+    version_label: str | None = Field(None, description="label of the version, such as stable")
+    signature: str = Field("serving_default", description="name of the signature")
+    input_name: str | None = Field(None, description="input of the signature; needed when there are several")
+    output_name: str | None = Field(
+        None, description="output with the logits; needed when there are several, none called logits"
+    )
+    input: InputConfig = Field(description="what is sent; kind raw sends text and bytes as they are")
+    batch_rows: int = Field(256, ge=1, description="most rows in one request")
+    batch_bytes: int = Field(3 * 2**20, ge=1, description="most bytes of input in one request")
+    parallel: int = Field(4, ge=1, le=256, description="most requests in flight")
+    timeout_s: float = Field(30.0, gt=0, description="deadline of one attempt, in seconds")
+    attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")
+    first_wait_s: float = Field(
+        0.25, gt=0, description="longest wait before the second attempt, in seconds; doubled each time"
+    )
+    longest_wait_s: float = Field(30.0, gt=0, description="longest wait between attempts, in seconds")
+    max_message_bytes: int = Field(64 * 2**20, ge=1024, description="largest message sent or received")
+    tls: bool = Field(False, description="encrypt; certificates of the system are trusted unless ca_file is given")
+    ca_file: str | None = Field(None, description="certificate of the authority that signed the server's")
+    cert_file: str | None = Field(None, description="our certificate, for servers that ask for one")
+    key_file: str | None = Field(None, description="the key of our certificate")
+    server_name: str | None = Field(None, description="name in the server's certificate when it is not the address")
+    headers: dict[str, HeaderConfig] = Field({}, description="headers of each request, such as authorization")
+    probe_shape: tuple[int, ...] | None = Field(None, description="shape of one input, when the model does not say it")
+    probe_text: str = Field("a question", description="text or bytes that a model of text is fingerprinted with")
+    probe_tolerance: float = Field(1e-3, gt=0, description="largest difference in a repeated answer that is no change")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address_is_addresses(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "address" in data:
+            if "addresses" in data:
+                raise ValueError("address and addresses must not both be given")
+            data = {**data, "addresses": [data["address"]]}
+            del data["address"]
+        return data
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        if self.version is not None and self.version_label is not None:
+            raise ValueError("version and version_label must not both be given")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file must be given together")
+        if not self.tls and (self.ca_file or self.cert_file or self.server_name):
+            raise ValueError("ca_file, cert_file, key_file and server_name need tls = true")
+        return self
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("ca_file", "cert_file", "key_file")
+
+    def relative_to(self, base: Path) -> Self:
+        """Return the configuration with relative paths resolved against a folder."""
+        headers = {name: header.relative_to(base) for name, header in self.headers.items()}
+        return super().relative_to(base).model_copy(update={"headers": headers})
+
+
+TeacherConfig = Annotated[TorchConfig | TfServingConfig, Field(discriminator="kind")]
 
 
 def parse_teacher_config(data: Any) -> TeacherConfig:

@@ -37,4 +37,10 @@ def _torch(config: Any) -> Teacher:
     return TorchTeacher(config)
 
 
-_LOADERS: dict[str, Callable[[Any], Teacher]] = {"torch": _torch}
+def _tfserving(config: Any) -> Teacher:
+    from distilbeam.teacher.tfserving.client import TfServingTeacher
+
+    return TfServingTeacher(config)
+
+
+_LOADERS: dict[str, Callable[[Any], Teacher]] = {"tfserving": _tfserving, "torch": _torch}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MakeInput = Callable[[pa.RecordBatch], npt.NDArray[Any]]
+MakeInput = Callable[[pa.RecordBatch], Any]
 
 
 class InputError(ValueError):
@@ -27,13 +27,14 @@ class InputError(ValueError):
 class InputConfig(BaseModel):
     """Which columns are read and how they become an array of one row per example.
 
-    `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `function` calls your own
-    function on the batch. Numbers x become (x * scale - mean) / std.
+    `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `raw` passes
+    text and bytes on as they are, `function` calls your own function on the batch. Numbers x become (x * scale - mean)
+    / std.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["tensor", "image", "text", "function"] = Field("tensor", description="what the columns hold")
+    kind: Literal["tensor", "image", "text", "raw", "function"] = Field("tensor", description="what the columns hold")
     columns: tuple[str, ...] = Field(description="columns to read; `column` may name a single one", min_length=1)
     shape: tuple[int, ...] | None = Field(None, description="tensor: shape of one example; without it, one dimension")
     dtype: str = Field("float32", description="tensor: type of numbers stored as bytes, unless the field says its own")
@@ -66,7 +67,7 @@ class InputConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
-        if self.kind in ("image", "text") and len(self.columns) != 1:
+        if self.kind in ("image", "text", "raw") and len(self.columns) != 1:
             raise ValueError(f"columns must be one column for {self.kind} input, got {len(self.columns)}")
         if (self.kind == "function") != (self.function is not None):
             raise ValueError("function must be given for input of kind 'function', and only for it")
@@ -98,7 +99,8 @@ def make_input(config: InputConfig) -> MakeInput:
 
     Returns:
       A picklable function from a record batch of n rows to an array [n, *shape], C-contiguous and possibly a read-only
-      view of the batch. float32; int64 for token ids; for kind `function` whatever the function returns. It raises
+      view of the batch. float32; int64 for token ids, `bytes` objects for kind `raw`,
+      and for kind `function` whatever the function returns: an array, or a mapping of input names to arrays. It raises
       `InputError`, a `ValueError`, when a column is missing or a row does not have the shape of the others.
 
     Raises:
@@ -116,6 +118,10 @@ def make_input(config: InputConfig) -> MakeInput:
         from distilbeam.teacher.inputs.texts import text_input
 
         return text_input(config)
+    if config.kind == "raw":
+        from distilbeam.teacher.inputs.raw import RawInput
+
+        return RawInput(config)
     from distilbeam.teacher.inputs.functions import FunctionInput
 
     return FunctionInput(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,18 @@ class FunctionInput:
         assert self.config.function is not None
         self._function = load_object(self.config.function, "input.function")
 
-    def __call__(self, batch: pa.RecordBatch) -> npt.NDArray[Any]:
+    def __call__(self, batch: pa.RecordBatch) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
         """Make the input of a batch; see `make_input`."""
         require_columns(batch, self.config.columns)
-        values = np.ascontiguousarray(self._function(batch.select(list(self.config.columns))))
-        if values.ndim == 0 or len(values) != len(batch):
+        made = self._function(batch.select(list(self.config.columns)))
+        if isinstance(made, Mapping):
+            return {name: self._checked(values, len(batch)) for name, values in made.items()}
+        return self._checked(made, len(batch))
+
+    def _checked(self, values: Any, rows: int) -> npt.NDArray[Any]:
+        array = np.ascontiguousarray(values)
+        if array.ndim == 0 or len(array) != rows:
             raise InputError(
-                f"{self.config.function} must return an array of {len(batch):,} rows, got shape {list(values.shape)}"
+                f"{self.config.function} must return arrays of {rows:,} rows, got shape {list(array.shape)}"
             )
-        return values
+        return array

@@ -1,7 +1,7 @@
 """Text as token ids, or as hashed n-grams.
 
-Hashed n-grams need no vocabulary: every n-gram adds +1 or -1 to the bucket that its hash names, and each row has unit length
-(Weinberger et al., Feature Hashing for Large Scale Multitask Learning, arXiv:0902.2206).
+Hashed n-grams need no vocabulary: every n-gram adds +1 or -1 to the bucket that its hash names, and each row has unit
+length (Weinberger et al., Feature Hashing for Large Scale Multitask Learning, arXiv:0902.2206).
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def _texts(batch: pa.RecordBatch, config: InputConfig) -> list[str]:
     require_columns(batch, config.columns)
     name = config.columns[0]
     column = batch.column(name)
+    if pa.types.is_binary(column.type):  # text that came over a wire
+        try:
+            column = column.cast(pa.string())
+        except pa.ArrowInvalid as e:
+            raise InputError(f"column {name} must hold text in UTF-8: {e}") from e
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise InputError(f"column {name} must hold text, got {column.type}")
     if column.null_count:

@@ -1,0 +1,210 @@
+"""Serving a teacher: one machine that has it answers many workers that do not.
+
+Any teacher of the configuration is put behind TensorFlow Serving's PredictionService and ModelService and the standard
+gRPC health service, so that the same client asks this server, TensorFlow Serving, or anything else that speaks the
+protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
+from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.tfserving.channels import read_secret
+from distilbeam.teacher.tfserving.service import ModelService
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a teacher is served.
+
+    Attributes:
+      host: address to listen on; the default is reached from this machine only.
+      name: name of the model.
+      version: version of the model. Without one it is made from the teacher's fingerprint, so that another teacher is
+        another version and clients notice.
+      top_k: send the k most probable classes instead of all logits.
+      threads: requests that are read and written at once; the teacher itself is asked by one thread at a time.
+      max_message_bytes: largest message received or sent.
+      cert_file: certificate of the server; together with `key_file` it turns encryption on.
+      key_file: key of the certificate.
+      client_ca_file: authority whose certificates clients must show.
+      grace_s: seconds that requests in progress have when the server is stopped.
+    """
+
+    host: str = "127.0.0.1"
+    name: str = "teacher"
+    version: int | None = None
+    top_k: int | None = None
+    threads: int = 8
+    max_message_bytes: int = 64 * 2**20
+    cert_file: str | None = None
+    key_file: str | None = None
+    client_ca_file: str | None = None
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file must be given together")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file needs cert_file and key_file")
+        for name, least in (("top_k", 1), ("threads", 1), ("max_message_bytes", 1024), ("version", 0), ("grace_s", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+class TeacherServer:
+    """A running server; as a context manager it stops at the end of the block.
+
+    Args:
+      config: the teacher.
+      port: port to listen on; 0 for any free one.
+      options: how it is served.
+      base: folder that the teacher's relative paths start at.
+
+    Attributes:
+      port: the port.
+      version: version of the model.
+      fingerprint: fingerprint of the teacher.
+
+    Raises:
+      ValueError: the teacher cannot be loaded or served, or the port is taken.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig | Mapping[str, Any],
+        port: int = 0,
+        options: ServeOptions | None = None,
+        *,
+        base: str | Path | None = None,
+    ) -> None:
+        self.options = options or ServeOptions()
+        parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
+        if parsed.input is None:
+            raise ValueError("teacher.input must be given to serve a teacher: its columns are the inputs")
+        self._teacher = load_teacher(parsed, base=base)
+        self.fingerprint = self._teacher.fingerprint()
+        self.version = _version(self.fingerprint) if self.options.version is None else self.options.version
+        service = ModelService(self._teacher, parsed.input, self.options.name, self.version, self.options.top_k)
+        self._health = health.HealthServicer()
+        self._threads = ThreadPoolExecutor(self.options.threads, thread_name_prefix="serve-teacher")
+        self._server = self._started(service, port)
+        self.port: int = self._port
+
+    @property
+    def address(self) -> str:
+        """Where clients find it, `host:port`."""
+        return f"{self.options.host}:{self.port}"
+
+    def stop(self) -> None:
+        """Refuse new requests, let those in progress end, and close the teacher; a second call does nothing."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(self.options.grace_s).wait()
+        self._threads.shutdown()
+        self._teacher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _started(self, service: ModelService, port: int) -> grpc.Server:
+        limit = self.options.max_message_bytes
+        options = [
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.so_reuseport", 0),
+        ]
+        server = grpc.server(self._threads, options=options)
+        server.add_generic_rpc_handlers(service.handlers())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = f"{self.options.host}:{port}"
+        credentials = _credentials(self.options)
+        try:
+            self._port = (
+                server.add_insecure_port(address)
+                if credentials is None
+                else server.add_secure_port(address, credentials)
+            )
+        except RuntimeError as e:
+            self._teacher.close()
+            raise ValueError(
+                f"port {port} of {self.options.host} cannot be listened on; choose another port or host"
+            ) from e
+        server.start()
+        for name in ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return server
+
+
+def serve(
+    config: TeacherConfig | Mapping[str, Any],
+    port: int = 8500,
+    options: ServeOptions | None = None,
+    *,
+    base: str | Path | None = None,
+    ready: Callable[[TeacherServer], None] | None = None,
+) -> None:
+    """Serve a teacher until the process gets SIGINT or SIGTERM.
+
+    Args:
+      config: the teacher.
+      port: port to listen on; 0 for any free one.
+      options: how it is served.
+      base: folder that the teacher's relative paths start at.
+      ready: called once with the running server.
+
+    Raises:
+      ValueError: the teacher cannot be loaded or served, or the port is taken.
+    """
+    with _signals() as stopping, TeacherServer(config, port, options, base=base) as server:
+        _log.info("teacher %s is served at %s as '%s'", server.fingerprint, server.address, server.options.name)
+        if ready is not None:
+            ready(server)
+        while not stopping.wait(1.0):  # short waits, so that signals are seen
+            pass
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Turn the signals that ask a process to end into an event, and give the former handlers back."""
+    stopping = threading.Event()
+    former = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _version(fingerprint: str) -> int:
+    return int.from_bytes(hashlib.blake2b(fingerprint.encode(), digest_size=6).digest(), "big")
+
+
+def _credentials(options: ServeOptions) -> grpc.ServerCredentials | None:
+    certificate, key = read_secret(options.cert_file, "cert_file"), read_secret(options.key_file, "key_file")
+    if certificate is None or key is None:
+        return None
+    authority = read_secret(options.client_ca_file, "client_ca_file")
+    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)

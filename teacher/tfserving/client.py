@@ -1,0 +1,180 @@
+"""A teacher behind TensorFlow Serving's PredictionService.
+
+A batch is cut by rows and by bytes, and a bounded number of pieces is in flight. The version of the model is read from
+every answer: when the server begins to answer with another one, the labels would be a mixture, and the job stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distilbeam.teacher.config import TfServingConfig
+from distilbeam.teacher.preprocess import make_input
+from distilbeam.teacher.protocol import TeacherChanged
+from distilbeam.teacher.tfserving.calling import RequestRefused, Servers, in_window
+from distilbeam.teacher.tfserving.messages import load_messages
+from distilbeam.teacher.tfserving.signatures import SERVICE, Signature, model_spec, read_signature
+from distilbeam.teacher.tfserving.tensors import STRING, as_type, to_array, to_proto
+
+Float32 = npt.NDArray[np.float32]
+Inputs = Mapping[str, npt.NDArray[Any]]
+
+_PROBE_ROWS = 8
+_PROBE_SIZE = 16  # for sizes that neither signature nor configuration says
+
+
+class TfServingTeacher:
+    """Asks a server.
+
+    Args:
+      config: the configuration, with paths resolved.
+
+    Raises:
+      ValueError: the model has no such signature, input or output, or a file cannot be read.
+      TeacherUnavailable: no server answers, or none has the model.
+    """
+
+    def __init__(self, config: TfServingConfig) -> None:
+        self._config = config
+        self._input = make_input(config.input)
+        self.parallel = config.parallel
+        self._servers = Servers(config)
+        try:
+            self._signature: Signature = read_signature(self._servers, config)
+            self._threads = ThreadPoolExecutor(config.parallel, thread_name_prefix="tfserving")
+            self._probed = self._probe()
+        except BaseException:
+            self._servers.close()
+            raise
+
+    def fingerprint(self) -> str:
+        """Identify the answers by name, version and the answers to a fixed batch; see `Teacher`."""
+        now = self._probe()
+        tolerance = self._config.probe_tolerance
+        same = now.shape == self._probed.shape and np.allclose(
+            now, self._probed, rtol=0, atol=tolerance, equal_nan=True
+        )
+        if not same:
+            raise TeacherChanged(
+                f"the teacher changed while it was being asked: model '{self._config.model}' of version "
+                f"{self._signature.version} answers the same questions differently by more than {tolerance}; put the former "
+                "model back, or start a new run directory"
+            )
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(
+            self._config.model_dump_json(include={"input", "signature", "input_name", "output_name"}).encode()
+        )
+        digest.update(_coarse(self._probed, tolerance))
+        return f"tfserving:{self._config.model}:{self._signature.version}:{digest.hexdigest()}"
+
+    def logits(self, batch: pa.RecordBatch) -> Float32:
+        """Answer a batch; see `Teacher`."""
+        return self._ask(self._named(self._input(batch)))
+
+    def close(self) -> None:
+        """Close threads and connections; see `Teacher`."""
+        self._threads.shutdown(cancel_futures=True)
+        self._servers.close()
+
+    def _named(self, made: npt.NDArray[Any] | Inputs) -> Inputs:
+        named = dict(made) if isinstance(made, Mapping) else {next(iter(self._signature.inputs)): made}
+        if set(named) != set(self._signature.inputs):
+            names = ", ".join(sorted(self._signature.inputs))
+            raise ValueError(
+                f"model '{self._config.model}' has the inputs {names}, got {', '.join(sorted(named))}; name one with "
+                "teacher.input_name, or give all of them with an input function that returns a mapping"
+            )
+        return {name: as_type(array, self._signature.inputs[name][0]) for name, array in named.items()}
+
+    def _ask(self, inputs: Inputs) -> Float32:
+        pieces = list(self._pieces(inputs))
+        answers: list[Float32] = in_window(self._predict, pieces, self._threads)
+        return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+    def _pieces(self, inputs: Inputs) -> Iterator[Inputs]:
+        rows = len(next(iter(inputs.values())))
+        row_bytes = max(1, sum(map(_size_bytes, inputs.values())) // max(1, rows))
+        step = max(1, min(self._config.batch_rows, self._config.batch_bytes // row_bytes))
+        for start in range(0, max(1, rows), step):
+            yield {name: array[start : start + step] for name, array in inputs.items()}
+
+    def _predict(self, inputs: Inputs) -> Float32:
+        messages = load_messages()
+        request = messages.predict.PredictRequest(output_filter=self._signature.outputs)
+        request.model_spec.CopyFrom(model_spec(self._config))
+        for name, array in inputs.items():
+            request.inputs[name].CopyFrom(to_proto(array))
+        response = self._servers.call(f"{SERVICE}/Predict", request, messages.predict.PredictResponse)
+        version = response.model_spec.version.value
+        if version != self._signature.version:
+            raise TeacherChanged(
+                f"the teacher changed while it was being asked: model '{self._config.model}' was version "
+                f"{self._signature.version}, now {version}; set teacher.version, or start a new run directory"
+            )
+        outputs = {name: to_array(response.outputs[name]) for name in response.outputs}
+        missing = [name for name in self._signature.outputs if name not in outputs]
+        if missing:
+            raise RequestRefused(
+                f"the server's answer has no {missing[0]}, only {', '.join(sorted(outputs)) or 'nothing'}"
+            )
+        if self._signature.sparse:
+            return _spread(outputs)
+        return outputs[self._signature.outputs[0]].astype(np.float32, copy=False)
+
+    def _probe(self) -> Float32:
+        """Ask about a fixed batch."""
+        return self._ask({name: self._question(*info) for name, info in self._signature.inputs.items()})
+
+    def _question(self, type_number: int, shape: tuple[int, ...] | None) -> npt.NDArray[Any]:
+        sizes = self._row_shape(shape)
+        if type_number == STRING:
+            return np.full((_PROBE_ROWS, *sizes), self._config.probe_text.encode(), object)
+        values = np.random.default_rng(0).normal(size=(_PROBE_ROWS, *sizes)).astype(np.float32)
+        made = values if type_number not in _INTEGERS else np.abs(values * 3)
+        return as_type(made, type_number)
+
+    def _row_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        configured = self._config.probe_shape or self._config.input.shape
+        if configured is not None and (shape is None or len(shape) == len(configured) + 1):
+            return configured
+        if shape is None:
+            raise ValueError("teacher.probe_shape must be given: the model does not say the shape of its input")
+        return tuple(size if size >= 0 else _PROBE_SIZE for size in shape[1:])
+
+
+_INTEGERS = frozenset({3, 4, 5, 6, 9, 17, 22, 23})
+
+
+def _size_bytes(array: npt.NDArray[Any]) -> int:
+    return sum(map(len, array.ravel().tolist())) if array.dtype == object else array.nbytes
+
+
+def _spread(outputs: Inputs) -> Float32:
+    """Rebuild log-probabilities of all classes: those that did not travel share the tail."""
+    kept, classes = outputs["top_k_logprobs"], outputs["top_k_classes"]
+    num_classes = int(outputs["num_classes"].reshape(-1)[0])
+    left_out = num_classes - kept.shape[1]
+    share = outputs["tail_logmass"] - np.float32(math.log(left_out)) if left_out else np.zeros(len(kept), np.float32)
+    full = np.repeat(share.astype(np.float32)[:, None], num_classes, axis=1)
+    np.put_along_axis(full, classes.astype(np.int64), kept.astype(np.float32), axis=1)
+    return full
+
+
+def _coarse(answers: Float32, tolerance: float) -> bytes:
+    """Describe answers so that the last bits, which servers do not repeat exactly, hardly ever show.
+
+    A value moves to the next step of the grid when it lies within the server's noise of the edge; the steps are wide.
+    """
+    flat = answers.reshape(len(answers), -1).astype(np.float64)
+    best = flat.argmax(axis=1)
+    spread = np.take_along_axis(flat, best[:, None], axis=1)[:, 0] - flat.mean(axis=1)
+    steps = np.floor(spread / (50 * tolerance) + 0.5).astype("<i8")
+    return b"".join([str(answers.shape[1:]).encode(), best.astype("<i8").tobytes(), steps.tobytes()])

@@ -1,0 +1,212 @@
+"""The services of TensorFlow Serving in front of any teacher.
+
+Each input of the signature is a column that the teacher reads: arrays of numbers arrive as fixed-size bytes with their
+shape and type, strings as binary, so that the teacher's own preprocessing applies. The output is `logits`, or, with
+`top_k`, the k largest log-probabilities, their classes, the log-mass of the others and the number of classes, so that
+big label spaces do not travel.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.special import log_softmax
+
+from distilbeam.teacher.preprocess import InputConfig, InputError
+from distilbeam.teacher.protocol import Teacher, TeacherUnavailable
+from distilbeam.teacher.softlabels.codec import TAIL_FLOOR
+from distilbeam.teacher.softlabels.selecting import largest
+from distilbeam.teacher.tfserving.messages import load_messages
+from distilbeam.teacher.tfserving.signatures import TOP_K
+from distilbeam.teacher.tfserving.tensors import FLOAT, INT32, STRING, to_array, to_proto
+
+Code = grpc.StatusCode
+SIGNATURE = "serving_default"
+_PREDICT = "tensorflow.serving.ml_predict"
+_AVAILABLE = 30  # ModelVersionStatus.State, get_model_status.proto
+
+
+class Refused(Exception):  # noqa: N818  (becomes a status, not a traceback)
+    """A request that cannot be served.
+
+    Attributes:
+      code: status of the answer.
+    """
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ModelService:
+    """Answers requests about one teacher.
+
+    Args:
+      teacher: the teacher; it is asked by one thread at a time.
+      inputs: what the teacher reads.
+      name: name of the model.
+      version: version of the model.
+      top_k: classes to send, or None for the logits of all.
+    """
+
+    def __init__(self, teacher: Teacher, inputs: InputConfig, name: str, version: int, top_k: int | None) -> None:
+        self._teacher, self._inputs = teacher, inputs
+        self._name, self._version, self._top_k = name, version, top_k
+        self._lock = threading.Lock()
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """Return the handlers of the services, to be added to a server."""
+        m = load_messages()
+        predict = {
+            "Predict": _handler(self.predict, m.predict.PredictRequest),
+            "GetModelMetadata": _handler(self.metadata, m.metadata.GetModelMetadataRequest),
+        }
+        status = {"GetModelStatus": _handler(self.status, m.status.GetModelStatusRequest)}
+        return [
+            grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", predict),
+            grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", status),
+        ]
+
+    def predict(self, request: Any) -> Any:
+        """Answer PredictionService.Predict."""
+        self._require_model(request.model_spec)
+        if request.model_spec.signature_name not in ("", SIGNATURE):
+            raise Refused(Code.INVALID_ARGUMENT, f"the model has the signature {SIGNATURE} only")
+        outputs = self._outputs(self._batch(request.inputs))
+        unknown = [name for name in request.output_filter if name not in outputs]
+        if unknown:
+            raise Refused(Code.INVALID_ARGUMENT, f"output '{unknown[0]}' is unknown; there are {', '.join(outputs)}")
+        response = load_messages().predict.PredictResponse()
+        self._describe(response.model_spec)
+        response.model_spec.signature_name = SIGNATURE
+        for name in request.output_filter or outputs:
+            response.outputs[name].CopyFrom(to_proto(outputs[name]))
+        return response
+
+    def metadata(self, request: Any) -> Any:
+        """Answer PredictionService.GetModelMetadata."""
+        self._require_model(request.model_spec)
+        if list(request.metadata_field) != ["signature_def"]:
+            raise Refused(Code.INVALID_ARGUMENT, "metadata_field must be signature_def")
+        messages = load_messages()
+        signatures = messages.metadata.SignatureDefMap()
+        signature = signatures.signature_def[SIGNATURE]
+        signature.method_name = _PREDICT
+        for name in self._inputs.columns:
+            _tensor_info(signature.inputs[name], f"{name}:0", *self._input_type())
+        for name, info in self._output_types().items():
+            _tensor_info(signature.outputs[name], f"{name}:0", *info)
+        response = messages.metadata.GetModelMetadataResponse()
+        self._describe(response.model_spec)
+        response.metadata["signature_def"].Pack(signatures)
+        return response
+
+    def status(self, request: Any) -> Any:
+        """Answer ModelService.GetModelStatus."""
+        self._require_model(request.model_spec)
+        response = load_messages().status.GetModelStatusResponse()
+        response.model_version_status.add(version=self._version, state=_AVAILABLE)
+        return response
+
+    def _require_model(self, spec: Any) -> None:
+        if spec.name != self._name:
+            raise Refused(Code.NOT_FOUND, f"model '{spec.name}' is not served here; there is '{self._name}'")
+        if spec.HasField("version") and spec.version.value != self._version:
+            raise Refused(Code.NOT_FOUND, f"version {spec.version.value} is not served here; there is {self._version}")
+        if spec.version_label:
+            raise Refused(Code.NOT_FOUND, f"version label '{spec.version_label}' is unknown; no labels are served here")
+
+    def _describe(self, spec: Any) -> None:
+        spec.name = self._name
+        spec.version.value = self._version
+
+    def _batch(self, inputs: Mapping[str, Any]) -> pa.RecordBatch:
+        columns = self._inputs.columns
+        if set(inputs) != set(columns):
+            found = ", ".join(sorted(inputs)) or "none"
+            raise Refused(Code.INVALID_ARGUMENT, f"the inputs must be {', '.join(sorted(columns))}, got {found}")
+        try:
+            made = [_column(name, to_array(inputs[name])) for name in columns]
+            return pa.RecordBatch.from_arrays([column for column, _ in made], schema=pa.schema([f for _, f in made]))
+        except ValueError as e:  # pa.ArrowInvalid is one
+            raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
+
+    def _outputs(self, batch: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
+        try:
+            with self._lock:
+                logits = self._teacher.logits(batch)
+        except InputError as e:
+            raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
+        except TeacherUnavailable as e:
+            raise Refused(Code.UNAVAILABLE, str(e)) from e
+        except Exception as e:  # a model may raise anything; the client asks again with fewer rows
+            raise Refused(Code.INTERNAL, f"{type(e).__name__}: {e}") from e
+        return {"logits": logits} if self._top_k is None else _largest(logits, self._top_k)
+
+    def _input_type(self) -> tuple[int, list[int] | None]:
+        if self._inputs.kind in ("image", "text", "raw"):
+            return STRING, [-1]
+        if self._inputs.kind == "tensor" and len(self._inputs.columns) == 1:
+            return FLOAT, None if self._inputs.shape is None else [-1, *self._inputs.shape]
+        return FLOAT, None
+
+    def _output_types(self) -> dict[str, tuple[int, list[int] | None]]:
+        if self._top_k is None:
+            return {"logits": (FLOAT, [-1, -1])}
+        k = self._top_k
+        return dict(zip(TOP_K, [(FLOAT, [-1, k]), (INT32, [-1, k]), (FLOAT, [-1]), (INT32, [])], strict=True))
+
+
+def _handler(answer: Callable[[Any], Any], request_type: Any) -> grpc.RpcMethodHandler:
+    def handle(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return answer(request)
+        except Refused as e:
+            context.abort(e.code, str(e))
+
+    return grpc.unary_unary_rpc_method_handler(handle, request_type.FromString, lambda reply: reply.SerializeToString())
+
+
+def _tensor_info(info: Any, name: str, dtype: int, shape: list[int] | None) -> None:
+    info.name, info.dtype = name, dtype
+    if shape is None:
+        info.tensor_shape.unknown_rank = True
+    else:
+        for size in shape:
+            info.tensor_shape.dim.add(size=size)
+
+
+def _column(name: str, array: npt.NDArray[Any]) -> tuple[pa.Array, pa.Field]:
+    if array.ndim == 0:
+        raise ValueError(f"input {name} must have one row per example, got a single value")
+    if array.dtype == object:
+        if array.ndim != 1:
+            raise ValueError(f"input {name} must be one string per example, got shape {list(array.shape)}")
+        column = pa.array(array.tolist(), pa.binary())
+        return column, pa.field(name, column.type)
+    width = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
+    data = pa.py_buffer(np.ascontiguousarray(array).tobytes())
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, data])
+    metadata = {"dtype": array.dtype.name, "shape": json.dumps(array.shape[1:] or (1,))}
+    return column, pa.field(name, column.type, metadata=metadata)
+
+
+def _largest(logits: npt.NDArray[np.float32], k: int) -> dict[str, npt.NDArray[Any]]:
+    """Keep the k most probable classes; rows that have no distribution travel as NaN, for the client to find them."""
+    num_classes = logits.shape[1]
+    finite = np.isfinite(logits).all(axis=1)
+    logprobs = log_softmax(np.where(finite[:, None], logits, np.float32(0)), axis=1)
+    classes = largest(logprobs, min(k, num_classes))
+    kept = np.take_along_axis(logprobs, classes, axis=1)
+    rest = np.exp(logprobs)
+    np.put_along_axis(rest, classes, 0, axis=1)
+    tail = np.log(np.maximum(rest.sum(axis=1), np.exp(TAIL_FLOOR)))
+    kept[~finite] = np.nan
+    return dict(zip(TOP_K, (kept, classes.astype(np.int32), tail, np.array(num_classes, np.int32)), strict=True))
