@@ -144,7 +144,93 @@ class TfServingConfig(_Config):
         return super().relative_to(base).model_copy(update={"headers": headers})
 
 
-TeacherConfig = Annotated[TorchConfig | TfServingConfig, Field(discriminator="kind")]
+class OnnxConfig(_Config):
+    """An ONNX model, run by ONNX Runtime."""
+
+    kind: Literal["onnx"] = "onnx"
+    model: str = Field(description="the .onnx file")
+    input: InputConfig = Field(description="what the model reads")
+    output: str | None = Field(None, description="name of the output with the logits, when there are several")
+    providers: tuple[str, ...] = Field((), description="execution providers in order of preference; all that there are")
+    threads: int | None = Field(None, ge=1, description="threads of one operation; ONNX Runtime's choice")
+    batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("model",)
+
+
+class SavedModelConfig(_Config):
+    """A TensorFlow SavedModel in this process."""
+
+    kind: Literal["savedmodel"] = "savedmodel"
+    model: str = Field(description="folder of the SavedModel")
+    signature: str = Field("serving_default", description="name of the signature")
+    input: InputConfig = Field(description="what the model reads; kind raw passes text and bytes on")
+    output: str | None = Field(None, description="name of the output with the logits, when there are several")
+    batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("model",)
+
+
+class HuggingFaceConfig(_Config):
+    """A sequence or image classification model of transformers in a local folder."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    model: str = Field(description="folder with config.json, safetensors and the tokenizer or image processor")
+    input: InputConfig = Field(description="the column; of kind text or image, prepared by the model's own files")
+    max_length: int | None = Field(None, ge=1, description="most tokens of a text; the tokenizer's own limit")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, tpu, or auto for CUDA where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type that the model computes in")
+    batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
+
+    @model_validator(mode="after")
+    def _text_or_image(self) -> Self:
+        if self.input.kind not in ("text", "image"):
+            raise ValueError(f"input.kind must be text or image for a Hugging Face teacher, got {self.input.kind}")
+        return self
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("model",)
+
+
+class BeamConfig(_Config):
+    """Any Apache Beam ModelHandler."""
+
+    kind: Literal["beam"] = "beam"
+    handler: str = Field(description="'module:factory' of the ModelHandler")
+    arguments: dict[str, Any] = Field({}, description="keyword arguments of the factory")
+    input: InputConfig = Field(description="what the handler's examples are made of")
+    examples: Literal["numpy", "torch", "tensorflow", "batch"] = Field(
+        "numpy",
+        description="what run_inference takes: a list of rows as arrays or tensors, or the Arrow batch as one example",
+    )
+    output: str | int | None = Field(None, description="name of the logits when an inference is a mapping")
+    files: tuple[str, ...] = Field(
+        (), description="files and folders that the handler loads; the fingerprint hashes them"
+    )
+    version: str | None = Field(None, description="text to change when the answers change, where there are no files")
+    batch_rows: int | None = Field(None, ge=1, description="most rows at a time; the handler's own limit")
+
+    @model_validator(mode="after")
+    def _can_be_identified(self) -> Self:
+        if not self.files and self.version is None:
+            raise ValueError("files or version must be given, so that the labels of another model are told apart")
+        return self
+
+    def relative_to(self, base: Path) -> Self:
+        """Return the configuration with relative paths resolved against a folder."""
+        files = tuple(str(base / file) for file in self.files)
+        return super().relative_to(base).model_copy(update={"files": files})
+
+
+TeacherConfig = Annotated[
+    BeamConfig | HuggingFaceConfig | OnnxConfig | SavedModelConfig | TfServingConfig | TorchConfig,
+    Field(discriminator="kind"),
+]
 
 
 def parse_teacher_config(data: Any) -> TeacherConfig:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+Inputs = npt.NDArray[Any] | Mapping[str, npt.NDArray[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ class Halving:
     """Runs a function over rows in pieces that fit into memory, and remembers the size that did.
 
     Args:
-      run: function from an array of rows to an array of as many rows.
+      run: function from an array of rows, or a mapping of names to such arrays, to an array of as many rows.
       out_of_memory: tells whether an exception means that memory ran out.
       release: frees what a failed attempt holds.
       rows: most rows in a piece; None for as many as there are.
@@ -24,7 +26,7 @@ class Halving:
 
     def __init__(
         self,
-        run: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]],
+        run: Callable[[Any], npt.NDArray[np.float32]],
         out_of_memory: Callable[[Exception], bool],
         release: Callable[[], None],
         rows: int | None = None,
@@ -32,11 +34,11 @@ class Halving:
         self._run, self._out_of_memory, self._release = run, out_of_memory, release
         self.rows = rows
 
-    def __call__(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         """Run over all rows.
 
         Args:
-          inputs: array [n, ...].
+          inputs: array [n, ...], or a mapping of names to such arrays.
 
         Returns:
           float32 [n, ...].
@@ -46,22 +48,35 @@ class Halving:
         """
         parts: list[npt.NDArray[np.float32]] = []
         start = 0
-        while start < len(inputs) or not parts:
-            piece = inputs[start : start + (self.rows or len(inputs) or 1)]
+        total = count_rows(inputs)
+        while start < total or not parts:
+            piece = _cut(inputs, start, start + (self.rows or total or 1))
             part = self._try(piece)
             if part is not None:
                 parts.append(part)
-                start += len(piece)
+                start += count_rows(piece)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _try(self, piece: npt.NDArray[Any]) -> npt.NDArray[np.float32] | None:
+    def _try(self, piece: Inputs) -> npt.NDArray[np.float32] | None:
         try:
             return self._run(piece)
         except Exception as e:
-            if not self._out_of_memory(e) or len(piece) <= 1:
+            if not self._out_of_memory(e) or count_rows(piece) <= 1:
                 raise
         # Outside the handler: the exception's traceback would keep the failed attempt's tensors alive.
         self._release()
-        self.rows = len(piece) // 2
-        _log.warning("memory ran out with %d rows; the teacher goes on with %d at a time", len(piece), self.rows)
+        rows = count_rows(piece)
+        self.rows = rows // 2
+        _log.warning("memory ran out with %d rows; the teacher goes on with %d at a time", rows, self.rows)
         return None
+
+
+def count_rows(inputs: Inputs) -> int:
+    """Count the rows of an array or of a mapping of names to arrays."""
+    return len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+
+
+def _cut(inputs: Inputs, start: int, stop: int) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: array[start:stop] for name, array in inputs.items()}
+    return inputs[start:stop]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ def load_teacher(config: TeacherConfig | Mapping[str, Any], *, base: str | Path 
       >>> teacher = load_teacher({"kind": "torch", "model": "teacher.pt2", "input": {"column": "x"}})  # doctest: +SKIP
     """
     parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
-    return _LOADERS[parsed.kind](parsed.relative_to(Path(base)) if base is not None else parsed)
+    teacher: Teacher = _teacher_class(parsed.kind)(parsed.relative_to(Path(base)) if base is not None else parsed)
+    return teacher
 
 
-def _torch(config: Any) -> Teacher:
-    from distilbeam.teacher.torch_teacher import TorchTeacher
+# Modules are imported by name when their kind is asked for: each brings a framework of its own.
+_TEACHERS = {
+    "beam": "beam_teacher:BeamTeacher",
+    "huggingface": "huggingface_teacher:HuggingFaceTeacher",
+    "onnx": "onnx_teacher:OnnxTeacher",
+    "savedmodel": "savedmodel_teacher:SavedModelTeacher",
+    "tfserving": "tfserving.client:TfServingTeacher",
+    "torch": "torch_teacher:TorchTeacher",
+}
 
-    return TorchTeacher(config)
 
-
-def _tfserving(config: Any) -> Teacher:
-    from distilbeam.teacher.tfserving.client import TfServingTeacher
-
-    return TfServingTeacher(config)
-
-
-_LOADERS: dict[str, Callable[[Any], Teacher]] = {"tfserving": _tfserving, "torch": _torch}
+def _teacher_class(kind: str) -> Any:
+    module, _, name = _TEACHERS[kind].partition(":")
+    return getattr(importlib.import_module(f"distilbeam.teacher.{module}"), name)

@@ -98,8 +98,6 @@ class TeacherServer:
     ) -> None:
         self.options = options or ServeOptions()
         parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
-        if parsed.input is None:
-            raise ValueError("teacher.input must be given to serve a teacher: its columns are the inputs")
         self._teacher = load_teacher(parsed, base=base)
         self.fingerprint = self._teacher.fingerprint()
         self.version = _version(self.fingerprint) if self.options.version is None else self.options.version

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import TorchConfig
-from distilbeam.teacher.halving import Halving
-from distilbeam.teacher.preprocess import load_object, make_input
+from distilbeam.teacher.halving import Inputs, count_rows
+from distilbeam.teacher.local import LocalTeacher, first_line, select_output
+from distilbeam.teacher.preprocess import load_object
 
 
-class TorchTeacher:
+class TorchTeacher(LocalTeacher):
     """Answers with a PyTorch model.
 
     Args:
@@ -33,93 +33,54 @@ class TorchTeacher:
       ValueError: a file, module, device or output that the configuration names cannot be used.
     """
 
-    parallel = 1
-
     def __init__(self, config: TorchConfig) -> None:
         self._config = config
-        self._artefact = Artefact(_files(config), _settings(config))
-        self._input = make_input(config.input)
-        self._device = _device(config.device)
+        self._device = find_device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._fixed_rows: int | None = None
-        self._model: Any = self._load()
-        self._forward = Halving(self._run, _out_of_memory, self._release, self._fixed_rows or config.batch_rows)
-
-    def fingerprint(self) -> str:
-        """Identify the answers by the files and settings; see `Teacher`."""
-        name = Path(self._config.model).name if self._config.exported else self._config.model
-        return f"torch:{name}:{self._artefact.digest()}"
-
-    def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
-        """Answer a batch; see `Teacher`."""
-        return self._forward(self._input(batch))
+        name = Path(config.model).name if config.exported else config.model
+        super().__init__(f"torch:{name}", Artefact(_files(config), _settings(config)), config.input, config.batch_rows)
+        self._model, self._fixed_rows = self._load()
+        if self._fixed_rows is not None:
+            self.set_batch_rows(self._fixed_rows)
 
     @property
     def num_parameters(self) -> int:
         """Number of the model's parameters."""
         return sum(p.numel() for p in self._model.parameters()) if isinstance(self._model, torch.nn.Module) else 0
 
-    def close(self) -> None:
-        """Drop the model and the device's memory; see `Teacher`."""
-        self._model = None
-        self._release()
-
-    def _load(self) -> Any:
+    def _load(self) -> tuple[Any, int | None]:
         if not self._config.exported:
-            return _made(self._config).to(device=self._device, dtype=self._dtype).eval()
+            return _made(self._config).to(device=self._device, dtype=self._dtype).eval(), None
         try:
             program = torch.export.load(self._config.model)
         except Exception as e:
             raise ValueError(
-                f"teacher.model: {self._config.model} is not a torch.export program: {_first_line(e)}"
+                f"teacher.model: {self._config.model} is not a torch.export program: {first_line(e)}"
             ) from e
-        self._fixed_rows = _fixed_rows(program)
-        return program.module().to(device=self._device, dtype=self._dtype)
+        return program.module().to(device=self._device, dtype=self._dtype), _fixed_rows(program)
 
     @torch.inference_mode()
-    def _run(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        if self._model is None:
-            raise RuntimeError("the teacher was closed; load it again")
-        padded = _padded(inputs, self._fixed_rows)
+    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        model = self._require_open()
+        if isinstance(inputs, Mapping):
+            outputs = model(**{name: self._tensor(array) for name, array in inputs.items()})
+        else:
+            outputs = model(self._tensor(inputs))
+        answer: npt.NDArray[np.float32] = select_output(outputs, self._config.output).float().cpu().numpy()
+        rows = count_rows(inputs)
+        return answer[:rows] if self._fixed_rows is not None else answer
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        padded = _padded(array, self._fixed_rows)
         tensor = torch.from_numpy(np.require(padded, requirements="W")).to(self._device)
-        if tensor.is_floating_point():
-            tensor = tensor.to(self._dtype)
-        output = select_output(self._model(tensor), self._config.output)
-        answer: npt.NDArray[np.float32] = output.float().cpu().numpy()
-        return answer[: len(inputs)] if len(answer) == len(padded) else answer
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def _out_of_memory(self, error: Exception) -> bool:
+        return torch_out_of_memory(error)
 
     def _release(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def select_output(outputs: Any, output: str | int | None) -> Any:
-    """Find the logits among a model's outputs.
-
-    Args:
-      outputs: a tensor, a sequence or a mapping of them.
-      output: name or position; without it the only output, the one called `logits`, or the first of a sequence.
-
-    Returns:
-      The tensor.
-
-    Raises:
-      ValueError: there is no such output.
-    """
-    if isinstance(outputs, Mapping):
-        names = list(outputs)
-        name = output if output is not None else names[0] if len(names) == 1 else "logits"
-        if name not in outputs:
-            raise ValueError(
-                f"teacher.output must be one of the model's outputs {', '.join(map(str, names))}, got {name!r}"
-            )
-        return outputs[name]
-    if isinstance(outputs, (tuple, list)):
-        position = 0 if output is None else output
-        if not isinstance(position, int) or not -len(outputs) <= position < len(outputs):
-            raise ValueError(f"teacher.output must be a position below {len(outputs)}, got {output!r}")
-        return outputs[position]
-    return outputs
 
 
 def _files(config: TorchConfig) -> list[str]:
@@ -157,13 +118,18 @@ def _state_dict(path: str) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError(
-            f"teacher.weights: {path} is not a state dict of tensors only, which is all that is loaded ({_first_line(e)}); "
+            f"teacher.weights: {path} is not a state dict of tensors only, which is all that is loaded ({first_line(e)}); "
             "save module.state_dict() with torch.save, or use safetensors"
         ) from e
     return state
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Find a device by its name in the configuration.
+
+    Raises:
+      ValueError: there is no such device, or its library is not installed.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "tpu":
@@ -197,13 +163,9 @@ def _padded(inputs: npt.NDArray[Any], rows: int | None) -> npt.NDArray[Any]:
     return np.concatenate([inputs, np.repeat(inputs[-1:], rows - len(inputs), axis=0)])
 
 
-def _out_of_memory(error: Exception) -> bool:
+def torch_out_of_memory(error: Exception) -> bool:
+    """Tell whether an exception of torch means that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    texts = ("can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -40,7 +40,7 @@ class Refused(Exception):  # noqa: N818  (becomes a status, not a traceback)
       code: status of the answer.
     """
 
-    def __init__(self, code: Code, message: str) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -201,7 +201,7 @@ def _column(name: str, array: npt.NDArray[Any]) -> tuple[pa.Array, pa.Field]:
 def _largest(logits: npt.NDArray[np.float32], k: int) -> dict[str, npt.NDArray[Any]]:
     """Keep the k most probable classes; rows that have no distribution travel as NaN, for the client to find them."""
     num_classes = logits.shape[1]
-    finite = np.isfinite(logits).all(axis=1)
+    finite = np.asarray(np.isfinite(logits).all(axis=1))
     logprobs = log_softmax(np.where(finite[:, None], logits, np.float32(0)), axis=1)
     classes = largest(logprobs, min(k, num_classes))
     kept = np.take_along_axis(logprobs, classes, axis=1)

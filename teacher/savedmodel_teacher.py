@@ -1,0 +1,73 @@
+"""A teacher that is a TensorFlow SavedModel in this process. TensorFlow is imported when such a teacher is made, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distilbeam.teacher.artefact import Artefact
+from distilbeam.teacher.config import SavedModelConfig
+from distilbeam.teacher.halving import Inputs
+from distilbeam.teacher.local import LocalTeacher, select_output
+
+
+class SavedModelTeacher(LocalTeacher):
+    """Answers with a signature of a SavedModel.
+
+    Args:
+      config: the configuration, with paths resolved.
+
+    Raises:
+      ValueError: the folder is no SavedModel, or it has no such signature or output.
+    """
+
+    def __init__(self, config: SavedModelConfig) -> None:
+        folder = Path(config.model)
+        settings = config.model_dump_json(include={"input", "output", "signature"}, exclude={"input": {"tokenizer"}})
+        artefact = Artefact([folder, *config.input.files()], settings)
+        super().__init__(f"savedmodel:{folder.name}", artefact, config.input, config.batch_rows)
+        self._config = config
+        import tensorflow as tf
+
+        self._tf: Any = tf
+        try:
+            loaded = tf.saved_model.load(config.model)
+        except (OSError, ValueError) as e:
+            raise ValueError(f"teacher.model: {config.model} is not a SavedModel: {str(e).splitlines()[0]}") from e
+        if config.signature not in loaded.signatures:
+            names = ", ".join(loaded.signatures) or "none"
+            raise ValueError(f"teacher.signature '{config.signature}' is unknown; {config.model} has {names}")
+        self._loaded = loaded  # a signature does not keep its variables alive
+        self._model: Any = loaded.signatures[config.signature]
+        self._inputs = dict(self._model.structured_input_signature[1])
+        select_output(dict.fromkeys(self._model.structured_outputs), config.output)
+
+    def close(self) -> None:
+        """Drop the model; see `Teacher`."""
+        self._loaded = None
+        super().close()
+
+    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        model = self._require_open()
+        named = inputs if isinstance(inputs, Mapping) else {next(iter(self._inputs)): inputs}
+        if set(named) != set(self._inputs):
+            raise ValueError(
+                f"the signature has the inputs {', '.join(self._inputs)}, got {', '.join(named)}; several inputs need an "
+                "input function that returns a mapping"
+            )
+        tensors = {name: self._tensor(array, self._inputs[name].dtype) for name, array in named.items()}
+        output = select_output(model(**tensors), self._config.output)
+        answer: npt.NDArray[np.float32] = self._tf.cast(output, self._tf.float32).numpy()
+        return answer
+
+    def _tensor(self, array: npt.NDArray[Any], dtype: Any) -> Any:
+        if array.dtype == object:
+            return self._tf.constant(array.tolist(), dtype)
+        return self._tf.cast(self._tf.constant(array), dtype)
+
+    def _out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, (MemoryError, self._tf.errors.ResourceExhaustedError))
