@@ -101,7 +101,7 @@ class Job:
 
     def select(self, number: int, report: Report) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
-        choice = self.choice(number)
+        choice = self._choice_of_round(number)
         if choice.method != "uniform":
             score = Score(
                 student=str(self.directory.student(number)),
@@ -116,23 +116,17 @@ class Job:
 
     def label(self, number: int, report: Report) -> None:
         """Ask the teacher about the rows that a round chose."""
-        picks, student = self.choice(number).picks, self.directory.student(number)
+        picks, student = self.directory.picks(number), self.directory.student(number)
         self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
         where, rounds = self.directory.uniform, self.config.run.rounds
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, 0)
+        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
         choose(choice)
         bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
         self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
         self._train(where.student(1), [where.labels(0)], report)
-
-    def choice(self, number: int) -> Choice:
-        """Describe what a round chooses."""
-        selection = self.config.selection
-        bought = tuple(str(self.directory.picks(r)) for r in range(number))
-        return self._choice(self.directory.selected(number), selection.method, selection.budget, bought, number, number)
 
     def answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
@@ -219,10 +213,21 @@ class Job:
             attempts=self.config.engine.attempts,
         )
 
+    def _choice_of_round(self, number: int) -> Choice:
+        bought = tuple(str(self.directory.picks(r)) for r in range(number))
+        student = cached_student(str(self.directory.student(number))).fingerprint()
+        method, budget = self.config.selection.method, self.config.selection.budget
+        return self._choice(self.directory.selected(number), method, budget, bought, number, {"student": student})
+
     def _choice(
-        self, directory: Path, method: str, budget: int, bought: tuple[str, ...], number: int, student: int
+        self,
+        directory: Path,
+        method: str,
+        budget: int,
+        bought: tuple[str, ...],
+        number: int,
+        digests: dict[str, str],
     ) -> Choice:
-        digests = {"pool": self.inputs.pool.digest, "teacher": self.fingerprint, "student": str(student)}
         return Choice(
             pool=self.inputs.pool,
             directory=directory,
@@ -232,7 +237,7 @@ class Job:
             bought=bought,
             seed=self.config.run.seed,
             round=number,
-            digests=digests,
+            digests={"pool": self.inputs.pool.digest, "teacher": self.fingerprint, **digests},
         )
 
     def _spec(self, labels: LabelsSection) -> SoftLabelSpec:

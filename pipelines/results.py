@@ -107,7 +107,7 @@ def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
     }
     if plan["method"] == "uniform":
         return entry
-    gains = [_column(file, "gain") for file in sorted(job.choice(number).gains.glob("*.parquet"))]
+    gains = [_column(file, "gain") for file in sorted(job.directory.gains(number).glob("*.parquet"))]
     edges = np.linspace(0, max(float(g.max(initial=0)) for g in gains), _BINS + 1)
     bought = np.concatenate([_column(path, "gain") for path in read_manifest(job.directory.labels(number)).paths()])
     return {

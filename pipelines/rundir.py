@@ -68,6 +68,10 @@ class RunDirectory:
         """Directory of the rows that could not be labelled."""
         return self.root / "deadletter" / name
 
+    def gains(self, number: int) -> Path:
+        """Directory of the gains that a round's student gave the pool."""
+        return self.selected(number) / "gains"
+
     def picks(self, number: int) -> Path:
         """Directory of the rows that a round chose."""
         return self.selected(number) / "picks"

@@ -7,6 +7,7 @@ Nothing is unpickled: programs are read by `torch.export.load`, weights by safet
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,9 @@ def _files(config: TorchConfig) -> list[str]:
 
 
 def _settings(config: TorchConfig) -> str:
-    return config.model_dump_json(include={"arguments", "output", "dtype", "input"}, exclude={"input": {"tokenizer"}})
+    settings = {"arguments", "output", "dtype", "input"}
+    data = config.model_dump(mode="json", include=settings, exclude={"input": {"tokenizer"}})
+    return json.dumps(data, sort_keys=True)  # the order in which somebody wrote the arguments decides nothing
 
 
 def _made(config: TorchConfig) -> torch.nn.Module:
