@@ -3,6 +3,7 @@ from .calibration import expected_calibration_error as expected_calibration_erro
 from .calibration import fit_temperature as fit_temperature
 from .debias import DebiasEstimator as DebiasEstimator
 from .debias import debias_weight as debias_weight
+from .debias import rescale as rescale
 from .gains import entropy_gain as entropy_gain
 from .gains import least_confidence_gain as least_confidence_gain
 from .gains import margin_gain as margin_gain
@@ -14,9 +15,13 @@ from .rad import guaranteed_gain as guaranteed_gain
 from .rad import rad_distribution as rad_distribution
 from .rad import rad_loss_distribution as rad_loss_distribution
 from .rad import rad_marginals as rad_marginals
+from .refinement import Refinement as Refinement
 from .rounding import dep_round as dep_round
 from .rounding import round_carries as round_carries
 from .rounding import round_shard as round_shard
 from .rounding import shard_rng as shard_rng
+from .selectors import CandidatePool as CandidatePool
+from .selectors import Selector as Selector
+from .selectors import selector as selector
 from .sketch import GainSketch as GainSketch
 from .threshold import Threshold as Threshold

@@ -106,7 +106,8 @@ def solve_levels(pool: Levels, wrong: float, budget: int) -> Spending | None:
 def support_end(gains: Floats, counts: npt.NDArray[np.int64], costs: Floats, wrong: float) -> int:
     """Find how many leading points carry the uncapped solution.
 
-    The smallest I for which sum_{j<=I} (g_j - g_{I+1}) / w_j >= k, which is g_{I+1} <= F_I; every term lies in [0, 1].
+    The smallest I for which sum_{j<=I} g_j/w_j - k >= sum_{j<=I} g_{I+1}/w_j, which is g_{I+1} <= F_I; every term lies in
+    [0, 1].
 
     Args:
       gains: float64 [m], non-increasing.
@@ -119,8 +120,9 @@ def support_end(gains: Floats, counts: npt.NDArray[np.int64], costs: Floats, wro
     """
 
     def is_enough(end: int) -> bool:
-        ahead = (gains[:end] - gains[end]) / costs[:end]
-        return float((counts[:end] * ahead).sum()) >= wrong
+        # Without the difference g_j - g_{I+1}, in which a much smaller gain would vanish.
+        ahead = float((counts[:end] * (gains[:end] / costs[:end])).sum()) - wrong
+        return ahead >= float((counts[:end] * (gains[end] / costs[:end])).sum())
 
     first = int(np.searchsorted(-gains, -gains[0], side="right"))
     return _first_true(is_enough, first, len(gains))
@@ -139,7 +141,7 @@ def _spend_capped(pool: Levels, wrong: float, budget: int, support: int) -> Spen
             return bool(level >= plain * least)
         stop = int(np.searchsorted(ends, ends[number] + left, side="right")) - 1
         v_ratios = pool.ratio_sum(pool.values[stop], number) if stop < len(pool.values) else 0.0
-        return bool(ends[number] - v_ratios <= wrong)
+        return bool(ends[number] - wrong <= v_ratios)
 
     last = _first_true(lambda number: not is_past(number), 1, len(pool.values)) - 1
     shared = last + 1

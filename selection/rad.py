@@ -203,7 +203,7 @@ def _levels(gains: npt.NDArray[np.floating]) -> Levels:
 def _shared(gains: npt.NDArray[np.floating], least: float, level: float) -> Floats:
     """Give level / gain to gains of at least `least` and 0 to the others."""
     shares = np.zeros(len(gains))
-    np.divide(level, gains, out=shares, where=gains >= least)
+    np.divide(level, gains, out=shares, where=gains >= least, dtype=np.float64)
     return shares
 
 
