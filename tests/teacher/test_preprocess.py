@@ -295,7 +295,7 @@ def test_functions_get_the_batch_of_their_columns(tmp_path: Any, monkeypatch: py
     made = make_input(InputConfig(kind="function", columns=("x",), function="own_input:doubled"))(rows)
     np.testing.assert_array_equal(made, [[2.0], [4.0]])
     one = make_input(InputConfig(kind="function", columns=("x",), function="own_input:one"))
-    with pytest.raises(InputError, match=r"own_input:one must return an array of 2 rows, got shape \[1\]"):
+    with pytest.raises(InputError, match=r"own_input:one must return arrays of 2 rows, got shape \[1\]"):
         one(rows)
 
 

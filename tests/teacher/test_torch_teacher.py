@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from distilbeam.teacher import Teacher, TeacherChanged, ask, load_teacher
 from distilbeam.teacher.halving import Halving
-from distilbeam.teacher.torch_teacher import select_output
+from distilbeam.teacher.local import select_output
 
 FACTORY = """
 import torch
