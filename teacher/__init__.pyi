@@ -11,3 +11,5 @@ from .protocol import TeacherUnavailable as TeacherUnavailable
 from .serving import ServeOptions as ServeOptions
 from .serving import TeacherServer as TeacherServer
 from .serving import serve as serve
+from .softlabels.inspect import inspect_labels as inspect_labels
+from .softlabels.verify import verify_labels as verify_labels

@@ -121,7 +121,7 @@ def decode(labels: pa.RecordBatch | pa.Table, spec: SoftLabelSpec) -> SoftLabels
     """Decode soft labels; without a copy where storage and chunks allow.
 
     Args:
-      labels: a batch or table with the label columns; other columns are ignored.
+      labels: a batch or table with the columns of the distribution; others, `teacher_margin` too, are not needed.
       spec: the specification that the labels were written with.
 
     Returns:
@@ -130,7 +130,7 @@ def decode(labels: pa.RecordBatch | pa.Table, spec: SoftLabelSpec) -> SoftLabels
     Raises:
       ValueError: a column is missing, of another type, or has missing values.
     """
-    check_columns(labels.schema, spec)
+    check_columns(labels.schema, spec, margin=False)
     stored = flat_values(labels.column(LOGPROBS), spec.width).astype(np.float32, copy=False)
     if spec.kind == "dense":
         return SoftLabels(stored)

@@ -38,15 +38,22 @@ def label_schema(spec: SoftLabelSpec) -> pa.Schema:
     return pa.schema(fields, metadata={SPEC_KEY: spec.to_json()})
 
 
-def check_columns(schema: pa.Schema, spec: SoftLabelSpec) -> None:
+def check_columns(schema: pa.Schema, spec: SoftLabelSpec, *, margin: bool = True) -> None:
     """Check that a schema has the label columns of a specification.
 
     Columns beyond those of the specification are welcome: newer minor versions add some.
+
+    Args:
+      schema: the schema.
+      spec: the specification.
+      margin: whether `teacher_margin`, which the distribution does not need, must be there.
 
     Raises:
       ValueError: a column is missing or of another type.
     """
     for field in label_schema(spec):
+        if field.name == MARGIN and not margin:
+            continue
         if field.name not in schema.names:
             raise ValueError(f"soft labels must have a column {field.name}; the columns are {', '.join(schema.names)}")
         if not _same_type(schema.field(field.name).type, field.type):
