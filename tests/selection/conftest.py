@@ -21,7 +21,16 @@ def value_by_linear_program():
         above = np.hstack([np.diag(stakes), -np.ones((n, 1)), -np.eye(n)])
         total = np.concatenate([np.ones(n), np.zeros(n + 1)])[None]
         bounds = [(0, upper)] * n + [(0, None)] * (n + 1)
-        result = linprog(cost, A_ub=above, b_ub=np.zeros(n), A_eq=total, b_eq=[budget], bounds=bounds, method="highs")
+        result = linprog(
+            cost,
+            A_ub=above,
+            b_ub=np.zeros(n),
+            A_eq=total,
+            b_eq=[budget],
+            bounds=bounds,
+            method="highs",
+            options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+        )
         assert result.status == 0, result.message
         return -result.fun
 

@@ -294,6 +294,6 @@ def test_guaranteed_gain_of_real_numbers_of_errors():
     assert guaranteed_gain([4, 2], [0.5, 0.5], 9) == 0
     assert guaranteed_gain([4, 2], [0.5, 0.5], 1, losses=2) == 0
     with pytest.raises(
-        ValueError, match="^probabilities must have one entry for each of the 2 entries of gains, got 1$"
+        ValueError, match=r"^probabilities must have one entry for each of the 2 entries of gains, got 1$"
     ):
         guaranteed_gain([4, 2], [1.0], 1)

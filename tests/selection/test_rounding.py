@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_shards_with_carries_keep_the_marginals(frequency_bound):
     counts, pairs, draws = np.zeros(60), np.zeros((60, 60)), 12_000
     for number in range(draws):
         chosen, carries, probabilities = np.zeros(60, bool), [], []
-        for shard, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        for shard, (start, stop) in enumerate(pairwise(cuts)):
             part, carry, probability = round_shard(marginals[start:stop], shard_rng(1, number, str(shard)))
             assert part.sum() + probability == pytest.approx(marginals[start:stop].sum())
             chosen[start:stop] = part
