@@ -7,10 +7,12 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation import chunked, reference
 from distilbeam.kernels.distillation.targets import Mixing, Objective
-from distilbeam.kernels.distillation.terms import Options, Reduction, as_labels, make_terms
+from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
-from distilbeam.kernels.resolve import never, resolve
+from distilbeam.kernels.resolve import Reasons, never, resolve, triton_reasons
 
+MOST_DENSE_CLASSES = 4_096  # the kernel keeps a dense row in registers
+MOST_KEPT = 1_024  # and the kept classes of a sparse one
 LARGE = 1 << 16  # logits from which the sweep beats autograd on a CPU (benchmarks/distill_loss.py)
 
 
@@ -58,7 +60,7 @@ def distill_loss(
       ignore_index: the class of a row without a true class.
       reduction: `mean`, `sum` or `none` (weighted losses [B]).
       normalizer: replaces the number of rows that count in `mean`, e.g. the count over all ranks.
-      implementation: `reference`, `chunked`; None chooses by size and device.
+      implementation: `reference`, `chunked`, `triton` (CUDA); None chooses by size and device.
 
     Returns:
       A scalar, or [B] for `none`; 0 when no row counts.
@@ -99,7 +101,31 @@ def distill_loss(
     terms = make_terms(
         as_labels(labels, ignore_index), logits.shape[0], logits.shape[1], compute, logits.device, options
     )
-    order = ("chunked", "reference") if logits.numel() >= LARGE else ("reference", "chunked")
-    name = resolve("distill_loss", implementation, dict.fromkeys(order, never))
+    name = resolve("distill_loss", implementation, _backends(logits, terms))
+    if name == "triton":
+        from distilbeam.kernels.distillation import triton_backend
+
+        return triton_backend.total(logits, terms, reduction != "none")
     run = {"reference": reference.total, "chunked": chunked.total}[name]
     return run(logits, terms, reduction != "none")
+
+
+def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
+    """Order the backends for a call: on a GPU the fused kernel, on a CPU autograd while the batch is small."""
+    triton = {"triton": lambda: _triton_reasons(logits, terms)}
+    if logits.is_cuda:
+        return {**triton, "chunked": never, "reference": never}
+    if logits.numel() >= LARGE:
+        return {"chunked": never, "reference": never, **triton}
+    return {"reference": never, "chunked": never, **triton}
+
+
+def _triton_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
+    reasons = triton_reasons(logits)
+    if logits.dtype == torch.float64:
+        reasons.append("it computes in float32, the logits are float64")
+    if any(term.targets.classes is None for term in terms) and logits.shape[1] > MOST_DENSE_CLASSES:
+        reasons.append(f"dense labels have at most {MOST_DENSE_CLASSES:,} classes there, got {logits.shape[1]:,}")
+    if any(term.targets.classes is not None and term.targets.classes.shape[1] > MOST_KEPT for term in terms):
+        reasons.append(f"sparse labels keep at most {MOST_KEPT:,} classes there")
+    return reasons

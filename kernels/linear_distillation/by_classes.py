@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch import Tensor
 from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
 from distilbeam.kernels.distillation.sweep import kept_gradient
 from distilbeam.kernels.distillation.terms import Term
-
-if TYPE_CHECKING:
-    from distilbeam.kernels.linear_distillation.chunked import Gradients
+from distilbeam.kernels.linear_distillation.gradients import Gradients
 
 MOST_ROWS = 4096
 
@@ -30,7 +27,7 @@ class _Buckets:
 
     def add(self, z_BW: Tensor, start: int) -> None:
         """Take in the logits of the classes from `start`; `z_BW` ends in one column to spare and is overwritten."""
-        column_BK, inside_BK = _columns(self.classes_BK, start, z_BW)
+        column_BK, inside_BK = columns_of(self.classes_BK, start, z_BW.shape[1] - 1)
         self.kept_BK += torch.where(inside_BK, z_BW.gather(1, column_BK), 0)
         if self.term.targets.rest_temperature is None:
             return
@@ -64,7 +61,7 @@ class _Buckets:
 
     def spread(self, z_BW: Tensor, start: int) -> None:
         """Overwrite the logits of the classes from `start` by their gradient."""
-        column_BK, _ = _columns(self.classes_BK, start, z_BW)
+        column_BK, _ = columns_of(self.classes_BK, start, z_BW.shape[1] - 1)
         if self.term.targets.rest_temperature is None:
             z_BW.zero_()
         else:
@@ -151,8 +148,16 @@ def _tiles(
         yield tile, weight_WH, z_RW
 
 
-def _columns(classes_BK: Tensor, start: int, z_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the kept classes in a tile; the others are sent to the column to spare."""
-    spare = z_BW.shape[1] - 1
-    inside_BK = (classes_BK >= start) & (classes_BK < start + spare)
-    return torch.where(inside_BK, classes_BK - start, spare), inside_BK
+def columns_of(classes_BK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Find the kept classes in a tile.
+
+    Args:
+      classes_BK: the kept classes.
+      start: first class of the tile.
+      width: classes of the tile.
+
+    Returns:
+      Their columns, `width` for those outside, which is the column to spare; and which are inside.
+    """
+    inside_BK = (classes_BK >= start) & (classes_BK < start + width)
+    return torch.where(inside_BK, classes_BK - start, width), inside_BK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
-from distilbeam.kernels.resolve import never, resolve
+from distilbeam.kernels.resolve import Reasons, never, resolve, triton_reasons
 
 LARGE = 1 << 18  # logits from which not holding them pays on a CPU (benchmarks/distill_loss.py)
 
@@ -55,7 +57,7 @@ def linear_distill_loss(
       ignore_index: as for `distill_loss`.
       reduction: as for `distill_loss`.
       normalizer: as for `distill_loss`.
-      implementation: `reference`, `chunked`; None chooses by size and device.
+      implementation: `reference`, `chunked`, `triton` (CUDA, sparse labels); None chooses by size and device.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -92,15 +94,40 @@ def linear_distill_loss(
     )
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     terms = make_terms(as_labels(labels, ignore_index), len(hidden), len(weight), compute, hidden.device, options)
-    order = ("chunked", "reference") if len(hidden) * len(weight) >= LARGE else ("reference", "chunked")
-    name = resolve("linear_distill_loss", implementation, dict.fromkeys(order, never))
-    run = {"reference": reference.total, "chunked": chunked.total}[name]
+    run = _implementation(resolve("linear_distill_loss", implementation, _backends(hidden, weight, bias, terms)))
     index = _rows_that_count(terms)
     if index is None:
         return run(hidden, weight, bias, terms, reduction != "none")
     some = [Term(t.targets.rows(index), t.scale[index], None if t.valid is None else t.valid[index]) for t in terms]
     value = run(hidden[index], weight, bias, some, reduction != "none")
     return value if reduction != "none" else value.new_zeros(len(hidden)).index_put((index,), value)
+
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "triton":
+        from distilbeam.kernels.linear_distillation import triton_backend
+
+        return triton_backend.total
+    return {"reference": reference.total, "chunked": chunked.total}[name]
+
+
+def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
+    """Order the backends for a call: on a GPU the tiled kernels, on a CPU the plain layer while the batch is small."""
+    triton = {"triton": lambda: _triton_reasons(hidden, weight, bias, terms)}
+    if hidden.is_cuda:
+        return {**triton, "chunked": never, "reference": never}
+    if len(hidden) * len(weight) >= LARGE:
+        return {"chunked": never, "reference": never, **triton}
+    return {"reference": never, "chunked": never, **triton}
+
+
+def _triton_reasons(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> list[str]:
+    reasons = triton_reasons(hidden, weight, bias)
+    if hidden.dtype != weight.dtype or hidden.dtype == torch.float64:
+        reasons.append(f"hidden and weight must have one dtype of at most 32 bits, got {hidden.dtype}, {weight.dtype}")
+    if any(term.targets.classes is None for term in terms):
+        reasons.append("dense labels hold a value for every class anyway")
+    return reasons
 
 
 def _rows_that_count(terms: list[Term]) -> Tensor | None:

@@ -1,0 +1,122 @@
+"""Launch the Triton kernels of the distillation losses; imported when they are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distilbeam.kernels.distillation.targets import Targets
+from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.distillation.triton_kernels import dense_rows, sparse_rows
+
+
+def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
+    """Compute the scaled loss; see `chunked.total`."""
+    rows_B: Tensor = _Rows.apply(logits_BC, list(terms))
+    return rows_B.sum() if reduced else rows_B
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term]) -> Tensor:
+        losses_B = torch.empty_like(terms[0].scale)
+        gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
+        for number, term in enumerate(terms):
+            launch(logits_BC, term, losses_B, gradient_BC, add=number > 0)
+        ctx.save_for_backward(gradient_BC)
+        return losses_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
+        (gradient_BC,) = ctx.saved_tensors
+        if bool((upstream_B == 1).all()):  # waits for the device, which is cheaper than another pass over the logits
+            return gradient_BC, None
+        return gradient_BC * upstream_B[:, None].to(gradient_BC.dtype), None
+
+
+def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, *, add: bool) -> None:
+    """Run one term's kernel over all rows.
+
+    Args:
+      logits_BC: of any strides.
+      term: the term.
+      losses_B: float32, written or, with `add`, added to.
+      gradient_BC: contiguous, likewise.
+      add: whether to add.
+    """
+    rows, classes = logits_BC.shape
+    if not rows:
+        return
+    targets = term.targets
+    valid_B = (
+        torch.ones(rows, dtype=torch.int8, device=logits_BC.device) if term.valid is None else term.valid.to(torch.int8)
+    )
+    strides = logits_BC.stride()
+    slam = targets.flip is not None
+    flags = {"ENTROPY": targets.entropy, "SLAM": slam, "FORWARD": targets.forward, "ADD": add}
+    accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
+    if targets.classes is None:
+        logy_BC = targets.logprobs.contiguous()
+        flip_BC = logy_BC if targets.flip is None else targets.flip
+        block = triton.next_power_of_2(classes)
+        dense_rows[(rows,)](
+            logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
+            classes, *strides, targets.temperature, BLOCK=block, num_warps=dense_warps(block), **flags,
+        )  # fmt: skip
+        return
+    kept_BK = targets.classes.to(torch.int32)
+    padding_BK = torch.zeros_like(kept_BK) if targets.padding is None else targets.padding
+    logy_BK, logy_rest_B = _split(targets)
+    flip_BK = logy_BK if targets.flip is None else targets.flip[:, : kept_BK.shape[1]].contiguous()
+    bits_BW = kept_bits(targets, classes)
+    width = kept_BK.shape[1]
+    sparse_rows[(rows,)](
+        logits_BC, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
+        valid_B, losses_B, gradient_BC, classes, *strides, bits_BW.shape[1], targets.temperature,
+        1.0 if targets.rest_temperature is None else targets.rest_temperature,
+        K=width, KP=triton.next_power_of_2(width), REST=targets.rest_temperature is not None, **flags,
+        **sparse_block(classes),
+    )  # fmt: skip
+
+
+def kept_bits(targets: Targets, num_classes: int) -> Tensor:
+    """Mark the kept classes of every row.
+
+    Args:
+      targets: of sparse labels.
+      num_classes: C.
+
+    Returns:
+      int32 [B, ceil(C / 32)]; bit j mod 32 of word j // 32 is set when class j is kept.
+    """
+    assert targets.classes is not None
+    bits_BK = torch.ones_like(targets.classes) << (targets.classes % 32)
+    if targets.padding is not None:
+        bits_BK = bits_BK.masked_fill(targets.padding, 0)
+    words_BW = bits_BK.new_zeros(len(bits_BK), -(-num_classes // 32))
+    words_BW.scatter_add_(1, targets.classes // 32, bits_BK)  # classes are distinct: adding bits sets them
+    return torch.where(words_BW > 2**31 - 1, words_BW - 2**32, words_BW).to(torch.int32)
+
+
+def dense_warps(block: int) -> int:
+    """Warps for a row in registers: eight values to a thread, sixteen warps at most."""
+    return max(1, min(16, block // 256))
+
+
+def sparse_block(num_classes: int) -> dict[str, int]:
+    """Size of a sweep's block and its warps, found by ahead-of-time compilation to use few registers."""
+    block = min(4096, max(128, triton.next_power_of_2(num_classes)))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def _split(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Separate the targets of the kept buckets from the rest's."""
+    if targets.rest_temperature is None:
+        return targets.logprobs.contiguous(), targets.logprobs[:, 0].contiguous()
+    return targets.logprobs[:, :-1].contiguous(), targets.logprobs[:, -1].contiguous()

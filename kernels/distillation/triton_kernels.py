@@ -1,0 +1,169 @@
+"""The distillation losses as Triton kernels: value and gradient of a row by one program.
+
+Sparse labels: a bit per class says which classes are kept. A first sweep over the row sums up the exponentials of all
+others, without ever subtracting the kept part from the whole; the problem over the buckets is solved in registers; a
+second sweep, whose reads come from the cache, writes the others' gradient, and after a barrier the kept classes' is
+written over it, so that both sweeps move 16 bytes at a time. Dense labels: the row stays in registers.
+
+Everything is float32 from the moment it is loaded; the losses are those of reference.py, the gradients of
+closed_form.py.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _log_mix(logf, candidate, flip, a, FORWARD: tl.constexpr):
+    """log(mix), and for "forward" the exponent taken out of the candidates' probabilities."""
+    shift = 0.0
+    if FORWARD:
+        shift = tl.max(tl.where(candidate, logf, -float("inf")), axis=0)
+        shift = tl.where(shift == -float("inf"), 0.0, shift)
+    f = tl.where(candidate, tl.exp(logf - shift), 0.0)
+    reach = 1.0
+    if FORWARD:
+        reach = tl.sum(f, axis=0)
+    mixed = tl.where(candidate, a * f + flip * (reach - f), 1.0)
+    return tl.where(candidate, shift + tl.log(mixed), tl.log(a) + logf), shift
+
+
+@triton.jit
+def _bucket_problem(
+    v, v_rest, logy, logy_rest, flip, a, T, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr
+):
+    """Loss of one row, and its derivatives by the kept buckets' logits and by the rest's."""
+    NOTHING = -float("inf")
+    u, u_rest = v / T, v_rest / T
+    top = tl.maximum(tl.max(u, axis=0), u_rest)
+    e, e_rest = tl.exp(u - top), tl.exp(u_rest - top)
+    total = tl.sum(e, axis=0) + e_rest
+    f, f_rest = e / total, e_rest / total
+    logf, logf_rest = u - top - tl.log(total), u_rest - top - tl.log(total)
+    y = tl.where(v == NOTHING, 0.0, tl.exp(logy))
+    y_rest = tl.where(v_rest == NOTHING, 0.0, tl.exp(logy_rest))
+    logmix, logmix_rest = logf, logf_rest
+    if SLAM:
+        candidate = flip > 0
+        logf = tl.maximum(logf, -3.0e38)
+        logmix, shift = _log_mix(logf, candidate, flip, a, FORWARD)
+        logmix_rest = tl.log(a) + logf_rest
+    value, value_rest = -logmix, -logmix_rest
+    if ENTROPY:
+        value, value_rest = value + logy, value_rest + logy_rest
+    loss = tl.sum(tl.where(y > 0, y * value, 0.0), axis=0) + tl.where(y_rest > 0, y_rest * value_rest, 0.0)
+    if SLAM:
+        pull = -y * tl.exp(tl.where(y > 0, logf - logmix, 0.0)) * (a - flip)
+        if FORWARD:
+            shared = tl.sum(y * flip * tl.exp(tl.where(candidate, shift - logmix, 0.0)), axis=0)
+            pull -= tl.where(candidate, tl.exp(logf - shift), 0.0) * shared
+        pull_rest = -y_rest  # mix is a f there
+        pulls = tl.sum(pull, axis=0) + pull_rest
+        g, g_rest = pull - f * pulls, pull_rest - f_rest * pulls
+    else:
+        mass = tl.sum(y, axis=0) + y_rest
+        g, g_rest = f * mass - y, f_rest * mass - y_rest
+    return T * T * loss, T * g, T * g_rest
+
+
+@triton.jit
+def sparse_rows(
+    logits, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid, losses, gradient,
+    C, row_stride, column_stride, words, T, tau,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One row of [B, C] logits with k kept classes; `classes` repeats the row's first where `padding` is set."""
+    NOTHING = -float("inf")
+    row = tl.program_id(0).to(tl.int64)
+    z_row, g_row = logits + row * row_stride, gradient + row * C
+    counts = tl.load(valid + row) != 0
+    k = tl.arange(0, KP)
+    here = k < K
+    ids = tl.load(classes + row * K + k, mask=here, other=0)
+    absent = (tl.load(padding + row * K + k, mask=here, other=1) != 0) | (k >= K)
+    v = tl.load(z_row + ids * column_stride, mask=here & counts, other=0.0).to(tl.float32)
+    v = tl.where(absent, NOTHING, v)
+    target = tl.load(logy + row * K + k, mask=here, other=NOTHING)
+    flips, a = tl.zeros([KP], tl.float32), 1.0
+    if SLAM:
+        flips = tl.load(flip + row * K + k, mask=here, other=0.0)
+        a = tl.load(accuracy + row)
+    rest, target_rest = NOTHING, NOTHING
+    word, bit = tl.arange(0, BLOCK // 32)[:, None], tl.arange(0, 32)[None, :]
+    if REST:
+        top = tl.full([BLOCK // 32, 32], NOTHING, tl.float32)
+        total = tl.zeros([BLOCK // 32, 32], tl.float32)
+        for start in range(0, C, BLOCK):  # a maximum and a sum in every lane: one reduction at the end
+            j = start + word * 32 + bit
+            kept = (
+                tl.load(bits + row * words + start // 32 + word, mask=start // 32 + word < words, other=0) >> bit
+            ) & 1
+            z = tl.load(z_row + j * column_stride, mask=j < C, other=NOTHING).to(tl.float32)
+            z = tl.where((kept == 0) & counts, z, NOTHING)
+            higher = tl.maximum(top, z)
+            safe = tl.where(higher == NOTHING, 0.0, higher)
+            total = total * tl.exp((top - safe) / tau) + tl.exp((z - safe) / tau)
+            top = higher
+        best = tl.max(tl.max(top, axis=1), axis=0)
+        safe_best = tl.where(best == NOTHING, 0.0, best)
+        rest = best + tau * tl.log(tl.sum(tl.sum(total * tl.exp((top - safe_best) / tau), axis=1), axis=0))
+        rest = tl.where(best == NOTHING, NOTHING, rest)
+        target_rest = tl.load(logy_rest + row)
+    loss, g, g_rest = _bucket_problem(v, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
+    factor = tl.where(counts, tl.load(scale + row), 0.0)
+    loss = tl.where(counts, loss * factor, 0.0)
+    g, g_rest = tl.where(counts, g * factor, 0.0), tl.where(counts, g_rest * factor, 0.0)
+    if ADD:
+        loss += tl.load(losses + row)
+    tl.store(losses + row, loss)
+    shift = tl.where(rest == NOTHING, float("inf"), rest)
+    for start in range(0, C, BLOCK):
+        j = start + word * 32 + bit
+        slope = tl.zeros([BLOCK // 32, 32], tl.float32)
+        if REST:
+            kept = (
+                tl.load(bits + row * words + start // 32 + word, mask=start // 32 + word < words, other=0) >> bit
+            ) & 1
+            z = tl.load(z_row + j * column_stride, mask=j < C, other=NOTHING).to(tl.float32)
+            z = tl.where((kept == 0) & counts, z, NOTHING)
+            slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp((z - shift) / tau))
+        if ADD:
+            slope += tl.load(g_row + j, mask=j < C, other=0.0).to(tl.float32)
+        tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C)
+    tl.debug_barrier()  # the kept classes are stored over the zeros that the sweep left in their places
+    if ADD:
+        g += tl.load(g_row + ids, mask=~absent, other=0.0).to(tl.float32)
+    tl.store(g_row + ids, g.to(gradient.dtype.element_ty), mask=~absent)
+
+
+@triton.jit
+def dense_rows(
+    logits, logy, flip, accuracy, scale, valid, losses, gradient,
+    C, row_stride, column_stride, T,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One row of [B, C] logits with a target for every class; C is at most BLOCK."""
+    NOTHING = -float("inf")
+    row = tl.program_id(0).to(tl.int64)
+    counts = tl.load(valid + row) != 0
+    j = tl.arange(0, BLOCK)
+    here = j < C
+    v = tl.load(logits + row * row_stride + j * column_stride, mask=here & counts, other=0.0).to(tl.float32)
+    v = tl.where(here, v, NOTHING)
+    target = tl.load(logy + row * C + j, mask=here, other=NOTHING)
+    flips, a = tl.zeros([BLOCK], tl.float32), 1.0
+    if SLAM:
+        flips = tl.load(flip + row * C + j, mask=here, other=0.0)
+        a = tl.load(accuracy + row)
+    loss, g, _ = _bucket_problem(v, NOTHING, target, NOTHING, flips, a, T, ENTROPY, SLAM, FORWARD)
+    factor = tl.where(counts, tl.load(scale + row), 0.0)
+    loss, g = tl.where(counts, loss * factor, 0.0), tl.where(counts, g * factor, 0.0)
+    if ADD:
+        loss += tl.load(losses + row)
+        g += tl.load(gradient + row * C + j, mask=here, other=0.0).to(tl.float32)
+    tl.store(losses + row, loss)
+    tl.store(gradient + row * C + j, g.to(gradient.dtype.element_ty), mask=here)

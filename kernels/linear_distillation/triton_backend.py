@@ -1,0 +1,136 @@
+"""The fused last layer and loss with Triton: logits are made in tiles, summed up, made again, and never all held.
+
+A tile's gradient is stored in the dtype of the layer, in a buffer of some classes of all rows, from which the library's
+matrix products bring it to hidden and weight with float32 sums. Imported when it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
+from distilbeam.kernels.distillation.sweep import kept_gradient
+from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.distillation.triton_backend import kept_bits
+from distilbeam.kernels.linear_distillation.by_classes import columns_of
+from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
+from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_tile, kept_logits, rest_of_tiles
+
+BUFFER_ELEMENTS = 1 << 26
+PROGRAMS = 512  # enough to fill a GPU: classes are split until there are as many
+TILE = {"BM": 64, "BN": 128, "BH": 64}
+WARPS = 8
+
+
+def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
+    """Compute the scaled loss; see `chunked.total`."""
+    return apply_fused(_run, Operands(hidden_BH.contiguous(), weight_CH.contiguous(), bias_C), terms, reduced)
+
+
+class _Solved:
+    """One term after its first pass: the bits of its kept classes, the rest, and the gradients of the buckets."""
+
+    def __init__(self, operands: Operands, term: Term) -> None:
+        targets = term.targets
+        assert targets.classes is not None
+        self.classes_BK = targets.classes
+        self.bits_BW = kept_bits(targets, len(operands.weight))
+        self.tau = 1.0 if targets.rest_temperature is None else targets.rest_temperature
+        v_BN = _kept(operands, self.classes_BK)
+        if targets.padding is not None:
+            v_BN = v_BN.masked_fill(targets.padding, -torch.inf)
+        self.rest_B = torch.full_like(v_BN[:, 0], torch.inf)
+        if targets.rest_temperature is not None:
+            rest_B = _rest(operands, self.bits_BW, self.tau)
+            v_BN = torch.cat([v_BN, rest_B[:, None]], dim=1)
+            self.rest_B = rest_B.masked_fill(torch.isneginf(rest_B), torch.inf)
+        loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
+        scale_B = term.scale
+        if term.valid is not None:
+            loss_B = loss_B.masked_fill(~term.valid, 0)
+            gradient_BN = gradient_BN.masked_fill(~term.valid[:, None], 0)
+            scale_B = scale_B.masked_fill(~term.valid, 0)
+        self.losses_B = loss_B * scale_B
+        self.kept_BK = kept_gradient(gradient_BN, targets, scale_B)
+        has_rest = targets.rest_temperature is not None
+        self.slope_B = gradient_BN[:, -1] * scale_B if has_rest else torch.zeros_like(scale_B)
+
+
+def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    sums = Gradients.zeros(operands, wanted, torch.float32)
+    solved = [_Solved(operands, term) for term in terms] if len(operands.hidden) else []
+    losses_B = sum((one.losses_B for one in solved), torch.zeros_like(terms[0].scale))
+    if not solved or not any(wanted):
+        return losses_B, sums.like(operands)
+    rows, classes = len(operands.hidden), len(operands.weight)
+    width = min(classes, max(TILE["BN"], BUFFER_ELEMENTS // rows))
+    buffer_BW = operands.hidden.new_empty(rows, width + 16)  # beyond the tile, a column for what is kept elsewhere
+    for first in range(0, classes, width):
+        tile = slice(first, min(first + width, classes))
+        size = tile.stop - first
+        for number, one in enumerate(solved):
+            _spread(operands, one, buffer_BW, first, size, add=number > 0)
+        _accumulate(operands, buffer_BW[:, :size], tile, sums)
+    return losses_B, sums.like(operands)
+
+
+def _spread(operands: Operands, one: _Solved, buffer_BW: Tensor, first: int, size: int, *, add: bool) -> None:
+    hidden, weight, bias = operands
+    rows, classes = len(hidden), len(weight)
+    grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
+    gradient_of_tile[grid](
+        hidden, weight, weight if bias is None else bias, one.bits_BW, one.rest_B, one.slope_B, buffer_BW, rows, classes,
+        hidden.shape[1], one.bits_BW.shape[1], first, size, buffer_BW.shape[1], one.tau,
+        BIAS=bias is not None, EXACT=hidden.dtype == torch.float32, ADD=add, num_warps=WARPS, **TILE,
+    )  # fmt: skip
+    column_BK, _ = columns_of(one.classes_BK, first, size)
+    kept_BK = one.kept_BK.to(buffer_BW.dtype)
+    if add:
+        kept_BK = kept_BK + buffer_BW.gather(1, column_BK)
+    buffer_BW.scatter_(1, column_BK, kept_BK)
+
+
+def _accumulate(operands: Operands, gradient_BW: Tensor, tile: slice, sums: Gradients) -> None:
+    if sums.hidden is not None:
+        sums.hidden.add_(product(gradient_BW, operands.weight[tile]))
+    if sums.weight is not None:
+        sums.weight[tile] = product(gradient_BW.T, operands.hidden)
+    if sums.bias is not None:
+        sums.bias[tile] = gradient_BW.sum(dim=0, dtype=torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices of the same dtype into float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _kept(operands: Operands, classes_BK: Tensor) -> Tensor:
+    hidden, weight, bias = operands
+    rows, width = classes_BK.shape
+    logits_BK = torch.empty(rows, width, device=hidden.device)
+    kept_logits[(rows,)](
+        hidden, weight, weight if bias is None else bias, classes_BK.to(torch.int32), logits_BK, hidden.shape[1],
+        K=width, KP=triton.next_power_of_2(width), BH=64, BIAS=bias is not None,
+    )  # fmt: skip
+    return logits_BK
+
+
+def _rest(operands: Operands, bits_BW: Tensor, tau: float) -> Tensor:
+    hidden, weight, bias = operands
+    rows, classes = len(hidden), len(weight)
+    blocks, tiles = triton.cdiv(rows, TILE["BM"]), triton.cdiv(classes, TILE["BN"])
+    split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
+    parts = triton.cdiv(tiles, split)
+    tops, totals = torch.empty(2, parts, rows, device=hidden.device).unbind()
+    rest_of_tiles[(blocks, parts)](
+        hidden, weight, weight if bias is None else bias, bits_BW, tops, totals, rows, classes, hidden.shape[1],
+        bits_BW.shape[1], tau, SPLIT=split, BIAS=bias is not None, EXACT=hidden.dtype == torch.float32,
+        num_warps=WARPS, **TILE,
+    )  # fmt: skip
+    return tau * torch.logsumexp(tops / tau + totals.log(), dim=0)

@@ -1,0 +1,105 @@
+"""The Triton kernels compiled for GPUs that need not be here: registers, spills, shared memory, width of the accesses.
+
+Bounds hold for triton 3.7.1; registers and spills differ between its versions. Two blocks of eight warps, or what
+amounts to as many threads, must fit a multiprocessor: 65,536 registers leave 128 to a thread.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets and cannot compile"),
+]
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have; the compiler does not check
+SPARSE = {
+    **dict.fromkeys(("logits", "gradient"), "*bf16"),
+    **dict.fromkeys(("logy", "logy_rest", "flip", "accuracy", "scale", "losses"), "*fp32"),
+    **dict.fromkeys(("bits", "classes"), "*i32"),
+    **dict.fromkeys(("padding", "valid"), "*i8"),
+    **dict.fromkeys(("C", "row_stride", "words"), "i32"),
+    **dict.fromkeys(("T", "tau"), "fp32"),
+}
+
+
+def for_kernel(kernel):
+    return {name: kind for name, kind in SPARSE.items() if name in kernel.arg_names}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("slam", [False, True])
+@pytest.mark.parametrize("kept", [8, 64])
+def test_the_sparse_kernel_moves_sixteen_bytes_at_a_time_and_spills_nothing(capability, slam, kept):
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.distillation.triton_backend import sparse_block
+    from distilbeam.kernels.distillation.triton_kernels import sparse_rows
+
+    flags = {"REST": True, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False}
+    block = sparse_block(128_256)
+    warps = block.pop("num_warps")
+    constants = {"column_stride": 1, "K": kept, "KP": kept, **block, **flags}
+    found = compile_for(capability, sparse_rows, for_kernel(sparse_rows), constants, num_warps=warps)
+    assert found.spills == 0
+    assert found.registers <= 128
+    assert found.shared <= 4096 < SHARED[capability]
+    assert found.instructions["LDG.E.128"] >= 2  # the row, in each of the two sweeps
+    assert found.instructions["STG.E.128"] >= 1
+    assert found.instructions["LDG.E.U16"] <= 1  # the kept logits alone are gathered one by one
+    assert found.instructions["STG.E.U16"] <= 1
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("classes", [10, 1000, 4096])
+@pytest.mark.parametrize("slam", [False, True])
+def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
+    import triton
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.distillation.triton_backend import dense_warps
+    from distilbeam.kernels.distillation.triton_kernels import dense_rows
+
+    block = triton.next_power_of_2(classes)
+    constants = {"column_stride": 1, "BLOCK": block, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False}
+    found = compile_for(capability, dense_rows, for_kernel(dense_rows), constants, num_warps=dense_warps(block))
+    assert found.spills == 0
+    assert found.registers <= 112
+    assert found.shared <= 4096
+    if classes > 100:
+        assert found.count("LDG.E.128") >= 2
+        assert found.count("STG.E.128") >= 1
+
+
+LINEAR = {
+    **dict.fromkeys(("hidden", "weight", "bias", "gradient"), "*bf16"),
+    **dict.fromkeys(("tops", "totals", "rest", "slope"), "*fp32"),
+    "bits": "*i32",
+    **dict.fromkeys(("B", "C", "H", "words", "first", "width", "stride"), "i32"),
+    "tau": "fp32",
+}
+
+
+@pytest.mark.parametrize(("capability", "product"), [(80, "HMMA.16816.F32.BF16"), (90, "HGMMA")])
+@pytest.mark.parametrize("name", ["rest_of_tiles", "gradient_of_tile"])
+def test_the_fused_layer_multiplies_on_the_tensor_cores(capability, product, name):
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.linear_distillation import triton_kernels
+    from distilbeam.kernels.linear_distillation.triton_backend import TILE, WARPS
+
+    kernel = getattr(triton_kernels, name)
+    constants = {**TILE, "BIAS": True, "EXACT": False, "SPLIT": 8, "ADD": False}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {key: kind for key, kind in LINEAR.items() if key in kernel.arg_names}
+    found = compile_for(capability, kernel, signature, constants, num_warps=WARPS)
+    assert found.count(product) >= 4
+    assert found.spills == 0
+    assert found.shared <= 96 * 1024 < SHARED[capability]
+    assert (
+        found.count("LDGSTS.E.BYPASS.128") >= 12
+    )  # operands go to shared memory 16 bytes at a time, ahead of their use
