@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.teacher_commands import serve_teacher
 
 app = typer.Typer(
     name="distilbeam",
@@ -206,3 +207,6 @@ def _print_results(directory: Path) -> None:
     console.print(results_table(results))
     for sentence in calls_sentences(results):
         console.print(sentence, highlight=False, soft_wrap=True)
+
+
+app.command("serve-teacher")(serve_teacher)

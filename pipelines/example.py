@@ -19,6 +19,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from distilbeam.pipelines.phases import threads
+
 SPLITS = {"test": 400, "validation": 200, "teacher": 300, "labelled": 60}
 
 CONFIG = """# The embedded example: handwritten digits. `distilbeam run` on this file takes under a minute.
@@ -81,7 +83,8 @@ def write_digits(directory: Path, seed: int, progress: Callable[[int, int], None
         pq.write_table(table, directory / f"{name}.parquet")
     for number, part in enumerate(np.array_split(rows["pool"], 4)):
         pq.write_table(_table(part, images), directory / "pool" / f"part-{number}.parquet")
-    teacher = _train_teacher(images[rows["teacher"]], digits[rows["teacher"]], seed, progress)
+    with threads(1):  # so small a network gains nothing from more
+        teacher = _train_teacher(images[rows["teacher"]], digits[rows["teacher"]], seed, progress)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(teacher, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},))
     torch.export.save(program, directory / "teacher.pt2")

@@ -86,7 +86,7 @@ def load_inputs(config: RunConfig, base: Path) -> Inputs:
     data = config.data
     pool = plan_units(find_files(base / data.pool, "data.pool"), config.engine.unit_rows, "data.pool")
     student_columns = tuple(config.student.input.columns)
-    teacher_columns = tuple(config.teacher.input.columns) if config.teacher.input is not None else ()
+    teacher_columns = tuple(config.teacher.input.columns)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
     _require_columns(pool.columns, wanted, "data.pool")

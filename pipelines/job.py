@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.answers import count_dead_letters, read_answers, tally
@@ -24,7 +25,7 @@ from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
-from distilbeam.pipelines.phases import run_phase
+from distilbeam.pipelines.phases import run_phase, threads
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
@@ -152,18 +153,19 @@ class Job:
         return float(wrong.mean())
 
     def _train(self, directory: Path, soft_labels: list[Path], report: Report) -> None:
-        train(
-            self.config.student,
-            self.config.training,
-            classes=self.inputs.classes,
-            labelled=self.inputs.labelled.table,
-            label_column=self.config.data.label,
-            soft_labels=soft_labels,
-            validation=self.inputs.validation.table,
-            directory=directory,
-            seed=self.config.run.seed,
-            progress=lambda done, total, _loss: report(done, total),
-        )
+        with threads(self.config.engine.threads or torch.get_num_threads()):
+            train(
+                self.config.student,
+                self.config.training,
+                classes=self.inputs.classes,
+                labelled=self.inputs.labelled.table,
+                label_column=self.config.data.label,
+                soft_labels=soft_labels,
+                validation=self.inputs.validation.table,
+                directory=directory,
+                seed=self.config.run.seed,
+                progress=lambda done, total, _loss: report(done, total),
+            )
 
     def _label_picks(
         self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], report: Report

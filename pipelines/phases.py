@@ -17,8 +17,8 @@ import logging
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -60,7 +60,7 @@ class _Run(beam.DoFn, Generic[Item]):
 
     def process(self, item: Item) -> None:
         try:
-            with single_threaded():
+            with threads(1):
                 self.work(item)
             self.items_done.inc()
         except Exception as e:  # noqa: BLE001  # the boundary: the driver reads it and raises it
@@ -73,21 +73,20 @@ class _Run(beam.DoFn, Generic[Item]):
             write_json(Path(self.errors) / f"{_stable_name(self.work.name(item))}.json", record)
 
 
-class single_threaded:  # noqa: N801  # a context manager
-    """Keep BLAS and torch to one thread inside the block.
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Keep BLAS and torch to `count` threads inside the block.
 
     Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
     makes sums, and so gains and labels, the same on every runner.
     """
-
-    def __enter__(self) -> None:
-        self._stack = ExitStack()
-        self._stack.enter_context(threadpool_limits(1))
-        self._stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_phase(

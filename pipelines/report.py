@@ -52,10 +52,11 @@ def results_table(results: dict[str, Any]) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
     )
-    for i, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    shown = [i for i, column in enumerate(_COLUMNS) if column != "ECE"]  # a console has 80 columns
+    for i in shown:
+        table.add_column(_COLUMNS[i], justify="right" if i else "left", no_wrap=True)
     for row in table_rows(results):
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     return table
 
 

@@ -67,11 +67,9 @@ def _teacher_footprint(job: Job) -> dict[str, Any]:
     examples = job.inputs.validation.table.select(job.inputs.teacher_columns).take(answered)
     batch = examples.combine_chunks().to_batches()[0]
     latency = {f"latency_ms_batch{n}": _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for n in (1, 64)}
-    paths = [
-        job.base / getattr(job.config.teacher, name)
-        for name in job.config.teacher.paths()
-        if getattr(job.config.teacher, name)
-    ]
+    config = job.config.teacher
+    models = [getattr(config, name) for name in config.paths() if name in ("model", "weights")]
+    paths = [job.base / path for path in (*models, *getattr(config, "files", ())) if path is not None]
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}

@@ -22,7 +22,7 @@ from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, teacher_text
-from distilbeam.pipelines.phases import single_threaded
+from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.score import GAINS
 from distilbeam.selection.rad import rad_marginals
 from distilbeam.selection.rounding import dep_round, shard_rng
@@ -86,7 +86,7 @@ class _LabelBatch(beam.DoFn):
         self.counters = {name: Metrics.counter("LabelExamples", name) for name in ("rows", "calls", "failed")}
 
     def process(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        with single_threaded():
+        with threads(1):
             labelled = self.labelling(pa.Table.from_batches([batch]))
         if labelled.failures:
             self._keep(labelled.failures)
@@ -165,7 +165,7 @@ class _ScoreBatch(beam.DoFn):
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[str, tuple[pa.RecordBatch, _Gains]]]:
         if batch.num_rows:
-            with single_threaded():
+            with threads(1):
                 gains = GAINS[self.gain](cached_student(self.student).logits(batch))
             yield _batch_id(batch), (batch, gains)
 

@@ -8,7 +8,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from distilbeam.pipelines.beam_options import pipeline_options
-from distilbeam.pipelines.phases import PhaseError, run_phase, single_threaded
+from distilbeam.pipelines.phases import PhaseError, run_phase, threads
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def test_work_runs_on_one_thread() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with single_threaded():
+        with threads(1):
             assert torch.get_num_threads() == 1
             assert {pool["num_threads"] for pool in threadpool_info()} == {1}
         assert torch.get_num_threads() == 2

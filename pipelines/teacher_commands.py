@@ -1,0 +1,76 @@
+"""The commands about teachers and their labels: `serve-teacher`, `inspect`, `verify`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distilbeam.pipelines.display import configure_logs
+
+console = Console()
+
+
+def serve_teacher(
+    config: Annotated[Path, typer.Argument(help="TOML file with a [teacher] section, such as a run's configuration.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8500,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for every network of this machine.")
+    ] = "127.0.0.1",
+    name: Annotated[str, typer.Option(help="Name of the model, as clients ask for it.")] = "teacher",
+    version: Annotated[
+        int | None, typer.Option(min=0, help="Version of the model; made from its fingerprint without one.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Send the k most probable classes instead of all logits.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Requests that are read and written at once.")] = 8,
+    cert_file: Annotated[Path | None, typer.Option(help="Certificate of the server; turns encryption on.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Key of the certificate.")] = None,
+    client_ca_file: Annotated[Path | None, typer.Option(help="Authority whose certificates clients must show.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Serve a teacher over gRPC, as TensorFlow Serving would, until the process is interrupted."""
+    configure_logs(log_level, console)
+    from distilbeam.teacher.serving import ServeOptions, serve
+
+    options = ServeOptions(
+        host=host,
+        name=name,
+        version=version,
+        top_k=top_k,
+        threads=threads,
+        cert_file=_text(cert_file),
+        key_file=_text(key_file),
+        client_ca_file=_text(client_ca_file),
+    )
+
+    def announce(server: Any) -> None:
+        console.print(
+            f"Serving {server.fingerprint} at {server.address} as '{name}'. Ctrl-C ends it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    serve(_teacher_section(config), port, options, base=config.parent, ready=announce)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _teacher_section(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise ValueError(f"no configuration file at {path}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path} is not valid TOML: {e}") from e
+    if not isinstance(data.get("teacher"), dict):
+        raise ValueError(f"{path} must have a section [teacher]")
+    section: dict[str, Any] = data["teacher"]
+    return section
