@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilbeam.kernels.distillation.kept_bits import kept_bits
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.distillation.triton_kernels import dense_rows, sparse_rows
@@ -74,7 +75,7 @@ def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     padding_BK = torch.zeros_like(kept_BK) if targets.padding is None else targets.padding
     logy_BK, logy_rest_B = _split(targets)
     flip_BK = logy_BK if targets.flip is None else targets.flip[:, : kept_BK.shape[1]].contiguous()
-    bits_BW = kept_bits(targets, classes)
+    bits_BW = kept_bits(targets.classes, 0, classes)
     width = kept_BK.shape[1]
     sparse_rows[(rows,)](
         logits_BC, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
@@ -83,25 +84,6 @@ def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
         K=width, KP=triton.next_power_of_2(width), REST=targets.rest_temperature is not None, **flags,
         **sparse_block(classes),
     )  # fmt: skip
-
-
-def kept_bits(targets: Targets, num_classes: int) -> Tensor:
-    """Mark the kept classes of every row.
-
-    Args:
-      targets: of sparse labels.
-      num_classes: C.
-
-    Returns:
-      int32 [B, ceil(C / 32)]; bit j mod 32 of word j // 32 is set when class j is kept.
-    """
-    assert targets.classes is not None
-    bits_BK = torch.ones_like(targets.classes) << (targets.classes % 32)
-    if targets.padding is not None:
-        bits_BK = bits_BK.masked_fill(targets.padding, 0)
-    words_BW = bits_BK.new_zeros(len(bits_BK), -(-num_classes // 32))
-    words_BW.scatter_add_(1, targets.classes // 32, bits_BK)  # classes are distinct: adding bits sets them
-    return torch.where(words_BW > 2**31 - 1, words_BW - 2**32, words_BW).to(torch.int32)
 
 
 def dense_warps(block: int) -> int:

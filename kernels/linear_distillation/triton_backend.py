@@ -15,7 +15,7 @@ from torch import Tensor
 from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
 from distilbeam.kernels.distillation.sweep import kept_gradient
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_backend import kept_bits
+from distilbeam.kernels.distillation.kept_bits import kept_bits
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
 from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
 from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_tile, kept_logits, rest_of_tiles
@@ -32,20 +32,19 @@ def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Se
 
 
 class _Solved:
-    """One term after its first pass: the bits of its kept classes, the rest, and the gradients of the buckets."""
+    """One term after its first pass: the rest's logit, and the gradients of the buckets."""
 
     def __init__(self, operands: Operands, term: Term) -> None:
         targets = term.targets
         assert targets.classes is not None
         self.classes_BK = targets.classes
-        self.bits_BW = kept_bits(targets, len(operands.weight))
         self.tau = 1.0 if targets.rest_temperature is None else targets.rest_temperature
         v_BN = _kept(operands, self.classes_BK)
         if targets.padding is not None:
             v_BN = v_BN.masked_fill(targets.padding, -torch.inf)
         self.rest_B = torch.full_like(v_BN[:, 0], torch.inf)
         if targets.rest_temperature is not None:
-            rest_B = _rest(operands, self.bits_BW, self.tau)
+            rest_B = _rest(operands, self.classes_BK, self.tau)
             v_BN = torch.cat([v_BN, rest_B[:, None]], dim=1)
             self.rest_B = rest_B.masked_fill(torch.isneginf(rest_B), torch.inf)
         loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
@@ -66,41 +65,53 @@ def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> t
     losses_B = sum((one.losses_B for one in solved), torch.zeros_like(terms[0].scale))
     if not solved or not any(wanted):
         return losses_B, sums.like(operands)
-    rows, classes = len(operands.hidden), len(operands.weight)
-    width = min(classes, max(TILE["BN"], BUFFER_ELEMENTS // rows))
-    buffer_BW = operands.hidden.new_empty(rows, width + 16)  # beyond the tile, a column for what is kept elsewhere
-    for first in range(0, classes, width):
-        tile = slice(first, min(first + width, classes))
-        size = tile.stop - first
+    # beyond the part's classes, a column for the kept classes of other parts
+    buffer_BW = operands.hidden.new_empty(len(operands.hidden), _width(operands) + 16)
+    for part in _parts(operands):
         for number, one in enumerate(solved):
-            _spread(operands, one, buffer_BW, first, size, add=number > 0)
-        _accumulate(operands, buffer_BW[:, :size], tile, sums)
+            _spread(operands, one, buffer_BW, part, add=number > 0)
+        _accumulate(operands, buffer_BW[:, : part.stop - part.start], part, sums)
     return losses_B, sums.like(operands)
 
 
-def _spread(operands: Operands, one: _Solved, buffer_BW: Tensor, first: int, size: int, *, add: bool) -> None:
-    hidden, weight, bias = operands
-    rows, classes = len(hidden), len(weight)
+def _width(operands: Operands) -> int:
+    return min(len(operands.weight), max(TILE["BN"], BUFFER_ELEMENTS // len(operands.hidden)))
+
+
+def _parts(operands: Operands) -> list[slice]:
+    """Cut the classes so that a part's logits fit the buffer."""
+    classes, width = len(operands.weight), _width(operands)
+    return [slice(first, min(first + width, classes)) for first in range(0, classes, width)]
+
+
+def _spread(operands: Operands, one: _Solved, buffer_BW: Tensor, part: slice, *, add: bool) -> None:
+    hidden, weight, bias = _part_of(operands, part)
+    rows, size = len(hidden), len(weight)
+    bits_BW = kept_bits(one.classes_BK, part.start, size)
     grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
-        hidden, weight, weight if bias is None else bias, one.bits_BW, one.rest_B, one.slope_B, buffer_BW, rows, classes,
-        hidden.shape[1], one.bits_BW.shape[1], first, size, buffer_BW.shape[1], one.tau,
+        hidden, weight, weight if bias is None else bias, bits_BW, one.rest_B, one.slope_B, buffer_BW, rows, size,
+        hidden.shape[1], bits_BW.shape[1], buffer_BW.shape[1], one.tau,
         BIAS=bias is not None, EXACT=hidden.dtype == torch.float32, ADD=add, num_warps=WARPS, **TILE,
     )  # fmt: skip
-    column_BK, _ = columns_of(one.classes_BK, first, size)
+    column_BK, _ = columns_of(one.classes_BK, part.start, size)
     kept_BK = one.kept_BK.to(buffer_BW.dtype)
     if add:
         kept_BK = kept_BK + buffer_BW.gather(1, column_BK)
     buffer_BW.scatter_(1, column_BK, kept_BK)
 
 
-def _accumulate(operands: Operands, gradient_BW: Tensor, tile: slice, sums: Gradients) -> None:
+def _part_of(operands: Operands, part: slice) -> Operands:
+    return Operands(operands.hidden, operands.weight[part], None if operands.bias is None else operands.bias[part])
+
+
+def _accumulate(operands: Operands, gradient_BW: Tensor, part: slice, sums: Gradients) -> None:
     if sums.hidden is not None:
-        sums.hidden.add_(product(gradient_BW, operands.weight[tile]))
+        sums.hidden.add_(product(gradient_BW, operands.weight[part]))
     if sums.weight is not None:
-        sums.weight[tile] = product(gradient_BW.T, operands.hidden)
+        sums.weight[part] = product(gradient_BW.T, operands.hidden)
     if sums.bias is not None:
-        sums.bias[tile] = gradient_BW.sum(dim=0, dtype=torch.float32)
+        sums.bias[part] = gradient_BW.sum(dim=0, dtype=torch.float32)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -121,16 +132,22 @@ def _kept(operands: Operands, classes_BK: Tensor) -> Tensor:
     return logits_BK
 
 
-def _rest(operands: Operands, bits_BW: Tensor, tau: float) -> Tensor:
-    hidden, weight, bias = operands
-    rows, classes = len(hidden), len(weight)
-    blocks, tiles = triton.cdiv(rows, TILE["BM"]), triton.cdiv(classes, TILE["BN"])
+def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> Tensor:
+    levels = [_rest_of_part(operands, classes_BK, part, tau) for part in _parts(operands)]
+    return tau * torch.logsumexp(torch.cat(levels) / tau, dim=0)
+
+
+def _rest_of_part(operands: Operands, classes_BK: Tensor, part: slice, tau: float) -> Tensor:
+    hidden, weight, bias = _part_of(operands, part)
+    rows, size = len(hidden), len(weight)
+    bits_BW = kept_bits(classes_BK, part.start, size)
+    blocks, tiles = triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"])
     split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
     parts = triton.cdiv(tiles, split)
     tops, totals = torch.empty(2, parts, rows, device=hidden.device).unbind()
     rest_of_tiles[(blocks, parts)](
-        hidden, weight, weight if bias is None else bias, bits_BW, tops, totals, rows, classes, hidden.shape[1],
+        hidden, weight, weight if bias is None else bias, bits_BW, tops, totals, rows, size, hidden.shape[1],
         bits_BW.shape[1], tau, SPLIT=split, BIAS=bias is not None, EXACT=hidden.dtype == torch.float32,
         num_warps=WARPS, **TILE,
     )  # fmt: skip
-    return tau * torch.logsumexp(tops / tau + totals.log(), dim=0)
+    return tops + tau * totals.log()

@@ -1,6 +1,7 @@
 """The last layer's logits, tile by tile, on the tensor cores: summed up or turned into gradients as they are made.
 
-A tile of BM rows and BN classes is a sum of products over BH features at a time, in float32. `rest_of_tiles` keeps of
+The weight, the bias and the bits of the kept classes are those of a part of the classes, counted from its first. A tile
+of BM rows and BN classes is a sum of products over BH features at a time, in float32. `rest_of_tiles` keeps of
 it a maximum and a sum of exponentials per row; `gradient_of_tile` makes it again and stores its gradient, zero where a
 class is kept. `kept_logits` takes the dot products of each row with the few weights that its label names.
 """
@@ -65,19 +66,18 @@ def rest_of_tiles(
 
 @triton.jit
 def gradient_of_tile(
-    hidden, weight, bias, bits, rest, slope, gradient, B, C, H, words, first, width, stride, tau,
+    hidden, weight, bias, bits, rest, slope, gradient, B, C, H, words, stride, tau,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient slope * exp((z - rest) / tau) of the classes first ... first + width, stored in [B, stride]."""
+    """Gradient slope * exp((z - rest) / tau) of all C classes of a part of the layer, stored in [B, stride]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    classes = first + columns
+    classes = tl.program_id(1) * BN + tl.arange(0, BN)
     z = _tile(hidden, weight, bias, bits, rows, classes, B, C, H, words, BM, BN, BH, BIAS, EXACT)
     level = tl.load(rest + rows, mask=rows < B, other=float("inf"))
     factor = tl.load(slope + rows, mask=rows < B, other=0.0)
     value = tl.where(z == -float("inf"), 0.0, factor[:, None] * tl.exp((z - level[:, None]) / tau))
-    there = (rows < B)[:, None] & (columns < width)[None, :]
-    place = gradient + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    there = (rows < B)[:, None] & (classes < C)[None, :]
+    place = gradient + rows[:, None].to(tl.int64) * stride + classes[None, :]
     if ADD:
         value += tl.load(place, mask=there, other=0.0).to(tl.float32)
     tl.store(place, value.to(gradient.dtype.element_ty), mask=there)

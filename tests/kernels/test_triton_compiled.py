@@ -79,7 +79,7 @@ LINEAR = {
     **dict.fromkeys(("hidden", "weight", "bias", "gradient"), "*bf16"),
     **dict.fromkeys(("tops", "totals", "rest", "slope"), "*fp32"),
     "bits": "*i32",
-    **dict.fromkeys(("B", "C", "H", "words", "first", "width", "stride"), "i32"),
+    **dict.fromkeys(("B", "C", "H", "words", "stride"), "i32"),
     "tau": "fp32",
 }
 
