@@ -2,7 +2,8 @@
 
 Values of log-probabilities rounded to half precision leave the low 13 bits of a float32 at zero. BYTE_STREAM_SPLIT puts
 equal byte positions beside each other and zstd removes the empty ones, so that a float32 column that every reader opens
-costs little more than float16. Dictionaries are kept off floats, where they cost time and save nothing.
+costs little more than float16; the high bytes of class numbers vanish in the same way. Dictionaries are kept off
+floats, where they cost time and save nothing.
 """
 
 from __future__ import annotations
@@ -127,8 +128,6 @@ def _leaves(path: str, type_: pa.DataType) -> list[tuple[str, pa.DataType]]:
 
 
 def _encoding(path: str, type_: pa.DataType) -> str | None:
-    if pa.types.is_floating(type_):
+    if pa.types.is_floating(type_) or path.startswith(f"{CLASSES}."):
         return "BYTE_STREAM_SPLIT"
-    if pa.types.is_fixed_size_binary(type_):
-        return "PLAIN"
-    return "PLAIN" if path.startswith(f"{CLASSES}.") else None
+    return "PLAIN" if pa.types.is_fixed_size_binary(type_) else None

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 
-_MIN_BLOCK = 8
+_SETS_PER_CLASS_KEPT = 4
 
 
 def largest(values: Float32, k: int) -> npt.NDArray[np.intp]:
@@ -23,23 +23,36 @@ def largest(values: Float32, k: int) -> npt.NDArray[np.intp]:
     if len(values) == 0:
         return np.empty((0, k), np.intp)
     candidates = np.flatnonzero(values >= _bound(values, k))
-    rows = candidates // values.shape[1]
-    # flatnonzero ascends, so that the stable sort leaves equal values in the order of their classes
-    order = np.lexsort((-values.ravel()[candidates], rows))
-    first = np.searchsorted(rows, np.arange(len(values)))
-    chosen: npt.NDArray[np.intp] = candidates[order[first[:, None] + np.arange(k)]] % values.shape[1]
-    return chosen
+    rows, classes = np.divmod(candidates, values.shape[1])
+    counts = np.bincount(rows, minlength=len(values))
+    place = np.arange(len(candidates)) - np.repeat(np.cumsum(counts) - counts, counts)
+    keys = np.full((len(values), counts.max()), np.iinfo(np.uint64).max)
+    keys[rows, place] = _descending(values.ravel()[candidates]) | classes.astype(np.uint64)
+    keys.sort(axis=1)
+    return (keys[:, :k] & np.uint64(0xFFFFFFFF)).astype(np.intp)
+
+
+def _descending(values: Float32) -> npt.NDArray[np.uint64]:
+    """Map values to the upper halves of integers that ascend where the values descend.
+
+    The bits of positive floats ascend like the numbers, those of negative ones descend (IEEE 754).
+    """
+    bits = (values + np.float32(0)).view(np.uint32)  # the sum turns -0 into 0, which it equals
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
+    return (~ascending).astype(np.uint64) << np.uint64(32)
 
 
 def _bound(values: Float32, k: int) -> Float32:
     """Give a column that at least k values of each row reach, and not many more.
 
-    The k-th largest of the maxima of disjoint blocks is at most the k-th largest value.
+    The k-th largest of the maxima of disjoint sets of classes is at most the k-th largest value. The sets are strided, so
+    that the maxima are taken over whole rows of memory.
     """
     rows, classes = values.shape
-    block = classes // (4 * k)
-    if block >= _MIN_BLOCK:
-        values = values[:, : classes - classes % block].reshape(rows, -1, block).max(axis=2)
+    sets = _SETS_PER_CLASS_KEPT * k
+    size = classes // sets
+    if size >= 2:
+        values = values[:, : size * sets].reshape(rows, size, sets).max(axis=1)
     count = values.shape[1]
     return np.partition(values, count - k, axis=1)[:, count - k, None]
 
