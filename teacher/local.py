@@ -13,9 +13,10 @@ import pyarrow as pa
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.halving import Halving, Inputs
 from distilbeam.teacher.preprocess import InputConfig, make_input
+from distilbeam.teacher.protocol import NotPickled
 
 
-class LocalTeacher(ABC):
+class LocalTeacher(NotPickled, ABC):
     """A model in this process; a subclass says how it is run.
 
     Args:
@@ -56,7 +57,7 @@ class LocalTeacher(ABC):
     def _out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, MemoryError)
 
-    def _release(self) -> None:  # noqa: B027  (only devices with memory of their own have something to free)
+    def _release(self) -> None:
         """Free what a failed attempt holds."""
 
     def _require_open(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,18 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Give back files, threads and connections; a second call does nothing."""
         ...
+
+
+class NotPickled:
+    """Refuses to be pickled, before something half alive arrives at a worker."""
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError("teachers are not pickled; send the configuration and load the teacher where it is used")
 
 
 class TeacherChanged(RuntimeError):  # noqa: N818  (named after what happened, like ConnectionRefused)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from distilbeam.teacher.config import TfServingConfig
 from distilbeam.teacher.preprocess import make_input
-from distilbeam.teacher.protocol import TeacherChanged
+from distilbeam.teacher.protocol import NotPickled, TeacherChanged
 from distilbeam.teacher.tfserving.calling import RequestRefused, Servers, in_window
 from distilbeam.teacher.tfserving.messages import load_messages
 from distilbeam.teacher.tfserving.signatures import SERVICE, Signature, model_spec, read_signature
@@ -31,7 +31,7 @@ _PROBE_ROWS = 8
 _PROBE_SIZE = 16  # for sizes that neither signature nor configuration says
 
 
-class TfServingTeacher:
+class TfServingTeacher(NotPickled):
     """Asks a server.
 
     Args:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distilbeam.teacher.preprocess import InputConfig, make_input
 from distilbeam.teacher.softlabels import (
     ManifestEntry,
     SoftLabelSpec,
@@ -65,6 +66,16 @@ def test_shard_reads_back_with_its_specification(tmp_path: Path, labelled: Label
     np.testing.assert_array_equal(a.logprobs, b.logprobs)
     np.testing.assert_array_equal(a.classes, b.classes)
     np.testing.assert_array_equal(a.tail_logmass, b.tail_logmass)
+
+
+def test_carried_tensors_keep_their_shape_and_type(tmp_path: Path, labelled: Labelled) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 3), dtype=np.uint8)
+    field = pa.field("image", pa.binary(6), metadata={"dtype": "uint8", "shape": "[2, 3]"})
+    column = pa.array([p.tobytes() for p in pixels], field.type)
+    table = labelled(np.zeros((5, 4)), SPEC).append_column(field, column)
+    write_shard(tmp_path, "s", table, replace(SPEC, carried=("image",)), "k")
+    batch = pq.read_table(tmp_path / "s.parquet").combine_chunks().to_batches()[0]
+    np.testing.assert_array_equal(make_input(InputConfig(columns=("image",)))(batch), pixels)
 
 
 def test_encodings_are_those_of_the_format(tmp_path: Path, labelled: Labelled) -> None:

@@ -705,6 +705,21 @@ print(time.perf_counter() - start < 2, resource.getrusage(resource.RUSAGE_SELF).
     assert bounds == "True True"
 
 
+def test_messages_cost_little() -> None:
+    """Loading them the plain way costs seconds and hundreds of megabytes; these bounds leave room for a busy machine."""
+    code = """
+import resource, time
+from distilbeam.teacher.tfserving import messages
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+messages.load_messages().predict.PredictRequest()
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, kilobytes = map(float, run.stdout.split())
+    assert seconds < 0.5
+    assert kilobytes < 32 * 1024
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_tensorflow_still_works_beside_the_messages(first: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,52 @@ def test_a_closed_teacher_says_so(tmp_path: Path) -> None:
     loaded.close()
     with pytest.raises(RuntimeError, match="the teacher was closed; load it again"):
         loaded.logits(BATCH)
+
+
+@pytest.mark.usefixtures("factory")
+def test_teachers_are_not_pickled(tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match="teachers are not pickled; send the configuration and load the teacher where it is"
+    ):
+        pickle.dumps(teacher(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_beam_worker_makes_and_closes_its_teacher(factory: Any, tmp_path: Path) -> None:
+    exported(factory, tmp_path / "net.pt2")
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "expected.npy", expected(factory))
+    code = """
+import numpy as np, pyarrow as pa
+import apache_beam as beam
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.util import assert_that
+from distilbeam.teacher import ask, load_teacher
+
+class Label(beam.DoFn):
+    def __init__(self, config):
+        self.config = config
+    def setup(self):
+        self.teacher = load_teacher(self.config)
+    def process(self, rows):
+        yield ask(self.teacher, pa.record_batch({"x": rows.tolist()}), 3, batch_size=4).logits
+    def teardown(self):
+        self.teacher.close()
+
+def equal(found):
+    logits = np.concatenate(sorted(found, key=len, reverse=True))
+    np.testing.assert_allclose(logits, np.load("expected.npy"), rtol=1e-5, atol=1e-6)
+
+x = np.load("x.npy")
+with beam.Pipeline(FnApiRunner()) as p:
+    labels = p | beam.Create([x[:14], x[14:]]) | beam.Reshuffle() | beam.ParDo(
+        Label({"kind": "torch", "model": "net.pt2", "input": {"column": "x"}, "device": "cpu"}))
+    assert_that(labels, equal)
+print("equal")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("equal\n")
 
 
 def test_asking_a_real_teacher_with_bad_rows(factory: Any, tmp_path: Path) -> None:
