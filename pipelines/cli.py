@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from distilbeam.pipelines.display import Display, configure_logs
-from distilbeam.pipelines.teacher_commands import serve_teacher
+from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
 app = typer.Typer(
     name="distilbeam",
@@ -209,4 +209,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-app.command("serve-teacher")(serve_teacher)
+for command in (inspect, verify, serve_teacher):
+    app.command(command.__name__.replace("_", "-"))(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,3 +75,42 @@ def _teacher_section(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]
     return section
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A soft-label dataset, such as run/labels/round=000.")],
+    samples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Show what a soft-label dataset is: its specification, shards, sizes, the teacher's confidence, some rows."""
+    from distilbeam.teacher.softlabels.inspect import inspect_labels
+
+    console.print(inspect_labels(path, samples=samples, seed=seed))
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A soft-label dataset, such as run/labels/round=000.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="TOML file with a [teacher] section: label a random sample again and compare.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Rows to label again.")] = 256,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference of a probability that is no problem.")
+    ] = 2e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
+    from distilbeam.teacher.load import load_teacher
+    from distilbeam.teacher.softlabels.verify import verify_labels
+
+    with ExitStack() as stack:
+        asked = None
+        if teacher is not None:
+            asked = load_teacher(_teacher_section(teacher), base=teacher.parent)
+            stack.callback(asked.close)
+        result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+    console.print(result)
+    if not result.ok:
+        raise typer.Exit(1)

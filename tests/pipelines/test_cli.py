@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,18 @@ def config(problem: dict[str, Any], tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     out = distilbeam("--help").stdout
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    for command in ("init", "run", "select", "label", "train", "evaluate", "report"):
+    for command in (
+        "init",
+        "run",
+        "select",
+        "label",
+        "train",
+        "evaluate",
+        "report",
+        "inspect",
+        "verify",
+        "serve-teacher",
+    ):
         assert f" {command} " in out
         assert command in readme, f"README does not mention {command}"
         assert distilbeam(command, "--help").returncode == 0
@@ -125,6 +137,49 @@ def test_init(tmp_path: Path) -> None:
     out = distilbeam("init", str(tmp_path / "other"), "--example", "letters")
     assert out.returncode == 2
     assert out.stderr.strip() == "error: --example must be digits, got letters"
+
+
+def test_labels_can_be_inspected_and_verified(config: Path, tmp_path: Path) -> None:
+    assert distilbeam("label", str(config), "--round", "0").returncode == 0
+    labels = tmp_path / "run/labels/round=000"
+    out = distilbeam("inspect", str(labels))
+    assert out.returncode == 0
+    assert "logging_teacher:LoggingTeacher" in out.stdout
+    out = distilbeam("verify", str(labels), "--teacher", str(config), "--sample", "10")
+    assert out.returncode == 0, out.stdout
+    assert "everything is as the manifest says" in out.stdout
+    shard = next(labels.glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    out = distilbeam("verify", str(labels))
+    assert out.returncode == 1
+    assert f"{shard.name} must have" in out.stdout.replace("\n", "")
+    out = distilbeam("inspect", str(tmp_path))
+    assert (out.returncode, out.stdout) == (2, "")
+    assert "has no soft labels" in out.stderr
+
+
+def test_a_served_teacher_answers_a_run(problem: dict[str, Any], config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distilbeam", "serve-teacher", str(config), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        address = re.search(r"at (127\.0\.0\.1:\d+) as 'teacher'", line)
+        assert address is not None, line
+        problem["teacher"] = {
+            "kind": "tfserving",
+            "addresses": [address[1]],
+            "model": "teacher",
+            "input": {"columns": ["x"]},
+            "probe_shape": [4],
+        }
+        problem["run"] |= {"directory": "served", "rounds": 1}
+        (tmp_path / "served.toml").write_text(tomli_w.dumps(problem))
+        out = distilbeam("run", str(tmp_path / "served.toml"))
+        server.terminate()
+        assert server.wait(timeout=30) == 0
+    assert out.returncode == 0, out.stderr
+    assert "The teacher labelled 30 of the 240 examples" in out.stdout
 
 
 @pytest.mark.slow
