@@ -17,7 +17,7 @@ from scipy.special import log_softmax, softmax
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, encode, label_schema
 from distilbeam.teacher.softlabels.codec import TAIL_FLOOR, round_to_half
-from distilbeam.teacher.softlabels.selecting import largest
+from distilbeam.teacher.softlabels.selecting import draw_classes, largest
 
 STORAGES = ["float32", "float16"]
 LOGITS = hnp.arrays(
@@ -193,6 +193,20 @@ def test_sampled_labels_never_draw_impossible_classes(rng: np.random.Generator) 
     spec = SoftLabelSpec(9, "sampled", 64)
     classes = decode(encode(logits, spec, rng=rng), spec).classes
     assert set(np.unique(classes)) == {-1, 1, 2, 3, 5, 6, 7}
+
+
+@pytest.mark.parametrize(("uniform", "drawn"), [(0.0, 1), (1 - 2.0**-53, 3), (0.25, 2)])
+def test_extreme_draws_have_a_mass(uniform: float, drawn: int) -> None:
+    """The ends of [0, 1) and an exact border between two classes, in the last row of the largest block."""
+
+    class Constant:
+        def random(self, shape: tuple[int, int]) -> np.ndarray:
+            return np.full(shape, uniform)
+
+    mass = np.tile(np.array([0, 0.5, 0.5, 1, 0], np.float32), (4096, 1))
+    classes, counts = draw_classes(mass, 2, Constant())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(classes, np.tile([drawn, -1], (4096, 1)))
+    np.testing.assert_array_equal(counts, np.tile([2.0, 0.0], (4096, 1)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, "all"])

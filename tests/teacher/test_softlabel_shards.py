@@ -27,6 +27,7 @@ from distilbeam.teacher.softlabels import (
     decode,
     entry_path,
     file_checksum,
+    manifest,
     merge_manifests,
     read_manifest,
     shards,
@@ -45,10 +46,10 @@ def test_entry_and_manifest_say_what_was_written(tmp_path: Path, labelled: Label
     assert entry == ManifestEntry(
         "k1", "shard.parquet", 3, file.stat().st_size, file_checksum(file), SPEC, {"calls": 3}
     )
-    manifest = read_manifest(tmp_path / "new")
-    assert manifest.entries == (entry,)
-    assert (manifest.spec, manifest.rows, manifest.bytes) == (SPEC, 3, entry.bytes)
-    assert manifest.paths() == [file]
+    found = read_manifest(tmp_path / "new")
+    assert found.entries == (entry,)
+    assert (found.spec, found.rows, found.bytes) == (SPEC, 3, entry.bytes)
+    assert found.paths() == [file]
     assert committed(tmp_path / "new") == {"k1"}
     assert entry_path(tmp_path / "new", "k1").exists()
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["_manifest", "shard.parquet"]
@@ -201,9 +202,9 @@ def test_kill_leaves_only_whole_shards(tmp_path: Path, labelled: Labelled) -> No
     assert ready.wait(60)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    manifest = read_manifest(tmp_path)
-    assert len(manifest.entries) >= 3
-    for entry, path in zip(manifest.entries, manifest.paths(), strict=True):
+    found = read_manifest(tmp_path)
+    assert len(found.entries) >= 3
+    for entry, path in zip(found.entries, found.paths(), strict=True):
         assert file_checksum(path) == entry.checksum
         assert pq.read_table(path).num_rows == 20_000
 
@@ -246,6 +247,19 @@ def test_writers_and_readers_at_once_see_only_whole_manifests(tmp_path: Path, la
     assert failures == []
     assert committed(tmp_path) == {"first", "shared", *(f"w{w}-{i}" for w in range(3) for i in range(15))}
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_manifest_that_is_compacted_while_it_is_read_is_read_again(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = dataset(SPEC)
+    listings = iter([[folder / "_manifest" / "gone.json"]] * 3)
+    real = manifest.manifest_files
+    monkeypatch.setattr(manifest, "manifest_files", lambda directory: next(listings, None) or real(directory))
+    assert read_manifest(folder).rows == 8
+    monkeypatch.setattr(manifest, "manifest_files", lambda directory: [directory / "gone.json"])
+    with pytest.raises(ValueError, match=r"the manifest of .* changes faster than it can be read; try again"):
+        read_manifest(folder)
 
 
 def test_missing_manifest_is_a_sentence(tmp_path: Path) -> None:
