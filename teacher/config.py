@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from distilbeam.teacher.preprocess import InputConfig
 
@@ -236,8 +238,55 @@ TeacherConfig = Annotated[
 def parse_teacher_config(data: Any) -> TeacherConfig:
     """Validate a configuration given as plain data, as a TOML file has it.
 
+    Args:
+      data: the section `[teacher]`.
+
+    Returns:
+      The configuration.
+
     Raises:
-      pydantic.ValidationError: a `ValueError` that names each setting that is not valid.
+      ValueError: settings that are not valid, one sentence and line for each.
     """
-    config: TeacherConfig = TypeAdapter[TeacherConfig](TeacherConfig).validate_python(data)
+    try:
+        config: TeacherConfig = TypeAdapter[TeacherConfig](TeacherConfig).validate_python(data)
+    except ValidationError as e:
+        kind = data.get("kind") if isinstance(data, Mapping) else None
+        raise ValueError("\n".join(dict.fromkeys(_sentence(error, kind) for error in e.errors()))) from e
     return config
+
+
+def _sentence(error: Any, kind: Any) -> str:
+    location = [str(part) for part in error["loc"] if part != kind]  # the kind that was chosen comes first
+    name = ".".join(["teacher", *location])
+    match error["type"]:
+        case "union_tag_invalid" | "union_tag_not_found":
+            known = ", ".join(sorted(_CLASSES))
+            return f"teacher.kind must be one of {known}, got {error['ctx'].get('tag', 'nothing')!r}"
+        case "extra_forbidden":
+            return f"{name} is not a setting{_suggestion(location, kind)}"
+        case "missing":
+            return f"{name} must be given"
+        case "value_error":
+            return f"{name}: {error['ctx']['error']}"
+        case _:
+            message = error["msg"].removeprefix("Input ")
+            return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+_CLASSES: dict[str, type[BaseModel]] = {
+    "beam": BeamConfig,
+    "huggingface": HuggingFaceConfig,
+    "onnx": OnnxConfig,
+    "savedmodel": SavedModelConfig,
+    "tfserving": TfServingConfig,
+    "torch": TorchConfig,
+}
+
+
+def _suggestion(location: Sequence[str], kind: str) -> str:
+    nested: dict[str, type[BaseModel]] = {"input": InputConfig, "headers": HeaderConfig}
+    settings = list((_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields)
+    near = difflib.get_close_matches(location[-1], settings, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {'.'.join(['teacher', *location[:-1], near[0]])}?"
+    return f"; the valid ones are {', '.join(settings)}"

@@ -374,8 +374,3 @@ def test_wrong_beam_settings_are_sentences(handlers: Path) -> None:
         beam(handlers, "Whole", "w.npy", files=[])
     versions = {beam(handlers, "Whole", "w.npy", files=[], version=v).fingerprint() for v in ("1", "2")}
     assert len(versions) == 2
-
-
-def test_unknown_kinds_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'beam', 'huggingface', 'onnx', 'savedmodel', 'tfserving', 'torch'"):
-        load_teacher({"kind": "oracle"})

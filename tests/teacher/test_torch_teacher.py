@@ -162,7 +162,7 @@ def test_the_only_output_needs_no_name() -> None:
         ({"model": "nets:not_a_module"}, "teacher.model: nets:not_a_module must return a torch module, got int"),
         ({"device": "gpu"}, "teacher.device must be cpu, cuda, cuda:N, tpu or auto, got 'gpu'"),
         ({"weights": "w.safetensors", "arguments": {"width": 7}}, "w.safetensors does not fit nets:Net: "),
-        ({"modle": "x"}, "Extra inputs are not permitted"),
+        ({"modle": "x"}, "teacher.modle is not a setting; did you mean teacher.model"),
     ],
 )
 def test_wrong_settings_are_sentences(factory: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
