@@ -31,7 +31,9 @@ FIRST_BIN = 0x80  # the smallest normal number begins here; bins below hold zero
 SMALLEST = float(np.finfo(np.float32).tiny)
 UNIT = 2.0**-31  # of a deficit
 
-_CHUNK = 1 << 16  # gains whose temporaries stay in the second-level cache
+# Gains taken at a time: temporaries beyond 128 KB would be mapped and unmapped, page by page, for every chunk.
+_CHUNK = 1 << 15
+_HISTOGRAM_CHUNK = 1 << 17  # sums of deficits below 2^17 * 2^24 are exact in float64
 _LOW_MASK = np.uint32((1 << LOW_BITS) - 1)
 
 
@@ -73,20 +75,43 @@ def low_bits(gains: Floats32) -> npt.NDArray[np.intp]:
     return (gains.view(np.uint32) & _LOW_MASK).astype(np.intp)
 
 
-def deficits(gains: Floats32) -> Floats32:
-    """Return rint(2^31 (g - lo) / g) of normal gains as whole numbers in float32, where they are exact."""
-    lows = (gains.view(np.uint32) & ~_LOW_MASK).view(np.float32)
-    result = gains - lows  # exact: both have the same exponent
+def deficits(gains: Floats32, out: Floats32) -> Floats32:
+    """Write rint(2^31 (g - lo) / g) of normal gains to `out`, as whole numbers in float32, where they are exact."""
+    np.bitwise_and(gains.view(np.uint32), ~_LOW_MASK, out=out.view(np.uint32))
+    np.subtract(gains, out, out=out)  # exact: both have the same exponent
     with np.errstate(invalid="ignore"):  # 0 / 0 of gains that are zero; callers leave their bin out
-        np.divide(result, gains, out=result)
-    result *= np.float32(1 / UNIT)
-    return np.asarray(np.rint(result, out=result))
+        np.divide(out, gains, out=out)
+    np.multiply(out, np.float32(1 / UNIT), out=out)
+    return np.rint(out, out=out)
 
 
-def reciprocals(gains: Floats32) -> Floats:
-    """Return 1/g of normal gains as the sketch defines it, in float64."""
-    lows = (gains.view(np.uint32) & ~_LOW_MASK).view(np.float32).astype(np.float64)
-    return np.asarray((1.0 - UNIT * deficits(gains).astype(np.float64)) / lows)
+def histogram(gains: Floats32) -> tuple[Ints, Ints]:
+    """Count gains and sum their deficits by bin.
+
+    Returns:
+      int64 [BINS] counts, and int64 [BINS] sums, 0 in the bins of zero.
+    """
+    counts, sums = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    size = min(len(gains), _HISTOGRAM_CHUNK)
+    all_numbers, all_deficits, all_weights = np.empty(size, np.intp), np.empty(size, np.float32), np.empty(size)
+    for start in range(0, len(gains), _HISTOGRAM_CHUNK):
+        chunk = gains[start : start + _HISTOGRAM_CHUNK]
+        numbers, weights = all_numbers[: len(chunk)], all_weights[: len(chunk)]
+        np.right_shift(chunk.view(np.uint32), np.uint32(LOW_BITS), out=numbers)
+        np.copyto(weights, deficits(chunk, all_deficits[: len(chunk)]))
+        found = np.bincount(numbers)
+        counts[: len(found)] += found
+        sums[FIRST_BIN : len(found)] += np.bincount(numbers, weights=weights)[FIRST_BIN:].astype(np.int64)
+    return counts, sums
+
+
+def reciprocals(gains: Floats32, out: Floats | None = None) -> Floats:
+    """Return 1/g of normal gains as the sketch defines it, in float64; of other gains, some number."""
+    result = np.multiply(deficits(gains, np.empty_like(gains)), -UNIT, out=out, dtype=np.float64)
+    result += 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.divide(result, (gains.view(np.uint32) & ~_LOW_MASK).view(np.float32), out=result)
+    return np.asarray(result)
 
 
 def bin_edges(numbers: npt.NDArray[np.integer]) -> Floats:

@@ -115,9 +115,9 @@ def require_same_length(**arrays: npt.NDArray[np.generic]) -> None:
 
 def require_each(field: str, array: npt.NDArray[np.generic], good: npt.NDArray[np.bool_], rule: str) -> None:
     """Require that a rule holds for every entry; name the first entry that breaks it."""
-    bad = np.flatnonzero(~good)
-    if bad.size:
-        raise ValueError(f"{field} must be {rule}, got {array[bad[0]]} at index {bad[0]:,}")
+    if not good.all():
+        first = int(good.argmin())
+        raise ValueError(f"{field} must be {rule}, got {array[first]} at index {first:,}")
 
 
 def _as_floats(field: str, values: npt.ArrayLike) -> npt.NDArray[np.floating]:

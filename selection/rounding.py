@@ -35,7 +35,7 @@ Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 
 # Points whose cumulative sum is taken at once: fits the second-level cache and keeps the sum's rounding below 1e-11.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 # How far a sum of marginals may be from a whole number: the rounding of their computation, for up to 10^9 of them.
 SUM_TOLERANCE = 1e-6
 
@@ -92,17 +92,19 @@ def round_shard(marginals: npt.ArrayLike, rng: np.random.Generator) -> tuple[Boo
     """
     array = as_marginals(marginals)
     selected = array == 1
-    order = np.flatnonzero((array > 0) & ~selected)
-    order = order[rng.permutation(order.size)]
+    undecided = np.flatnonzero((array > 0) & ~selected)
+    order = rng.permutation(min(undecided.size, _CHUNK))
     carry, mass = -1, 0.0
-    for start in range(0, order.size, _CHUNK):
-        points = order[start : start + _CHUNK]
-        masses = array[points]
-        if carry >= 0:
-            points, masses = np.append(carry, points), np.append(mass, masses)
-        winners, last, mass = _seat(masses, rng)
-        selected[points[winners]] = True
-        carry = int(points[last]) if last >= 0 else -1
+    for start in range(0, undecided.size, _CHUNK):
+        chunk = undecided[start : start + _CHUNK]
+        # Points of different chunks meet only through a carry, so one random order may serve all chunks.
+        local = order if len(chunk) == len(order) else order[order < len(chunk)]
+        winners, last, mass = _seat(np.append(mass, array[chunk][local]), rng)
+        selected[chunk[local[winners[winners > 0] - 1]]] = True
+        if (winners == 0).any():
+            selected[carry] = True
+        if last != 0:
+            carry = int(chunk[local[last - 1]]) if last > 0 else -1
     return selected, carry, mass
 
 
@@ -151,7 +153,11 @@ def as_marginals(marginals: npt.ArrayLike) -> Floats:
 
 
 def _seat(masses: Floats, rng: np.random.Generator) -> tuple[Indices, int, float]:
-    """Let points of positive mass below 1 meet in the given order.
+    """Let points meet in the given order: first the carry of the points before, of mass 0 if there is none, then others.
+
+    Args:
+      masses: in [0, 1), all but the first one positive.
+      rng: source of randomness.
 
     Returns:
       The winners of the seats, the point that is still undecided (-1: none) and its remaining mass.
@@ -159,8 +165,9 @@ def _seat(masses: Floats, rng: np.random.Generator) -> tuple[Indices, int, float
     sums = np.cumsum(masses)
     seats = int(sums[-1])
     floors = np.arange(seats, dtype=np.float64)
-    crossers = np.searchsorted(sums, floors + 1.0)
-    # The first seat's crosser cannot be point 0, whose mass is below 1.
+    # A mass below 1 crosses at most one whole number, in float64 too, and the first point crosses none.
+    whole = sums.astype(np.int64)
+    crossers = np.flatnonzero(whole[1:] != whole[:-1]) + 1
     inside = sums[crossers - 1] - floors
     champions = np.searchsorted(sums, floors + rng.random(seats) * inside, side="right")
     np.minimum(champions, crossers - 1, out=champions)

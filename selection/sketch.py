@@ -28,16 +28,7 @@ from typing import SupportsFloat, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from distilbeam.selection.bins import (
-    BINS,
-    FIRST_BIN,
-    Floats32,
-    Ints,
-    as_float32_gains,
-    bin_numbers,
-    chunks,
-    deficits,
-)
+from distilbeam.selection.bins import BINS, FIRST_BIN, Ints, as_float32_gains, histogram
 from distilbeam.selection.checks import as_budget, as_wrong
 from distilbeam.selection.refinement import Refinement
 from distilbeam.selection.threshold import Threshold as Threshold
@@ -81,8 +72,9 @@ class GainSketch:
         Raises:
           ValueError: a gain is negative, NaN, infinite or beyond float32; nothing has been added then.
         """
-        for chunk in chunks(as_float32_gains(gains)):
-            self._add_chunk(chunk)
+        counts, sums = histogram(as_float32_gains(gains))
+        self.counts += counts
+        self.deficits += sums
 
     def merge(self, other: GainSketch) -> None:
         """Add another sketch's gains; any order of merging gives the same sketch, bit by bit."""
@@ -145,11 +137,3 @@ class GainSketch:
     def __repr__(self) -> str:
         """Say how much was added."""
         return f"GainSketch(count={self.count:,}, positive={self.positive:,})"
-
-    def _add_chunk(self, gains: Floats32) -> None:
-        numbers = bin_numbers(gains)
-        counts = np.bincount(numbers)
-        sums = np.bincount(numbers, weights=deficits(gains))  # below 2^16 * 2^24: exact in float64
-        first, last = FIRST_BIN, len(counts)
-        self.counts[:last] += counts
-        self.deficits[first:last] += sums[first:].astype(np.int64)

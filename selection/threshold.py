@@ -74,8 +74,11 @@ class Threshold:
           ValueError: a gain is negative, NaN or infinite.
         """
         array = as_float32_gains(gains)
-        parts = [self._marginals(chunk) for chunk in chunks(array)]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        q, start = np.empty(len(array)), 0
+        for chunk in chunks(array):
+            self._fill(q[start : start + len(chunk)], chunk)
+            start += len(chunk)
+        return q
 
     def refinement(self) -> Refinement | None:
         """Return an empty second-level sketch that makes the solution exact, or None if it is exact already.
@@ -113,15 +116,15 @@ class Threshold:
         }
         return cls(**values)
 
-    def _marginals(self, gains: npt.NDArray[np.float32]) -> Floats:
-        q = np.where(gains >= SMALLEST, 0.0, self.zero)
-        shares = gains >= self.share_from
-        q[shares] = np.minimum(self.level * reciprocals(gains[shares]), 1.0)
+    def _fill(self, q: Floats, gains: npt.NDArray[np.float32]) -> None:
+        reciprocals(gains, out=q)
+        np.minimum(np.multiply(q, self.level, out=q), 1.0, out=q)
+        q[gains < self.share_from] = 0.0
         for low, high, probability in (
             (self.straddle_from, self.share_from, self.straddle),
             (self.full_from, self.straddle_from, 1.0),
             (self.cut_from, self.full_from, self.cut),
+            (0.0, SMALLEST, self.zero),
         ):
             if low < high:
                 q[(gains >= low) & (gains < high)] = probability
-        return q

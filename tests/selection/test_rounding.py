@@ -107,7 +107,7 @@ def test_shards_with_carries_keep_the_marginals(frequency_bound):
     marginals *= 12 / (marginals.sum() - marginals[[0, 30, 59]].sum())
     marginals[[0, 30, 59]] = 1.0
     cuts = np.cumsum([0, *sizes])
-    counts, pairs, draws = np.zeros(60), np.zeros((60, 60)), 12_000
+    counts, pairs, draws = np.zeros(60), np.zeros((60, 60)), 5_000
     for number in range(draws):
         chosen, carries, probabilities = np.zeros(60, bool), [], []
         for shard, (start, stop) in enumerate(pairwise(cuts)):
