@@ -68,6 +68,21 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     return reasons
 
 
+def pallas_reasons() -> list[str]:
+    """List why Pallas cannot work here; its interpreter (DISTILBEAM_PALLAS_INTERPRET=1) serves the CPU."""
+    reasons = []
+    if importlib.util.find_spec("jax") is None:
+        reasons.append("the package jax is not installed")
+    if not interpreting_pallas():
+        reasons.append("no TPU device; DISTILBEAM_PALLAS_INTERPRET=1 interprets the kernels on a CPU")
+    return reasons
+
+
+def interpreting_pallas() -> bool:
+    """Say whether Pallas runs its kernels in its interpreter, as the environment asks."""
+    return os.environ.get("DISTILBEAM_PALLAS_INTERPRET", "0") == "1"
+
+
 def interpreting_triton() -> bool:
     """Say whether Triton runs its kernels in its interpreter, as the environment asks."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
-from distilbeam.kernels.distillation.sweep import kept_gradient
 from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.linear_distillation.buckets import solve
 from distilbeam.kernels.linear_distillation.gradients import Gradients
 
 MOST_ROWS = 4096
@@ -40,24 +39,11 @@ class _Buckets:
         self.top_B1 = top_B1
 
     def solve(self) -> Tensor:
-        """Solve the problem over the buckets: keep its scaled gradient and give the scaled losses, [B]."""
-        targets, scale_B = self.term.targets, self.term.scale
-        v_BN = self.kept_BK
-        if targets.padding is not None:
-            v_BN = v_BN.masked_fill(targets.padding, -torch.inf)
-        self.rest_B1 = self.top_B1
-        if targets.rest_temperature is not None:
-            self.rest_B1 = self.top_B1 + targets.rest_temperature * self.sum_B1.log()
-            v_BN = torch.cat([v_BN, self.rest_B1], dim=1)
-        loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
-        if self.term.valid is not None:
-            scale_B = torch.where(self.term.valid, scale_B, 0)
-            loss_B = loss_B.masked_fill(~self.term.valid, 0)
-            gradient_BN = gradient_BN.masked_fill(~self.term.valid[:, None], 0)
-        self.kept_gradient_BK = kept_gradient(gradient_BN, targets, scale_B)
-        self.rest_gradient_B1 = gradient_BN[:, -1:] * scale_B[:, None]
-        self.rest_B1 = self.rest_B1.masked_fill(torch.isneginf(self.rest_B1), torch.inf)  # exp(z - inf) = 0
-        return loss_B * scale_B
+        """Solve the problem over the buckets and give the scaled losses, [B]."""
+        tau = self.term.targets.rest_temperature
+        rest_B1 = None if tau is None else self.top_B1 + tau * self.sum_B1.log()
+        self.solved = solve(self.kept_BK, rest_B1, self.term)
+        return self.solved.losses
 
     def spread(self, z_BW: Tensor, start: int) -> None:
         """Overwrite the logits of the classes from `start` by their gradient."""
@@ -65,8 +51,8 @@ class _Buckets:
         if self.term.targets.rest_temperature is None:
             z_BW.zero_()
         else:
-            z_BW.sub_(self.rest_B1).div_(self.term.targets.rest_temperature).exp_().mul_(self.rest_gradient_B1)
-        z_BW.scatter_(1, column_BK, self.kept_gradient_BK)
+            z_BW.sub_(self.solved.rest).div_(self.term.targets.rest_temperature).exp_().mul_(self.solved.slope)
+        z_BW.scatter_(1, column_BK, self.solved.kept)
 
 
 def sweep_classes(

@@ -11,7 +11,7 @@ from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
-from distilbeam.kernels.resolve import Reasons, never, resolve, triton_reasons
+from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 LARGE = 1 << 18  # logits from which not holding them pays on a CPU (benchmarks/distill_loss.py)
 
@@ -57,7 +57,8 @@ def linear_distill_loss(
       ignore_index: as for `distill_loss`.
       reduction: as for `distill_loss`.
       normalizer: as for `distill_loss`.
-      implementation: `reference`, `chunked`, `triton` (CUDA, sparse labels); None chooses by size and device.
+      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU) for sparse labels; None chooses by size
+        and device.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -108,21 +109,28 @@ def _implementation(name: str) -> Callable[..., Tensor]:
         from distilbeam.kernels.linear_distillation import triton_backend
 
         return triton_backend.total
+    if name == "pallas":
+        from distilbeam.kernels.linear_distillation import pallas_backend
+
+        return pallas_backend.total
     return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
 def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
     """Order the backends for a call: on a GPU the tiled kernels, on a CPU the plain layer while the batch is small."""
-    triton = {"triton": lambda: _triton_reasons(hidden, weight, bias, terms)}
+    tiled: dict[str, Reasons] = {
+        "triton": lambda: triton_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
+        "pallas": lambda: pallas_reasons() + _tiled_reasons(hidden, weight, terms),
+    }
     if hidden.is_cuda:
-        return {**triton, "chunked": never, "reference": never}
+        return {"triton": tiled["triton"], "chunked": never, "reference": never, "pallas": tiled["pallas"]}
     if len(hidden) * len(weight) >= LARGE:
-        return {"chunked": never, "reference": never, **triton}
-    return {"reference": never, "chunked": never, **triton}
+        return {"chunked": never, "reference": never, **tiled}
+    return {"reference": never, "chunked": never, **tiled}
 
 
-def _triton_reasons(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> list[str]:
-    reasons = triton_reasons(hidden, weight, bias)
+def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
+    reasons = []
     if hidden.dtype != weight.dtype or hidden.dtype == torch.float64:
         reasons.append(f"hidden and weight must have one dtype of at most 32 bits, got {hidden.dtype}, {weight.dtype}")
     if any(term.targets.classes is None for term in terms):

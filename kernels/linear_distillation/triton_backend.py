@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient
-from distilbeam.kernels.distillation.sweep import kept_gradient
-from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.distillation.kept_bits import kept_bits
+from distilbeam.kernels.distillation.targets import Targets
+from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.linear_distillation.buckets import Solved, solve
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
 from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
 from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_tile, kept_logits, rest_of_tiles
@@ -31,47 +31,27 @@ def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Se
     return apply_fused(_run, Operands(hidden_BH.contiguous(), weight_CH.contiguous(), bias_C), terms, reduced)
 
 
-class _Solved:
-    """One term after its first pass: the rest's logit, and the gradients of the buckets."""
-
-    def __init__(self, operands: Operands, term: Term) -> None:
-        targets = term.targets
-        assert targets.classes is not None
-        self.classes_BK = targets.classes
-        self.tau = 1.0 if targets.rest_temperature is None else targets.rest_temperature
-        v_BN = _kept(operands, self.classes_BK)
-        if targets.padding is not None:
-            v_BN = v_BN.masked_fill(targets.padding, -torch.inf)
-        self.rest_B = torch.full_like(v_BN[:, 0], torch.inf)
-        if targets.rest_temperature is not None:
-            rest_B = _rest(operands, self.classes_BK, self.tau)
-            v_BN = torch.cat([v_BN, rest_B[:, None]], dim=1)
-            self.rest_B = rest_B.masked_fill(torch.isneginf(rest_B), torch.inf)
-        loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
-        scale_B = term.scale
-        if term.valid is not None:
-            loss_B = loss_B.masked_fill(~term.valid, 0)
-            gradient_BN = gradient_BN.masked_fill(~term.valid[:, None], 0)
-            scale_B = scale_B.masked_fill(~term.valid, 0)
-        self.losses_B = loss_B * scale_B
-        self.kept_BK = kept_gradient(gradient_BN, targets, scale_B)
-        has_rest = targets.rest_temperature is not None
-        self.slope_B = gradient_BN[:, -1] * scale_B if has_rest else torch.zeros_like(scale_B)
-
-
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
     sums = Gradients.zeros(operands, wanted, torch.float32)
-    solved = [_Solved(operands, term) for term in terms] if len(operands.hidden) else []
-    losses_B = sum((one.losses_B for one in solved), torch.zeros_like(terms[0].scale))
+    solved = [_first_pass(operands, term) for term in terms] if len(operands.hidden) else []
+    losses_B = sum((one.losses for one in solved), torch.zeros_like(terms[0].scale))
     if not solved or not any(wanted):
         return losses_B, sums.like(operands)
     # beyond the part's classes, a column for the kept classes of other parts
     buffer_BW = operands.hidden.new_empty(len(operands.hidden), _width(operands) + 16)
     for part in _parts(operands):
-        for number, one in enumerate(solved):
-            _spread(operands, one, buffer_BW, part, add=number > 0)
+        for number, (term, one) in enumerate(zip(terms, solved, strict=True)):
+            _spread(operands, term.targets, one, buffer_BW, part, add=number > 0)
         _accumulate(operands, buffer_BW[:, : part.stop - part.start], part, sums)
     return losses_B, sums.like(operands)
+
+
+def _first_pass(operands: Operands, term: Term) -> Solved:
+    targets = term.targets
+    assert targets.classes is not None
+    tau = targets.rest_temperature
+    rest_B1 = None if tau is None else _rest(operands, targets.classes, tau)[:, None]
+    return solve(_kept(operands, targets.classes), rest_B1, term)
 
 
 def _width(operands: Operands) -> int:
@@ -84,18 +64,19 @@ def _parts(operands: Operands) -> list[slice]:
     return [slice(first, min(first + width, classes)) for first in range(0, classes, width)]
 
 
-def _spread(operands: Operands, one: _Solved, buffer_BW: Tensor, part: slice, *, add: bool) -> None:
+def _spread(operands: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, part: slice, *, add: bool) -> None:
     hidden, weight, bias = _part_of(operands, part)
     rows, size = len(hidden), len(weight)
-    bits_BW = kept_bits(one.classes_BK, part.start, size)
+    assert targets.classes is not None
+    bits_BW = kept_bits(targets.classes, part.start, size)
     grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
-        hidden, weight, weight if bias is None else bias, bits_BW, one.rest_B, one.slope_B, buffer_BW, rows, size,
-        hidden.shape[1], bits_BW.shape[1], buffer_BW.shape[1], one.tau,
+        hidden, weight, weight if bias is None else bias, bits_BW, one.rest, one.slope, buffer_BW, rows, size,
+        hidden.shape[1], bits_BW.shape[1], buffer_BW.shape[1], targets.rest_temperature or 1.0,
         BIAS=bias is not None, EXACT=hidden.dtype == torch.float32, ADD=add, num_warps=WARPS, **TILE,
     )  # fmt: skip
-    column_BK, _ = columns_of(one.classes_BK, part.start, size)
-    kept_BK = one.kept_BK.to(buffer_BW.dtype)
+    column_BK, _ = columns_of(targets.classes, part.start, size)
+    kept_BK = one.kept.to(buffer_BW.dtype)
     if add:
         kept_BK = kept_BK + buffer_BW.gather(1, column_BK)
     buffer_BW.scatter_(1, column_BK, kept_BK)

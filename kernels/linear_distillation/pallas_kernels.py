@@ -1,0 +1,263 @@
+"""The fused last layer and loss as Pallas kernels for TPUs, as plain JAX functions.
+
+    first_pass   logits of the kept classes, and the rest's logit: tau * logsumexp(z / tau) over the classes not kept
+    gradients    of hidden, weight and bias, from the gradients of the buckets
+
+A program holds BLOCK_ROWS rows and some classes with all their features; the logits of a block are made on the matrix
+unit in float32, used, and forgotten. Which classes a row keeps is a bit in a word of 32 rows, so that a word spreads
+over sublanes; the few products with kept classes are left to XLA. Classes are visited in parts of PART_CLASSES, whose
+bits exist one part at a time. Operands may be float32 or bfloat16.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+BLOCK_ROWS = 256  # eight words of bits, the fewest that a block may have
+PART_CLASSES = 32_768
+NOTHING = -jnp.inf
+
+
+def block_classes(features: int) -> int:
+    """Choose how many classes a block has: as many as keep its weights and their gradient within 4 MiB."""
+    return next((size for size in (512, 256) if size * features <= 1 << 19), 128)
+
+
+def first_pass(
+    hidden: Any, weight: Any, bias: Any, classes: Any, tau: float, *, interpret: bool = False
+) -> tuple[Any, Any]:
+    """Compute the logits of the buckets.
+
+    Args:
+      hidden: [B, H].
+      weight: [C, H], of the same dtype.
+      bias: float32 [C].
+      classes: int32 [B, K], distinct but for padding, which repeats a row's first.
+      tau: temperature of the rest bucket.
+      interpret: run the kernels in Pallas' interpreter, on any device.
+
+    Returns:
+      float32 [B, K] and [B, 1]; the rest is -inf where a row keeps every class.
+    """
+    rows = hidden.shape[0]
+    padded = _padded(hidden, 0)
+    levels = []
+    for first, part, part_bias in _parts(weight, bias):
+        bits = _bits(classes, first, part.shape[0])
+        top, total = _rest_of_part(padded, part, part_bias, bits, tau, interpret)
+        levels.append(jnp.where(total > 0, top + tau * jnp.log(total), NOTHING)[:rows])
+    rest = tau * jax.scipy.special.logsumexp(jnp.concatenate(levels, axis=1) / tau, axis=1, keepdims=True)
+    return _kept_logits(hidden, weight, bias, classes), rest
+
+
+def gradients(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    classes: Any,
+    kept: Any,
+    slope: Any,
+    rest: Any,
+    tau: float,
+    *,
+    interpret: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Compute the gradients of the layer.
+
+    Args:
+      hidden: [B, H].
+      weight: [C, H].
+      bias: float32 [C].
+      classes: int32 [B, K], as for `first_pass`.
+      kept: gradient of the kept classes' logits, float32 [B, K].
+      slope: gradient of the rest's logit, float32 [B, 1].
+      rest: its logit, float32 [B, 1], +inf where it is empty.
+      tau: temperature of the rest bucket.
+      interpret: run the kernels in Pallas' interpreter, on any device.
+
+    Returns:
+      Gradients of hidden, weight and bias, float32.
+    """
+    rows = hidden.shape[0]
+    padded, padded_slope, padded_rest = _padded(hidden, 0), _padded(slope, 0), _padded(rest, jnp.inf)
+    d_hidden, d_weight, d_bias = jnp.zeros(padded.shape, jnp.float32), [], []
+    for first, part, part_bias in _parts(weight, bias):
+        bits = _bits(classes, first, part.shape[0])
+        operands = (padded, part, part_bias, bits, padded_slope, padded_rest)
+        d_hidden += _hidden_gradient(*operands, tau, interpret)
+        part_weight, part_bias_gradient = _weight_gradient(*operands, tau, interpret)
+        d_weight.append(part_weight)
+        d_bias.append(part_bias_gradient[0])
+    once = _first_of_its_kind(classes) * kept
+
+    def add_kept(k, sums):
+        d_hidden, d_weight, d_bias = sums
+        ids, g = classes[:, k], once[:, k]
+        d_hidden += g[:, None] * weight[ids].astype(jnp.float32)
+        return d_hidden, d_weight.at[ids].add(g[:, None] * hidden.astype(jnp.float32)), d_bias.at[ids].add(g)
+
+    sums = d_hidden[:rows], jnp.concatenate(d_weight), jnp.concatenate(d_bias)
+    # one kept class of all rows at a time: [B, H]
+    d_hidden, d_weight_C, d_bias_C = jax.lax.fori_loop(0, classes.shape[1], add_kept, sums)
+    return d_hidden, d_weight_C, d_bias_C
+
+
+def _block_logits(hidden, weight, bias, bits, block: Any, classes: int):
+    """Logits of a block, -inf where a class is kept or does not exist."""
+    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    contraction = (((1,), (1,)), ((), ()))
+    z = jax.lax.dot_general(hidden, weight, contraction, precision=exact, preferred_element_type=jnp.float32) + bias
+    words, size = bits.shape
+    shift = jax.lax.broadcasted_iota(jnp.int32, (words, 32, size), 1)
+    kept = (jax.lax.shift_right_logical(jnp.broadcast_to(bits[:, None, :], shift.shape), shift) & 1).reshape(z.shape)
+    number = block * size + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+    return jnp.where((kept == 0) & (number < classes), z, NOTHING)
+
+
+def _block_gradient(hidden, weight, bias, bits, slope, rest, block: Any, classes: int, tau: float):
+    z = _block_logits(hidden, weight, bias, bits, block, classes)
+    return jnp.where(z == NOTHING, 0.0, slope * jnp.exp((z - rest) / tau))
+
+
+def _existing(weight, block: Any, classes: int):
+    """Zero the weights past the last class: what lies there may be NaN, and 0 * NaN is no 0."""
+    number = block * weight.shape[0] + jax.lax.broadcasted_iota(jnp.int32, weight.shape, 0)
+    return jnp.where(number < classes, weight, jnp.zeros_like(weight))
+
+
+def _rest_kernel(hidden, weight, bias, bits, top, total, *, classes: int, tau: float):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        top[...] = jnp.full(top.shape, NOTHING, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+
+    z = _block_logits(hidden[...], weight[...], bias[...], bits[...], pl.program_id(1), classes)
+    before = top[...]
+    higher = jnp.maximum(before, z.max(axis=1, keepdims=True))
+    safe = jnp.where(higher == NOTHING, 0.0, higher)
+    total[...] = total[...] * jnp.exp((before - safe) / tau) + jnp.exp((z - safe) / tau).sum(axis=1, keepdims=True)
+    top[...] = higher
+
+
+def _hidden_kernel(hidden, weight, bias, bits, slope, rest, out, *, classes: int, tau: float):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    block = pl.program_id(1)
+    parts = (hidden[...], weight[...], bias[...], bits[...], slope[...], rest[...])
+    g = _block_gradient(*parts, block, classes, tau).astype(weight.dtype)
+    out[...] += _product(g, _existing(weight[...], block, classes), 1, 0)
+
+
+def _weight_kernel(hidden, weight, bias, bits, slope, rest, out, bias_out, *, classes: int, tau: float):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+        bias_out[...] = jnp.zeros(bias_out.shape, jnp.float32)
+
+    parts = (hidden[...], weight[...], bias[...], bits[...], slope[...], rest[...])
+    g = _block_gradient(*parts, pl.program_id(0), classes, tau)
+    out[...] += _product(g.astype(hidden.dtype), hidden[...], 0, 0)
+    bias_out[...] += g.sum(axis=0, keepdims=True)
+
+
+def _product(a, b, axis_a: int, axis_b: int):
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contraction = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, contraction, precision=exact, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("tau", "interpret"))
+def _rest_of_part(hidden, weight, bias, bits, tau: float, interpret: bool):
+    grid, specs = _layout(hidden, weight, rows_first=True)
+    column = pl.BlockSpec((BLOCK_ROWS, 1), lambda row, _: (row, 0))
+    shape = jax.ShapeDtypeStruct((hidden.shape[0], 1), jnp.float32)
+    kernel = functools.partial(_rest_kernel, classes=weight.shape[0], tau=tau)
+    call = pl.pallas_call(
+        kernel, grid=grid, in_specs=specs[:4], out_specs=[column, column], out_shape=[shape, shape], interpret=interpret
+    )
+    return call(hidden, weight, bias, bits)
+
+
+@functools.partial(jax.jit, static_argnames=("tau", "interpret"))
+def _hidden_gradient(hidden, weight, bias, bits, slope, rest, tau: float, interpret: bool):
+    grid, specs = _layout(hidden, weight, rows_first=True)
+    kernel = functools.partial(_hidden_kernel, classes=weight.shape[0], tau=tau)
+    shape = jax.ShapeDtypeStruct(hidden.shape, jnp.float32)
+    call = pl.pallas_call(kernel, grid=grid, in_specs=specs, out_specs=specs[0], out_shape=shape, interpret=interpret)
+    return call(hidden, weight, bias, bits, slope, rest)
+
+
+@functools.partial(jax.jit, static_argnames=("tau", "interpret"))
+def _weight_gradient(hidden, weight, bias, bits, slope, rest, tau: float, interpret: bool):
+    grid, specs = _layout(hidden, weight, rows_first=False)
+    kernel = functools.partial(_weight_kernel, classes=weight.shape[0], tau=tau)
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (weight, bias)]
+    call = pl.pallas_call(
+        kernel, grid=grid, in_specs=specs, out_specs=[specs[1], specs[2]], out_shape=shapes, interpret=interpret
+    )
+    return call(hidden, weight, bias, bits, slope, rest)
+
+
+def _layout(hidden, weight, *, rows_first: bool):
+    """Grid and blocks of hidden, weight, bias, bits, slope and rest; the second grid axis is the one summed over."""
+    (rows, features), classes = hidden.shape, weight.shape[0]
+    size = min(block_classes(features), classes)
+
+    def at(*axes):
+        def index(first, second):
+            row, block = (first, second) if rows_first else (second, first)
+            return tuple({"row": row, "class": block, None: 0}[axis] for axis in axes)
+
+        return index
+
+    specs = [
+        pl.BlockSpec((BLOCK_ROWS, features), at("row", None)),
+        pl.BlockSpec((size, features), at("class", None)),
+        pl.BlockSpec((1, size), at(None, "class")),
+        pl.BlockSpec((BLOCK_ROWS // 32, size), at("row", "class")),
+        pl.BlockSpec((BLOCK_ROWS, 1), at("row", None)),
+        pl.BlockSpec((BLOCK_ROWS, 1), at("row", None)),
+    ]
+    grid = (rows // BLOCK_ROWS, pl.cdiv(classes, size))
+    return (grid if rows_first else grid[::-1]), specs
+
+
+def _parts(weight, bias):
+    for first in range(0, weight.shape[0], PART_CLASSES):
+        yield first, weight[first : first + PART_CLASSES], bias[None, first : first + PART_CLASSES]
+
+
+def _padded(value, fill):
+    return jnp.pad(value, ((0, -value.shape[0] % BLOCK_ROWS), (0, 0)), constant_values=fill)
+
+
+def _first_of_its_kind(classes):
+    """One where an entry is no padding, float32 [B, K]."""
+    later = jnp.arange(classes.shape[1]) > 0
+    return 1.0 - (later & (classes == classes[:, :1])).astype(jnp.float32)
+
+
+def _bits(classes, first: int, size: int):
+    """Bit i mod 32 of word [i // 32, j] is set when row i keeps class first + j; int32 [rows / 32, size]."""
+    rows = classes.shape[0]
+    words = (rows + -rows % BLOCK_ROWS) // 32
+    row = jnp.arange(rows)[:, None]
+    counts = (classes >= first) & (classes < first + size) & (_first_of_its_kind(classes) > 0)
+    column = jnp.where(counts, classes - first, size)  # past the end: dropped
+    bit = jnp.left_shift(jnp.int32(1), (row % 32).astype(jnp.int32))
+    return jnp.zeros((words, size), jnp.int32).at[row // 32, column].add(bit, mode="drop")
+
+
+def _kept_logits(hidden, weight, bias, classes):
+    def one(ids):
+        return (hidden.astype(jnp.float32) * weight[ids].astype(jnp.float32)).sum(axis=1) + bias[ids]
+
+    return jax.lax.map(one, classes.T).T

@@ -1,0 +1,66 @@
+"""Compile the Pallas kernels with the TPU's own compiler for chips that are not there; prints one JSON line per chip.
+
+Run as a program of its own: the compiler reads its settings from the environment when it is loaded, and takes a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from distilbeam.kernels.linear_distillation import pallas_kernels
+
+
+def arguments(
+    rows: int, features: int, classes: int, kept: int, sharding: object
+) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    """Describe the arguments of both functions."""
+
+    def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    layer = [
+        array((rows, features), jnp.bfloat16),
+        array((classes, features), jnp.bfloat16),
+        array((classes,), jnp.float32),
+        array((rows, kept), jnp.int32),
+    ]
+    column = array((rows, 1), jnp.float32)
+    return {"first_pass": layer, "gradients": [*layer, array((rows, kept), jnp.float32), column, column]}
+
+
+def main() -> None:
+    """Compile for each chip named on the command line."""
+    shape = [int(size) for size in sys.argv[1].split(",")]
+    for name in sys.argv[2:]:
+        device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+        mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        for function, inputs in arguments(*shape, sharding).items():
+            start = time.perf_counter()
+            compute = getattr(pallas_kernels, function)
+            lowered = jax.jit(lambda *a, compute=compute: compute(*a, 1.0)).lower(*inputs)
+            memory = lowered.compile().memory_analysis()
+            report = {
+                "chip": name,
+                "function": function,
+                "kernels": lowered.as_text().count("tpu_custom_call"),
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                "output_bytes": memory.output_size_in_bytes,
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
