@@ -252,7 +252,9 @@ def _second_largest(mass: Float32) -> Float32:
 
 def _frequencies(stored: Float32, draws: int) -> Float32:
     """Restore log(count / draws) from its value in half precision."""
-    restored: Float32 = _restoring(draws)[stored.view(np.uint32) >> _HALF_SHIFT]
+    # signed 32-bit indices are taken an order of magnitude faster than unsigned ones (NumPy 2.4)
+    places = (stored.view(np.uint32) >> _HALF_SHIFT).view(np.int32)
+    restored: Float32 = _restoring(draws).take(places, mode="clip")
     return restored
 
 

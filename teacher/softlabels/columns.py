@@ -8,6 +8,7 @@ floats, where they cost time and save nothing.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,19 @@ def label_schema(spec: SoftLabelSpec) -> pa.Schema:
     Returns:
       The schema of the columns whose names begin with `teacher_`.
     """
-    value = pa.float32() if spec.storage == "float32" else pa.float16()
-    fields = [pa.field(LOGPROBS, pa.list_(pa.field("element", value, nullable=False), spec.width), nullable=False)]
-    if spec.kind != "dense":
-        classes = pa.list_(pa.field("element", pa.int32(), nullable=False), spec.width)
+    return pa.schema(_fields(spec.kind, spec.width, spec.storage), metadata={SPEC_KEY: spec.to_json()})
+
+
+@lru_cache(maxsize=64)
+def _fields(kind: str, width: int, storage: str) -> list[pa.Field]:
+    value = pa.float32() if storage == "float32" else pa.float16()
+    fields = [pa.field(LOGPROBS, pa.list_(pa.field("element", value, nullable=False), width), nullable=False)]
+    if kind != "dense":
+        classes = pa.list_(pa.field("element", pa.int32(), nullable=False), width)
         fields.append(pa.field(CLASSES, classes, nullable=False))
-    if spec.kind == "top_k":
+    if kind == "top_k":
         fields.append(pa.field(TAIL, pa.float32(), nullable=False))
-    fields.append(pa.field(MARGIN, pa.float32(), nullable=False))
-    return pa.schema(fields, metadata={SPEC_KEY: spec.to_json()})
+    return [*fields, pa.field(MARGIN, pa.float32(), nullable=False)]
 
 
 def check_columns(schema: pa.Schema, spec: SoftLabelSpec, *, margin: bool = True) -> None:
@@ -52,7 +57,7 @@ def check_columns(schema: pa.Schema, spec: SoftLabelSpec, *, margin: bool = True
     Raises:
       ValueError: a column is missing or of another type.
     """
-    for field in label_schema(spec):
+    for field in _fields(spec.kind, spec.width, spec.storage):
         if field.name == MARGIN and not margin:
             continue
         if field.name not in schema.names:
