@@ -84,6 +84,7 @@ def init(
     debug: DebugOption = False,  # noqa: ARG001  # read from the arguments, where an error finds it
 ) -> None:
     """Write a commented configuration for your own data, or an example that runs."""
+    configure_logs("warning", console)
     target = directory / "distilbeam.toml"
     if target.exists():
         raise ValueError(f"{target} is there already; name another directory or remove it")

@@ -80,13 +80,13 @@ class Labelling:
         errors: Sequence[RowError] = ()
         calls = requests = 0
         if len(unknown):
-            answers = ask(teacher, _batch(rows.take(unknown)), self.spec.num_classes, batch_size=self.teacher_batch)
+            answers = ask(teacher, _batch(_take(rows, unknown)), self.spec.num_classes, batch_size=self.teacher_batch)
             logits[unknown] = answers.logits
             errors, calls, requests = answers.errors, answers.calls, answers.requests
         ids = self._ids(rows)
         failures = [_failure(rows, ids, int(unknown[e.row]), e) for e in errors]
         good = np.flatnonzero(~np.isnan(logits).any(axis=1))
-        table = self._columns(rows.take(good), ids.take(pa.array(good)), logits[good])
+        table = self._columns(_take(rows, good), _take(ids, good), _take(logits, good))
         return Labelled(table, failures, calls, requests, rows.num_rows - len(unknown))
 
     def _checked_teacher(self) -> Teacher:
@@ -105,7 +105,7 @@ class Labelling:
         return known_logprobs(self.reuse, self.spec, rows[ROW].to_numpy())
 
     def _columns(self, rows: pa.Table, ids: pa.Array, logits: npt.NDArray[np.float32]) -> pa.Table:
-        labels = encode(logits, self.spec, rng=_rng(ids, self.spec))
+        labels = encode(logits, self.spec, rng=_rng(ids, self.spec) if self.spec.kind == "sampled" else None)
         columns: dict[str, Any] = {"example_id": ids}
         columns |= {name: rows[name] for name in (*KEPT, *self.spec.carried) if name in rows.column_names}
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
@@ -125,6 +125,11 @@ class Labelling:
                 f"data.id: column {self.id_column} must have a value in every row, {ids.null_count:,} have none"
             )
         return ids if pa.types.is_string(ids.type) or pa.types.is_binary(ids.type) else ids.cast(pa.string())
+
+
+def _take(values: Any, rows: npt.NDArray[np.int64]) -> Any:
+    """Take rows of a table, an Arrow array or an array; without a copy when they are all of them."""
+    return values if len(rows) == len(values) else values.take(rows, *([0] if isinstance(values, np.ndarray) else []))
 
 
 def _batch(rows: pa.Table) -> pa.RecordBatch:
