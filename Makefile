@@ -22,11 +22,11 @@ demo: $(READY)  ## the main job, end to end, on handwritten digits
 	@test -f $(DEMO)/distilbeam.toml || $(BIN)/distilbeam init $(DEMO) --example digits --seed $(SEED)
 	@$(BIN)/distilbeam run $(DEMO)/distilbeam.toml
 
-test: $(READY)  ## the tests
-	@$(BIN)/python -m pytest
+test: $(READY)  ## the tests, on two processes with one thread each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: $(READY)
 	@$(BIN)/ruff check .

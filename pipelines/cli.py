@@ -6,7 +6,9 @@ failed); `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 import tempfile
 from importlib import resources
@@ -51,9 +53,6 @@ def main() -> None:
         app(args=arguments, standalone_mode=True)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from here")
-        sys.exit(130)
     except RuntimeError as e:
         _fail(e, 1, arguments)
 
@@ -118,43 +117,23 @@ def run(
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def select(
-    config: ConfigArgument,
-    beam_options: BeamArgument = None,
-    number: RoundOption = None,
-    overrides: SetOption = None,
-    log_level: LogOption = "warning",
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Do what is left of a run up to the choice of examples of a round."""
-    _steps(config, beam_options, overrides, log_level, ("select", number))
+def _add_step_command(name: str, description: str) -> None:
+    def command(
+        config: ConfigArgument,
+        beam_options: BeamArgument = None,
+        number: RoundOption = None,
+        overrides: SetOption = None,
+        log_level: LogOption = "warning",
+        debug: DebugOption = False,  # noqa: ARG001
+    ) -> None:
+        _steps(config, beam_options, overrides, log_level, (name, number))
+
+    app.command(name, help=f"Do what is left of a run up to {description}.")(command)
 
 
-@app.command()
-def label(
-    config: ConfigArgument,
-    beam_options: BeamArgument = None,
-    number: RoundOption = None,
-    overrides: SetOption = None,
-    log_level: LogOption = "warning",
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Do what is left of a run up to the teacher's labels of a round."""
-    _steps(config, beam_options, overrides, log_level, ("label", number))
-
-
-@app.command()
-def train(
-    config: ConfigArgument,
-    beam_options: BeamArgument = None,
-    number: RoundOption = None,
-    overrides: SetOption = None,
-    log_level: LogOption = "warning",
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Do what is left of a run up to the student after a number of rounds (0: trained on the labelled set alone)."""
-    _steps(config, beam_options, overrides, log_level, ("train", number))
+_add_step_command("select", "the choice of examples of a round")
+_add_step_command("label", "the teacher's labels of a round")
+_add_step_command("train", "the student after a number of rounds (0: trained on the labelled set alone)")
 
 
 @app.command()
@@ -197,7 +176,15 @@ def _steps(
         from distilbeam.pipelines.config import load_config
         from distilbeam.pipelines.steps import run as run_steps
     settings = load_config(config, overrides or ())
+    signal.signal(signal.SIGINT, _stop)
     return run_steps(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+
+
+def _stop(*_: object) -> None:
+    """End at once: every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own."""
+    console.show_cursor(True)
+    errors.print("stopped; the same command goes on from here")
+    os._exit(130)
 
 
 def _print_results(directory: Path) -> None:

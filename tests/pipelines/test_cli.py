@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,23 @@ def test_work_that_fails_has_another_status(config: Path, tmp_path: Path) -> Non
     assert out.returncode == 1
     assert out.stderr.startswith("error: score: 1 item(s) could not be done")
     assert "Traceback" not in out.stderr
+
+
+def test_interrupted_it_says_how_to_go_on(problem: dict[str, Any], tmp_path: Path) -> None:
+    problem["teacher"]["arguments"]["delay_s"] = 0.2
+    (tmp_path / "distilbeam.toml").write_text(tomli_w.dumps(problem))
+    command = [sys.executable, "-m", "distilbeam", "run", str(tmp_path / "distilbeam.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not asked(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "stopped; the same command goes on from here"
 
 
 def test_init(tmp_path: Path) -> None:

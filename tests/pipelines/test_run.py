@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from problem import CLASSES, asked, make_table
 from rich.console import Console
 
+from distilbeam.pipelines import models
 from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.phases import PhaseError
 from distilbeam.pipelines.steps import run
@@ -181,11 +183,29 @@ def test_another_configuration_in_the_same_directory_is_refused(problem: dict[st
     )
 
 
-def test_a_changed_pool_or_teacher_is_refused(problem: dict[str, Any], tmp_path: Path) -> None:
+def test_a_changed_pool_is_refused(problem: dict[str, Any], tmp_path: Path) -> None:
     run(problem, base=tmp_path, until=("train", 0))
     pq.write_table(make_table(60, 9, labelled=False), tmp_path / "pool" / "2.parquet")
     with pytest.raises(
         ValueError, match=r"the data changed since .*run was started: pool file\(s\) 2.parquet; put it back"
+    ):
+        run(problem, base=tmp_path)
+
+
+def test_a_changed_teacher_is_refused(problem: dict[str, Any], tmp_path: Path) -> None:
+    def export(seed: int) -> None:
+        torch.manual_seed(seed)
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(torch.nn.Linear(4, CLASSES), (torch.zeros(2, 4),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, tmp_path / "teacher.pt2")
+
+    problem["teacher"] = {"kind": "torch", "model": "teacher.pt2", "input": {"columns": ["x"]}}
+    export(0)
+    run(problem, base=tmp_path, until=("train", 0))
+    models.forget_models()  # another process would load the file anew
+    export(1)
+    with pytest.raises(
+        ValueError, match=r"the teacher changed: .*run was started with torch:teacher.pt2:\w+, the configuration"
     ):
         run(problem, base=tmp_path)
 
