@@ -124,9 +124,18 @@ def peak_growth(name: str, size: int) -> float:
         "exact": lambda: rad_marginals(pool_of(size), WRONG * size, int(BUDGET * size)),
         "sketch": lambda: sketch_times(size),
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     tasks[name]()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_memory() - before
+
+
+def peak_memory() -> float:
+    """Return this process's peak resident set in MB; getrusage would count its parent's at the time of the fork."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def in_fresh_process(name: str, size: int) -> float:

@@ -81,6 +81,10 @@ def test_calibration_error_by_hand():
     expected = (abs(2 - 1.88) + 0.6 + 0.3) / 4
     assert expected_calibration_error(logprobs, [0, 0, 1, 1], bins=10) == pytest.approx(expected)
     assert expected_calibration_error(logprobs, [0, 0, 1, 1], bins=1) == pytest.approx(abs(3 - 3.18) / 4)
+    # Confidences of 0.08 (wrong) and 0.15 (right) are in neighbouring bins and do not cancel.
+    many = np.full((2, 20), [[0.92 / 19], [0.85 / 19]])
+    many[:, 0] = 0.08, 0.15
+    assert expected_calibration_error(np.log(many), [1, 0], bins=10) == pytest.approx((0.08 + 0.85) / 2)
     assert expected_calibration_error([[0.0, -np.inf]], [0]) == 0
     assert expected_calibration_error([[0.0, -np.inf]], [1]) == 1
 

@@ -96,6 +96,22 @@ def test_capped_solution_is_the_linear_programs(value_by_linear_program, gains, 
     assert guaranteed_gain(gains, solution.probabilities, wrong) == pytest.approx(optimum, abs=1e-9 * scale)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_capped_solution_on_random_pools(value_by_linear_program, seed):
+    # Hypothesis likes small and round numbers; most ways of being capped need larger pools and any real k.
+    rng = np.random.default_rng(seed)
+    for _ in range(100):
+        n = int(rng.integers(2, 40))
+        gains = [rng.random(n), rng.exponential(size=n) ** 3, rng.integers(0, 9, n).astype(float)][rng.integers(3)]
+        wrong, budget = rng.random() * n, int(rng.integers(1, n + 1))
+        solution = rad_marginals(gains, wrong, budget)
+        optimum = value_by_linear_program(gains, wrong, budget)
+        scale = max(1.0, gains.sum())
+        assert solution.value == pytest.approx(optimum, abs=1e-9 * scale)
+        assert solution.probabilities.sum() == pytest.approx(budget)
+        assert guaranteed_gain(gains, solution.probabilities, wrong) == pytest.approx(optimum, abs=1e-9 * scale)
+
+
 @EXAMPLES
 @given(
     points=st.lists(st.tuples(UNIT_GAINS, st.one_of(st.just(0.0), st.floats(0, 5))), min_size=1, max_size=12),

@@ -137,6 +137,17 @@ def test_marginals_follow_the_shape_of_the_optimum():
     assert threshold.level == pytest.approx(3, rel=1e-9)
 
 
+@pytest.mark.parametrize(("wrong", "budget"), [(2_922, 4_563), (2_266, 3_033)])
+def test_gains_of_the_bin_that_holds_the_level_share_their_mean(wrong, budget):
+    gains = np.random.default_rng(3).random(5_000).astype(np.float32)
+    rough = sketch_of(gains).solve(wrong, budget)
+    inside = (gains >= rough.straddle_from) & (gains < rough.share_from)
+    assert gains[inside].min() < rough.level < gains[inside].max()
+    np.testing.assert_allclose(rough.marginals(gains)[inside], rough.straddle)
+    assert rough.marginals(gains).sum() == pytest.approx(budget, rel=1e-13)
+    assert rough.value == pytest.approx(rad_marginals(gains, wrong, budget).value, rel=1e-4)
+
+
 def test_reciprocals_are_the_sketchs():
     rng = np.random.default_rng(0)
     gains = np.exp(rng.uniform(-80, 80, 100_000)).astype(np.float32)
