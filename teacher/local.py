@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,33 @@ def select_output(outputs: Any, output: str | int | None) -> Any:
             raise ValueError(f"teacher.output must be a position below {len(outputs)}, got {output!r}")
         return outputs[position]
     return outputs
+
+
+def named_inputs(inputs: Inputs, names: Collection[str]) -> Mapping[str, npt.NDArray[Any]]:
+    """Give each array of input its name.
+
+    Args:
+      inputs: an array for a model of one input, or a mapping.
+      names: names of the model's inputs.
+
+    Returns:
+      One array for each name.
+
+    Raises:
+      ValueError: the mapping has other names, or there is one array for several inputs.
+    """
+    if not isinstance(inputs, Mapping):
+        if len(names) == 1:
+            return {next(iter(names)): inputs}
+        found = "one array"
+    elif set(inputs) == set(names):
+        return inputs
+    else:
+        found = ", ".join(sorted(inputs))
+    raise ValueError(
+        f"the model has the inputs {', '.join(sorted(names))}, got {found}; several inputs need an input of kind function "
+        "that returns a mapping of their names"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import OnnxConfig
 from distilbeam.teacher.halving import Inputs
-from distilbeam.teacher.local import LocalTeacher, first_line, select_output
+from distilbeam.teacher.local import LocalTeacher, first_line, named_inputs, select_output
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -60,12 +59,7 @@ class OnnxTeacher(LocalTeacher):
 
     def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         session = self._require_open()
-        named = inputs if isinstance(inputs, Mapping) else {next(iter(self._inputs)): inputs}
-        if set(named) != set(self._inputs):
-            raise ValueError(
-                f"the model has the inputs {', '.join(self._inputs)}, got {', '.join(named)}; several inputs need an "
-                "input function that returns a mapping"
-            )
+        named = named_inputs(inputs, self._inputs)
         feed = {
             name: array.astype(_TYPES.get(self._inputs[name], array.dtype), copy=False) for name, array in named.items()
         }

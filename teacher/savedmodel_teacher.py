@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import SavedModelConfig
 from distilbeam.teacher.halving import Inputs
-from distilbeam.teacher.local import LocalTeacher, select_output
+from distilbeam.teacher.local import LocalTeacher, named_inputs, select_output
 
 
 class SavedModelTeacher(LocalTeacher):
@@ -53,12 +52,7 @@ class SavedModelTeacher(LocalTeacher):
 
     def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         model = self._require_open()
-        named = inputs if isinstance(inputs, Mapping) else {next(iter(self._inputs)): inputs}
-        if set(named) != set(self._inputs):
-            raise ValueError(
-                f"the signature has the inputs {', '.join(self._inputs)}, got {', '.join(named)}; several inputs need an "
-                "input function that returns a mapping"
-            )
+        named = named_inputs(inputs, self._inputs)
         tensors = {name: self._tensor(array, self._inputs[name].dtype) for name, array in named.items()}
         output = select_output(model(**tensors), self._config.output)
         answer: npt.NDArray[np.float32] = self._tf.cast(output, self._tf.float32).numpy()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distilbeam.teacher.config import TfServingConfig
+from distilbeam.teacher.local import named_inputs
 from distilbeam.teacher.preprocess import make_input
 from distilbeam.teacher.protocol import NotPickled, TeacherChanged
 from distilbeam.teacher.tfserving.calling import RequestRefused, Servers, in_window
@@ -85,13 +86,7 @@ class TfServingTeacher(NotPickled):
         self._servers.close()
 
     def _named(self, made: npt.NDArray[Any] | Inputs) -> Inputs:
-        named = dict(made) if isinstance(made, Mapping) else {next(iter(self._signature.inputs)): made}
-        if set(named) != set(self._signature.inputs):
-            names = ", ".join(sorted(self._signature.inputs))
-            raise ValueError(
-                f"model '{self._config.model}' has the inputs {names}, got {', '.join(sorted(named))}; name one with "
-                "teacher.input_name, or give all of them with an input function that returns a mapping"
-            )
+        named = named_inputs(made, self._signature.inputs)
         return {name: as_type(array, self._signature.inputs[name][0]) for name, array in named.items()}
 
     def _ask(self, inputs: Inputs) -> Float32:

@@ -146,7 +146,7 @@ def test_onnx_answers_like_the_matrix(tmp_path: Path) -> None:
     assert teacher.fingerprint().startswith("onnx:net.onnx:")
     (tmp_path / "net.onnx.data").write_bytes(b"weights that lie beside the model")
     with pytest.raises(
-        ValueError, match="the model has the inputs features, got a, b; several inputs need an input function"
+        ValueError, match="the model has the inputs features, got a, b; several inputs need an input of kind function"
     ):
         teacher._run({"a": X, "b": X})
     assert load_teacher(config, base=tmp_path).fingerprint() != teacher.fingerprint()

@@ -25,7 +25,7 @@ from scipy.special import log_softmax
 
 from distilbeam.teacher import TeacherChanged, TeacherUnavailable, ask, load_teacher
 from distilbeam.teacher.config import TfServingConfig
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.preprocess import InputConfig, make_input
 from distilbeam.teacher.serving import ServeOptions, TeacherServer, serve
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.tfserving.calling import Servers
@@ -55,8 +55,6 @@ class Linear:
         return "linear"
 
     def logits(self, batch: pa.RecordBatch) -> np.ndarray:
-        from distilbeam.teacher.preprocess import make_input
-
         self.wait.wait(30)
         x = make_input(InputConfig.model_validate(INPUT))(batch)
         self.rows.append(len(x))
@@ -742,3 +740,44 @@ print(tf.make_ndarray(request.inputs["x"]).tolist(), (tf.constant([1, 2]) + 1).n
     run = subprocess.run([sys.executable, "-c", code, first], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "[[1.5, 2.5]] [2, 3] True\n"
+
+
+def test_models_of_several_inputs_get_all_of_them(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of two inputs, asked through an input function that returns both."""
+
+    class Sum:
+        def fingerprint(self) -> str:
+            return "sum"
+
+        def logits(self, batch: pa.RecordBatch) -> np.ndarray:
+            a, b = (make_input(InputConfig(columns=(name,)))(batch) for name in ("a", "b"))
+            return np.concatenate([a + b, a - b], axis=1)
+
+        def close(self) -> None:
+            pass
+
+    (tmp_path / "two_inputs.py").write_text(
+        "import numpy as np\n"
+        "def both(batch):\n"
+        "    x = np.array(batch['x'].to_pylist(), np.float32)\n"
+        "    return {'a': x[:, :1], 'b': x[:, 1:2]}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    service = ModelService(Sum(), InputConfig(columns=("a", "b")), "teacher", 1, None)
+    with ThreadPoolExecutor(4) as threads:
+        server = grpc.server(threads)
+        server.add_generic_rpc_handlers(service.handlers())
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        function = {"kind": "function", "column": "x", "function": "two_inputs:both"}
+        remote = connect(address, input=function, probe_shape=(1,), batch_rows=16)
+        expected = np.stack([X[:, 0] + X[:, 1], X[:, 0] - X[:, 1]], axis=1)
+        np.testing.assert_array_equal(remote.logits(BATCH), expected)
+        single = connect(address, input=INPUT, probe_shape=(1,))
+        with pytest.raises(
+            ValueError, match="the model has the inputs a, b, got one array; several inputs need an input of kind"
+        ):
+            single.logits(BATCH)
+        server.stop(None).wait()
