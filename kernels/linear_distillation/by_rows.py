@@ -47,7 +47,10 @@ def sweep_rows(
         if sums.hidden is not None:
             torch.mm(z_RC, weight_CH, out=sums.hidden[rows])
         if sums.weight is not None:
-            sums.weight.addmm_(z_RC.T, hidden_RH)
+            if start:
+                sums.weight.addmm_(z_RC.T, hidden_RH)
+            else:  # nothing to add to yet: the zeros need not be read
+                torch.mm(z_RC.T, hidden_RH, out=sums.weight)
         if sums.bias is not None:
             sums.bias.add_(z_RC.sum(dim=0))
     return losses_B
