@@ -122,6 +122,8 @@ def support_end(gains: Floats, counts: npt.NDArray[np.int64], costs: Floats, wro
     def is_enough(end: int) -> bool:
         # Without the difference g_j - g_{I+1}, in which a much smaller gain would vanish.
         ahead = float((counts[:end] * (gains[:end] / costs[:end])).sum()) - wrong
+        if ahead == 0 and gains[end] > 0:
+            return False  # the right side is positive even if it underflows
         return ahead >= float((counts[:end] * (gains[end] / costs[:end])).sum())
 
     first = int(np.searchsorted(-gains, -gains[0], side="right"))

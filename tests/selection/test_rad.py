@@ -147,6 +147,19 @@ def test_gains_of_any_range_against_rational_arithmetic(solution_in_fractions, e
     assert solution.support == support
 
 
+@pytest.mark.parametrize("decades", [1, 10, 300])
+def test_random_gains_of_any_range_against_rational_arithmetic(solution_in_fractions, decades):
+    rng = np.random.default_rng(decades)
+    for _ in range(300):
+        gains = list(10.0 ** np.unique(rng.uniform(-decades, decades, rng.integers(6, 30))))
+        wrong = float(rng.choice([rng.integers(0, 5), 5 * rng.random()]))
+        probabilities, value, support = solution_in_fractions(gains, wrong)
+        solution = rad_distribution(gains, wrong)
+        np.testing.assert_allclose(solution.probabilities, probabilities, rtol=1e-12, atol=1e-300)
+        assert solution.value == pytest.approx(value, rel=1e-11, abs=1e-323)
+        assert solution.support == support
+
+
 def test_smallest_and_largest_floats(solution_in_fractions):
     gains = [5e-324, 1e308, 3e-310, 1e-300]
     probabilities, value, support = solution_in_fractions(gains, 3)
