@@ -13,7 +13,7 @@ import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,6 +51,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         app(args=arguments, standalone_mode=True)
+    except SystemExit as e:
+        _exit(e.code if isinstance(e.code, int) else 0)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
     except RuntimeError as e:
@@ -62,6 +64,13 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     if "--debug" in own:
         errors.print_exception()
     errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    watchdog = sys.modules.get("distilbeam.pipelines.watchdog")
+    if watchdog is not None:
+        watchdog.end_given_up(status)
     sys.exit(status)
 
 

@@ -8,6 +8,7 @@ or duplicated item writes the same bytes again.
 
 An item that fails does not stop its neighbours: the worker writes what happened to the phase's error directory, and the
 driver, when the pipeline has ended, tries the missing ones once more before it gives up with the first error's sentence.
+A worker process that dies does not hang the job (see `watchdog`): what it had not committed is tried again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import threadpool_limits
 
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
 
 log = logging.getLogger("distilbeam.phases")
 
@@ -123,15 +125,20 @@ def run_phase(
         if not todo:
             break
         shutil.rmtree(errors, ignore_errors=True)
+        lost = ""
         with _Watch(work, items, progress, poll_s):
-            _submit(phase, work, todo, errors, options)
+            try:
+                _submit(phase, work, todo, errors, options)
+            except WorkerLostError as e:
+                lost = str(e)
+                log.warning("%s: %s", phase, lost)
         todo = [item for item in todo if not work.done(item)]
         failed = _failures(errors)
         if todo and (
             attempt == attempts
             or (all(f["type"] in ("ValueError", "TypeError", "KeyError") for f in failed) and failed)
         ):
-            raise PhaseError(_sentence(phase, todo, failed, work))
+            raise PhaseError(_sentence(phase, todo, failed, work, lost))
         if todo:
             log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
     if progress is not None:
@@ -143,7 +150,7 @@ def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, op
     pipeline = beam.Pipeline(options=options)
     run: Any = _Run(phase, work, str(errors))
     _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)
-    pipeline.run().wait_until_finish()
+    run_watched(pipeline, options)
 
 
 class _Watch(Generic[Item]):
@@ -177,8 +184,10 @@ def _failures(errors: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted(errors.glob("*.json"))]
 
 
-def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item]) -> str:
+def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:
     count = f"{phase}: {len(todo)} item(s) could not be done"
+    if lost and not failed:
+        return f"{count}, the first {work.name(todo[0])}: {lost}; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
     if not failed:
         return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
     first = failed[0]

@@ -1,46 +1,19 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from problem import SUPPORT
+from square_work import Squares
 from threadpoolctl import threadpool_info
 
 from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.phases import PhaseError, run_phase, threads
-
-
-@dataclass(frozen=True)
-class Squares:
-    """Commits the square of a number; fails for those in `broken`, and once for those in `shaky`."""
-
-    directory: str
-    broken: tuple[int, ...] = ()
-    shaky: tuple[int, ...] = ()
-
-    def __call__(self, item: int) -> None:
-        attempts = Path(self.directory) / f"attempts-{item}"
-        count = int(attempts.read_text()) + 1 if attempts.exists() else 1
-        attempts.write_text(str(count))
-        if item in self.broken:
-            raise ValueError(f"{item} is broken")
-        if item in self.shaky and count == 1:
-            raise ConnectionError("the line was cut")
-        self._file(item).write_text(str(item * item))
-
-    def done(self, item: int) -> bool:
-        return self._file(item).exists()
-
-    def name(self, item: int) -> str:
-        return f"number {item}"
-
-    def _file(self, item: int) -> Path:
-        return Path(self.directory) / f"{item}.txt"
-
-    def attempts(self, item: int) -> int:
-        file = Path(self.directory) / f"attempts-{item}"
-        return int(file.read_text()) if file.exists() else 0
 
 
 def run(work: Squares, items: list[int], tmp_path: Path, **options: object) -> int:
@@ -90,12 +63,30 @@ def test_a_runner_that_loses_work_is_not_believed(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
-def test_other_ways_of_running_do_the_same(tmp_path: Path, mode: str) -> None:
+def test_other_ways_of_running_do_the_same(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))  # worker processes import the work by its module's name
     work = Squares(str(tmp_path), broken=(3,))
     options = pipeline_options([f"--direct_running_mode={mode}", "--direct_num_workers=2"])
     with pytest.raises(PhaseError, match=r"number 3: 3 is broken"):
         run_phase("square", work, list(range(6)), errors=tmp_path / "errors", options=options)
     assert [work.done(i) for i in range(6)] == [True, True, True, False, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_process_that_is_killed_is_noticed_and_its_work_repeated(tmp_path: Path, always: bool) -> None:
+    command = [sys.executable, str(SUPPORT / "square_work.py"), str(tmp_path), str(int(always))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = [(tmp_path / f"{i}.txt").exists() for i in range(6)]
+    if always:
+        assert re.search(
+            r"square: \d item\(s\) could not be done, the first number \d: 1 of 2 worker processes died", out.stdout
+        )
+        assert not done[2]
+    else:
+        assert out.stdout.strip() == "6", out.stderr
+        assert all(done)
 
 
 def test_work_runs_on_one_thread() -> None:

@@ -1,0 +1,105 @@
+"""A watchdog for pipelines whose runner waits for ever when one of its worker processes dies.
+
+Beam's FnApiRunner with `--direct_running_mode=multi_processing` starts worker processes and does not notice when one of
+them is killed, by the kernel for want of memory, say: the job hangs. Here the pipeline runs in a thread of its own; when a
+worker process has been gone for a while and the pipeline is still not at its end, the other workers are ended, the pipeline
+is given up, and the caller decides what to repeat. Nothing is lost: what was committed is committed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import psutil
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+
+_WORKER = "sdk_worker_main"
+_given_up = threading.Event()
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process ended while the pipeline needed it."""
+
+
+def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0, poll_s: float = 0.2) -> None:
+    """Run a pipeline to its end.
+
+    Args:
+      pipeline: the Beam pipeline.
+      options: its options; only the multi-processing mode of the local runner is watched.
+      grace_s: seconds that a pipeline may go on after a worker has ended, as it does at the end of a normal run.
+      poll_s: seconds between two looks at the workers.
+
+    Raises:
+      WorkerLostError: a worker process died.
+      Exception: whatever the pipeline raises.
+    """
+    if options.view_as(DirectOptions).direct_running_mode != "multi_processing":
+        pipeline.run().wait_until_finish()
+        return
+    outcome: Future[None] = Future()
+    threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
+    workers: dict[int, psutil.Process] = {}
+    gone_since: float | None = None
+    while not _ended(outcome, poll_s):
+        workers |= {process.pid: process for process in _workers()}
+        alive = [process for process in workers.values() if _alive(process)]
+        if len(alive) == len(workers):
+            continue
+        gone_since = gone_since or time.monotonic()
+        if time.monotonic() - gone_since > grace_s:
+            _given_up.set()
+            for process in alive:
+                process.kill()
+            raise WorkerLostError(
+                f"{len(workers) - len(alive)} of {len(workers)} worker processes died (killed, or out of memory)"
+            )
+    outcome.result()
+
+
+def end_given_up(status: int) -> None:
+    """End the process at once if a pipeline was given up: its threads would keep the interpreter from ending."""
+    if _given_up.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(pipeline: Any, outcome: Future[None]) -> None:
+    try:
+        pipeline.run().wait_until_finish()
+    except BaseException as e:  # noqa: BLE001  # the caller raises it
+        outcome.set_exception(e)
+    else:
+        outcome.set_result(None)
+
+
+def _ended(outcome: Future[None], wait_s: float) -> bool:
+    try:
+        outcome.exception(timeout=wait_s)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _workers() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if _is_worker(process)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return any(_WORKER in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
