@@ -146,16 +146,22 @@ def in_fresh_process(name: str, size: int) -> float:
 
 def rounding_times(size: int, repeats: int) -> dict[str, Any]:
     """Time the rounding of marginals against sorting them."""
-    marginals = rad_marginals(pool_of(size), WRONG * size, int(BUDGET * size)).probabilities
     rng = np.random.default_rng(0)
-    times = [(timed(lambda: dep_round(marginals, rng)), timed(lambda: np.sort(marginals))) for _ in range(repeats)]
-    spread = np.clip(rng.random(size), 0, 1)
-    spread *= np.floor(spread.sum()) / spread.sum()
-    hard = [(timed(lambda: dep_round(spread, rng)), timed(lambda: np.sort(spread))) for _ in range(repeats)]
-    result: dict[str, Any] = {"marginals": size, "repeats": repeats}
-    for name, pairs in (("of the game", times), ("all fractional", hard)):
+    cases = {"of the game": rad_marginals(pool_of(size), WRONG * size, int(BUDGET * size)).probabilities}
+    for share in (0.05, 0.5):
+        spread = 1.9 * share * rng.random(size)
+        cases[f"all fractional, {share:.0%} chosen"] = spread * (np.floor(spread.sum()) / spread.sum())
+    result: dict[str, Any] = {"marginals": size, "repeats": repeats, "cases": {}}
+    for name, marginals in cases.items():
+        pairs = [
+            (
+                timed(lambda marginals=marginals: dep_round(marginals, rng)),
+                timed(lambda marginals=marginals: np.sort(marginals)),
+            )
+            for _ in range(repeats)
+        ]
         rounding, sort = (statistics.median(column) for column in zip(*pairs, strict=True))
-        result[name] = {
+        result["cases"][name] = {
             "ns_per_marginal": 1e9 * rounding / size,
             "np.sort ns": 1e9 * sort / size,
             "rounding / two sorts": rounding / (2 * sort),
@@ -243,8 +249,7 @@ def table(results: dict[str, Any]) -> str:
     for name in results["pools"][0]["memory_MB"]:
         lines.append(f"{'MB, ' + name:32}" + "".join(f"{pool['memory_MB'][name]:>14.0f}" for pool in results["pools"]))
     lines += ["", f"rounding {results['rounding']['marginals']:,} marginals"]
-    for name in ("of the game", "all fractional"):
-        row = results["rounding"][name]
+    for name, row in results["rounding"]["cases"].items():
         lines.append(
             f"{name:32}{row['ns_per_marginal']:>10.1f} ns each, {row['rounding / two sorts']:.2f} of two sorts"
         )
