@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+EXTRAS := dev,dask,hf,onnx,tpu,triton
 PARTS := kernels pipelines selection student teacher
 SEED ?= 0
 DEMO ?= demo
@@ -15,35 +17,40 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "Adding what the tests need to $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits
 	@test -f $(DEMO)/distilbeam.toml || $(BIN)/distilbeam init $(DEMO) --example digits --seed $(SEED)
 	@$(BIN)/distilbeam run $(DEMO)/distilbeam.toml
 
-test: $(READY)  ## the tests, on two processes with one thread each
+test: $(DEV)  ## the tests, on two processes with one thread each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-fast: $(READY)
+test-fast: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-lint: $(READY)
+lint: $(DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(READY) .mypy/distilbeam
+types: $(DEV) .mypy/distilbeam
 	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS)) distilbeam/__init__.py
 
 .mypy/distilbeam:  # the parts are installed as distilbeam.<part>; this link shows mypy the same layout
 	@mkdir -p .mypy && ln -sfn .. $@
 
-dist: $(READY)  ## wheel and source distribution in dist/
+dist: $(DEV)  ## wheel and source distribution in dist/
 	@rm -rf build dist
 	@$(BIN)/python -m build --quiet --outdir dist .
 	@ls -1 dist
 
-bench: $(READY)  ## every benchmark in its short form; each takes --help
+bench: $(DEV)  ## every benchmark in its short form; each takes --help
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean:
