@@ -9,9 +9,9 @@ Every candidate runs the same step in turn, round after round, so that what else
 figure is the median of the rounds, by the clock and, for machines with other work, in processor time. Peak memory is
 what a step needs beyond its inputs: on a CPU the growth of the resident set in a process of its own, on a GPU the
 allocator's. The roofline is the larger of operations over the speed of a large matrix product and bytes over the speed
-of a large copy, both measured in the same run. Peers that are not installed or cannot run are listed with the reason.
-Liger and cut-cross-entropy solve neighbouring problems: Liger also computes the teacher's last layer, which it has no
-way around, and cut-cross-entropy takes hard labels.
+of a large copy, both measured in the same run, on a CPU all of it in processor time. Peers that are not installed or
+cannot run are listed with the reason. Liger and cut-cross-entropy solve neighbouring problems: Liger also computes the
+teacher's last layer, which it has no way around, and cut-cross-entropy takes hard labels.
 """
 
 from __future__ import annotations
@@ -260,11 +260,12 @@ def speeds(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
     def seconds(work: Callable[[], object]) -> float:
         def timed() -> float:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
-            return time.perf_counter() - start
+                return time.perf_counter() - start
+            return (time.process_time() - used) / torch.get_num_threads()
 
         return min(timed() for _ in range(5))
 
@@ -303,7 +304,8 @@ def measure(
     measured = []
     for name, step in steps.items():
         clock, processors = (1e3 * statistics.median(column) for column in zip(*times[name], strict=True))
-        figures = {"ms": round(clock, 2), "processor ms": round(processors, 2), "of roofline": round(bound / clock, 3)}
+        busy = clock if arguments.device == "cuda" else processors / arguments.threads
+        figures = {"ms": round(clock, 2), "processor ms": round(processors, 2), "of roofline": round(bound / busy, 3)}
         if not arguments.no_memory:
             peak = peak_bytes(problem, step) if arguments.device == "cuda" else measured_peak(name, shape, arguments)
             figures["peak MiB"] = round(peak / 2**20, 1)

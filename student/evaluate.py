@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from scipy.special import log_softmax
 
+from distilbeam.selection.calibration import expected_calibration_error
 from distilbeam.student.checkpoint import Student
 
 
@@ -44,12 +45,12 @@ def evaluate(
     if np.isnan(logits).any():
         raise ValueError(f"logits must be numbers, row {np.isnan(logits).any(axis=1).argmax()} has NaN")
     logprobs = log_softmax(np.asarray(logits, np.float64), axis=1)
-    predicted, right = logprobs.argmax(axis=1), logprobs.argmax(axis=1) == labels
+    predicted = logprobs.argmax(axis=1)
     result = {
         "examples": len(labels),
-        "accuracy": float(right.mean()),
+        "accuracy": float((predicted == labels).mean()),
         "nll": float(-logprobs[np.arange(len(labels)), labels].mean()),
-        "ece": _calibration_error(np.exp(logprobs.max(axis=1)), right, bins),
+        "ece": expected_calibration_error(logprobs, labels, bins),
     }
     if teacher_logprobs is not None:
         result["agreement"] = float((predicted == np.asarray(teacher_logprobs).argmax(axis=1)).mean())
@@ -69,12 +70,6 @@ def footprint(student: Student, repeats: int = 30) -> dict[str, float]:
     """
     latency = {f"latency_ms_batch{size}": _median_ms(_forward(student, size), repeats) for size in (1, 64)}
     return {"parameters": student.num_parameters, "size_bytes": student.size_bytes, **latency}
-
-
-def _calibration_error(confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], bins: int) -> float:
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, confidence - right, bins)  # per bin: rows times (mean confidence - accuracy)
-    return float(np.abs(gaps).sum() / len(right))
 
 
 def _forward(student: Student, size: int) -> Callable[[], object]:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from distilbeam.kernels.fp8 import products
 from distilbeam.kernels.fp8.scaling import BACKWARD, FORWARD, Scaling, to_fp8
-from distilbeam.kernels.resolve import never, resolve
+from distilbeam.kernels.resolve import Reasons, never, no_kernel, resolve
 
 
 def fp8_linear(
@@ -59,7 +59,11 @@ def fp8_linear(
         raise ValueError(f"weight must be [outputs, {input.shape[-1]}] to fit input, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have one value per output, [{len(weight)}], got {list(bias.shape)}")
-    backends = {"scaled_mm": lambda: products.scaled_mm_reasons(input, weight), "reference": never}
+    backends: dict[str, Reasons] = {
+        "scaled_mm": lambda: products.scaled_mm_reasons(input, weight),
+        "reference": never,
+        **no_kernel("triton", "pallas"),
+    }
     name = resolve("fp8_linear", implementation, backends)
     product = {"scaled_mm": products.scaled_mm, "reference": products.reference}[name]
     rows_MN: Tensor = _Fp8Linear.apply(input.reshape(-1, input.shape[-1]), weight, scaling, product)

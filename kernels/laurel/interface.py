@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.kernels.laurel import reference
-from distilbeam.kernels.resolve import never, resolve
+from distilbeam.kernels.resolve import never, no_kernel, resolve
 
 QUANTISED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -92,7 +92,7 @@ def laurel_residual(
       quantize: `fp8` (e4m3) or `int8`: the normed form in 8 bits with one scale per row; not differentiable.
       previous: earlier residuals, each [..., D].
       gamma: their weights, floating [len(previous)].
-      implementation: `reference`; None chooses.
+      implementation: `reference` or None; there is no `triton` or `pallas` kernel of this operation.
 
     Returns:
       x' in the dtype of `update`, [..., D]; with `norm_weight` a NormedResidual.
@@ -111,7 +111,7 @@ def laurel_residual(
       Menghani et al., Learned Augmented Residual Layer, arXiv:2411.07501, section 2.
     """
     _check(update, residual, down, up, norm_weight, quantize, previous, gamma)
-    resolve("laurel_residual", implementation, {"reference": never})
+    resolve("laurel_residual", implementation, {"reference": never, **no_kernel("triton", "pallas")})
     total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
     if norm_weight is None:
         return total.to(update.dtype)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from distilbeam.kernels import fp8_linear, laurel_residual
 from distilbeam.kernels.resolve import never, resolve
 
 
@@ -34,6 +36,16 @@ def test_when_none_can_run_every_reason_is_given():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="must be one of reference or None, got 'refrence'; did you mean 'reference'"):
         resolve("op", "refrence", {"reference": never})
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas"])
+def test_operations_without_a_kernel_say_so(name):
+    x = torch.zeros(2, 2)
+    for operation, arguments in ((laurel_residual, (x, x)), (fp8_linear, (x, x))):
+        with pytest.raises(
+            NotImplementedError, match=rf"\({name}: this operation has no {name} kernel\); reference can"
+        ):
+            operation(*arguments, implementation=name)
 
 
 def test_importing_the_operations_loads_no_backend_and_no_other_part():

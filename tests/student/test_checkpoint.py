@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,21 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, network, studen
 
     with pytest.raises(OSError, match="disk full"):
         save_student(tmp_path / "student", network, student_config, CLASSES, (2,), files=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_directory_appears_by_one_rename(tmp_path, network, student_config, monkeypatch):
+    def look(temporary):
+        assert not target.exists()
+        assert sorted(path.name for path in temporary.iterdir()) == ["model.safetensors", "student.json"]
+
+    def fail(*_):
+        raise OSError("power cut")
+
+    target = tmp_path / "student"
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="power cut"):
+        save_student(target, network, student_config, CLASSES, (2,), files=look)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,13 +12,13 @@ from distilbeam.student.models import build_student
 
 
 def test_four_predictions_by_hand():
-    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]])
+    probabilities = np.array([[0.88, 0.12], [0.78, 0.22], [0.32, 0.68], [0.45, 0.55]])
     found = evaluate(np.log(probabilities), np.array([0, 1, 1, 0]), bins=10)
     assert found["examples"] == 4
     assert found["accuracy"] == 0.5
-    assert found["nll"] == pytest.approx(-np.log([0.9, 0.2, 0.7, 0.45]).mean())
-    # confidences .9 (right), .8 (wrong), .7 (right), .55 (wrong), each in a bin of its own
-    assert found["ece"] == pytest.approx((0.1 + 0.8 + 0.3 + 0.55) / 4)
+    assert found["nll"] == pytest.approx(-np.log([0.88, 0.22, 0.68, 0.45]).mean())
+    # confidences .88 (right), .78 (wrong), .68 (right), .55 (wrong), each in a bin of its own
+    assert found["ece"] == pytest.approx((0.12 + 0.78 + 0.32 + 0.55) / 4)
 
 
 def test_predictions_in_one_bin_cancel():

@@ -88,12 +88,15 @@ def test_the_order_follows_the_seed(write_labels):
 
 
 @pytest.mark.parametrize("buffer_rows", [12, 65_536])
+@pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 3), (3, 2), (1, 3), (3, 1)])
-def test_a_stopped_epoch_goes_on_exactly_at_any_world_size(write_labels, buffer_rows, before, after):
+def test_a_stopped_epoch_goes_on_exactly_at_any_world_size(write_labels, buffer_rows, epochs, before, after):
     path = write_labels(SHARDS)
     whole = ranks(path, 1, buffer_rows=buffer_rows)
-    undisturbed = joined(whole) + joined(whole)
     stopped = ranks(path, before, buffer_rows=buffer_rows)
+    for _ in range(epochs):
+        assert joined(stopped) == joined(whole)
+    undisturbed = joined(whole) + joined(whole)
     iterators = [iter(dataset) for dataset in stopped]
     seen = [number for _ in range(2) for iterator in iterators for number in numbers([next(iterator)])]
     states = [dataset.state_dict() for dataset in stopped]
