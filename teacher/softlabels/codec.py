@@ -47,6 +47,7 @@ Int32 = npt.NDArray[np.int32]
 _BLOCK_VALUES = 2**18
 _BLOCK_ROWS = 4096
 _HALF_LOWEST = np.float32(-65504.0)
+_LOOKUP_BLOCK = 2**16  # numbers looked up at a time
 _HALF_SHIFT = 13  # mantissa bits that a float32 has and a float16 has not
 # log(1 - sum of the kept) computed in float32 has no more digits than this, and a finite tail keeps losses finite.
 TAIL_FLOOR = np.float32(math.log(1e-7))
@@ -252,10 +253,16 @@ def _second_largest(mass: Float32) -> Float32:
 
 def _frequencies(stored: Float32, draws: int) -> Float32:
     """Restore log(count / draws) from its value in half precision."""
+    table = _restoring(draws)
+    bits = np.ascontiguousarray(stored).view(np.uint32).reshape(-1)
+    restored = np.empty(bits.shape, np.float32)
     # signed 32-bit indices are taken an order of magnitude faster than unsigned ones (NumPy 2.4)
-    places = (stored.view(np.uint32) >> _HALF_SHIFT).view(np.int32)
-    restored: Float32 = _restoring(draws).take(places, mode="clip")
-    return restored
+    places = np.empty(min(len(bits), _LOOKUP_BLOCK), np.int32)
+    for start in range(0, len(bits), _LOOKUP_BLOCK):  # pieces that stay in the cache: half the time
+        block = bits[start : start + _LOOKUP_BLOCK]
+        np.right_shift(block, np.uint32(_HALF_SHIFT), out=places[: len(block)].view(np.uint32))
+        table.take(places[: len(block)], out=restored[start : start + len(block)], mode="clip")
+    return restored.reshape(stored.shape)
 
 
 @lru_cache(maxsize=4)
