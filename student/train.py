@@ -1,12 +1,7 @@
 """Train a student from human labels and stored soft labels: one loop.
 
 Every step mixes soft-labelled and human-labelled rows in the proportion of the whole, so that an epoch visits each row
-once. Its loss is
-
-    (sum over soft-labelled rows of w_i l_i  +  hard_weight * sum over human-labelled rows of cross-entropy) / rows
-
-with l_i the distillation loss, or Student-Label Mixing's (arXiv:2302.03806), and w_i = 1 or the column `weight`
-(Weighted distillation, arXiv:2210.06711) divided by its mean. The epoch with the least negative log-likelihood on the
+once; `step_loss.py` has the loss, `sources.py` what is read. The epoch with the least negative log-likelihood on the
 validation set is kept. For one seed, one machine and one number of threads the weights are the same bit by bit.
 """
 
@@ -21,28 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from distilbeam.kernels.distillation.interface import distill_loss
 from distilbeam.student.checkpoint import load_student, save_student
 from distilbeam.student.config import StudentConfig, TrainConfig
-from distilbeam.student.data import Batch, SoftLabelDataset, teacher_labels
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.labelled import Examples, read_examples
 from distilbeam.student.laurel import without_decay
 from distilbeam.student.models import build_student
-from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.student.sources import deal_out, open_soft_labels, shape_of_inputs, steps_per_epoch
+from distilbeam.student.step_loss import step_loss
 
 Progress = Callable[[int, int, float], None]
-EXTRA_COLUMNS = {
-    "distill": (),
-    "weighted": ("weight",),
-    "slam": ("alpha", "candidates"),
-    "slam+weighted": ("alpha", "candidates", "weight"),
-}
 EVALUATION_ROWS = 1024
 
 
@@ -104,10 +91,10 @@ def train(
     device = _device(training.device)
     hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
     held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
-    soft = _open_soft_labels(soft_labels, student, training, classes, hard, seed)
-    steps_per_epoch = _steps(training, hard, soft)
-    total = training.epochs * steps_per_epoch
-    input_shape = _input_shape(hard, held_out, soft)
+    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed)
+    steps = steps_per_epoch(training, hard, soft)
+    total = training.epochs * steps
+    input_shape = shape_of_inputs(hard, held_out, soft)
     spec = None if soft is None else soft.spec
     weight_scale = 1.0 / soft.mean("weight") if soft is not None and "weighted" in training.objective else 1.0
 
@@ -125,16 +112,16 @@ def train(
             module.train()
             losses = 0.0
             soft_batches = iter(soft) if soft is not None else None
-            hard_rows = _split(hard, steps_per_epoch, seed, epoch)
-            for step in range(steps_per_epoch):
-                done = epoch * steps_per_epoch + step
+            hard_rows = deal_out(hard, steps, seed, epoch)
+            for step in range(steps):
+                done = epoch * steps + step
                 for group in optimizer.param_groups:
                     group["lr"] = training.lr * _lr_factor(done, total, training)
                 soft_batch = None if soft_batches is None else next(soft_batches)
                 hard_batch = (
                     None if hard is None else Examples(hard.inputs[hard_rows[step]], hard.classes[hard_rows[step]])
                 )
-                loss = _loss(module, training, soft_batch, hard_batch, spec, weight_scale, device)
+                loss = step_loss(module, training, soft_batch, hard_batch, spec, weight_scale, device)
                 value = float(loss.detach())
                 _require_finite(value, done, total, training)
                 optimizer.zero_grad(set_to_none=True)
@@ -147,8 +134,7 @@ def train(
                     progress(done + 1, total, value)
 
             history.append(
-                {"epoch": epoch + 1, "train_loss": losses / steps_per_epoch}
-                | _validate(module, held_out, device, training.lr)
+                {"epoch": epoch + 1, "train_loss": losses / steps} | _validate(module, held_out, device, training.lr)
             )
             if _is_best(history):
                 best = copy.deepcopy(module.state_dict())
@@ -161,7 +147,7 @@ def train(
     metrics = {
         "epochs": len(history),
         "best_epoch": chosen["epoch"],
-        "steps": len(history) * steps_per_epoch,
+        "steps": len(history) * steps,
         "soft_rows": 0 if soft is None else soft.rows,
         "hard_rows": 0 if hard is None else len(hard),
         **{name: value for name, value in chosen.items() if name != "epoch"},
@@ -169,111 +155,6 @@ def train(
     extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
     save_student(directory, module, student, classes, input_shape, extra, lambda path: _write_history(path, history))
     return TrainResult(metrics | {"seconds": time.perf_counter() - began}, directory)
-
-
-def _loss(
-    module: nn.Module,
-    training: TrainConfig,
-    soft: Batch | None,
-    hard: Examples | None,
-    spec: SoftLabelSpec | None,
-    weight_scale: float,
-    device: torch.device,
-) -> Tensor:
-    inputs = ([] if soft is None else [soft["inputs"]]) + ([] if hard is None else [hard.inputs])
-    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        logits_BC = module(torch.cat(inputs).to(device))
-    count = 0 if soft is None else len(soft["inputs"])
-    total: Tensor = logits_BC.new_zeros((), dtype=torch.float32)
-    if soft is not None and spec is not None and count:
-        total = total + _soft_loss(logits_BC[:count], training, _moved(soft, device), spec, weight_scale)
-    if hard is not None and len(hard):
-        truth = hard.classes.to(device)
-        cross_entropy = nn.functional.cross_entropy(logits_BC[count:].float(), truth, reduction="sum")
-        total = total + training.hard_weight * cross_entropy
-    return total / max(1, len(logits_BC))
-
-
-def _soft_loss(
-    logits_BC: Tensor, training: TrainConfig, batch: Batch, spec: SoftLabelSpec, weight_scale: float
-) -> Tensor:
-    mixed = training.objective.startswith("slam")
-    plain = {"dense": "kl", "top_k": "tail", "sampled": "sampled"}[spec.kind]
-    return distill_loss(
-        logits_BC,
-        teacher_labels(batch, spec),
-        weight=batch["weight"] * weight_scale if "weighted" in training.objective else None,
-        accuracy=batch["alpha"] if mixed else None,
-        candidates=batch["candidates"] if mixed else None,
-        temperature=training.temperature,
-        objective="slam" if mixed else plain,  # type: ignore[arg-type]
-        mixing=training.mixing,
-        reduction="sum",
-    )
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return batch if device.type == "cpu" else {name: value.to(device) for name, value in batch.items()}
-
-
-def _open_soft_labels(
-    paths: Sequence[str | Path],
-    student: StudentConfig,
-    training: TrainConfig,
-    classes: Sequence[str],
-    hard: Examples | None,
-    seed: int,
-) -> SoftLabelDataset | None:
-    if not paths:
-        if hard is None:
-            raise ValueError("training needs labelled examples or soft labels, got neither")
-        return None
-    columns = EXTRA_COLUMNS[training.objective]
-    dataset = SoftLabelDataset(paths, training.batch_size, seed, input=student.input, columns=columns)
-    spec = dataset.spec
-    if spec.num_classes != len(classes):
-        raise ValueError(f"the soft labels must have the student's {len(classes)} classes, got {spec.num_classes}")
-    if spec.classes is not None and tuple(spec.classes) != tuple(classes):
-        index = next(i for i, pair in enumerate(zip(spec.classes, classes, strict=True)) if pair[0] != pair[1])
-        raise ValueError(
-            f"the soft labels must have the student's classes in their order, class {index} is {spec.classes[index]!r} "
-            f"there and {classes[index]!r} here"
-        )
-    if missing := [name for name in columns if name not in dataset.scalar_columns]:
-        raise ValueError(
-            f"objective {training.objective!r} needs the columns {' and '.join(missing)} beside the soft labels; label "
-            "with a validation set, which they are estimated from, or choose objective 'distill'"
-        )
-    share = dataset.rows / (dataset.rows + (0 if hard is None else len(hard)))
-    dataset.batch_size = max(1, round(training.batch_size * share))
-    return dataset
-
-
-def _steps(training: TrainConfig, hard: Examples | None, soft: SoftLabelDataset | None) -> int:
-    if soft is not None:
-        return len(soft)
-    assert hard is not None
-    return math.ceil(len(hard) / training.batch_size)
-
-
-def _split(hard: Examples | None, steps: int, seed: int, epoch: int) -> list[Tensor]:
-    """Deal the human-labelled rows out over an epoch's steps."""
-    if hard is None:
-        return []
-    rows = np.random.default_rng([seed, epoch, len(hard)]).permutation(len(hard))
-    return [torch.from_numpy(part) for part in np.array_split(rows, steps)]
-
-
-def _input_shape(hard: Examples | None, held_out: Examples | None, soft: SoftLabelDataset | None) -> tuple[int, ...]:
-    """Give the shape of one example's input, which all sources must agree on."""
-    examples = {"labelled": hard, "validation": held_out}
-    shapes = {name: tuple(some.inputs.shape[1:]) for name, some in examples.items() if some is not None}
-    if soft is not None:
-        shapes["soft-labelled"] = tuple(soft.window([0])["inputs"].shape[1:])
-    if len(set(shapes.values())) > 1:
-        described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"inputs of all examples must have one shape, got {described}")
-    return next(iter(shapes.values()))
 
 
 def _optimizer(module: nn.Module, training: TrainConfig) -> torch.optim.Optimizer:
