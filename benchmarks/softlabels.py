@@ -36,7 +36,7 @@ from rich.table import Table
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, encode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, MARGIN, TAIL, parquet_options
 
-ROWS = {10: 400_000, 1_000: 40_000, 32_000: 6_000, 150_000: 2_000}
+ROWS = {10: 400_000, 1_000: 40_000, 32_000: 16_000, 150_000: 8_000}
 QUICK_ROWS = {10: 40_000, 1_000: 4_000, 32_000: 256}
 KEPT = (10, 64, 128)
 DRAWS = 50
