@@ -1,4 +1,8 @@
-"""The fused linear layer and loss, some rows of all classes at a time."""
+"""The fused linear layer and loss, some rows of all classes at a time.
+
+The rows are not swept in smaller blocks: on a machine whose processors have other work, every parallel operation waits
+for its slowest thread, and few large ones lose least.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from torch import Tensor
 from distilbeam.kernels.distillation.sweep import replace_by_gradient
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.gradients import Gradients
-
-BLOCK_ELEMENTS = 1 << 21  # 8 MiB of float32 in the last-level cache; smaller blocks pay more for starting operations
 
 
 def sweep_rows(
@@ -43,7 +45,7 @@ def sweep_rows(
         z_RC = torch.mm(hidden_RH, weight_CH.T, out=buffer_RC[: len(hidden_RH)])
         if bias_C is not None:
             z_RC += bias_C
-        losses_B[rows] = _replace_in_blocks(z_RC, [term.rows(rows) for term in terms])
+        losses_B[rows] = replace_by_gradient(z_RC, [term.rows(rows) for term in terms])
         if sums.hidden is not None:
             torch.mm(z_RC, weight_CH, out=sums.hidden[rows])
         if sums.weight is not None:
@@ -54,12 +56,3 @@ def sweep_rows(
         if sums.bias is not None:
             sums.bias.add_(z_RC.sum(dim=0))
     return losses_B
-
-
-def _replace_in_blocks(z_RC: Tensor, terms: Sequence[Term]) -> Tensor:
-    losses_R = torch.empty_like(terms[0].scale)
-    step = max(1, BLOCK_ELEMENTS // z_RC.shape[1])
-    for start in range(0, len(z_RC), step):
-        block = slice(start, start + step)
-        losses_R[block] = replace_by_gradient(z_RC[block], [term.rows(block) for term in terms])
-    return losses_R
