@@ -10,7 +10,7 @@ an integer, so that sums of deficits are exact and independent of their order. E
 reciprocal *defined* by d, so that sums over bins and sums over gains agree to the last bit that float64 has.
 
 Gains below 2^-126, the smallest normal float32, count as zero: the grid is not log-spaced there.
-Cost: a few nanoseconds for each gain.
+Cost: about 6 ns for each gain; with numba, where an array is large, 1 to 2 ns (`distilbeam.selection.compiled`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.selection import compiled
 from distilbeam.selection.checks import Floats, as_gains, as_vector
 
 Ints = npt.NDArray[np.int64]
@@ -92,6 +93,10 @@ def histogram(gains: Floats32) -> tuple[Ints, Ints]:
       int64 [BINS] counts, and int64 [BINS] sums, 0 in the bins of zero.
     """
     counts, sums = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    if (kernels := compiled.kernels(len(gains))) is not None:
+        kernels.count_bins(gains.view(np.uint32), counts, sums)
+        sums[:FIRST_BIN] = 0
+        return counts, sums
     size = min(len(gains), _HISTOGRAM_CHUNK)
     all_numbers, all_deficits, all_weights = np.empty(size, np.intp), np.empty(size, np.float32), np.empty(size)
     for start in range(0, len(gains), _HISTOGRAM_CHUNK):

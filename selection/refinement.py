@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.selection import compiled
 from distilbeam.selection.bins import (
     FIRST_BIN,
     LOW_BITS,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("<4sdqIIIII")
 _MAGIC = b"DBR1"
 _FLUSH = 1 << 20  # gains of refined bins that are counted at a time
+_COMPILED_CHUNK = 1 << 17  # gains that stay in the second-level cache while each run of bins is counted
 
 
 class Refinement:
@@ -75,6 +77,9 @@ class Refinement:
           ValueError: a gain is negative, NaN, infinite or beyond float32.
         """
         array = as_float32_gains(gains)
+        if (kernels := compiled.kernels(len(array))) is not None:
+            self._add_compiled(kernels, array.view(np.uint32))
+            return
         for first, counts in self._counts.items():
             _count_patterns(array, first << LOW_BITS, counts)
         if self.summed[0] < self.summed[1]:
@@ -159,6 +164,15 @@ class Refinement:
         if not patterns:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
         return np.concatenate(patterns).astype(np.uint32), np.concatenate(numbers)
+
+    def _add_compiled(self, kernels: compiled.Kernels, patterns: npt.NDArray[np.uint32]) -> None:
+        low, high = (number << LOW_BITS for number in self.summed)
+        for start in range(0, len(patterns), _COMPILED_CHUNK):
+            chunk = patterns[start : start + _COMPILED_CHUNK]
+            for first, counts in self._counts.items():
+                kernels.count_patterns(chunk, first << LOW_BITS, counts)
+            if low < high:
+                kernels.sum_lows(chunk, low, high, self._lows)
 
     def _sum_lows(self, gains: Floats32) -> None:
         low, high = (np.uint32(number << LOW_BITS) for number in self.summed)

@@ -31,6 +31,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.selection import compiled
 from distilbeam.selection.checks import Floats, as_vector, require_each
 
 Bools = npt.NDArray[np.bool_]
@@ -96,12 +97,12 @@ def round_shard(marginals: npt.ArrayLike, rng: np.random.Generator) -> tuple[Boo
     selected = array == 1
     undecided = np.flatnonzero((array > 0) & ~selected)
     order = rng.permutation(min(undecided.size, _CHUNK))
-    carry, mass = -1, 0.0
+    carry, mass, kernels = -1, 0.0, compiled.kernels(undecided.size)
     for start in range(0, undecided.size, _CHUNK):
         chunk = undecided[start : start + _CHUNK]
         # Points of different chunks meet only through a carry, so one random order may serve all chunks.
         local = order if len(chunk) == len(order) else order[order < len(chunk)]
-        winners, last, mass = _seat(np.append(mass, array[chunk][local]), rng)
+        winners, last, mass = _seat(np.append(mass, array[chunk][local]), rng, kernels)
         selected[chunk[local[winners[winners > 0] - 1]]] = True
         if (winners == 0).any():
             selected[carry] = True
@@ -154,38 +155,55 @@ def as_marginals(marginals: npt.ArrayLike) -> Floats:
     return array
 
 
-def _seat(masses: Floats, rng: np.random.Generator) -> tuple[Indices, int, float]:
+def _seat(masses: Floats, rng: np.random.Generator, kernels: compiled.Kernels | None) -> tuple[Indices, int, float]:
     """Let points meet in the given order: first the carry of the points before, of mass 0 if there is none, then others.
 
     Args:
       masses: in [0, 1), all but the first one positive.
       rng: source of randomness.
+      kernels: compiled functions, or None to use numpy; both choose the same points.
 
     Returns:
       The winners of the seats, the point that is still undecided (-1: none) and its remaining mass.
     """
     sums = np.cumsum(masses)
     seats = int(sums[-1])
-    floors = np.arange(seats, dtype=np.float64)
-    # A mass below 1 crosses at most one whole number, in float64 too, and the first point crosses none.
-    whole = sums.astype(np.int64)
-    crossers = np.flatnonzero(whole[1:] != whole[:-1]) + 1
-    inside = sums[crossers - 1] - floors
-    champions = np.searchsorted(sums, floors + rng.random(seats) * inside, side="right")
-    np.minimum(champions, crossers - 1, out=champions)
-    # The champion takes the seat with probability (1 - q) / ((1 - q) + (1 - p)), q the crosser's mass, p the champion's.
-    crosser_loss = 1.0 - masses[crossers]
-    champion_wins = rng.random(seats) * (crosser_loss + 1.0 - inside) < crosser_loss
-    is_survivor = np.zeros(seats, bool)
-    is_survivor[1:] = champions[1:] == crossers[:-1]
-    survivors = _survivors(crossers, champions, champion_wins, is_survivor)
-    champions[1:] = np.where(is_survivor[1:], survivors[:-1], champions[1:])
-    winners = np.where(champion_wins, champions, crossers)
+    places, fights = rng.random(seats), rng.random(seats)
+    if kernels is None:
+        winners, crosser, survivor = _fill_seats(sums, masses, places, fights)
+    else:
+        winners = np.empty(seats, np.int64)
+        crosser, survivor = kernels.fill_seats(sums, masses, places, fights, winners)
     mass = float(sums[-1]) - seats
     if mass <= 0:
         return winners, -1, 0.0
     last = min(int(np.searchsorted(sums, seats + rng.random() * mass, side="right")), len(masses) - 1)
-    return winners, int(survivors[-1]) if seats and last == crossers[-1] else last, mass
+    return winners, survivor if last == crosser else last, mass
+
+
+def _fill_seats(sums: Floats, masses: Floats, places: Floats, fights: Floats) -> tuple[Indices, int, int]:
+    """Decide all seats at once from two uniform random numbers for each.
+
+    Returns:
+      The winners, the last crosser and the point that is undecided after it; -1 for both if there is no seat.
+    """
+    if not places.size:
+        return np.zeros(0, np.int64), -1, -1
+    floors = np.arange(len(places), dtype=np.float64)
+    # A mass below 1 crosses at most one whole number, in float64 too, and the first point crosses none.
+    whole = sums.astype(np.int64)
+    crossers = np.flatnonzero(whole[1:] != whole[:-1]) + 1
+    inside = sums[crossers - 1] - floors
+    champions = np.searchsorted(sums, floors + places * inside, side="right")
+    np.minimum(champions, crossers - 1, out=champions)
+    # The champion takes the seat with probability (1 - q) / ((1 - q) + (1 - p)), q the crosser's mass, p the champion's.
+    crosser_loss = 1.0 - masses[crossers]
+    champion_wins = fights * (crosser_loss + 1.0 - inside) < crosser_loss
+    is_survivor = np.zeros(len(places), bool)
+    is_survivor[1:] = champions[1:] == crossers[:-1]
+    survivors = _survivors(crossers, champions, champion_wins, is_survivor)
+    champions[1:] = np.where(is_survivor[1:], survivors[:-1], champions[1:])
+    return np.where(champion_wins, champions, crossers), int(crossers[-1]), int(survivors[-1])
 
 
 def _survivors(crossers: Indices, champions: Indices, champion_wins: Bools, is_survivor: Bools) -> Indices:
