@@ -5,7 +5,7 @@ same integers and choose the same points: histograms are exact, and floats are a
 and precision (numba reorders nothing unless it is asked to). `kernels` compiles them, or gives None where numba is not
 installed or the input is small; the callers then do the same with numpy.
 
-Cost: 1 to 3 ns for each gain in a histogram and below 1 ns in a refinement. Loading numba takes about half a second, once in a
+Cost: 1 to 3 ns for each gain in a histogram and about 1 ns in a refinement. Loading numba takes about half a second, once in a
 process; compiling takes seconds, once on a machine, because numba keeps the code beside this file or in the user's cache.
 """
 
@@ -27,13 +27,14 @@ MIN_SIZE = 1 << 18  # of an input for which numba is loaded
 # and 2^19 counts the 20 bits above them.
 _COUNT_SHIFT = 43
 _FLUSH = 1 << 19
+_BLOCK = 1 << 12  # gains that are marked at a time
 
 
 class Kernels(NamedTuple):
     """The compiled functions."""
 
     count_bins: Callable[[Patterns, Ints, Ints], None]
-    count_patterns: Callable[[Patterns, int, Ints], None]
+    count_patterns: Callable[[Patterns, np.uint32, Ints], None]
     sum_lows: Callable[[Patterns, int, int, Ints], None]
     fill_seats: Callable[[Floats, Floats, Floats, Floats, Ints], tuple[int, int]]
 
@@ -79,13 +80,25 @@ def _count_bins(patterns: Patterns, counts: Ints, sums: Ints) -> None:
             packed[number] = 0
 
 
-def _count_patterns(patterns: Patterns, first: int, counts: Ints) -> None:
-    """Count each of the bit patterns from `first` on."""
-    stop = first + counts.size
-    for pattern in patterns:
-        number = np.int64(pattern)
-        if first <= number < stop:
-            counts[number - first] += 1
+def _count_patterns(patterns: Patterns, first: np.uint32, counts: Ints) -> None:
+    """Count each of the bit patterns from `first` on.
+
+    Few gains lie there. A first loop, which the compiler turns into vector instructions, marks them; a second one looks for
+    marks eight gains at a time.
+    """
+    size = np.uint32(counts.size)
+    marks = np.zeros(_BLOCK, np.uint8)
+    eights = marks.view(np.uint64)
+    for start in range(0, patterns.size, _BLOCK):
+        block = patterns[start : start + _BLOCK]
+        for place in range(block.size):
+            marks[place] = np.uint32(block[place] - first) < size  # below `first` it wraps around to a large number
+        marks[block.size :] = 0
+        for eight in range(eights.size):
+            if eights[eight]:
+                for place in range(8 * eight, 8 * eight + 8):
+                    if marks[place]:
+                        counts[block[place] - first] += 1
 
 
 def _sum_lows(patterns: Patterns, first: int, stop: int, sums: Ints) -> None:

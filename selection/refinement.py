@@ -170,7 +170,7 @@ class Refinement:
         for start in range(0, len(patterns), _COMPILED_CHUNK):
             chunk = patterns[start : start + _COMPILED_CHUNK]
             for first, counts in self._counts.items():
-                kernels.count_patterns(chunk, first << LOW_BITS, counts)
+                kernels.count_patterns(chunk, np.uint32(first << LOW_BITS), counts)
             if low < high:
                 kernels.sum_lows(chunk, low, high, self._lows)
 
@@ -210,7 +210,9 @@ class _BinnedPool:
         means = 1.0 / np.concatenate([bin_reciprocals, reciprocals(values)])[order]
         self.counts = np.concatenate([sketch.counts[whole], counts])[order]
         self.lows = np.concatenate([bin_edges(whole), values.astype(np.float64)])[order]
-        self.highs = np.concatenate([bin_edges(whole + 1), np.nextafter(values, np.float32(np.inf))])[order]
+        with np.errstate(over="ignore"):  # the end of the largest float32 is infinity, as it should be
+            above = np.nextafter(values, np.float32(np.inf))
+        self.highs = np.concatenate([bin_edges(whole + 1), above])[order]
         self.numbers = np.concatenate([whole, np.full(len(values), -1)])[order]
         self.is_summed = (self.numbers >= refinement.summed[0]) & (self.numbers < refinement.summed[1])
         self.size = sketch.count
