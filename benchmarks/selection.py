@@ -6,7 +6,8 @@
 Everything that is compared is measured side by side: each repetition runs every method once, in turn, and ratios are ratios
 of medians. Gains are float32, u^2 (1 + u) / 2 of a uniform u (most examples hold little for the student); the sketch sees them in chunks
 that are made anew for each pass and never held together, np.sort and the exact solution need all of them in memory. Making
-the gains is not timed. Memory is the growth of a fresh process's peak resident set while the method runs. One thread.
+the gains is not timed. Where numba is installed the sketch and the rounding run compiled, and once more in numpy ("numpy" in
+the rows); loading numba is timed on its own. Memory is the growth of a fresh process's peak resident set while the method runs. One thread.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.selection import compiled
 from distilbeam.selection.debias import DebiasEstimator
 from distilbeam.selection.rad import guaranteed_gain, rad_marginals
 from distilbeam.selection.rounding import dep_round
@@ -67,6 +70,34 @@ def over_chunks(size: int, task: Callable[[Gains], Any]) -> float:
     return sum(timed(lambda chunk=chunk: task(chunk)) for chunk in chunks_of(size))
 
 
+@contextmanager
+def numpy_alone() -> Iterator[None]:
+    """Keep the compiled functions out."""
+    usual, compiled.MIN_SIZE = compiled.MIN_SIZE, sys.maxsize
+    try:
+        yield
+    finally:
+        compiled.MIN_SIZE = usual
+
+
+def load_time() -> float:
+    """Load numba and the compiled functions, so that no other figure holds it; return the seconds it took."""
+
+    def first_use() -> None:
+        gains = np.linspace(0.1, 1, compiled.MIN_SIZE, dtype=np.float32)
+        sketch_over(gains)
+        dep_round(np.full(2 * compiled.MIN_SIZE, 0.5), np.random.default_rng(0))
+
+    def sketch_over(gains: Gains) -> None:
+        sketch = GainSketch()
+        sketch.add(gains)
+        refinement = sketch.solve(WRONG * len(gains), int(0.7 * len(gains))).refinement()
+        assert refinement is not None, "this pool needs a refinement"
+        refinement.add(gains)
+
+    return timed(first_use)
+
+
 def sketch_times(size: int) -> tuple[dict[str, float], Threshold]:
     """Time the sketch, its refinement and the marginals."""
     sketch, times = GainSketch(), {}
@@ -94,6 +125,10 @@ def pool_times(size: int, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         gains = pool_of(size)
         times, threshold = sketch_times(size)
+        with numpy_alone():
+            numpy_times, same = sketch_times(size)
+        assert same == threshold, "the compiled functions and numpy differ"
+        times |= {f"{name}, numpy": seconds for name, seconds in numpy_times.items()}
         times["np.sort"] = timed(lambda gains=gains: np.sort(gains))
         start = time.perf_counter()
         exact = rad_marginals(gains, WRONG * size, int(BUDGET * size))
@@ -111,9 +146,11 @@ def pool_times(size: int, repeats: int) -> dict[str, Any]:
         "ns_per_gain": {name: 1e9 * seconds / size for name, seconds in medians.items()},
         "np.sort / (sketch + refinement)": medians["np.sort"] / fast,
         "exact / (sketch + refinement)": medians["exact"] / fast,
+        "np.sort / the same in numpy": medians["np.sort"] / medians["sketch + refinement, numpy"],
+        "exact / the same in numpy": medians["exact"] / medians["sketch + refinement, numpy"],
         "exact / all of it": medians["exact"] / medians["all of it"],
         "relative_error_of_value": error,
-        "memory_MB": {name: in_fresh_process(name, size) for name in ("np.sort", "exact", "sketch")},
+        "memory_MB": {name: in_fresh_process(name, size) for name in ("np.sort", "exact", "sketch", "sketch, numpy")},
     }
 
 
@@ -123,9 +160,11 @@ def peak_growth(name: str, size: int) -> float:
         "np.sort": lambda: np.sort(pool_of(size)),
         "exact": lambda: rad_marginals(pool_of(size), WRONG * size, int(BUDGET * size)),
         "sketch": lambda: sketch_times(size),
+        "sketch, numpy": lambda: sketch_times(size),
     }
     before = peak_memory()
-    tasks[name]()
+    with numpy_alone() if name == "sketch, numpy" else nullcontext():
+        tasks[name]()
     return peak_memory() - before
 
 
@@ -153,18 +192,19 @@ def rounding_times(size: int, repeats: int) -> dict[str, Any]:
         cases[f"all fractional, {share:.0%} chosen"] = spread * (np.floor(spread.sum()) / spread.sum())
     result: dict[str, Any] = {"marginals": size, "repeats": repeats, "cases": {}}
     for name, marginals in cases.items():
-        pairs = [
-            (
-                timed(lambda marginals=marginals: dep_round(marginals, rng)),
-                timed(lambda marginals=marginals: np.sort(marginals)),
-            )
-            for _ in range(repeats)
-        ]
-        rounding, sort = (statistics.median(column) for column in zip(*pairs, strict=True))
+        columns: list[list[float]] = [[], [], []]
+        for _ in range(repeats):
+            columns[0].append(timed(lambda marginals=marginals: dep_round(marginals, rng)))
+            with numpy_alone():
+                columns[1].append(timed(lambda marginals=marginals: dep_round(marginals, rng)))
+            columns[2].append(timed(lambda marginals=marginals: np.sort(marginals)))
+        rounding, in_numpy, sort = map(statistics.median, columns)
         result["cases"][name] = {
             "ns_per_marginal": 1e9 * rounding / size,
             "np.sort ns": 1e9 * sort / size,
             "rounding / two sorts": rounding / (2 * sort),
+            "ns_per_marginal, numpy": 1e9 * in_numpy / size,
+            "rounding / two sorts, numpy": in_numpy / (2 * sort),
         }
     return result
 
@@ -213,6 +253,14 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def version_of(package: str) -> str:
+    """Return the version of a package, or that it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def machine() -> dict[str, Any]:
     """Describe where and with what the figures were measured."""
     info = Path("/proc/cpuinfo")
@@ -222,7 +270,7 @@ def machine() -> dict[str, Any]:
         else []
     )
     features = np.show_config(mode="dicts")["SIMD Extensions"]
-    packages = ("distilbeam", "numpy", "scipy", "scikit-learn")
+    packages = ("distilbeam", "numpy", "numba", "scipy", "scikit-learn")
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
@@ -230,7 +278,7 @@ def machine() -> dict[str, Any]:
         "simd_of_numpy": [*features["baseline"], *features["found"]],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version_of(name) for name in packages},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -239,19 +287,27 @@ def machine() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Lay the results out for reading."""
     names = list(results["pools"][0]["ns_per_gain"])
-    lines = [json.dumps(results["machine"]), "", "ns per gain"]
+    lines = [
+        json.dumps(results["machine"]),
+        "",
+        f"loading numba and the compiled functions: {results['load_compiled_s']:.2f} s",
+        "",
+        "ns per gain",
+    ]
     lines.append(f"{'':32}" + "".join(f"{pool['gains']:>14,}" for pool in results["pools"]))
     lines += [
         f"{name:32}" + "".join(f"{pool['ns_per_gain'][name]:>14.2f}" for pool in results["pools"]) for name in names
     ]
-    for ratio in ("np.sort / (sketch + refinement)", "exact / (sketch + refinement)", "exact / all of it"):
+    for ratio in [name for name in results["pools"][0] if " / " in name]:
         lines.append(f"{ratio:32}" + "".join(f"{pool[ratio]:>13.2f}x" for pool in results["pools"]))
     for name in results["pools"][0]["memory_MB"]:
         lines.append(f"{'MB, ' + name:32}" + "".join(f"{pool['memory_MB'][name]:>14.0f}" for pool in results["pools"]))
     lines += ["", f"rounding {results['rounding']['marginals']:,} marginals"]
     for name, row in results["rounding"]["cases"].items():
-        lines.append(
-            f"{name:32}{row['ns_per_marginal']:>10.1f} ns each, {row['rounding / two sorts']:.2f} of two sorts"
+        lines.extend(
+            f"{name:32}{row['ns_per_marginal' + path]:>10.1f} ns each, "
+            f"{row['rounding / two sorts' + path]:.2f} of two sorts{path}"
+            for path in ("", ", numpy")
         )
     debias = results["debias"]
     lines += [
@@ -273,6 +329,7 @@ def main() -> None:
     sizes = {10**5: 9, 10**6: 7} if options.quick else {10**5: 15, 10**6: 9, 10**7: 5, 10**8: 3}
     results = {
         "machine": machine(),
+        "load_compiled_s": load_time(),
         "pools": [pool_times(size, repeats) for size, repeats in sizes.items()],
         "rounding": rounding_times(10**6, 5 if options.quick else 15),
         "debias": debias_times(10**5 if options.quick else 10**6, 2_500, 10),
