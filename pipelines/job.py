@@ -153,9 +153,11 @@ class Job:
         return float(wrong.mean())
 
     def _train(self, directory: Path, soft_labels: list[Path], report: Report) -> None:
+        student = self.config.student
+        student = student.model_copy(update={"input": student.input.relative_to(self.base)})  # workers start elsewhere
         with threads(self.config.engine.threads or torch.get_num_threads()):
             train(
-                self.config.student,
+                student,
                 self.config.training,
                 classes=self.inputs.classes,
                 labelled=self.inputs.labelled.table,
