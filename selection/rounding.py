@@ -14,8 +14,8 @@ loop over points. Because any order will do, a shard of a distributed pool round
 carry, and a last step rounds the carries. (Systematic sampling has the same marginals but correlates pairs positively; it is
 not used.)
 
-Cost: 10 to 50 ns for each point, growing with the share that is chosen: between one and four sorts of the marginals; O(n)
-memory. float64.
+Cost: 10 to 50 ns for each point, growing with the share that is chosen: between one and four sorts of the marginals; with
+numba, where there are many, 10 to 35 ns and the same choice. O(n) memory. float64.
 
 References:
   Gandhi, Khuller, Parthasarathy, Srinivasan: Dependent rounding and its applications to approximation algorithms, 2006.
@@ -102,12 +102,12 @@ def round_shard(marginals: npt.ArrayLike, rng: np.random.Generator) -> tuple[Boo
         chunk = undecided[start : start + _CHUNK]
         # Points of different chunks meet only through a carry, so one random order may serve all chunks.
         local = order if len(chunk) == len(order) else order[order < len(chunk)]
-        winners, last, mass = _seat(np.append(mass, array[chunk][local]), rng, kernels)
-        selected[chunk[local[winners[winners > 0] - 1]]] = True
-        if (winners == 0).any():
-            selected[carry] = True
-        if last != 0:
-            carry = int(chunk[local[last - 1]]) if last > 0 else -1
+        points = np.append(carry, chunk[local])
+        masses = array[points]
+        masses[0] = mass  # 0 without a carry: a point that never wins
+        winners, last, mass = _seat(masses, rng, kernels)
+        selected[points[winners]] = True
+        carry = int(points[last]) if last >= 0 else -1
     return selected, carry, mass
 
 
