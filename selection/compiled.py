@@ -36,6 +36,7 @@ class Kernels(NamedTuple):
     count_bins: Callable[[Patterns, Ints, Ints], None]
     count_patterns: Callable[[Patterns, np.uint32, Ints], None]
     sum_lows: Callable[[Patterns, int, int, Ints], None]
+    line_up: Callable[[Floats, Ints, Ints, int, float, Ints, Floats, Floats], None]
     fill_seats: Callable[[Floats, Floats, Floats, Floats, Ints], tuple[int, int]]
 
 
@@ -57,7 +58,8 @@ def _load() -> Kernels | None:
         except RuntimeError:  # no folder in which the machine code could be kept
             return numba.njit(function, nogil=True)
 
-    return Kernels(compiled(_count_bins), compiled(_count_patterns), compiled(_sum_lows), compiled(_fill_seats))
+    functions = (_count_bins, _count_patterns, _sum_lows, _line_up, _fill_seats)
+    return Kernels(*(compiled(function) for function in functions))
 
 
 def _count_bins(patterns: Patterns, counts: Ints, sums: Ints) -> None:
@@ -107,6 +109,18 @@ def _sum_lows(patterns: Patterns, first: int, stop: int, sums: Ints) -> None:
         number = np.int64(pattern)
         if first <= number < stop:
             sums[number >> 16] += number & 0xFFFF
+
+
+def _line_up(
+    array: Floats, chunk: Ints, order: Ints, carry: int, mass: float, points: Ints, masses: Floats, sums: Floats
+) -> None:
+    """Write points in the order in which they meet, the carry first, with their masses and the sums of these so far."""
+    total = mass
+    points[0], masses[0], sums[0] = carry, mass, total
+    for i in range(order.size):
+        point = chunk[order[i]]
+        total += array[point]
+        points[i + 1], masses[i + 1], sums[i + 1] = point, array[point], total
 
 
 def _fill_seats(sums: Floats, masses: Floats, places: Floats, fights: Floats, winners: Ints) -> tuple[int, int]:

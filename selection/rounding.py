@@ -67,7 +67,7 @@ def dep_round(marginals: npt.ArrayLike, rng: np.random.Generator) -> Bools:
             f"marginals must sum to a whole number of examples (within {SUM_TOLERANCE:g}), got {total:.9g}; "
             "rad_marginals and Threshold.marginals give such marginals, round_shard takes any sum"
         )
-    selected, carry, probability = round_shard(array, rng)
+    selected, carry, probability = _round(array, rng)
     if carry >= 0:
         selected[carry] = probability > 0.5
     assert selected.sum() == round(total), f"{selected.sum()} points chosen for marginals that sum to {total}"
@@ -93,7 +93,10 @@ def round_shard(marginals: npt.ArrayLike, rng: np.random.Generator) -> tuple[Boo
       >>> int(selected.sum()), probability
       (1, 0.5)
     """
-    array = as_marginals(marginals)
+    return _round(as_marginals(marginals), rng)
+
+
+def _round(array: Floats, rng: np.random.Generator) -> tuple[Bools, int, float]:
     selected = array == 1
     undecided = np.flatnonzero((array > 0) & ~selected)
     order = rng.permutation(min(undecided.size, _CHUNK))
@@ -102,10 +105,8 @@ def round_shard(marginals: npt.ArrayLike, rng: np.random.Generator) -> tuple[Boo
         chunk = undecided[start : start + _CHUNK]
         # Points of different chunks meet only through a carry, so one random order may serve all chunks.
         local = order if len(chunk) == len(order) else order[order < len(chunk)]
-        points = np.append(carry, chunk[local])
-        masses = array[points]
-        masses[0] = mass  # 0 without a carry: a point that never wins
-        winners, last, mass = _seat(masses, rng, kernels)
+        points, masses, sums = _meeting(array, chunk, local, carry, mass, kernels)
+        winners, last, mass = _seat(sums, masses, rng, kernels)
         selected[points[winners]] = True
         carry = int(points[last]) if last >= 0 else -1
     return selected, carry, mass
@@ -151,14 +152,38 @@ def shard_rng(seed: int, round: int, shard_id: str) -> np.random.Generator:  # n
 def as_marginals(marginals: npt.ArrayLike) -> Floats:
     """Return marginals as float64 [n] after checking that each is in [0, 1]."""
     array = np.asarray(as_vector("marginals", marginals), np.float64)
+    if array.size and array.min() >= 0 and array.max() <= 1:  # neither holds where a number is NaN
+        return array
     require_each("marginals", array, (array >= 0) & (array <= 1), "probabilities from 0 to 1")
     return array
 
 
-def _seat(masses: Floats, rng: np.random.Generator, kernels: compiled.Kernels | None) -> tuple[Indices, int, float]:
-    """Let points meet in the given order: first the carry of the points before, of mass 0 if there is none, then others.
+def _meeting(
+    array: Floats, chunk: Indices, order: Indices, carry: int, mass: float, kernels: compiled.Kernels | None
+) -> tuple[Indices, Floats, Floats]:
+    """Line points up in the order in which they meet: first the carry of the points before, of mass 0 if there is none.
+
+    Returns:
+      The points, their masses and the cumulative sum of these.
+    """
+    if kernels is None:
+        points = np.append(carry, chunk[order])
+        masses = array[points]
+        masses[0] = mass  # 0 without a carry: a point that never wins
+        return points, masses, np.cumsum(masses)
+    size = len(order) + 1
+    points, masses, sums = np.empty(size, np.int64), np.empty(size), np.empty(size)
+    kernels.line_up(array, chunk, order, carry, mass, points, masses, sums)
+    return points, masses, sums
+
+
+def _seat(
+    sums: Floats, masses: Floats, rng: np.random.Generator, kernels: compiled.Kernels | None
+) -> tuple[Indices, int, float]:
+    """Let points meet in the order of `_meeting`.
 
     Args:
+      sums: cumulative sum of the masses.
       masses: in [0, 1), all but the first one positive.
       rng: source of randomness.
       kernels: compiled functions, or None to use numpy; both choose the same points.
@@ -166,7 +191,6 @@ def _seat(masses: Floats, rng: np.random.Generator, kernels: compiled.Kernels | 
     Returns:
       The winners of the seats, the point that is still undecided (-1: none) and its remaining mass.
     """
-    sums = np.cumsum(masses)
     seats = int(sums[-1])
     places, fights = rng.random(seats), rng.random(seats)
     if kernels is None:
