@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import Labelled, Labelling
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, read_rows
-from distilbeam.teacher.softlabels import entry_path, write_shard
+from distilbeam.teacher.softlabels import committed, entry_path, write_shard
 
 _ANSWERED = b"distilbeam.answered"
 
@@ -59,7 +60,7 @@ class Label:
 
     def done(self, shard: Shard) -> bool:
         """Tell whether the shard is committed: by its manifest entry, or by dead letters for every one of its rows."""
-        return entry_path(self.output, shard.key).exists() or self._all_failed(shard)
+        return _is_committed(self.output, shard.key) or self._all_failed(shard)
 
     def name(self, shard: Shard) -> str:
         """Name the shard by its key and first rows."""
@@ -87,6 +88,19 @@ class Label:
     def _all_failed(self, shard: Shard) -> bool:
         path = self._dead_letter_file(shard)
         return path.exists() and bool(pq.read_metadata(path).metadata[_ANSWERED] == b"0")
+
+
+def _is_committed(dataset: str, key: str) -> bool:
+    """Look for an entry of its own first, then in the files into which a manifest was compacted."""
+    if entry_path(dataset, key).exists():
+        return True
+    packed = sorted(entry_path(dataset, key).parent.glob("*.jsonl"))
+    return bool(packed) and key in _keys(dataset, tuple(path.stat().st_mtime_ns for path in packed))
+
+
+@lru_cache(maxsize=16)
+def _keys(dataset: str, _changed: tuple[int, ...]) -> set[str]:
+    return committed(dataset)
 
 
 def _counts(parts: Sequence[Labelled]) -> dict[str, int]:

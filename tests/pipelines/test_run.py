@@ -22,7 +22,7 @@ from distilbeam.pipelines import models
 from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.phases import PhaseError
 from distilbeam.pipelines.steps import run
-from distilbeam.teacher.softlabels import decode, read_manifest
+from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
 
 
 def labels_of(directory: Path) -> pa.Table:
@@ -143,6 +143,15 @@ def test_a_finished_run_does_nothing_and_says_so(problem: dict[str, Any], tmp_pa
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file() and p.name != ".lock"} == {
         p: t for p, t in before.items() if p.name != ".lock"
     }
+    assert len(asked(tmp_path)) == calls
+
+
+def test_labels_whose_manifest_was_compacted_are_not_asked_for_again(problem: dict[str, Any], tmp_path: Path) -> None:
+    root = run(problem, base=tmp_path, until=("label", 0))
+    calls = len(asked(tmp_path))
+    compact_manifest(root / "labels" / "round=000")
+    (root / "labels" / "round=000.summary.json").unlink()
+    run(problem, base=tmp_path, until=("label", 0))
     assert len(asked(tmp_path)) == calls
 
 
