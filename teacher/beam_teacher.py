@@ -7,6 +7,7 @@ ours.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class BeamTeacher(LocalTeacher):
                 f"teacher.handler: {config.handler} must return a ModelHandler, got {type(handler).__name__}"
             )
         source = getattr(sys.modules[config.handler.partition(":")[0]], "__file__", None)
-        settings = config.model_dump_json(include={"handler", "arguments", "version", "examples", "output", "input"})
+        included = {"handler", "arguments", "version", "examples", "output", "input"}
+        settings = json.dumps(config.model_dump(mode="json", include=included), sort_keys=True)
         artefact = Artefact([*config.files, *([source] if source else [])], settings)
         most = handler.batch_elements_kwargs().get("max_batch_size")
         limits = [rows for rows in (config.batch_rows, most) if rows is not None]
