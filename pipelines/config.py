@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
 
 

@@ -2,8 +2,8 @@ from .checkpoint import Student as Student
 from .checkpoint import load_student as load_student
 from .checkpoint import save_student as save_student
 from .config import StudentConfig as StudentConfig
-from .config import TrainConfig as TrainConfig
 from .data import SoftLabelDataset as SoftLabelDataset
 from .evaluate import footprint as footprint
 from .laurel import LaurelResidual as LaurelResidual
 from .models import build_student as build_student
+from .train_config import TrainConfig as TrainConfig

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.labelled import Examples
+from distilbeam.student.train_config import TrainConfig
 
 EXTRA_COLUMNS = {
     "distill": (),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.distillation.interface import distill_loss
-from distilbeam.student.config import TrainConfig
 from distilbeam.student.data import Batch, teacher_labels
 from distilbeam.student.labelled import Examples
+from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.student.checkpoint import load_student, save_student
-from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.student.config import StudentConfig
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.labelled import Examples, read_examples
 from distilbeam.student.laurel import without_decay
 from distilbeam.student.models import build_student
 from distilbeam.student.sources import deal_out, open_soft_labels, shape_of_inputs, steps_per_epoch
 from distilbeam.student.step_loss import step_loss
+from distilbeam.student.train_config import TrainConfig
 
 Progress = Callable[[int, int, float], None]
 EVALUATION_ROWS = 1024

@@ -6,9 +6,10 @@ import pydantic
 import pytest
 import torch
 
-from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.student.config import StudentConfig
 from distilbeam.student.laurel import LaurelResidual
 from distilbeam.student.models import build_student, count_parameters
+from distilbeam.student.train_config import TrainConfig
 
 INPUT = {"columns": ["x"]}
 

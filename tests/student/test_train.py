@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from distilbeam.student.checkpoint import load_student
-from distilbeam.student.config import StudentConfig, TrainConfig
+from distilbeam.student.config import StudentConfig
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.train import train
+from distilbeam.student.train_config import TrainConfig
 
 CLASSES = ("red", "green", "blue")
 SHORT = TrainConfig(epochs=12, batch_size=32, lr=1e-2)
