@@ -17,11 +17,7 @@ teacher's last layer, which it has no way around, and cut-cross-entropy takes ha
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring.record import machine, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -337,39 +334,19 @@ def main() -> None:
         arguments.grid, arguments.repeats = "quick", 3
     bandwidth, operations = speeds(arguments.device, getattr(torch, arguments.dtype))
     rows = [row for shape in GRIDS[arguments.grid] for row in measure(shape, arguments, bandwidth, operations)]
-    about = {
-        "command": " ".join(["python", "benchmarks/distill_loss.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": _machine(arguments.device),
-        "threads": arguments.threads,
-        "copy GB/s": round(bandwidth / 1e9, 1),
-        "product Gop/s": round(operations / 1e9, 1),
-        "load before": os.getloadavg()[0],
-        "versions": {name: _version(name) for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy")},
-    }
+    about = machine(
+        ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl"),
+        threads=arguments.threads,
+        copy_GB_s=round(bandwidth / 1e9, 1),
+        product_Gop_s=round(operations / 1e9, 1),
+        gpu=torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+    )
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     for row in rows:
         print(
             " | ".join(f"{value}" if key in ("shape", "candidate") else f"{key} {value}" for key, value in row.items())
         )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} processors"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    write(arguments.output, about, rows)
 
 
 if __name__ == "__main__":

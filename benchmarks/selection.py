@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from measuring.record import machine
 
 from distilbeam.selection import compiled
 from distilbeam.selection.debias import DebiasEstimator
@@ -253,35 +250,11 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def version_of(package: str) -> str:
-    """Return the version of a package, or that it is missing."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def machine() -> dict[str, Any]:
+def about() -> dict[str, Any]:
     """Describe where and with what the figures were measured."""
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
     features = np.show_config(mode="dicts")["SIMD Extensions"]
-    packages = ("distilbeam", "numpy", "numba", "scipy", "scikit-learn")
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
-        "simd_of_numpy": [*features["baseline"], *features["found"]],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version_of(name) for name in packages},
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-    }
+    simd = [*features["baseline"], *features["found"]]
+    return machine(("numpy", "numba", "scipy", "scikit-learn"), simd_of_numpy=simd)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -328,7 +301,7 @@ def main() -> None:
         draw(options.picture)
     sizes = {10**5: 9, 10**6: 7} if options.quick else {10**5: 15, 10**6: 9, 10**7: 5, 10**8: 3}
     results = {
-        "machine": machine(),
+        "machine": about(),
         "load_compiled_s": load_time(),
         "pools": [pool_times(size, repeats) for size, repeats in sizes.items()],
         "rounding": rounding_times(10**6, 5 if options.quick else 15),

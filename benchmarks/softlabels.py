@@ -15,13 +15,7 @@ turns.
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
-import json
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring.record import machine, write
 from rich.console import Console
 from rich.table import Table
 
@@ -193,25 +188,6 @@ def shapes(quick: bool) -> Iterator[tuple[SoftLabelSpec, int]]:
         yield SoftLabelSpec(classes, "sampled", DRAWS), rows
 
 
-def machine() -> dict[str, Any]:
-    """Describe where the figures come from."""
-    cpu = Path("/proc/cpuinfo")
-    models = (
-        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-        if cpu.exists()
-        else []
-    )
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/softlabels.py", *sys.argv[1:]]),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-    }
-
-
 def show(results: list[dict[str, Any]]) -> Table:
     """Lay the results out."""
     names = ["default", "compact", "lists float16", "columns float16", "plain snappy", "nested lists"]
@@ -244,9 +220,7 @@ def main() -> None:
     pa.set_cpu_count(1)
     results = [measure(spec, rows, arguments.seed, arguments.repeats) for spec, rows in shapes(arguments.quick)]
     Console(width=150).print(show(results))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    write(arguments.json, machine(("numpy", "pyarrow")), results)
 
 
 if __name__ == "__main__":
