@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,7 +29,7 @@ import apache_beam as beam
 import torch
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
@@ -83,12 +85,20 @@ def threads(count: int) -> Iterator[None]:
     makes sums, and so gains and labels, the same on every runner.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    if before != count:
+        torch.set_num_threads(count)
     try:
-        with threadpool_limits(count):
+        with _thread_pools(len(sys.modules)).limit(limits=count):
             yield
     finally:
-        torch.set_num_threads(before)
+        if before != count:
+            torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _thread_pools(_modules: int) -> ThreadpoolController:
+    """Find the loaded BLAS and OpenMP libraries, again only when something was imported: it takes milliseconds."""
+    return ThreadpoolController()
 
 
 def run_phase(
