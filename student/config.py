@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from distilbeam.teacher.preprocess import InputConfig
 
-KINDS = ("linear", "mlp", "cnn")
+KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
+NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
+RESIDUAL_KINDS = ("resnet", "transformer")  # networks that are known by their residuals
 Residual = Literal[
     "none",
     "plain",
@@ -27,15 +29,30 @@ class StudentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str = Field("mlp", description="linear, mlp, cnn, or module:factory for a network of one's own")
-    hidden: tuple[int, ...] = Field((64, 64), description="mlp: widths of the hidden layers")
-    width: float = Field(0.25, gt=0, le=8, description="cnn: multiplier of the number of channels")
-    dropout: float = Field(0.0, ge=0, lt=1, description="mlp, cnn: probability of dropping a hidden unit in training")
+    kind: str = Field(
+        "mlp",
+        description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), or module:factory "
+        "for a network of one's own",
+    )
+    hidden: tuple[int, ...] = Field((64, 64), description="mlp, text: widths of the hidden layers")
+    width: float = Field(1.0, gt=0, le=16, description="multiplier of all channels, hidden layers and embeddings")
+    depth: int = Field(20, ge=8, description="resnet: layers, 6n + 2")
+    separable: bool = Field(False, description="resnet: depthwise-separable instead of dense convolutions")
+    dim: int = Field(128, ge=1, description="text, transformer: size of an embedding")
+    layers: int = Field(2, ge=1, description="transformer: blocks of attention and a feed-forward network")
+    heads: int = Field(4, ge=1, description="transformer: attention heads, which divide dim")
+    feedforward: int = Field(4, ge=1, description="transformer: width of the feed-forward network as a multiple of dim")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping a hidden unit in training")
     residual: Residual = Field(
-        "none", description="mlp, cnn: how a layer that keeps its width adds its input: none, plain, laurel-..."
+        "none",
+        description="how a layer that keeps its width adds its input: none, plain, laurel-...; without it plain for "
+        "resnet and transformer. A layer with no earlier residual of its width leaves pa out",
     )
     rank: int = Field(16, ge=1, description="laurel-lr: rank of the learned map")
     previous: int = Field(3, ge=1, description="laurel-pa: how many earlier residuals are added")
+    history: Literal["identity", "low-rank"] = Field(
+        "identity", description="laurel-pa: earlier residuals as they are, or through a low-rank map each"
+    )
     options: dict[str, Any] = Field({}, description="module:factory: further keyword arguments of the factory")
     input: InputConfig = Field(description="which columns become the student's input, and how")
 
@@ -46,6 +63,13 @@ class StudentConfig(BaseModel):
         if kind not in KINDS and not (factory.isidentifier() and all(p.isidentifier() for p in module.split("."))):
             raise ValueError(f"kind must be one of {', '.join(KINDS)} or module:factory, got {kind!r}")
         return kind
+
+    @model_validator(mode="before")
+    @classmethod
+    def _residual_networks_have_residuals(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "residual" not in data and data.get("kind") in RESIDUAL_KINDS:
+            return {**data, "residual": "plain"}
+        return data
 
     @field_validator("hidden")
     @classmethod
@@ -58,4 +82,18 @@ class StudentConfig(BaseModel):
     def _options_belong_to_a_factory(self) -> Self:
         if self.options and self.kind in KINDS:
             raise ValueError(f"options are arguments of a module:factory, kind {self.kind!r} takes none")
+        return self
+
+    @model_validator(mode="after")
+    def _network_fits_together(self) -> Self:
+        if self.kind == "resnet" and self.depth % 6 != 2:
+            raise ValueError(f"depth of a resnet must be 6n + 2, such as 20, 32, 44, 56 or 110, got {self.depth}")
+        if self.kind == "transformer" and self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of the {self.heads} heads, got {self.dim}")
+        if self.kind == "transformer" and not self.input.gives_sequence:
+            raise ValueError(
+                "a transformer needs token ids in their order: input of kind 'tokens', or of kind 'text' with a tokenizer"
+            )
+        if self.kind in NUMBER_KINDS and self.input.gives_ids:
+            raise ValueError(f"kind {self.kind!r} needs numbers, its input gives ids; kind 'text' embeds them")
         return self

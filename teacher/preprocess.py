@@ -1,8 +1,7 @@
 """How columns of an Arrow batch become a model's input.
 
 The same configuration serves the teacher and, separately, the student. Reading costs nothing where the column already
-is the
-array: a `fixed_size_binary` column of float32 is viewed, not copied.
+is the array: a `fixed_size_binary` column of float32 is viewed, not copied.
 """
 
 from __future__ import annotations
@@ -27,14 +26,16 @@ class InputError(ValueError):
 class InputConfig(BaseModel):
     """Which columns are read and how they become an array of one row per example.
 
-    `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `raw` passes
-    text and bytes on as they are, `function` calls your own function on the batch. Numbers x become (x * scale - mean)
-    / std.
+    `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `tokens` reads lists of
+    token ids, `raw` passes text and bytes on as they are, `function` calls your own function on the batch. Numbers x
+    become (x * scale - mean) / std.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["tensor", "image", "text", "raw", "function"] = Field("tensor", description="what the columns hold")
+    kind: Literal["tensor", "image", "text", "tokens", "raw", "function"] = Field(
+        "tensor", description="what the columns hold"
+    )
     columns: tuple[str, ...] = Field(description="columns to read; `column` may name a single one", min_length=1)
     shape: tuple[int, ...] | None = Field(None, description="tensor: shape of one example; without it, one dimension")
     dtype: str = Field("float32", description="tensor: type of numbers stored as bytes, unless the field says its own")
@@ -48,11 +49,18 @@ class InputConfig(BaseModel):
     mode: Literal["RGB", "L"] = Field("RGB", description="image: colour or grey")
     layout: Literal["chw", "hwc"] = Field("chw", description="image: order of channel, height and width")
     tokenizer: str | None = Field(None, description="text: a tokenizer.json; without it, hashed n-grams")
-    max_length: int = Field(128, ge=1, description="text: tokens kept and padded to")
-    pad_id: int = Field(0, ge=0, description="text: token id that fills the rest")
+    max_length: int = Field(128, ge=1, description="text, tokens: ids kept and padded to")
+    pad_id: int = Field(0, ge=0, description="text, tokens: id that fills the rest")
+    vocabulary: int | None = Field(
+        None, ge=2, description="tokens: number of ids that there are; text: that of the tokenizer unless given"
+    )
     buckets: int = Field(4096, ge=2, le=2**22, description="text: number of hashed features")
     analyzer: Literal["word", "char", "char_wb"] = Field("word", description="text: n-grams of words or characters")
     ngrams: tuple[int, int] = Field((1, 2), description="text: shortest and longest n-gram")
+    ngram_form: Literal["vector", "ids"] = Field(
+        "vector",
+        description="text without a tokenizer: one number per bucket, or the buckets' ids for an embedding bag",
+    )
     function: str | None = Field(None, description="function: 'module:function', called with the batch of `columns`")
 
     @model_validator(mode="before")
@@ -67,7 +75,7 @@ class InputConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
-        if self.kind in ("image", "text", "raw") and len(self.columns) != 1:
+        if self.kind in ("image", "text", "tokens", "raw") and len(self.columns) != 1:
             raise ValueError(f"columns must be one column for {self.kind} input, got {len(self.columns)}")
         if (self.kind == "function") != (self.function is not None):
             raise ValueError("function must be given for input of kind 'function', and only for it")
@@ -79,8 +87,24 @@ class InputConfig(BaseModel):
             raise ValueError(f"ngrams must be two ascending positive numbers, got {list(self.ngrams)}")
         if self.std and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {list(self.std)}")
+        if self.tokenizer and self.ngram_form == "ids":
+            raise ValueError("tokenizer and ngram_form 'ids' must not both be given: a tokenizer makes ids of its own")
+        if self.kind == "tokens" and self.vocabulary is None:
+            raise ValueError("vocabulary must be given for input of kind 'tokens': the number of ids that there are")
+        if self.vocabulary is not None and self.pad_id >= self.vocabulary:
+            raise ValueError(f"pad_id must be below the vocabulary of {self.vocabulary:,}, got {self.pad_id:,}")
         _number_type(self.dtype)
         return self
+
+    @property
+    def gives_ids(self) -> bool:
+        """Whether the input is int64 ids [max_length] for an embedding rather than numbers."""
+        return self.gives_sequence or (self.kind == "text" and self.ngram_form == "ids")
+
+    @property
+    def gives_sequence(self) -> bool:
+        """Whether the input is token ids in the order of the text."""
+        return self.kind == "tokens" or (self.kind == "text" and self.tokenizer is not None)
 
     def files(self) -> tuple[str, ...]:
         """Return the files that the input depends on."""
@@ -99,9 +123,9 @@ def make_input(config: InputConfig) -> MakeInput:
 
     Returns:
       A picklable function from a record batch of n rows to an array [n, *shape], C-contiguous and possibly a read-only
-      view of the batch. float32; int64 for token ids, `bytes` objects for kind `raw`,
-      and for kind `function` whatever the function returns: an array, or a mapping of input names to arrays. It raises
-      `InputError`, a `ValueError`, when a column is missing or a row does not have the shape of the others.
+      view of the batch. float32; int64 for ids (`config.gives_ids`), `bytes` objects for kind `raw`, and for kind
+      `function` whatever the function returns: an array, or a mapping of input names to arrays. It raises `InputError`,
+      a `ValueError`, when a column is missing or a row does not have the shape of the others.
 
     Raises:
       ValueError: a file or function that the configuration names cannot be loaded.
@@ -118,6 +142,10 @@ def make_input(config: InputConfig) -> MakeInput:
         from distilbeam.teacher.inputs.texts import text_input
 
         return text_input(config)
+    if config.kind == "tokens":
+        from distilbeam.teacher.inputs.tokens import ListInput
+
+        return ListInput(config)
     if config.kind == "raw":
         from distilbeam.teacher.inputs.raw import RawInput
 
@@ -125,6 +153,26 @@ def make_input(config: InputConfig) -> MakeInput:
     from distilbeam.teacher.inputs.functions import FunctionInput
 
     return FunctionInput(config)
+
+
+def vocabulary_size(config: InputConfig) -> int:
+    """Give the number of ids that an input may hold, which is the height of an embedding.
+
+    Args:
+      config: of an input that gives ids.
+
+    Raises:
+      ValueError: it gives none, or its tokenizer cannot be loaded.
+    """
+    if not config.gives_ids:
+        raise ValueError(f"input of kind {config.kind!r} must give ids to have a vocabulary; it gives numbers")
+    if config.vocabulary is not None:
+        return config.vocabulary
+    if config.tokenizer is None:
+        return config.buckets
+    from distilbeam.teacher.inputs.texts import TokenInput
+
+    return max(TokenInput(config).vocabulary, config.pad_id + 1)
 
 
 def load_object(name: str, setting: str) -> Any:

@@ -90,7 +90,10 @@ def test_images_too_small_for_the_cnn_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "resnet"}, "kind must be one of linear, mlp, cnn or module:factory, got 'resnet'"),
+        (
+            {"kind": "forest"},
+            "kind must be one of linear, mlp, cnn, resnet, text, transformer or module:factory, got .forest.",
+        ),
         ({"kind": "not a module:f"}, "module:factory"),
         ({"hidden": (4, 0)}, r"hidden must hold positive widths, got \[4, 0\]"),
         ({"options": {"a": 1}}, "options are arguments of a module:factory, kind 'mlp' takes none"),
