@@ -110,6 +110,22 @@ def test_every_count_survives_half_precision(draws: int, storage: Any) -> None:
     assert len(np.unique(np.rint(counts))) > 0.6 * draws
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_frequencies_are_restored_to_the_last_bit_from_a_table_in_pieces(
+    pieces: int, storage: Any, rng: np.random.Generator
+) -> None:
+    draws, spec = 300, SoftLabelSpec(4, "sampled", 300, storage=storage)
+    batches = [encode(3 * rng.normal(size=(40, 4)), spec) for _ in range(pieces)]
+    labels = decode(pa.Table.from_batches(batches, label_schema(spec)), spec)
+    assert labels.classes is not None
+    assert labels.logprobs.shape == labels.classes.shape == (40 * pieces, draws)
+    counts = np.rint(np.exp(labels.logprobs.astype(np.float64)) * draws).astype(np.float32)
+    assert (counts.sum(axis=1) == draws).all()
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(labels.logprobs, np.log(counts / np.float32(draws)))
+
+
 def test_sampled_labels_are_unbiased() -> None:
     """Each class's mean frequency over N draws lies within a bound that chance breaks once in a billion.
 
