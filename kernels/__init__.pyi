@@ -1,8 +1,16 @@
+from .conversion.interface import to_low_precision as to_low_precision
+from .conversion.policy import LowPrecisionPolicy as LowPrecisionPolicy
+from .conversion.report import LowPrecisionReport as LowPrecisionReport
 from .distillation.interface import distill_loss as distill_loss
-from .fp8.interface import fp8_linear as fp8_linear
 from .labels import DenseLabels as DenseLabels
 from .labels import HardLabels as HardLabels
 from .labels import SampledLabels as SampledLabels
 from .labels import TopKLabels as TopKLabels
 from .laurel.interface import laurel_residual as laurel_residual
 from .linear_distillation.interface import linear_distill_loss as linear_distill_loss
+from .low_precision.interface import fp8_linear as fp8_linear
+from .low_precision.interface import int8_linear as int8_linear
+from .low_precision.weights import WeightCache as WeightCache
+from .quantize.formats import QuantizedRows as QuantizedRows
+from .quantize.interface import dequantize_rowwise as dequantize_rowwise
+from .quantize.interface import quantize_rowwise as quantize_rowwise

@@ -1,0 +1,40 @@
+"""A linear layer that runs in 8 bits and is otherwise torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distilbeam.kernels.low_precision.autograd import Gradients
+from distilbeam.kernels.low_precision.interface import fp8_linear, int8_linear
+from distilbeam.kernels.low_precision.weights import WeightCache
+
+
+class LowPrecisionLinear(nn.Linear):
+    """`torch.nn.Linear` with products in 8 bits; names, parameters and state are those of torch's layer.
+
+    Args:
+      layer: the layer to replace, whose parameters it shares.
+      dtype: `fp8` or `int8`.
+      gradients: see `fp8_linear`.
+    """
+
+    def __init__(self, layer: nn.Linear, dtype: str, gradients: Gradients) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.precision, self.gradients, self.cache = dtype, gradients, WeightCache()
+        self.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch.nn.Linear
+        """Apply the layer; under autocast the input is brought to its dtype, as torch's layer would."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))  # noqa: A001
+        if self.precision == "fp8":
+            return fp8_linear(input, self.weight, self.bias, gradients=self.gradients, cache=self.cache)
+        return int8_linear(input, self.weight, self.bias, cache=self.cache)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a printed model."""
+        return f"{super().extra_repr()}, precision={self.precision}"

@@ -1,0 +1,82 @@
+"""The three products of a linear layer in 8 bits.
+
+    forward   y  = (xq s_x) (Wq s_w)^T + b     s_x, s_w: one scale per row of x and of W
+    input     dx = (dy s_w^T) Wq
+    weight    dW = (dy s_x)^T xq
+
+These are the derivatives of what the forward pass computes, its rounding taken for the identity: the scales move into
+dy, so that the 8-bit values of the forward pass serve again. Kept for the backward pass are xq and s_x, a quarter of a
+float32 input, and the quantised weight, which the layer has anyway. dy s is rounded to bfloat16, which holds every 8-bit
+value exactly, or by rows to e4m3: with a scale per row the range of e5m2 is not needed, and its rounding is twice as
+coarse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distilbeam.kernels.low_precision.products import Product
+from distilbeam.kernels.quantize import reference as quantizing
+from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows
+
+Gradients = Literal["bf16", "fp8"]
+
+
+class Recipe(NamedTuple):
+    """How the products are made."""
+
+    product: Product
+    gradients: Gradients
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x W^T + b on quantised rows; `straight` and `weight` are there for their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        straight_MK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        x: QuantizedRows,
+        w: QuantizedRows,
+        recipe: Recipe,
+    ) -> Tensor:
+        """Compute y in the dtype of `straight`."""
+        ctx.save_for_backward(x.values, x.scale, w.values, w.scale)
+        ctx.recipe, ctx.dtypes = recipe, (straight_MK.dtype, weight_NK.dtype, None if bias_N is None else bias_N.dtype)
+        if not x.values.numel():
+            start = straight_MK.new_zeros(len(x.values), len(weight_NK))
+            return start if bias_N is None else start + bias_N.to(start.dtype)
+        return recipe.product(x.values, x.scale, w.values, w.scale, bias_N, straight_MK.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """Compute the gradients that somebody wants."""
+        x_MK, scale_x, w_NK, scale_w = ctx.saved_tensors
+        dx_MK = dw_NK = db_N = None
+        if ctx.needs_input_grad[0]:
+            dx_MK = _back(dy_MN * scale_w.T, w_NK, ctx.recipe, ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dw_NK = _back((dy_MN * scale_x).T, x_MK, ctx.recipe, ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            db_N = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[2])
+        return dx_MK, dw_NK, db_N, None, None, None
+
+
+def _back(slope_PQ: Tensor, values_QR: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """Multiply a float32 slope by 8-bit values."""
+    if not values_QR.numel() or not slope_PQ.numel():
+        return slope_PQ.new_zeros(len(slope_PQ), values_QR.shape[1], dtype=dtype)
+    if recipe.gradients == "fp8":
+        values, scale = quantizing.quantize(slope_PQ, FORMATS["fp8"])
+        ones = scale.new_ones(values_QR.shape[1], 1)
+        return recipe.product(values, scale, values_QR.T, ones, None, dtype)
+    if slope_PQ.is_cuda:
+        return torch.mm(slope_PQ.bfloat16(), values_QR.bfloat16(), out_dtype=torch.float32).to(dtype)
+    return (slope_PQ.bfloat16().float() @ values_QR.float()).to(dtype)

@@ -1,0 +1,142 @@
+"""Linear layers whose products run in 8 bits: `fp8_linear` and `int8_linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distilbeam.kernels.low_precision import products
+from distilbeam.kernels.low_precision.autograd import Gradients, LinearFunction, Recipe
+from distilbeam.kernels.low_precision.weights import WeightCache
+from distilbeam.kernels.quantize import reference as quantizing
+from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows, stand_in
+from distilbeam.kernels.resolve import Reasons, never, no_kernel, resolve
+
+
+def fp8_linear(
+    input: Tensor | QuantizedRows,  # noqa: A002 - the name of torch.nn.functional.linear
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gradients: Gradients = "bf16",
+    cache: WeightCache | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Apply a linear layer with e4m3 products, one scale per row of input and weight, and float32 sums.
+
+    Args:
+      input: floating [..., K], or rows quantised to float8_e4m3fn by the operation before.
+      weight: floating [N, K], kept in its own precision by the caller.
+      bias: floating [N], added in float32; None for 0.
+      gradients: of what the two products of the backward pass are made: `bf16`, or `fp8`: the gradient in e4m3 with a
+        scale per row.
+      cache: keeps the quantised weight from call to call; None quantises it now.
+      implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9, bfloat16); None chooses.
+
+    Returns:
+      The outputs, [..., N], in the dtype of the input, float32 for quantised rows without a gradient; differentiable
+      once, the rounding to 8 bits taken for the identity.
+
+    Raises:
+      ValueError: sizes disagree, the rows have another format, or `gradients` is unknown.
+      NotImplementedError: the implementation asked for cannot run here.
+
+    Example:
+      >>> import torch
+      >>> from distilbeam.kernels import fp8_linear
+      >>> fp8_linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 0.5]]))
+      tensor([[5.]])
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433.
+    """
+    return _linear("fp8", input, weight, bias, gradients, cache, implementation)
+
+
+def int8_linear(
+    input: Tensor | QuantizedRows,  # noqa: A002 - the name of torch.nn.functional.linear
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: WeightCache | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Apply a linear layer with int8 products, one scale per row of input and weight, and exact int32 sums.
+
+    The products of the backward pass are made of bfloat16.
+
+    Args:
+      input: floating [..., K], or rows quantised to int8 by the operation before.
+      weight: floating [N, K], kept in its own precision by the caller.
+      bias: floating [N], added in float32; None for 0.
+      cache: keeps the quantised weight from call to call; None quantises it now.
+      implementation: `reference` (any device); None chooses.
+
+    Returns:
+      The outputs, as for `fp8_linear`.
+
+    Raises:
+      ValueError: sizes disagree, or the rows have another format.
+      NotImplementedError: the implementation asked for cannot run here.
+
+    Example:
+      >>> import torch
+      >>> from distilbeam.kernels import int8_linear
+      >>> int8_linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 4.0]])).round(decimals=1)
+      tensor([[12.]])
+
+    References:
+      Jacob et al., Quantization and Training of Neural Networks, arXiv:1712.05877.
+    """
+    return _linear("int8", input, weight, bias, "bf16", cache, implementation)
+
+
+def _linear(
+    form: str,
+    rows: Tensor | QuantizedRows,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradients: Gradients,
+    cache: WeightCache | None,
+    implementation: str | None,
+) -> Tensor:
+    _check(form, rows, weight, bias, gradients)
+    given = rows.values if isinstance(rows, QuantizedRows) else rows
+    dtype = _dtype(rows)
+    name = resolve(f"{form}_linear", implementation, _backends(form, given, weight, dtype))
+    product = {"scaled_mm": products.scaled_mm, "reference": products.reference}[name]
+    with torch.autocast(given.device.type, enabled=False):  # nothing here may be narrowed behind its back
+        x = rows.flattened() if isinstance(rows, QuantizedRows) else _quantize(form, rows.reshape(-1, rows.shape[-1]))
+        w = _quantize(form, weight.detach()) if cache is None else cache.rows_of(weight, lambda w: _quantize(form, w))
+        straight = x.values.new_zeros((), dtype=dtype).expand(x.shape) if x.straight is None else x.straight
+        y_MN: Tensor = LinearFunction.apply(straight, weight, bias, x, w, Recipe(product, gradients))
+    return y_MN.reshape(*given.shape[:-1], len(weight))
+
+
+def _quantize(form: str, x: Tensor) -> QuantizedRows:
+    return QuantizedRows(*quantizing.quantize(x.detach(), FORMATS[form]), stand_in(x))
+
+
+def _dtype(rows: Tensor | QuantizedRows) -> torch.dtype:
+    if isinstance(rows, Tensor):
+        return rows.dtype
+    return torch.float32 if rows.straight is None else rows.straight.dtype
+
+
+def _backends(form: str, given: Tensor, weight: Tensor, dtype: torch.dtype) -> dict[str, Reasons]:
+    backends: dict[str, Reasons] = {"reference": never, **no_kernel("triton", "pallas")}
+    if form == "fp8":
+        rows = given.numel() // max(1, given.shape[-1])
+        return {"scaled_mm": lambda: products.scaled_mm_reasons(given, weight, rows, dtype), **backends}
+    return backends
+
+
+def _check(form: str, rows: Tensor | QuantizedRows, weight: Tensor, bias: Tensor | None, gradients: Gradients) -> None:
+    if gradients not in ("bf16", "fp8"):
+        raise ValueError(f"gradients must be 'bf16' or 'fp8', got {gradients!r}")
+    if weight.ndim != 2 or rows.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight must be [outputs, {rows.shape[-1]}] to fit input, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one value per output, [{len(weight)}], got {list(bias.shape)}")
+    if isinstance(rows, QuantizedRows) and rows.values.dtype != FORMATS[form].dtype:
+        raise ValueError(f"the rows of {form}_linear must be {FORMATS[form].dtype}, got {rows.values.dtype}")

@@ -1,0 +1,64 @@
+"""The product of two matrices of quantised rows, one function for each implementation.
+
+reference   float64 for int8, whose sums it holds exactly, float32 for the floating formats: the definition
+scaled_mm   torch's own 8-bit product, which uses the tensor cores of GPUs from compute capability 8.9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
+
+def reference(
+    a_MK: Tensor, scale_a: Tensor, b_NK: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply a by b transposed.
+
+    Args:
+      a_MK: 8-bit values.
+      scale_a: float32 [M, 1].
+      b_NK: 8-bit values.
+      scale_b: float32 [N, 1].
+      bias_N: added to every row, or None.
+      dtype: of the result; everything before is float32.
+
+    Returns:
+      The product, [M, N].
+    """
+    wide = torch.float64 if a_MK.dtype == torch.int8 else torch.float32
+    total_MN = (a_MK.to(wide) @ b_NK.to(wide).T).float().mul_(scale_a).mul_(scale_b.T)
+    return (total_MN if bias_N is None else total_MN.add_(bias_N.float())).to(dtype)
+
+
+def scaled_mm(
+    a_MK: Tensor, scale_a: Tensor, b_NK: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply a by b transposed on the tensor cores; arguments as for `reference`."""
+    product: Tensor = torch._scaled_mm(
+        a_MK.contiguous(),
+        b_NK.contiguous().T,
+        scale_a=scale_a,
+        scale_b=scale_b.T.contiguous(),
+        bias=None if bias_N is None else bias_N.to(dtype),
+        out_dtype=dtype,
+    )
+    return product
+
+
+def scaled_mm_reasons(input: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> list[str]:  # noqa: A002
+    """List why torch's 8-bit product cannot work on these operands."""
+    reasons = []
+    if not (input.is_cuda and weight.is_cuda):
+        reasons.append("the tensors are not on a CUDA device")
+    elif torch.cuda.get_device_capability(input.device) < (8, 9):
+        reasons.append("the GPU has no 8-bit floating-point products (compute capability below 8.9)")
+    if dtype != torch.bfloat16:
+        reasons.append(f"its results are bfloat16, the input is {dtype}")
+    if any(size % 16 for size in (rows, *weight.shape)):
+        reasons.append(f"every dimension must be a multiple of 16, got {[rows, *weight.shape]}")
+    return reasons

@@ -1,0 +1,50 @@
+"""Where 8-bit products pay: the smallest sizes for each kind of device.
+
+A product in 8 bits also quantises its input, which costs a pass over memory; below some size that costs more than the
+faster product saves. These bounds are not measured: no kernel of this library has run on a GPU or a TPU yet. They are set
+well above 1024 x 2048 x 1024, where others report fp8 at 0.80 times the speed of bfloat16 on an H100, and a device that is
+not listed has no shape that pays. `benchmarks/low_precision.py` measures what should stand here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Smallest(NamedTuple):
+    """The smallest product that is expected to gain: rows M, inputs K, outputs N."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+
+MEASURED = False
+CUDA = {  # compute capability from which the row holds, latest first
+    "fp8": {(8, 9): Smallest(4096, 4096, 4096)},
+    "int8": {(8, 0): Smallest(4096, 4096, 4096)},
+}
+
+
+def why_not(form: str, rows: int, inputs: int, outputs: int, device: torch.device) -> str | None:
+    """Say why a layer gains nothing by 8 bits; None when it is expected to gain.
+
+    Args:
+      form: `fp8` or `int8`.
+      rows: rows that go through the layer in a step: examples times positions.
+      inputs: K.
+      outputs: N.
+      device: where the layer is.
+    """
+    if device.type != "cuda":
+        return f"no {form} product is known to pay on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    bounds = [least for since, least in CUDA[form].items() if capability >= since]
+    if not bounds:
+        return f"the GPU has no {form} products (compute capability {capability[0]}.{capability[1]})"
+    least = bounds[0]
+    if rows >= least.rows and inputs >= least.inputs and outputs >= least.outputs:
+        return None
+    return f"{rows:,} x {inputs:,} x {outputs:,} is below {least.rows:,} x {least.inputs:,} x {least.outputs:,}"
