@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distilbeam.student.checkpoint import load_student, save_student
-from distilbeam.student.evaluate import evaluate, footprint
+from distilbeam.student.evaluate import evaluate, footprint, per_class, worst_classes
 from distilbeam.student.models import build_student
 
 
@@ -54,4 +54,52 @@ def test_the_footprint_of_a_student(tmp_path, student_config):
     assert 4 * 99 < found["size_bytes"] < 4 * 99 + 1000
     assert 0 < found["latency_ms_batch1"] < 1000
     assert 0 < found["latency_ms_batch64"] < 1000
+    assert found["latency_ms_batch1"] <= found["latency_ms_batch1_p95"]
     assert torch.is_grad_enabled()
+
+
+def test_rows_that_the_teacher_did_not_answer_do_not_count():
+    teacher = np.array([[1.0, 0, 0], [np.nan] * 3, [0, 1.0, 0]])
+    assert evaluate(np.eye(3), np.zeros(3, int), teacher)["agreement"] == 0.5
+    assert "agreement" not in evaluate(np.eye(3), np.zeros(3, int), np.full((3, 3), np.nan))
+    with pytest.raises(ValueError, match="teacher_logprobs must have a row for each of the 3 labels, got 2"):
+        evaluate(np.eye(3), np.zeros(3, int), teacher[:2])
+
+
+def _logits_of(predicted):
+    return np.eye(4)[predicted]
+
+
+def test_classes_one_by_one_by_hand():
+    truth = np.array([0, 0, 0, 0, 1, 1])
+    found = per_class(_logits_of([0, 0, 1, 3, 1, 0]), truth, "abcd")
+    a, b, c, d = found
+    assert a == {
+        "class": "a",
+        "examples": 4,
+        "predicted": 3,
+        "recall": 0.5,
+        "precision": 2 / 3,
+        "f1": pytest.approx(4 / 7),
+    }
+    assert b == {"class": "b", "examples": 2, "predicted": 2, "recall": 0.5, "precision": 0.5, "f1": 0.5}
+    assert c == {"class": "c", "examples": 0, "predicted": 0, "recall": None, "precision": None, "f1": None}
+    assert d == {"class": "d", "examples": 0, "predicted": 1, "recall": None, "precision": 0.0, "f1": 0.0}
+    with pytest.raises(ValueError, match="classes must name the 4 columns of the logits, got 2 names"):
+        per_class(np.eye(4), np.arange(4), "ab")
+
+
+def test_what_the_worst_classes_are_mistaken_for():
+    truth = np.array([0] * 5 + [1] * 4 + [2] * 2 + [3])
+    predicted = np.array([0, 1, 2, 2, 3, 1, 1, 1, 0, 2, 2, 0])
+    found = worst_classes(_logits_of(predicted), truth, "abcd", worst=2, shown=2)
+    assert found == [
+        {"class": "d", "examples": 1, "recall": 0.0, "mistaken_for": [{"class": "a", "examples": 1}]},
+        {
+            "class": "a",
+            "examples": 5,
+            "recall": 0.2,
+            "mistaken_for": [{"class": "c", "examples": 2}, {"class": "b", "examples": 1}],
+        },
+    ]
+    assert [row["class"] for row in worst_classes(_logits_of(predicted), truth, "abcd")] == ["d", "a", "b"]
