@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,7 @@ class Messages:
 
 
 _messages: Messages | None = None
+_example: Any = None
 
 
 def load_messages() -> Messages:
@@ -54,13 +55,28 @@ def load_messages() -> Messages:
     global _messages
     with _lock:
         if _messages is None:
-            _messages = _load()
+            _messages = _without_tensorflow(_import)
         return _messages
 
 
-def _load() -> Messages:
+def load_example() -> Any:
+    """Import the message class tf.Example (`tensorflow.train.Example`), once per process.
+
+    Raises:
+      ValueError: tensorflow-serving-api, which brings TensorFlow's messages, is not installed.
+    """
+    global _example
+    with _lock:
+        if _example is None:
+            module = _without_tensorflow(lambda: importlib.import_module("tensorflow.core.example.example_pb2"))
+            _example = module.Example
+        return _example
+
+
+def _without_tensorflow(load: Callable[[], Any]) -> Any:
+    """Import message modules; see the module."""
     if "tensorflow" in sys.modules:
-        return _import()
+        return load()
     spec = importlib.util.find_spec("tensorflow")
     if spec is None or spec.submodule_search_locations is None:
         raise ValueError("TensorFlow Serving's messages are not installed; install tensorflow-serving-api")
@@ -68,7 +84,7 @@ def _load() -> Messages:
     finder = _EmptyPackages(list(spec.submodule_search_locations))
     sys.meta_path.insert(0, finder)
     try:
-        return _import()
+        return load()
     finally:
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:
