@@ -196,10 +196,10 @@ class Job:
             picks=picks,
             batch_rows=self.config.engine.batch_rows,
         )
-        shards = plan_shards(plan.units, picks, self.config.engine.shard_rows, spec)
-        self._phase("label", work, shards, report)
+        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, spec)
+        self._phase("label", work, tasks, report)
         failed = count_dead_letters(dead_letters)
-        if failed == sum(shard.rows for shard in shards):
+        if failed == sum(shard.rows for task in tasks for shard in task.shards):
             raise ValueError(
                 f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
             )

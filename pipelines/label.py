@@ -1,8 +1,8 @@
 """Label: the phase that asks the teacher about the chosen rows and commits shards of soft labels.
 
-A worker reads a shard's rows, labels them and writes the shard and then its manifest entry, which is the commit. Rows that
-the teacher cannot answer go to the dead letters with stage, error and number of attempts, and cost their neighbours
-nothing.
+A worker reads the rows of each shard of its task, labels them, and writes the shard and then its manifest entry, which
+is the commit. Rows that the teacher cannot answer go to the dead letters with stage, error and number of attempts, and
+cost their neighbours nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import Labelled, Labelling
+from distilbeam.pipelines.meter import count, timed, timed_items
+from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
-from distilbeam.pipelines.shards import Shard, read_rows
+from distilbeam.pipelines.shards import Shard, Task, read_rows
 from distilbeam.teacher.softlabels import committed, entry_path, write_shard
 
 _ANSWERED = b"distilbeam.answered"
@@ -45,32 +47,47 @@ class Label:
     picks: str | None
     batch_rows: int
 
-    def __call__(self, shard: Shard) -> None:
-        """Label the shard's rows and commit them."""
+    def __call__(self, task: Task) -> None:
+        """Label the rows of the task's shards and commit one shard after the other."""
+        reader = RowReader(self.columns, self.batch_rows)
+        for shard in task.shards:
+            if not self.shard_done(shard):
+                self._label(shard, reader)
+
+    def done(self, task: Task) -> bool:
+        """Tell whether all shards of the task are committed."""
+        return all(self.shard_done(shard) for shard in task.shards)
+
+    def name(self, task: Task) -> str:
+        """Name the task by its first shard that is not committed: key and first rows."""
+        shard = next((shard for shard in task.shards if not self.shard_done(shard)), task.shards[0])
+        return f"shard {shard.key} ({shard.rows:,} rows, from {unit_name(shard.parts[0].unit)})"
+
+    def shard_done(self, shard: Shard) -> bool:
+        """Tell whether a shard is committed: by its manifest entry, or by dead letters for every one of its rows."""
+        return _is_committed(self.output, shard.key) or self._all_failed(shard)
+
+    def _label(self, shard: Shard, reader: RowReader) -> None:
         start = time.perf_counter()
-        parts = [self.labelling(rows) for rows in self._rows(shard)]
+        parts = [self.labelling(rows) for rows in timed_items("read", self._rows(shard, reader))]
         answered = [part.table for part in parts if part.table.num_rows]
         failures = [failure for part in parts for failure in part.failures]
         if failures:
             self._write_dead_letters(shard, failures, sum(table.num_rows for table in answered))
+            count("dead_letters", len(failures))
         if answered:
             extra = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
             spec = self.labelling.spec
-            write_shard(self.output, shard.key, pa.concat_tables(answered), spec, shard.key, extra)
+            with timed("write"):
+                entry = write_shard(self.output, shard.key, pa.concat_tables(answered), spec, shard.key, extra)
+            count("rows_labelled", entry.rows)
+            count("bytes_written", entry.bytes)
 
-    def done(self, shard: Shard) -> bool:
-        """Tell whether the shard is committed: by its manifest entry, or by dead letters for every one of its rows."""
-        return _is_committed(self.output, shard.key) or self._all_failed(shard)
-
-    def name(self, shard: Shard) -> str:
-        """Name the shard by its key and first rows."""
-        return f"shard {shard.key} ({shard.rows:,} rows, from {unit_name(shard.parts[0].unit)})"
-
-    def _rows(self, shard: Shard) -> Iterator[pa.Table]:
+    def _rows(self, shard: Shard, reader: RowReader) -> Iterator[pa.Table]:
         """Read the shard's rows in tables of about `batch_rows` rows, so that requests to the teacher are full."""
         waiting: list[pa.Table] = []
         for part in shard.parts:
-            for table in read_rows(part, self.columns, self.picks, self.batch_rows):
+            for table in read_rows(reader, part, self.picks):
                 waiting.append(table)
                 if sum(t.num_rows for t in waiting) >= self.batch_rows:
                     yield pa.concat_tables(waiting)

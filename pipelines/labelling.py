@@ -6,7 +6,6 @@ The phase of a run (`label.Label`) and the PTransform (`transforms.LabelExamples
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from scipy.special import log_softmax
 
 from distilbeam.pipelines.content_ids import ID_BYTES, content_ids
 from distilbeam.pipelines.estimates import Estimates
+from distilbeam.pipelines.meter import count, timed
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.reuse import known_logprobs
 from distilbeam.teacher.asking import RowError, ask
@@ -75,19 +75,21 @@ class Labelling:
           ValueError: the teacher is not the one of the specification.
         """
         teacher = self._checked_teacher()
-        logits = self._known(rows)
-        unknown = np.flatnonzero(np.isnan(logits).any(axis=1))
-        errors: Sequence[RowError] = ()
-        calls = requests = 0
-        if len(unknown):
-            answers = ask(teacher, _batch(_take(rows, unknown)), self.spec.num_classes, batch_size=self.teacher_batch)
-            logits[unknown] = answers.logits
-            errors, calls, requests = answers.errors, answers.calls, answers.requests
+        known = self._known(rows)
+        wanted = _rows_with_nan(known) if known is not None else np.arange(rows.num_rows)
+        with timed("teacher"):
+            answers = ask(teacher, _batch(_take(rows, wanted)), self.spec.num_classes, batch_size=self.teacher_batch)
+        count("teacher_calls", answers.calls)
+        count("teacher_requests", answers.requests)
+        logits = answers.logits
+        if known is not None:
+            known[wanted], logits = answers.logits, known
         ids = self._ids(rows)
-        failures = [_failure(rows, ids, int(unknown[e.row]), e) for e in errors]
-        good = np.flatnonzero(~np.isnan(logits).any(axis=1))
-        table = self._columns(_take(rows, good), _take(ids, good), _take(logits, good))
-        return Labelled(table, failures, calls, requests, rows.num_rows - len(unknown))
+        failures = [_failure(rows, ids, int(wanted[error.row]), error) for error in answers.errors]
+        good = np.delete(np.arange(rows.num_rows), wanted[~answers.ok])
+        with timed("encode"):
+            table = self._columns(_take(rows, good), _take(ids, good), _take(logits, good))
+        return Labelled(table, failures, answers.calls, answers.requests, rows.num_rows - len(wanted))
 
     def _checked_teacher(self) -> Teacher:
         teacher = cached_teacher(self.teacher)
@@ -99,10 +101,8 @@ class Labelling:
             )
         return teacher
 
-    def _known(self, rows: pa.Table) -> npt.NDArray[np.float32]:
-        if not self.reuse:
-            return np.full((rows.num_rows, self.spec.num_classes), np.nan, np.float32)
-        return known_logprobs(self.reuse, self.spec, rows[ROW].to_numpy())
+    def _known(self, rows: pa.Table) -> npt.NDArray[np.float32] | None:
+        return known_logprobs(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None
 
     def _columns(self, rows: pa.Table, ids: pa.Array, logits: npt.NDArray[np.float32]) -> pa.Table:
         labels = encode(logits, self.spec, rng=_rng(ids, self.spec) if self.spec.kind == "sampled" else None)
@@ -125,6 +125,10 @@ class Labelling:
                 f"data.id: column {self.id_column} must have a value in every row, {ids.null_count:,} have none"
             )
         return ids if pa.types.is_string(ids.type) or pa.types.is_binary(ids.type) else ids.cast(pa.string())
+
+
+def _rows_with_nan(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(np.isnan(values).any(axis=1))
 
 
 def _take(values: Any, rows: npt.NDArray[np.int64]) -> Any:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import write_parquet
+from distilbeam.pipelines.meter import count, timed, timed_items
 from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.units import Unit, read_unit
 from distilbeam.selection import gains as gain_functions
@@ -56,16 +57,19 @@ class Score:
         """Score the unit's rows and commit its gains."""
         student = cached_student(self.student)
         gain = GAINS[self.gain]
-        parts = [
-            gain(student.logits(batch)).astype(np.float32) for batch in read_unit(unit, self.columns, self.batch_rows)
-        ]
+        parts = []
+        for batch in timed_items("read", read_unit(unit, self.columns, self.batch_rows)):
+            with timed("score"):
+                parts.append(gain(student.logits(batch)).astype(np.float32))
+        count("rows_scored", unit.rows)
         rows = unbought_rows(unit, self.bought)
         gains = np.concatenate(parts)[rows]
         sketch = GainSketch()
         sketch.add(gains)
         table = pa.table({"row": rows, "gain": gains})
         metadata = {_SKETCH_KEY: base64.b64encode(sketch.to_bytes())}
-        write_parquet(self._file(unit), table.replace_schema_metadata(metadata))
+        with timed("write"):
+            write_parquet(self._file(unit), table.replace_schema_metadata(metadata))
 
     def done(self, unit: Unit) -> bool:
         """Tell whether the unit's gains are committed."""

@@ -1,23 +1,29 @@
 """Shards to be labelled: planned from what was chosen, before anything is asked.
 
-Consecutive rows of consecutive units are grouped so that a shard has at most `shard_rows` rows and only the last of a
-dataset can be small; none is empty. The key of a shard is the hash of what is asked (unit ids and rows), who is asked (the
-teacher's fingerprint) and how the answer is stored (the label specification): a key that is committed is never asked again.
+Consecutive rows of consecutive units are grouped so that a shard has at most `shard_rows` rows, two neighbours together
+have more, and none is empty. Where every row is labelled, shards end where row groups end, and a row group of more rows is
+cut into equal parts. The key of a shard is the hash of what is asked (unit ids and rows), who is asked (the teacher's
+fingerprint) and how the answer is stored (the label specification): a key that is committed is never asked again.
+
+A worker takes a *task*: shards that lie in one row group, so that a large row group is decoded once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import picks_file
-from distilbeam.pipelines.units import Unit, open_parquet, read_unit
+from distilbeam.pipelines.units import Unit
 from distilbeam.teacher.softlabels import SoftLabelSpec, label_key
 
 PICK_FIELDS = (pa.field("gain", pa.float32()), pa.field("inclusion_probability", pa.float32()))
@@ -31,6 +37,11 @@ class Part:
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -42,11 +53,18 @@ class Shard:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return sum(part.stop - part.start for part in self.parts)
+        return sum(part.rows for part in self.parts)
 
 
-def plan_shards(units: Sequence[Unit], picks: str | None, shard_rows: int, spec: SoftLabelSpec) -> list[Shard]:
-    """Group the chosen rows of units into shards.
+@dataclass(frozen=True)
+class Task:
+    """Shards that one worker labels one after the other."""
+
+    shards: tuple[Shard, ...]
+
+
+def plan_shards(units: Sequence[Unit], picks: str | None, shard_rows: int, spec: SoftLabelSpec) -> list[Task]:
+    """Group the chosen rows of units into shards, and these into tasks.
 
     Args:
       units: the pool's units, in order.
@@ -55,67 +73,103 @@ def plan_shards(units: Sequence[Unit], picks: str | None, shard_rows: int, spec:
       spec: the label specification, with the teacher's fingerprint.
 
     Returns:
-      The shards, in the pool's order.
+      The tasks, in the pool's order.
     """
-    shards: list[Shard] = []
-    parts: list[Part] = []
-    room = shard_rows
-    for unit in units:
-        count, start = _count(unit, picks), 0
-        while start < count:
-            stop = min(count, start + room)
-            parts.append(Part(unit, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                shards.append(_keyed(parts, picks, spec))
-                parts, room = [], shard_rows
-    return [*shards, _keyed(parts, picks, spec)] if parts else shards
+    if picks is None:
+        pieces = [piece for unit in units for piece in _pieces(unit, shard_rows)]
+        shards = [_keyed(parts, None, spec) for parts in _packed(pieces, shard_rows)]
+    else:
+        chosen = [Part(unit, 0, count) for unit in units if (count := _count(unit, picks))]
+        shards = [_keyed(parts, picks, spec) for parts in _cut(chosen, shard_rows)]
+    return _tasks(shards, picks)
 
 
-def read_rows(part: Part, columns: Sequence[str], picks: str | None, batch_rows: int) -> Iterator[pa.Table]:
+def read_rows(reader: RowReader, part: Part, picks: str | None) -> Iterator[pa.Table]:
     """Read a part's rows, in row order, from only the row groups that hold some.
 
     Yields:
-      Tables of at most `batch_rows` rows with `columns`, `pool_row` (int64, row of the whole pool), and, where the rows
-      were chosen, `gain` and `inclusion_probability`.
+      Tables with the reader's columns, `pool_row` (int64, row of the whole pool), and, where the rows were chosen, `gain`
+      and `inclusion_probability`.
     """
     chosen = _chosen(part, picks)
     rows = chosen["row"].to_numpy()
+    for batch, which in reader.read(part.unit, rows):
+        arrays = [*batch.columns, pa.array(rows[which] + part.unit.pool_row)]
+        fields = [*batch.schema, pa.field("pool_row", pa.int64())]
+        for field in PICK_FIELDS:
+            if field.name in chosen.column_names:
+                arrays.append(chosen[field.name].slice(which.start, len(batch)))
+                fields.append(field)
+        yield pa.table(arrays, schema=pa.schema(fields))
+
+
+def _pieces(unit: Unit, shard_rows: int) -> Iterator[Part]:
+    """Cut a unit at the ends of its row groups, and a row group that is too large into equal parts."""
     first = 0
-    groups = _groups(part.unit, rows)
-    for group, group_first in groups:
-        first = group_first
-        for batch in read_unit(part.unit, columns, batch_rows, [group]):
-            lo, hi = np.searchsorted(rows, [first, first + batch.num_rows])
-            if hi > lo:
-                yield _with_picks(batch.take(pa.array(rows[lo:hi] - first)), chosen.slice(lo, hi - lo), part.unit)
-            first += batch.num_rows
+    for rows in unit.sizes:
+        edges = np.linspace(first, first + rows, math.ceil(rows / shard_rows) + 1).astype(int).tolist()
+        yield from (Part(unit, start, stop) for start, stop in pairwise(edges))
+        first += rows
 
 
-def _with_picks(batch: pa.RecordBatch, chosen: pa.Table, unit: Unit) -> pa.Table:
-    table = pa.Table.from_batches([batch])
-    table = table.append_column("pool_row", pa.array(chosen["row"].to_numpy() + unit.pool_row))
-    for field in PICK_FIELDS:
-        if field.name in chosen.column_names:
-            table = table.append_column(field, chosen[field.name])
-    return table
+def _packed(pieces: Sequence[Part], shard_rows: int) -> Iterator[list[Part]]:
+    """Put whole pieces together as long as they fit."""
+    parts: list[Part] = []
+    for piece in pieces:
+        if parts and sum(part.rows for part in parts) + piece.rows > shard_rows:
+            yield parts
+            parts = []
+        if parts and parts[-1].unit == piece.unit:
+            parts[-1] = Part(piece.unit, parts[-1].start, piece.stop)
+        else:
+            parts.append(piece)
+    if parts:
+        yield parts
 
 
-def _groups(unit: Unit, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    metadata = open_parquet(unit.path).metadata
-    first = 0
-    for group in range(*unit.row_groups):
-        count = metadata.row_group(group).num_rows
-        lo, hi = np.searchsorted(rows, [first, first + count])
-        if hi > lo:
-            yield group, first
-        first += count
+def _cut(chosen: Sequence[Part], shard_rows: int) -> Iterator[list[Part]]:
+    """Fill one shard after the other to the last row."""
+    parts: list[Part] = []
+    room = shard_rows
+    for part in chosen:
+        start = part.start
+        while start < part.stop:
+            stop = min(part.stop, start + room)
+            parts.append(Part(part.unit, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield parts
+                parts, room = [], shard_rows
+    if parts:
+        yield parts
 
 
-def _count(unit: Unit, picks: str | None) -> int:
-    if picks is None:
-        return unit.rows
+def _tasks(shards: Sequence[Shard], picks: str | None) -> list[Task]:
+    """Join neighbours of which one lies wholly in the row group that they share."""
+    tasks: list[list[Shard]] = []
+    last: tuple[str, int] | None = None
+    alone_before = False
+    for shard in shards:
+        first_group, last_group = _group_at(shard.parts[0], picks, 0), _group_at(shard.parts[-1], picks, -1)
+        alone = first_group == last_group
+        if last == first_group and (alone or alone_before):
+            tasks[-1].append(shard)
+        else:
+            tasks.append([shard])
+        last, alone_before = last_group, alone
+    return [Task(tuple(task)) for task in tasks]
+
+
+def _group_at(part: Part, picks: str | None, end: int) -> tuple[str, int]:
+    """Return the row group of a part's first (0) or last (-1) row."""
+    if len(part.unit.sizes) == 1:
+        return part.unit.uid, 0
+    row = (part.start if end == 0 else part.stop - 1) if picks is None else _chosen(part, picks)["row"][end].as_py()
+    return part.unit.uid, int(np.searchsorted(np.cumsum(part.unit.sizes), row, side="right"))
+
+
+def _count(unit: Unit, picks: str) -> int:
     file = picks_file(picks, unit)
     return int(pq.read_metadata(file).num_rows) if file.exists() else 0
 
@@ -130,5 +184,12 @@ def _keyed(parts: Sequence[Part], picks: str | None, spec: SoftLabelSpec) -> Sha
     content = hashlib.blake2b(digest_size=16)
     for part in parts:
         content.update(part.unit.uid.encode())
-        content.update(_chosen(part, picks)["row"].to_numpy().astype("<i8").tobytes())
+        content.update(_rows_of(part, picks))
     return Shard(label_key(content.hexdigest(), spec.teacher, spec), tuple(parts))
+
+
+def _rows_of(part: Part, picks: str | None) -> bytes:
+    if picks is None:
+        return f"{part.start}-{part.stop}".encode()
+    rows: npt.NDArray[np.int64] = _chosen(part, picks)["row"].to_numpy()
+    return rows.astype("<i8").tobytes()

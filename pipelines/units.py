@@ -30,6 +30,7 @@ class Unit:
       first_row: row of the file at which the unit starts.
       pool_row: row of the whole pool, in planned order, at which the unit starts.
       rows: number of rows, at least 1.
+      sizes: rows of each of its row groups.
     """
 
     uid: str
@@ -38,6 +39,7 @@ class Unit:
     first_row: int
     pool_row: int
     rows: int
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool") -> P
         schema = _same_columns(schema, metadata.schema.to_arrow_schema(), path, what)
         name, digest = str(path.resolve().relative_to(root)), _footer_digest(path)
         digests.append((name, digest))
-        for groups, first_row, rows in _merge_row_groups(metadata, target_rows):
+        for groups, first_row, sizes in _merge_row_groups(metadata, target_rows):
+            rows = sum(sizes)
             identity = f"{name}|{digest}|{first_row}|{rows}"
             uid = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-            units.append(Unit(uid, str(path.resolve()), groups, first_row, pool_row, rows))
+            units.append(Unit(uid, str(path.resolve()), groups, first_row, pool_row, rows, sizes))
             pool_row += rows
     if not units or schema is None:
         raise ValueError(
@@ -131,16 +134,26 @@ def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
         ) from e
 
 
-def read_unit(
-    unit: Unit, columns: Sequence[str], batch_rows: int, row_groups: Sequence[int] | None = None
+def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Read a unit in batches of at most `batch_rows` rows, in row order.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    return read_groups(open_parquet(unit.path), unit.path, range(*unit.row_groups), columns, batch_rows)
+
+
+def read_groups(
+    file: pq.ParquetFile, path: str, row_groups: Sequence[int], columns: Sequence[str], batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Read a unit in batches of at most `batch_rows` rows.
+    """Read row groups of an open file in batches.
 
     Args:
-      unit: what to read.
+      file: the file.
+      path: its name, for the error.
+      row_groups: which row groups, ascending.
       columns: columns to read.
       batch_rows: most rows in a batch.
-      row_groups: read only these of the unit's row groups.
 
     Yields:
       Record batches, in row order.
@@ -148,22 +161,26 @@ def read_unit(
     Raises:
       ValueError: the file is damaged.
     """
-    file = open_parquet(unit.path)
-    groups = list(range(*unit.row_groups)) if row_groups is None else list(row_groups)
     try:
-        yield from file.iter_batches(batch_size=batch_rows, row_groups=groups, columns=list(columns), use_threads=False)
+        yield from file.iter_batches(
+            batch_size=batch_rows, row_groups=list(row_groups), columns=list(columns), use_threads=False
+        )
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"{unit.path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+        raise ValueError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
 
 
-def _merge_row_groups(metadata: pq.FileMetaData, target_rows: int) -> Iterator[tuple[tuple[int, int], int, int]]:
-    start, first_row, rows = 0, 0, 0
+def _merge_row_groups(
+    metadata: pq.FileMetaData, target_rows: int
+) -> Iterator[tuple[tuple[int, int], int, tuple[int, ...]]]:
+    start = first_row = rows = 0
+    sizes: list[int] = []
     for group in range(metadata.num_row_groups):
-        rows += metadata.row_group(group).num_rows
+        sizes.append(metadata.row_group(group).num_rows)
+        rows += sizes[-1]
         if rows >= target_rows or group == metadata.num_row_groups - 1:
             if rows:
-                yield (start, group + 1), first_row, rows
-            start, first_row, rows = group + 1, first_row + rows, 0
+                yield (start, group + 1), first_row, tuple(sizes)
+            start, first_row, rows, sizes = group + 1, first_row + rows, 0, []
 
 
 def _footer_digest(path: Path) -> str:

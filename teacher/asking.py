@@ -139,6 +139,9 @@ class _State:
             self._give_up(start, _stage(error), _message(error), asked)
 
     def _take(self, start: int, answer: npt.NDArray[np.float32], asked: int) -> None:
+        if np.isfinite(answer).all():
+            self.logits[start : start + len(answer)] = answer
+            return
         finite = np.isfinite(answer).all(axis=1)
         self.logits[start : start + len(answer)][finite] = answer[finite]
         for row in np.flatnonzero(~finite).tolist():

@@ -34,11 +34,10 @@ def test_units_cover_every_row_once_in_order(tmp_path: Path) -> None:
     assert len({unit.uid for unit in pool.units}) == 6
 
 
-def test_batches_are_bounded_and_row_groups_can_be_chosen(tmp_path: Path) -> None:
+def test_batches_are_bounded(tmp_path: Path) -> None:
     pool = plan_units([write(tmp_path / "a.parquet", 30)], target_rows=30)
     (unit,) = pool.units
     assert [b.num_rows for b in read_unit(unit, ["x"], 8)] == [8, 8, 8, 6]
-    assert [b["x"].to_pylist() for b in read_unit(unit, ["x"], 10, row_groups=[1])] == [list(range(10, 20))]
 
 
 def test_ids_follow_the_content_and_the_name_not_the_place(tmp_path: Path) -> None:
