@@ -82,8 +82,7 @@ class Student:
 
     def zeros(self, rows: int) -> torch.Tensor:
         """Make an input of zeros, of the type that the network takes."""
-        token_ids = self.config.input.kind == "text" and self.config.input.tokenizer is not None
-        return torch.zeros(rows, *self.input_shape, dtype=torch.int64 if token_ids else torch.float32)
+        return torch.zeros(rows, *self.input_shape, dtype=torch.int64 if self.config.input.gives_ids else torch.float32)
 
     def fingerprint(self) -> str:
         """Identify the student by its weights and configuration."""

@@ -1,0 +1,58 @@
+"""Text as a bag of embeddings (Joulin et al., Bag of Tricks for Efficient Text Classification, arXiv:1607.01759)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.networks.joining import scaled
+from distilbeam.student.networks.mlp import Mlp
+from distilbeam.teacher.preprocess import vocabulary_size
+
+
+class EmbeddingBag(nn.Module):
+    """The mean embedding of a text's ids, then fully connected layers.
+
+    V ids of `dim` (times `width`) numbers have V dim parameters, the layers those of an `Mlp`. A text without an id has
+    the embedding 0.
+    """
+
+    def __init__(self, config: StudentConfig, num_classes: int) -> None:
+        super().__init__()
+        dim = scaled(config.dim, config.width)
+        self.pad_id = config.input.pad_id
+        self.embedding = nn.Embedding(vocabulary_size(config.input), dim, padding_idx=self.pad_id)
+        self.layers = Mlp(dim, config, num_classes, init="tiled")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute logits [B, C] of ids int64 [B, L]."""
+        count = (ids != self.pad_id).sum(1, keepdim=True).clamp(min=1)
+        # the embedding of the padding is zero and has no gradient, so that the sum needs no mask
+        logits: Tensor = self.layers(self.embedding(ids).sum(1) / count)
+        return logits
+
+
+class VectorBag(nn.Module):
+    """The embeddings of hashed n-grams that come as a vector [buckets], summed with its numbers as weights."""
+
+    def __init__(self, buckets: int, config: StudentConfig, num_classes: int) -> None:
+        super().__init__()
+        dim = scaled(config.dim, config.width)
+        self.embedding = nn.Linear(buckets, dim, bias=False)
+        self.layers = Mlp(dim, config, num_classes, init="tiled")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits [B, C] of vectors [B, buckets]."""
+        logits: Tensor = self.layers(self.embedding(x))
+        return logits
+
+
+def text_network(input_shape: tuple[int, ...], config: StudentConfig, num_classes: int) -> nn.Module:
+    """Choose the bag that suits the input."""
+    if config.input.gives_ids:
+        return EmbeddingBag(config, num_classes)
+    if len(input_shape) != 1:
+        raise ValueError(
+            f"a text network needs ids or vectors of one dimension, got inputs of shape {list(input_shape)}"
+        )
+    return VectorBag(input_shape[0], config, num_classes)

@@ -1,0 +1,81 @@
+"""A small transformer encoder over token ids.
+
+Embeddings of tokens and learned positions, blocks of attention and of a GELU network, each with a layer norm in front
+and joined to its input, a last layer norm, the mean over the tokens, and the logits. Padding is neither attended to nor
+averaged. With V ids, L positions, width d, feed-forward f = feedforward d and n blocks there are
+(V + L) d + n (4 d^2 + 2 d f + 9 d + f) + 2 d + (d + 1) C parameters, and those of the residuals.
+References: Vaswani et al., Attention Is All You Need, arXiv:1706.03762; Xiong et al., On Layer Normalization in the
+Transformer Architecture, arXiv:2002.04745 (norm in front).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.networks.joining import make_residual, scaled
+from distilbeam.teacher.preprocess import vocabulary_size
+
+EMBEDDING_STD = 0.02
+
+
+class Transformer(nn.Module):
+    """The encoder of a configuration's `dim`, `layers`, `heads`, `feedforward`, `width` and `residual`."""
+
+    def __init__(self, input_shape: tuple[int, ...], config: StudentConfig, num_classes: int) -> None:
+        super().__init__()
+        # the width scales each head, so that heads divide the model's width whatever it is
+        dim = config.heads * scaled(config.dim // config.heads, config.width)
+        self.pad_id = config.input.pad_id
+        self.tokens = nn.Embedding(vocabulary_size(config.input), dim)
+        self.positions = nn.Parameter(torch.empty(input_shape[0], dim))
+        for weight in (self.tokens.weight, self.positions):
+            nn.init.normal_(weight, std=EMBEDDING_STD)
+        sublayers: list[nn.Module] = []
+        for _ in range(config.layers):
+            sublayers += [_Attention(dim, config), _FeedForward(dim, config)]
+        self.sublayers = nn.ModuleList(sublayers)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in sublayers)
+        self.residuals = nn.ModuleList(make_residual(config, dim, i, "tiled") for i in range(len(sublayers)))
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute logits [B, C] of ids int64 [B, L]."""
+        first = torch.arange(ids.shape[1], device=ids.device) == 0
+        there_BL = (ids != self.pad_id) | first  # a text without a token is its first position: no softmax over nothing
+        h_BLD = self.dropout(self.tokens(ids) + self.positions)
+        earlier: list[Tensor] = []
+        for sublayer, norm, residual in zip(self.sublayers, self.norms, self.residuals, strict=True):
+            update = self.dropout(sublayer(norm(h_BLD), there_BL))
+            earlier, h_BLD = [h_BLD, *earlier], residual(update, h_BLD, earlier)
+        weight_BL1 = there_BL.unsqueeze(2).to(h_BLD.dtype)
+        mean_BD = (self.norm(h_BLD) * weight_BL1).sum(1) / weight_BL1.sum(1)
+        logits: Tensor = self.head(mean_BD)
+        return logits
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, config: StudentConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.queries_keys_values, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x_BLD: Tensor, there_BL: Tensor) -> Tensor:
+        split = self.queries_keys_values(x_BLD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = there_BL[:, None, None, :]
+        mixed_BHLE = nn.functional.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask)
+        out: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+        return out
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, dim: int, config: StudentConfig) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, config.feedforward * dim), nn.Linear(config.feedforward * dim, dim)
+
+    def forward(self, x_BLD: Tensor, there_BL: Tensor) -> Tensor:  # noqa: ARG002 - the signature of a sublayer
+        out: Tensor = self.down(nn.functional.gelu(self.up(x_BLD)))
+        return out
