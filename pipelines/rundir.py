@@ -99,30 +99,46 @@ def opened_run(config: RunConfig, base: Path) -> Iterator[RunDirectory]:
     Raises:
       ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
     """
-    root = (base / config.run.directory).resolve()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a+")
-    except OSError as e:
-        raise ValueError(
-            f"run.directory: {root} cannot be written ({e.strerror}); choose another with --set run.directory=..."
-        ) from e
-    with lock:
-        _hold(lock, root)
+    with held((base / config.run.directory).resolve(), "run.directory", "--set run.directory=...") as root:
         directory = RunDirectory(root)
         _check_config(directory, config)
         sweep(root)
         yield directory
 
 
-def _hold(lock: Any, root: Path) -> None:
+@contextmanager
+def held(root: Path, setting: str, way_out: str) -> Iterator[Path]:
+    """Make a directory and hold it against other processes until the block ends.
+
+    Args:
+      root: the directory.
+      setting: what named it, for errors.
+      way_out: the words with which another directory is chosen.
+
+    Yields:
+      The directory.
+
+    Raises:
+      ValueError: it cannot be written, or another process holds it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("a+")
+    except OSError as e:
+        raise ValueError(f"{setting}: {root} cannot be written ({e.strerror}); choose another with {way_out}") from e
+    with lock:
+        _hold(lock, root, setting)
+        yield root
+
+
+def _hold(lock: Any, root: Path, setting: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise ValueError(
-            f"{root} is being worked on by {holder}; wait for it to end or choose another run.directory"
+            f"{root} is being worked on by {holder}; wait for it to end or choose another {setting}"
         ) from e
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}")
