@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.low_precision import products
 from distilbeam.kernels.low_precision.autograd import Gradients, LinearFunction, Recipe
+from distilbeam.kernels.low_precision.products import named
+from distilbeam.kernels.low_precision.refusals import Call, backends
 from distilbeam.kernels.low_precision.weights import WeightCache
-from distilbeam.kernels.quantize import reference as quantizing
-from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows, stand_in
-from distilbeam.kernels.resolve import Reasons, never, no_kernel, resolve
+from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows
+from distilbeam.kernels.quantize.interface import quantize_rowwise
+from distilbeam.kernels.resolve import resolve
 
 
 def fp8_linear(
@@ -31,7 +32,8 @@ def fp8_linear(
       gradients: of what the two products of the backward pass are made: `bf16`, or `fp8`: the gradient in e4m3 with a
         scale per row.
       cache: keeps the quantised weight from call to call; None quantises it now.
-      implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9, bfloat16); None chooses.
+      implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9, bfloat16), `triton` (the
+        same GPUs), `pallas` (TPU); None chooses.
 
     Returns:
       The outputs, [..., N], in the dtype of the input, float32 for quantised rows without a gradient; differentiable
@@ -70,7 +72,7 @@ def int8_linear(
       weight: floating [N, K], kept in its own precision by the caller.
       bias: floating [N], added in float32; None for 0.
       cache: keeps the quantised weight from call to call; None quantises it now.
-      implementation: `reference` (any device); None chooses.
+      implementation: `reference` (any device), `triton` (CUDA), `int_mm` (CUDA), `pallas` (TPU); None chooses.
 
     Returns:
       The outputs, as for `fp8_linear`.
@@ -102,33 +104,26 @@ def _linear(
 ) -> Tensor:
     _check(form, rows, weight, bias, gradients)
     given = rows.values if isinstance(rows, QuantizedRows) else rows
-    dtype = _dtype(rows)
-    name = resolve(f"{form}_linear", implementation, _backends(form, given, weight, dtype))
-    product = {"scaled_mm": products.scaled_mm, "reference": products.reference}[name]
+    call = Call(form, given, weight, _dtype(rows), gradients)
+    name = resolve(f"{form}_linear", implementation, backends(call))
+    quantizing = name if name in ("triton", "pallas") else None
+
+    def quantize(x: Tensor) -> QuantizedRows:
+        return quantize_rowwise(x, FORMATS[form].dtype, implementation=quantizing)
+
     with torch.autocast(given.device.type, enabled=False):  # nothing here may be narrowed behind its back
-        x = rows.flattened() if isinstance(rows, QuantizedRows) else _quantize(form, rows.reshape(-1, rows.shape[-1]))
-        w = _quantize(form, weight.detach()) if cache is None else cache.rows_of(weight, lambda w: _quantize(form, w))
-        straight = x.values.new_zeros((), dtype=dtype).expand(x.shape) if x.straight is None else x.straight
-        y_MN: Tensor = LinearFunction.apply(straight, weight, bias, x, w, Recipe(product, gradients))
+        x = rows.flattened() if isinstance(rows, QuantizedRows) else quantize(rows.reshape(-1, rows.shape[-1]))
+        w = quantize(weight.detach()) if cache is None else cache.rows_of(weight, quantize)
+        straight = x.values.new_zeros((), dtype=call.dtype).expand(x.shape) if x.straight is None else x.straight
+        recipe = Recipe(named(name), gradients)
+        y_MN: Tensor = LinearFunction.apply(straight, weight, bias, x, w, recipe)
     return y_MN.reshape(*given.shape[:-1], len(weight))
-
-
-def _quantize(form: str, x: Tensor) -> QuantizedRows:
-    return QuantizedRows(*quantizing.quantize(x.detach(), FORMATS[form]), stand_in(x))
 
 
 def _dtype(rows: Tensor | QuantizedRows) -> torch.dtype:
     if isinstance(rows, Tensor):
         return rows.dtype
     return torch.float32 if rows.straight is None else rows.straight.dtype
-
-
-def _backends(form: str, given: Tensor, weight: Tensor, dtype: torch.dtype) -> dict[str, Reasons]:
-    backends: dict[str, Reasons] = {"reference": never, **no_kernel("triton", "pallas")}
-    if form == "fp8":
-        rows = given.numel() // max(1, given.shape[-1])
-        return {"scaled_mm": lambda: products.scaled_mm_reasons(given, weight, rows, dtype), **backends}
-    return backends
 
 
 def _check(form: str, rows: Tensor | QuantizedRows, weight: Tensor, bias: Tensor | None, gradients: Gradients) -> None:

@@ -1,7 +1,9 @@
 """The product of two matrices of quantised rows, one function for each implementation.
 
 reference   float64 for int8, whose sums it holds exactly, float32 for the floating formats: the definition
-scaled_mm   torch's own 8-bit product, which uses the tensor cores of GPUs from compute capability 8.9
+scaled_mm   torch's own fp8 product, on the tensor cores of GPUs from compute capability 8.9
+int_mm      torch's own int8 product, whose sums are scaled in a second pass
+triton, pallas   in files of their own
 """
 
 from __future__ import annotations
@@ -50,15 +52,22 @@ def scaled_mm(
     return product
 
 
-def scaled_mm_reasons(input: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> list[str]:  # noqa: A002
-    """List why torch's 8-bit product cannot work on these operands."""
-    reasons = []
-    if not (input.is_cuda and weight.is_cuda):
-        reasons.append("the tensors are not on a CUDA device")
-    elif torch.cuda.get_device_capability(input.device) < (8, 9):
-        reasons.append("the GPU has no 8-bit floating-point products (compute capability below 8.9)")
-    if dtype != torch.bfloat16:
-        reasons.append(f"its results are bfloat16, the input is {dtype}")
-    if any(size % 16 for size in (rows, *weight.shape)):
-        reasons.append(f"every dimension must be a multiple of 16, got {[rows, *weight.shape]}")
-    return reasons
+def int_mm(
+    a_MK: Tensor, scale_a: Tensor, b_NK: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply a by b transposed with int32 sums; arguments as for `reference`."""
+    total_MN = torch._int_mm(a_MK.contiguous(), b_NK.contiguous().T).float().mul_(scale_a).mul_(scale_b.T)
+    return (total_MN if bias_N is None else total_MN.add_(bias_N.float())).to(dtype)
+
+
+def named(name: str) -> Product:
+    """Give an implementation's product, importing what it needs."""
+    if name == "triton":
+        from distilbeam.kernels.low_precision import triton_backend
+
+        return triton_backend.product
+    if name == "pallas":
+        from distilbeam.kernels.low_precision import pallas_backend
+
+        return pallas_backend.product
+    return {"reference": reference, "scaled_mm": scaled_mm, "int_mm": int_mm}[name]

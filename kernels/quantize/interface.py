@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from distilbeam.kernels.quantize import reference
 from distilbeam.kernels.quantize.formats import FORMAT_OF, Format, QuantizedRows, stand_in
-from distilbeam.kernels.resolve import never, no_kernel, resolve
+from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 
 def quantize_rowwise(x: Tensor, dtype: torch.dtype, *, implementation: str | None = None) -> QuantizedRows:
@@ -21,7 +22,7 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype, *, implementation: str | Non
     Args:
       x: floating [..., D].
       dtype: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2.
-      implementation: `reference`; None chooses.
+      implementation: `reference`, `triton` (CUDA), `pallas` (TPU); None chooses.
 
     Returns:
       The rows: values [..., D] and scale, float32 [..., 1]. The gradient passes through `straight` as if nothing were
@@ -44,8 +45,8 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype, *, implementation: str | Non
     target = format_of(dtype)
     if not x.is_floating_point() or not x.ndim:
         raise ValueError(f"x must be floating [..., D], got {x.dtype} {list(x.shape)}")
-    resolve("quantize_rowwise", implementation, {"reference": never, **no_kernel("triton", "pallas")})
-    return QuantizedRows(*reference.quantize(x.detach(), target), stand_in(x))
+    name = resolve("quantize_rowwise", implementation, backends(target, x))
+    return QuantizedRows(*backend(name)(x.detach(), target), stand_in(x))
 
 
 def dequantize_rowwise(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,6 +76,38 @@ def format_of(dtype: torch.dtype) -> Format:
     if dtype not in FORMAT_OF:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FORMAT_OF))}, got {dtype}")
     return FORMAT_OF[dtype]
+
+
+def backends(target: Format, x: Tensor) -> dict[str, Reasons]:
+    """Order the implementations of a quantisation: the fused kernel on a GPU."""
+    triton: dict[str, Reasons] = {"triton": lambda: triton_refusals(target, x)}
+    last: dict[str, Reasons] = {"reference": never, "pallas": pallas_reasons}
+    return {**triton, **last} if x.is_cuda else {**last, **triton}
+
+
+def backend(name: str) -> Callable[[Tensor, Format], tuple[Tensor, Tensor]]:
+    """Give the function that quantises rows, importing what it needs."""
+    if name == "triton":
+        from distilbeam.kernels.quantize import triton_backend
+
+        return triton_backend.quantize
+    if name == "pallas":
+        from distilbeam.kernels.quantize import pallas_backend
+
+        return pallas_backend.quantize
+    return reference.quantize
+
+
+def triton_refusals(target: Format, *tensors: Tensor) -> list[str]:
+    """List why Triton cannot make numbers of this format from these tensors."""
+    reasons = triton_reasons(*tensors)
+    if any(t.dtype == torch.float64 for t in tensors):
+        reasons.append("it computes in float32, the input is float64")
+    if target.dtype == torch.float8_e4m3fn and tensors[0].is_cuda:
+        capability = torch.cuda.get_device_capability(tensors[0].device)
+        if capability < (8, 9):
+            reasons.append(f"the GPU has no float8_e4m3fn (compute capability {capability[0]}.{capability[1]})")
+    return reasons
 
 
 class _Dequantize(torch.autograd.Function):
