@@ -1,26 +1,129 @@
-"""What a training reads: soft labels that suit the student, the shape of its inputs, and how rows are dealt out."""
+"""What a training reads: soft labels that suit the student, labelled examples, and how rows are dealt out to steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from distilbeam.student.augment import augment_images
 from distilbeam.student.config import StudentConfig
-from distilbeam.student.data import SoftLabelDataset
-from distilbeam.student.labelled import Examples
+from distilbeam.student.data import Batch, SoftLabelDataset
+from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.processes import Processes
 from distilbeam.student.train_config import TrainConfig
 
-EXTRA_COLUMNS = {
+NEEDED_COLUMNS = {
     "distill": (),
     "weighted": ("weight",),
     "slam": ("alpha", "candidates"),
     "slam+weighted": ("alpha", "candidates", "weight"),
 }
+SOFT, HARD = 0, 1  # numbers of the sources, for the augmentation
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one step that this process computes.
+
+    Attributes:
+      soft: soft-labelled rows with their `inputs`, or None.
+      hard: human-labelled rows, or None.
+      count: rows of the step in all processes.
+      processes: how many they are.
+    """
+
+    soft: Batch | None
+    hard: Examples | None
+    count: int
+    processes: int
+
+    def inputs(self) -> Tensor:
+        """Join the inputs, the soft-labelled first."""
+        soft = [] if self.soft is None else [self.soft["inputs"]]
+        return torch.cat(soft + ([] if self.hard is None else [self.hard.inputs]))
+
+    def __len__(self) -> int:
+        return (0 if self.soft is None else len(self.soft["inputs"])) + (0 if self.hard is None else len(self.hard))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data of a training.
+
+    Attributes:
+      soft: soft-labelled rows, or None.
+      hard: human-labelled rows, or None.
+      held_out: the validation set, or None.
+      steps: steps of an epoch, which visits every row once.
+      input_shape: shape of one example's input.
+      training: the training's configuration.
+      seed: of the order.
+      processes: who shares the rows.
+    """
+
+    soft: SoftLabelDataset | None
+    hard: Examples | None
+    held_out: Examples | None
+    steps: int
+    input_shape: tuple[int, ...]
+    training: TrainConfig
+    seed: int
+    processes: Processes
+
+    def epoch(self, epoch: int, first: int) -> Iterator[StepRows]:
+        """Give the steps of an epoch.
+
+        Args:
+          epoch: its number.
+          first: the step to begin with; the soft labels must stand there already.
+        """
+        soft = None if self.soft is None else iter(self.soft)
+        hard_rows = deal_out(self.hard, self.steps, self.seed, epoch)
+        for step in range(first, self.steps):
+            batch = None if soft is None else self._changed(next(soft), epoch)
+            hard = None if self.hard is None else self._hard(self.hard, _part(hard_rows[step], self.processes), epoch)
+            mine = StepRows(batch, hard, 0, self.processes.size)
+            yield replace(mine, count=round(self.processes.sum(len(mine))))
+
+    def _changed(self, batch: Batch, epoch: int) -> Batch:
+        augment = self.training.augment
+        return {**batch, "inputs": augment_images(batch["inputs"], batch["row"], augment, self.seed, epoch, SOFT)}
+
+    def _hard(self, hard: Examples, rows: Tensor, epoch: int) -> Examples:
+        inputs = augment_images(hard.inputs[rows], rows, self.training.augment, self.seed, epoch, HARD)
+        return Examples(inputs, hard.classes[rows])
+
+
+def open_sources(
+    student: StudentConfig,
+    training: TrainConfig,
+    *,
+    classes: Sequence[str],
+    labelled: pa.Table | None,
+    label_column: str,
+    soft_labels: Sequence[str | Path],
+    validation: pa.Table | None,
+    seed: int,
+    processes: Processes,
+) -> Sources:
+    """Read and check what a training is given; see `train` for the arguments.
+
+    Raises:
+      ValueError: there is nothing to train on, the labels do not suit the classes or the objective, or the inputs of
+        the sources have different shapes.
+    """
+    hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
+    held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
+    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes)
+    shape = shape_of_inputs(hard, held_out, soft)
+    return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
 
 
 def open_soft_labels(
@@ -30,6 +133,7 @@ def open_soft_labels(
     classes: Sequence[str],
     hard: Examples | None,
     seed: int,
+    processes: Processes,
 ) -> SoftLabelDataset | None:
     """Open soft labels for a training; their share of a batch is their share of all rows.
 
@@ -40,6 +144,7 @@ def open_soft_labels(
       classes: names of the student's classes.
       hard: the human-labelled rows, or None.
       seed: of the order.
+      processes: who shares the rows.
 
     Returns:
       The dataset, or None when there are no soft labels.
@@ -51,24 +156,19 @@ def open_soft_labels(
         if hard is None:
             raise ValueError("training needs labelled examples or soft labels, got neither")
         return None
-    columns = EXTRA_COLUMNS[training.objective]
-    dataset = SoftLabelDataset(paths, training.batch_size, seed, input=student.input, columns=columns)
-    spec = dataset.spec
-    if spec.num_classes != len(classes):
-        raise ValueError(f"the soft labels must have the student's {len(classes)} classes, got {spec.num_classes}")
-    if spec.classes is not None and tuple(spec.classes) != tuple(classes):
-        index = next(i for i, pair in enumerate(zip(spec.classes, classes, strict=True)) if pair[0] != pair[1])
-        raise ValueError(
-            f"the soft labels must have the student's classes in their order, class {index} is {spec.classes[index]!r} "
-            f"there and {classes[index]!r} here"
-        )
-    if missing := [name for name in columns if name not in dataset.scalar_columns]:
+    columns = NEEDED_COLUMNS[training.objective]
+    dataset = SoftLabelDataset(
+        paths, training.batch_size, seed, processes.rank, processes.size, input=student.input, columns=columns
+    )
+    _require_classes(dataset, classes)
+    estimated = {"weight"} if training.reestimate_epochs is not None else set()
+    if missing := [name for name in columns if name not in dataset.scalar_columns and name not in estimated]:
         raise ValueError(
             f"objective {training.objective!r} needs the columns {' and '.join(missing)} beside the soft labels; label "
             "with a validation set, which they are estimated from, or choose objective 'distill'"
         )
     share = dataset.rows / (dataset.rows + (0 if hard is None else len(hard)))
-    dataset.batch_size = max(1, round(training.batch_size * share))
+    dataset.batch_size = max(1, round(training.batch_size * share / processes.size))
     return dataset
 
 
@@ -98,3 +198,21 @@ def shape_of_inputs(hard: Examples | None, held_out: Examples | None, soft: Soft
         described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"inputs of all examples must have one shape, got {described}")
     return next(iter(shapes.values()))
+
+
+def _require_classes(dataset: SoftLabelDataset, classes: Sequence[str]) -> None:
+    spec = dataset.spec
+    if spec.num_classes != len(classes):
+        raise ValueError(f"the soft labels must have the student's {len(classes)} classes, got {spec.num_classes}")
+    if spec.classes is not None and tuple(spec.classes) != tuple(classes):
+        index = next(i for i, pair in enumerate(zip(spec.classes, classes, strict=True)) if pair[0] != pair[1])
+        raise ValueError(
+            f"the soft labels must have the student's classes in their order, class {index} is {spec.classes[index]!r} "
+            f"there and {classes[index]!r} here"
+        )
+
+
+def _part(rows: Tensor, processes: Processes) -> Tensor:
+    """Take a process's part of a step's rows, as the soft labels are shared out."""
+    start, stop = (len(rows) * (processes.rank + more) // processes.size for more in (0, 1))
+    return rows[start:stop]

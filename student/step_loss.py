@@ -2,8 +2,9 @@
 
     (sum over soft-labelled rows of w_i l_i  +  hard_weight * sum over human-labelled rows of cross-entropy) / rows
 
-with l_i the distillation loss, or Student-Label Mixing's (arXiv:2302.03806), and w_i = 1 or the column `weight`
-(Weighted distillation, arXiv:2210.06711) divided by its mean.
+with l_i the distillation loss, or Student-Label Mixing's (arXiv:2302.03806), and w_i = 1 or the row's debiasing weight
+(Weighted distillation, arXiv:2210.06711). With mixup (arXiv:1710.09412) it is share L(y) + (1 - share) L(y of the
+partners), which for cross-entropy is the loss to the mixed labels.
 """
 
 from __future__ import annotations
@@ -12,58 +13,84 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.distillation.interface import distill_loss
+from distilbeam.student.augment import Mixture
 from distilbeam.student.data import Batch, teacher_labels
 from distilbeam.student.labelled import Examples
+from distilbeam.student.sources import StepRows
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 
 def step_loss(
-    module: nn.Module,
+    network: nn.Module,
     training: TrainConfig,
-    soft: Batch | None,
-    hard: Examples | None,
+    rows: StepRows,
     spec: SoftLabelSpec | None,
-    weight_scale: float,
+    weight: Tensor | None,
+    mixture: Mixture | None,
     device: torch.device,
 ) -> Tensor:
     """Compute the loss of a step.
 
     Args:
-      module: the student.
+      network: the student.
       training: its training's configuration.
-      soft: soft-labelled rows with their `inputs`, or None.
-      hard: human-labelled rows, or None.
+      rows: what the step is about.
       spec: of the soft labels, given together with them.
-      weight_scale: factor that brings the column `weight` to mean 1.
+      weight: of each soft-labelled row, float32 [soft rows]; None for 1.
+      mixture: how the rows are mixed, or None.
       device: where the student is.
 
     Returns:
-      A scalar, float32.
+      A scalar, float32: this process's part of the step's loss, such that the mean over the processes is the whole.
     """
-    inputs = ([] if soft is None else [soft["inputs"]]) + ([] if hard is None else [hard.inputs])
+    inputs = rows.inputs() if mixture is None else mixture.inputs(rows.inputs())
+    idle = not len(inputs)  # a process without a row of the last step takes part, but has nothing for batch norms
+    if idle:
+        network.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        logits_BC = module(torch.cat(inputs).to(device))
-    count = 0 if soft is None else len(soft["inputs"])
+        logits_BC = network(inputs.to(device, non_blocking=True))
+    if idle:
+        network.train()
+        nothing: Tensor = logits_BC.float().sum()  # 0, whose gradient is 0 for every weight
+        return nothing
+    if mixture is None:
+        total = _sum(logits_BC, training, rows, spec, weight, device)
+    else:
+        terms = mixture.losses(logits_BC)
+        total = sum(
+            (share * _sum(mixed, training, rows, spec, weight, device) for share, mixed in terms),
+            start=logits_BC.new_zeros((), dtype=torch.float32),
+        )
+    return total / rows.count if rows.processes == 1 else total * (rows.processes / rows.count)
+
+
+def _sum(
+    logits_BC: Tensor,
+    training: TrainConfig,
+    rows: StepRows,
+    spec: SoftLabelSpec | None,
+    weight: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    count = 0 if rows.soft is None else len(rows.soft["inputs"])
     total: Tensor = logits_BC.new_zeros((), dtype=torch.float32)
-    if soft is not None and spec is not None and count:
-        total = total + _soft_loss(logits_BC[:count], training, _moved(soft, device), spec, weight_scale)
-    if hard is not None and len(hard):
-        truth = hard.classes.to(device)
-        cross_entropy = nn.functional.cross_entropy(logits_BC[count:].float(), truth, reduction="sum")
-        total = total + training.hard_weight * cross_entropy
-    return total / max(1, len(logits_BC))
+    if rows.soft is not None and spec is not None and count:
+        total = total + _soft_loss(logits_BC[:count], training, _moved(rows.soft, device), spec, weight)
+    if rows.hard is not None and len(rows.hard):
+        total = total + training.hard_weight * _hard_loss(logits_BC[count:], training, rows.hard, device)
+    return total
 
 
 def _soft_loss(
-    logits_BC: Tensor, training: TrainConfig, batch: Batch, spec: SoftLabelSpec, weight_scale: float
+    logits_BC: Tensor, training: TrainConfig, batch: Batch, spec: SoftLabelSpec, weight: Tensor | None
 ) -> Tensor:
     mixed = training.objective.startswith("slam")
     plain = {"dense": "kl", "top_k": "tail", "sampled": "sampled"}[spec.kind]
     return distill_loss(
         logits_BC,
         teacher_labels(batch, spec),
-        weight=batch["weight"] * weight_scale if "weighted" in training.objective else None,
+        weight=None if weight is None else weight.to(logits_BC.device),
         accuracy=batch["alpha"] if mixed else None,
         candidates=batch["candidates"] if mixed else None,
         temperature=training.temperature,
@@ -73,5 +100,16 @@ def _soft_loss(
     )
 
 
+def _hard_loss(logits_BC: Tensor, training: TrainConfig, hard: Examples, device: torch.device) -> Tensor:
+    return nn.functional.cross_entropy(
+        logits_BC.float(),
+        hard.classes.to(device, non_blocking=True),
+        reduction="sum",
+        label_smoothing=training.augment.label_smoothing,
+    )
+
+
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    return batch if device.type == "cpu" else {name: value.to(device) for name, value in batch.items()}
+    if device.type == "cpu":
+        return batch
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "inputs"}

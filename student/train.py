@@ -1,36 +1,48 @@
 """Train a student from human labels and stored soft labels: one loop.
 
+    result = train(StudentConfig(...), TrainConfig(epochs=60), classes=..., soft_labels=["run/labels/round=000"], ...)
+    torchrun --nproc-per-node 2 -m distilbeam.student.launch training.toml      # several processes, one student
+
 Every step mixes soft-labelled and human-labelled rows in the proportion of the whole, so that an epoch visits each row
-once; `step_loss.py` has the loss, `sources.py` what is read. The epoch with the least negative log-likelihood on the
-validation set is kept. For one seed, one machine and one number of threads the weights are the same bit by bit.
+once; `step_loss.py` has the loss, `sources.py` what is read, `optimizer.py` the learning rate. The epoch with the least
+negative log-likelihood on the validation set is kept. For one seed, one machine and one number of threads the weights
+are the same bit by bit, also when the training was killed and went on from a checkpoint (`training_directory.py`).
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import hashlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from distilbeam.student.augment import Mixture
 from distilbeam.student.checkpoint import load_student, save_student
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.data import SoftLabelDataset
+from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
-from distilbeam.student.labelled import Examples, read_examples
-from distilbeam.student.laurel import without_decay
+from distilbeam.student.generators import own_generators
+from distilbeam.student.labelled import Examples
 from distilbeam.student.models import build_student
-from distilbeam.student.sources import deal_out, open_soft_labels, shape_of_inputs, steps_per_epoch
+from distilbeam.student.network import make_network
+from distilbeam.student.observe import Observer, Progress
+from distilbeam.student.optimizer import make_optimizer, moving_average, set_lr
+from distilbeam.student.processes import end_step, joined_processes
+from distilbeam.student.sources import Sources, StepRows, open_sources
 from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.train_config import FREE, TrainConfig
+from distilbeam.student.training_directory import TrainingDirectory
+from distilbeam.student.training_state import TrainingState
 
-Progress = Callable[[int, int, float], None]
 EVALUATION_ROWS = 1024
 
 
@@ -60,9 +72,10 @@ def train(
     directory: str | Path,
     seed: int,
     init: str | Path | None = None,
+    validation_teacher: npt.NDArray[np.float32] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train a student and write it.
+    """Train a student and write it; a training that was killed goes on where its last checkpoint is.
 
     Args:
       student: what to train.
@@ -72,145 +85,139 @@ def train(
       label_column: column of `labelled` and `validation` with the true class, as a name or an index.
       soft_labels: directories of soft-label datasets that mean the same; may be empty when there are labelled examples.
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
-      directory: where the student appears, by one rename at the end; it must not hold anything.
-      seed: of the initial weights, the order and the dropout.
+      directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
+        keeps its checkpoints and figures in the directory of this name with `.training` after it.
+      seed: of the initial weights, the order, the augmentation and the dropout.
       init: directory of a student to start from instead of random weights.
+      validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
+        not answer; needed for `reestimate_epochs`.
       progress: called after every step with the steps done, the steps in all, and the step's loss.
 
     Returns:
       The metrics and the directory.
 
     Raises:
-      ValueError: there is nothing to train on, the soft labels do not suit the classes or the objective, or the loss
-        stops being a number.
+      ValueError: there is nothing to train on, the soft labels do not suit the classes or the objective, the loss stops
+        being a number, the device is not there, or a stopped training of other settings is in the way.
       FileExistsError: the directory already holds something.
     """
-    began = time.perf_counter()
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
-    device = _device(training.device)
-    hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
-    held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
-    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed)
-    steps = steps_per_epoch(training, hard, soft)
-    total = training.epochs * steps
-    input_shape = shape_of_inputs(hard, held_out, soft)
-    spec = None if soft is None else soft.spec
-    weight_scale = 1.0 / soft.mean("weight") if soft is not None and "weighted" in training.objective else 1.0
+    if training.finetune is not None:
+        raise ValueError(
+            "finetune is the second phase of blind distillation, which train_blind does; leave it out here"
+        )
 
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
-        torch.manual_seed(seed)
-        module = build_student(student, input_shape, len(classes))
+    with joined_processes(training.device) as processes, own_generators(seed, processes.device):
+        device = processes.device
+        sources = open_sources(
+            student,
+            training,
+            classes=classes,
+            labelled=labelled,
+            label_column=label_column,
+            soft_labels=soft_labels,
+            validation=validation,
+            seed=seed,
+            processes=processes,
+        )
+        steps, total = sources.steps, training.epochs * sources.steps
+        reestimation = _reestimation(student, training, sources, soft_labels, validation_teacher)
+        spec = None if sources.soft is None else sources.soft.spec
+
+        module = build_student(student, sources.input_shape, len(classes))
         if init is not None:
             _start_from(module, init, student)
         module.to(device)
-        optimizer = _optimizer(module, training)
-        history: list[dict[str, float]] = []
-        best: dict[str, Tensor] = {}
+        network = make_network(module, student, training, processes)
+        optimizer = make_optimizer(module, training)
+        average = moving_average(module, training.ema)
+        weights = RowWeights(sources.soft if "weighted" in training.objective else None)
+        if processes.rank > 0:
+            torch.manual_seed(seed + processes.rank)  # the weights are alike, the dropout is not
 
-        for epoch in range(training.epochs):
-            module.train()
-            losses = 0.0
-            soft_batches = iter(soft) if soft is not None else None
-            hard_rows = deal_out(hard, steps, seed, epoch)
-            for step in range(steps):
-                done = epoch * steps + step
-                for group in optimizer.param_groups:
-                    group["lr"] = training.lr * _lr_factor(done, total, training)
-                soft_batch = None if soft_batches is None else next(soft_batches)
-                hard_batch = (
-                    None if hard is None else Examples(hard.inputs[hard_rows[step]], hard.classes[hard_rows[step]])
-                )
-                loss = step_loss(module, training, soft_batch, hard_batch, spec, weight_scale, device)
-                value = float(loss.detach())
-                _require_finite(value, done, total, training)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if training.clip is not None:
-                    nn.utils.clip_grad_norm_(module.parameters(), training.clip)
-                optimizer.step()
-                losses += value
-                if progress is not None:
-                    progress(done + 1, total, value)
+        state = TrainingState(module, optimizer, average, sources.soft, weights)
+        about = _identity(student, training, classes, sources, seed, init, validation_teacher)
+        work = TrainingDirectory(directory, training, about, processes)
+        work.resume(state)
+        observer = Observer(work.path, training, total, state.done, state.seconds, progress, silent=not processes.first)
 
-            history.append(
-                {"epoch": epoch + 1, "train_loss": losses / steps} | _validate(module, held_out, device, training.lr)
-            )
-            if _is_best(history):
-                best = copy.deepcopy(module.state_dict())
-            elif training.patience is not None and epoch + 1 - _best_epoch(history) >= training.patience:
-                break
+        with observer:
+            for epoch in range(state.done // steps, training.epochs):
+                first = state.done % steps
+                if reestimation is not None and first == 0 and reestimation.due(epoch):
+                    weights.estimated = reestimation.weights(state.shown, device, processes)
+                module.train()
+                for step, rows in enumerate(sources.epoch(epoch, first), first):
+                    lr = set_lr(optimizer, training, state.done, total)
+                    mixture = Mixture.draw(len(rows), training.augment, seed, state.done, processes.rank)
+                    loss = step_loss(network, training, rows, spec, weights.of(rows.soft), mixture, device)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    norm = None
+                    if training.clip is not None:
+                        norm = nn.utils.clip_grad_norm_(module.parameters(), training.clip)
+                    optimizer.step()
+                    if average is not None:
+                        average.update_parameters(module)
+                    end_step(device)
 
-        module.load_state_dict(best)
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise ValueError(_not_finite(value, state.done, total, training, work, rows))
+                    state.done += 1
+                    state.loss_sum += value
+                    observer.step(state.done, value, lr, norm, rows.count)
+                    if step + 1 < steps and work.due(state.done):
+                        state.seconds = observer.seconds
+                        work.save(state)
 
-    chosen = history[_best_epoch(history) - 1]
-    metrics = {
-        "epochs": len(history),
-        "best_epoch": chosen["epoch"],
-        "steps": len(history) * steps,
-        "soft_rows": 0 if soft is None else soft.rows,
-        "hard_rows": 0 if hard is None else len(hard),
-        **{name: value for name, value in chosen.items() if name != "epoch"},
-    }
-    extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
-    save_student(directory, module, student, classes, input_shape, extra, lambda path: _write_history(path, history))
-    return TrainResult(metrics | {"seconds": time.perf_counter() - began}, directory)
+                figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
+                figures |= processes.from_first(_validate(state.shown, sources.held_out, device, training.lr))
+                state.end_epoch(figures)
+                observer.epoch(state.done, figures)
+                if training.patience is not None and epoch + 1 - state.best_epoch >= training.patience:
+                    break
+                if work.due(state.done):
+                    state.seconds = observer.seconds
+                    work.save(state)
 
-
-def _optimizer(module: nn.Module, training: TrainConfig) -> torch.optim.Optimizer:
-    exempt = without_decay(module)
-    groups = [
-        {"params": [p for p in module.parameters() if p not in exempt], "weight_decay": training.weight_decay},
-        {"params": [p for p in module.parameters() if p in exempt], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.lr, momentum=0.9, nesterov=True)
-    fused = next(module.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=training.lr, fused=fused)
-
-
-def _lr_factor(done: int, total: int, training: TrainConfig) -> float:
-    warm = math.ceil(training.warmup * total)
-    if done < warm:
-        return (done + 1) / warm
-    if training.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, total - warm)))
+        chosen = state.history[state.best_epoch - 1]
+        metrics = {
+            "epochs": len(state.history),
+            "best_epoch": chosen["epoch"],
+            "steps": len(state.history) * steps,
+            "soft_rows": 0 if sources.soft is None else sources.soft.rows,
+            "hard_rows": 0 if sources.hard is None else len(sources.hard),
+            **{name: value for name, value in chosen.items() if name != "epoch"},
+        }
+        if processes.first:
+            module.load_state_dict(state.best)
+            extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+            save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
+            work.remove()
+        processes.wait()
+    return TrainResult(metrics | {"seconds": observer.seconds}, directory)
 
 
 def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:
     if held_out is None:
         return {}
-    module.eval()
-    with torch.inference_mode():
-        logits_BC = torch.cat(
-            [module(part.to(device)).float().cpu() for part in held_out.inputs.split(EVALUATION_ROWS)]
-        )
-    if not bool(torch.isfinite(logits_BC).all()):
+    logits = forward(module, held_out.inputs.split(EVALUATION_ROWS), device)
+    if not np.isfinite(logits).all():
         raise ValueError(f"the student's logits stopped being numbers; lower training.lr ({lr})")
-    measured = evaluate(logits_BC.numpy(), held_out.classes.numpy())
+    measured = evaluate(logits, held_out.classes.numpy())
     return {f"validation_{name}": measured[name] for name in ("nll", "accuracy", "ece")}
 
 
-def _require_finite(loss: float, done: int, total: int, training: TrainConfig) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the training loss became {loss} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look "
-            "for missing values in the inputs"
-        )
-
-
-def _best_epoch(history: Sequence[Mapping[str, float]]) -> int:
-    """Give the number of the epoch with the least validation loss, the first of equals; else the last."""
-    if "validation_nll" not in history[-1]:
-        return len(history)
-    return 1 + min(range(len(history)), key=lambda epoch: history[epoch]["validation_nll"])
-
-
-def _is_best(history: Sequence[Mapping[str, float]]) -> bool:
-    return _best_epoch(history) == len(history)
+def _not_finite(
+    loss: float, done: int, total: int, training: TrainConfig, work: TrainingDirectory, rows: StepRows
+) -> str:
+    return (
+        f"the training loss became {loss} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look for "
+        f"missing values in the inputs: the step's rows are in {work.keep_batch(rows)}"
+    )
 
 
 def _start_from(module: nn.Module, init: str | Path, config: StudentConfig) -> None:
@@ -223,12 +230,55 @@ def _start_from(module: nn.Module, init: str | Path, config: StudentConfig) -> N
         ) from e
 
 
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if accelerator is None else accelerator
+def _reestimation(
+    student: StudentConfig,
+    training: TrainConfig,
+    sources: Sources,
+    soft_labels: Sequence[str | Path],
+    teacher: npt.NDArray[np.float32] | None,
+) -> Reestimation | None:
+    if training.reestimate_epochs is None or sources.soft is None:
+        return None
+    if sources.held_out is None or teacher is None:
+        raise ValueError(
+            "reestimate_epochs needs a validation set and the teacher's log-probabilities for it, which the weights are "
+            "estimated from; give both or leave it out"
+        )
+    processes = sources.processes
+    in_any_order = SoftLabelDataset(
+        soft_labels, EVALUATION_ROWS, sources.seed, processes.rank, processes.size, input=student.input, columns=()
+    )
+    return Reestimation(in_any_order, sources.held_out, teacher, training.reestimate_epochs)
 
 
-def _write_history(directory: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(dict(epoch)) + "\n" for epoch in history))
+def _identity(
+    student: StudentConfig,
+    training: TrainConfig,
+    classes: Sequence[str],
+    sources: Sources,
+    seed: int,
+    init: str | Path | None,
+    teacher: npt.NDArray[np.float32] | None,
+) -> dict[str, Any]:
+    """Say what a training depends on; the soft labels say it themselves when their position is put back."""
+    return {
+        "student": student.model_dump(mode="json"),
+        "training": training.model_dump(mode="json", exclude=set(FREE)),
+        "classes": list(classes),
+        "seed": seed,
+        "steps": sources.steps,
+        "labelled": _digest(sources.hard),
+        "validation": _digest(sources.held_out),
+        "validation_teacher": None
+        if teacher is None
+        else hashlib.blake2b(teacher.tobytes(), digest_size=8).hexdigest(),
+        "init": None if init is None else load_student(init).fingerprint(),
+    }
+
+
+def _digest(examples: Examples | None) -> str | None:
+    if examples is None:
+        return None
+    digest = hashlib.blake2b(examples.inputs.numpy().tobytes(), digest_size=8)
+    digest.update(examples.classes.numpy().tobytes())
+    return digest.hexdigest()

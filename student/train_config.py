@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
+
+# settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
+FREE = ("checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard")
+
+
+class AugmentConfig(BaseModel):
+    """Random changes of inputs and labels; all off by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip: bool = Field(False, description="mirror every other image, left to right")
+    crop: int = Field(0, ge=0, description="images: shift by up to so many pixels, the border mirrored")
+    mixup: float = Field(0.0, ge=0, description="mix examples and their labels by Beta(mixup, mixup); 0: never")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="human labels: mass spread over all classes")
+
+
+class FinetuneConfig(BaseModel):
+    """Second phase for a pool from another distribution: soft labels alone first, then labelled examples (blind)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(30, ge=1, le=1_000_000, description="passes over the labelled examples")
+    lr: float = Field(3e-4, gt=0, description="learning rate at the start; it falls to 0 along a half cosine")
+    hard_weight: float = Field(1.0, ge=0, description="weight of the true class beside the teacher's answer's 1")
 
 
 class TrainConfig(BaseModel):
@@ -15,7 +39,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(60, ge=1, le=1_000_000, description="passes over the data")
-    batch_size: int = Field(64, ge=1, description="examples per step")
+    batch_size: int = Field(64, ge=1, description="examples per step, over all processes together")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has Nesterov momentum 0.9")
     lr: float = Field(3e-3, gt=0, description="largest learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="of matrices; biases, norms and learned residuals have none")
@@ -31,8 +55,35 @@ class TrainConfig(BaseModel):
     hard_weight: float = Field(
         1.0, ge=0, description="weight of a human-labelled example beside a soft-labelled one's 1"
     )
+    reestimate_epochs: int | None = Field(
+        None, ge=1, description="weighted: epochs after which the weights are estimated again from the current student"
+    )
+    finetune: FinetuneConfig | None = Field(None, description="blind distillation: settings of the second phase")
+    augment: AugmentConfig = Field(AugmentConfig(), description="random changes of inputs and labels")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the weights, which is then validated and kept"
+    )
     patience: int | None = Field(
         None, ge=1, description="epochs without a better validation loss before training stops"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the student's forward and backward pass")
+    precision: Literal["fp32", "bf16", "fp8", "int8"] = Field(
+        "fp32", description="of the student's matrix products; fp8 and int8 where a layer's shape allows it"
+    )
+    precision_gate: Literal["table", "sizes"] = Field(
+        "table", description="fp8, int8: only layers that they make faster on this device, or all that fit"
+    )
+    compile: bool = Field(False, description="run the student through torch.compile")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
+    keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
+    log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
+    tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
+
+    @model_validator(mode="after")
+    def _reestimated_weights_are_used(self) -> Self:
+        if self.reestimate_epochs is not None and "weighted" not in self.objective:
+            raise ValueError(
+                f"reestimate_epochs is for the objectives weighted and slam+weighted, got objective {self.objective!r}"
+            )
+        return self

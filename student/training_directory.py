@@ -1,0 +1,157 @@
+"""The directory of a training under way, `NAME.training` beside the student `NAME` that it will become.
+
+    step-000001200.safetensors   all that the training is after so many steps; the last few of them
+    metrics.jsonl                its figures so far
+    tensorboard/                 the same for TensorBoard
+    stopped-at.safetensors       the batch whose loss was not a number
+
+A checkpoint is one file that appears by one rename: its tensors, and everything else as JSON in its header. It is gone
+when the student is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distilbeam.student.processes import Processes
+from distilbeam.student.sources import StepRows
+from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.training_state import Tensors, TrainingState
+from distilbeam.teacher.softlabels.atomic import replacing
+
+FORMAT_VERSION = 1
+SUFFIX, STOPPED_AT, METRICS, EVENTS = ".training", "stopped-at.safetensors", "metrics.jsonl", "tensorboard"
+ASK_EVERY = 32  # steps after which several processes agree on whether a checkpoint is due
+
+log = logging.getLogger(__name__)
+
+
+class TrainingDirectory:
+    """Checkpoints of a training under way.
+
+    Args:
+      student: directory of the student to be.
+      training: the training's configuration.
+      identity: what the training is about, as plain data that JSON gives back unchanged.
+      processes: who trains; the first one writes.
+    """
+
+    def __init__(self, student: Path, training: TrainConfig, identity: Mapping[str, Any], processes: Processes) -> None:
+        self.path = student.with_name(student.name + SUFFIX)
+        self._training, self._identity, self._processes = training, json.loads(json.dumps(identity)), processes
+        self._written = time.monotonic()
+
+    def resume(self, state: TrainingState) -> None:
+        """Bring a new training to where the last whole checkpoint is, if there is one.
+
+        Raises:
+          ValueError: the directory is that of a training with other settings or data.
+        """
+        if self._processes.first and self.path.exists():
+            for left in self.path.glob(".*.tmp"):
+                left.unlink()
+        self._processes.wait()
+        found = self._last()
+        if found is None:
+            return
+        tensors, plain = found
+        if differing := _differing(plain["identity"], self._identity):
+            raise ValueError(
+                f"{self.path} holds a training that was stopped and differs in {'; '.join(differing)}. Set these back "
+                "to go on with it, or remove it to start anew"
+            )
+        state.restore(tensors, plain, self._processes)
+        log.info("going on after step %d of the training in %s", state.done, self.path)
+
+    def due(self, done: int) -> bool:
+        """Whether a checkpoint is due after so many steps; all processes are told the same."""
+        steps = self._training.checkpoint_steps
+        if steps is not None and done % steps == 0:
+            return True
+        if self._processes.size > 1 and done % ASK_EVERY:
+            return False
+        late = time.monotonic() - self._written >= self._training.checkpoint_seconds
+        return bool(self._processes.from_first(late))
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint and remove the oldest beyond those to keep."""
+        tensors, plain = state.capture(self._processes)
+        if self._processes.first:
+            header = {"format_version": FORMAT_VERSION, "identity": self._identity, **plain}
+            with replacing(self.path / f"step-{state.done:012d}.safetensors") as temporary:
+                save_file(_owned(tensors), temporary, {"state": json.dumps(header)})
+            for old in self._checkpoints()[: -self._training.keep]:
+                old.unlink()
+        self._written = time.monotonic()
+
+    def keep_batch(self, rows: StepRows) -> Path:
+        """Write the rows of a step that went wrong, with the inputs as the student got them."""
+        named = {f"soft.{name}": value for name, value in (rows.soft or {}).items()}
+        if rows.hard is not None:
+            named |= {"hard.inputs": rows.hard.inputs, "hard.classes": rows.hard.classes}
+        path = self.path / STOPPED_AT
+        if self._processes.size > 1:
+            path = path.with_stem(f"{path.stem}-{self._processes.rank}")
+        with replacing(path) as temporary:
+            save_file(_owned(named), temporary)
+        return path
+
+    def hand_over(self, student: Path) -> None:
+        """Copy the figures into the directory of the student."""
+        shutil.copyfile(self.path / METRICS, student / METRICS)
+        if (self.path / EVENTS).exists():
+            shutil.copytree(self.path / EVENTS, student / EVENTS)
+
+    def remove(self) -> None:
+        """Remove the directory, when the student is there."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.path.glob("step-*.safetensors"))
+
+    def _last(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole."""
+        for path in reversed(self._checkpoints()):
+            try:
+                with safe_open(path, "pt") as file:
+                    plain = json.loads(file.metadata()["state"])
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+                log.warning("%s is damaged and passed over: %s", path, e)
+                continue
+            if plain["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format version {plain['format_version']}, this release reads {FORMAT_VERSION}; go on "
+                    f"with the release that wrote it, or remove {self.path} to start anew"
+                )
+            return tensors, plain
+        return None
+
+
+def _owned(tensors: Tensors) -> Tensors:
+    """Copy tensors to memory of their own on the CPU: safetensors takes no two names for one."""
+    return {
+        name: torch.clone(value.detach().cpu(), memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differing(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} ({old!r} there, {new!r} now)")
+    return found
