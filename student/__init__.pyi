@@ -1,9 +1,12 @@
 from .checkpoint import Student as Student
 from .checkpoint import load_student as load_student
 from .checkpoint import save_student as save_student
+from .compress.prune import prune_student as prune_student
 from .config import StudentConfig as StudentConfig
 from .data import SoftLabelDataset as SoftLabelDataset
 from .evaluate import footprint as footprint
+from .export import export_student as export_student
+from .exported import load_export as load_export
 from .laurel import LaurelResidual as LaurelResidual
 from .models import build_student as build_student
 from .train_config import TrainConfig as TrainConfig

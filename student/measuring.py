@@ -77,7 +77,7 @@ def latency_ms(call: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 def named_latencies(call: Callable[[int], Callable[[], object]], repeats: int) -> dict[str, float]:
     """Time batches of 1 and 64; `call` makes the call to time from the number of rows."""
-    found = {}
+    found: dict[str, float] = {}
     for rows in BATCHES:
         median, late = latency_ms(call(rows), repeats)
         found |= {f"latency_ms_batch{rows}": median, f"latency_ms_batch{rows}_p95": late}
