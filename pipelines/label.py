@@ -63,6 +63,10 @@ class Label:
         shard = next((shard for shard in task.shards if not self.shard_done(shard)), task.shards[0])
         return f"shard {shard.key} ({shard.rows:,} rows, from {unit_name(shard.parts[0].unit)})"
 
+    def rows(self, task: Task) -> tuple[int, int]:
+        """Return the rows of the task's committed shards and all its rows."""
+        return sum(shard.rows for shard in task.shards if self.shard_done(shard)), task.rows
+
     def shard_done(self, shard: Shard) -> bool:
         """Tell whether a shard is committed: by its manifest entry, or by dead letters for every one of its rows."""
         return _is_committed(self.output, shard.key) or self._all_failed(shard)

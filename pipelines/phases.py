@@ -18,20 +18,23 @@ import logging
 import shutil
 import sys
 import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import apache_beam as beam
 import torch
-from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.meter import count, totals
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
 
 log = logging.getLogger("distilbeam.phases")
@@ -52,6 +55,26 @@ class Work(Protocol[Item_contra]):
     def name(self, item: Item_contra, /) -> str:
         """Describe `item` for a reader of an error."""
 
+    def rows(self, item: Item_contra, /) -> tuple[int, int]:
+        """Return how many rows of `item` are committed, and how many it has."""
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a phase cost in this process.
+
+    Attributes:
+      items: items that had to be done.
+      seconds: wall time, the runner's start included.
+      retried: items that were tried again.
+      counts: the meter's totals of the pipelines that ended; empty where the runner keeps no metrics.
+    """
+
+    items: int
+    seconds: float
+    retried: int
+    counts: Counter[str]
+
 
 class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
@@ -60,13 +83,12 @@ class PhaseError(RuntimeError):
 class _Run(beam.DoFn, Generic[Item]):
     def __init__(self, phase: str, work: Work[Item], errors: str) -> None:
         self.phase, self.work, self.errors = phase, work, errors
-        self.items_done = Metrics.counter("distilbeam", f"{phase}_items")
 
     def process(self, item: Item) -> None:
         try:
             with threads(1):
                 self.work(item)
-            self.items_done.inc()
+            count(f"{self.phase}_items")
         except Exception as e:  # noqa: BLE001  # the boundary: the driver reads it and raises it
             record = {
                 "item": self.work.name(item),
@@ -111,7 +133,7 @@ def run_phase(
     progress: Callable[[int, int], None] | None = None,
     attempts: int = 2,
     poll_s: float = 0.2,
-) -> int:
+) -> PhaseReport:
     """Do `work` for every item whose file is missing, as one Beam pipeline.
 
     Args:
@@ -120,16 +142,17 @@ def run_phase(
       items: all items of the phase.
       errors: directory for the records of items that failed.
       options: Beam's options; they name the runner.
-      progress: called about every `poll_s` seconds with the number of items done and of all items.
+      progress: called about every `poll_s` seconds with the number of rows done and of all rows.
       attempts: pipelines to submit before an item that fails ends the phase.
       poll_s: seconds between two looks at the committed files.
 
     Returns:
-      The number of items that had to be done.
+      What it cost.
 
     Raises:
       PhaseError: an item failed in every attempt.
     """
+    start, counts, retried = time.perf_counter(), Counter[str](), 0
     todo = planned = [item for item in items if not work.done(item)]
     for attempt in range(1, attempts + 1):
         if not todo:
@@ -138,7 +161,7 @@ def run_phase(
         lost = ""
         with _Watch(work, items, progress, poll_s):
             try:
-                _submit(phase, work, todo, errors, options)
+                counts += _submit(phase, work, todo, errors, options)
             except WorkerLostError as e:
                 lost = str(e)
                 log.warning("%s: %s", phase, lost)
@@ -151,16 +174,15 @@ def run_phase(
             raise PhaseError(_sentence(phase, todo, failed, work, lost))
         if todo:
             log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
-    if progress is not None:
-        progress(len(items), len(items))
-    return len(planned)
+            retried += len(todo)
+    return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
 
 
-def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> None:
+def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> Counter[str]:
     pipeline = beam.Pipeline(options=options)
     run: Any = _Run(phase, work, str(errors))
     _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)
-    run_watched(pipeline, options)
+    return totals(run_watched(pipeline, options))
 
 
 class _Watch(Generic[Item]):
@@ -170,24 +192,38 @@ class _Watch(Generic[Item]):
         self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
     ) -> None:
         self._pending = list(items)
-        self._total, self._work, self._progress, self._poll_s = len(items), work, progress, poll_s
+        self._finished = 0
+        self._total = sum(work.rows(item)[1] for item in items) if progress is not None else 0
+        self._work, self._progress, self._poll_s = work, progress, poll_s
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._report, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
         if self._progress is not None:
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
         if self._progress is not None:
+            self._stop.set()
             self._thread.join()
+            self._report(self._progress)
 
-    def _report(self) -> None:
+    def _watch(self) -> None:
         assert self._progress is not None
         while not self._stop.wait(self._poll_s):
-            self._pending = [item for item in self._pending if not self._work.done(item)]
-            self._progress(self._total - len(self._pending), self._total)
+            self._report(self._progress)
+
+    def _report(self, progress: Callable[[int, int], None]) -> None:
+        pending, partly = [], 0
+        for item in self._pending:
+            done, rows = self._work.rows(item)
+            if done == rows:
+                self._finished += rows
+            else:
+                pending.append(item)
+                partly += done
+        self._pending = pending
+        progress(self._finished + partly, self._total)
 
 
 def _failures(errors: Path) -> list[dict[str, Any]]:

@@ -79,6 +79,10 @@ class Score:
         """Name the unit by its file and rows."""
         return unit_name(unit)
 
+    def rows(self, unit: Unit) -> tuple[int, int]:
+        """Return the rows scored and all rows."""
+        return unit.rows if self.done(unit) else 0, unit.rows
+
     def _file(self, unit: Unit) -> Path:
         return gains_file(self.output, unit)
 

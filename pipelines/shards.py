@@ -62,6 +62,11 @@ class Task:
 
     shards: tuple[Shard, ...]
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(shard.rows for shard in self.shards)
+
 
 def plan_shards(units: Sequence[Unit], picks: str | None, shard_rows: int, spec: SoftLabelSpec) -> list[Task]:
     """Group the chosen rows of units into shards, and these into tasks.

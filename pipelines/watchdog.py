@@ -26,7 +26,7 @@ class WorkerLostError(RuntimeError):
     """A worker process ended while the pipeline needed it."""
 
 
-def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0, poll_s: float = 0.2) -> None:
+def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0, poll_s: float = 0.2) -> Any:
     """Run a pipeline to its end.
 
     Args:
@@ -35,14 +35,16 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
       grace_s: seconds that a pipeline may go on after a worker has ended, as it does at the end of a normal run.
       poll_s: seconds between two looks at the workers.
 
+    Returns:
+      The pipeline's result.
+
     Raises:
       WorkerLostError: a worker process died.
       Exception: whatever the pipeline raises.
     """
     if options.view_as(DirectOptions).direct_running_mode != "multi_processing":
-        pipeline.run().wait_until_finish()
-        return
-    outcome: Future[None] = Future()
+        return _finished(pipeline)
+    outcome: Future[Any] = Future()
     threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
     workers: dict[int, psutil.Process] = {}
     gone_since: float | None = None
@@ -59,7 +61,7 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
             raise WorkerLostError(
                 f"{len(workers) - len(alive)} of {len(workers)} worker processes died (killed, or out of memory)"
             )
-    outcome.result()
+    return outcome.result()
 
 
 def end_given_up(status: int) -> None:
@@ -70,16 +72,20 @@ def end_given_up(status: int) -> None:
         os._exit(status)
 
 
-def _run(pipeline: Any, outcome: Future[None]) -> None:
+def _run(pipeline: Any, outcome: Future[Any]) -> None:
     try:
-        pipeline.run().wait_until_finish()
+        outcome.set_result(_finished(pipeline))
     except BaseException as e:  # noqa: BLE001  # the caller raises it
         outcome.set_exception(e)
-    else:
-        outcome.set_result(None)
 
 
-def _ended(outcome: Future[None], wait_s: float) -> bool:
+def _finished(pipeline: Any) -> Any:
+    result = pipeline.run()
+    result.wait_until_finish()
+    return result
+
+
+def _ended(outcome: Future[Any], wait_s: float) -> bool:
     try:
         outcome.exception(timeout=wait_s)
     except TimeoutError:

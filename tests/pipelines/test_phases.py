@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from square_work import Squares
 from threadpoolctl import threadpool_info
 
 from distilbeam.pipelines.beam_options import pipeline_options
-from distilbeam.pipelines.phases import PhaseError, run_phase, threads
+from distilbeam.pipelines.phases import PhaseError, PhaseReport, run_phase, threads
 
 
 def run(work: Squares, items: list[int], tmp_path: Path, **options: object) -> int:
+    return report(work, items, tmp_path, **options).items
+
+
+def report(work: Squares, items: list[int], tmp_path: Path, **options: object) -> PhaseReport:
     return run_phase("square", work, items, errors=tmp_path / "errors", options=pipeline_options(), **options)  # type: ignore[arg-type]
 
 
@@ -43,7 +48,9 @@ def test_a_failing_item_costs_its_neighbours_nothing_and_is_named(tmp_path: Path
 
 def test_what_can_pass_is_tried_again(tmp_path: Path) -> None:
     work = Squares(str(tmp_path), shaky=(1, 4))
-    assert run(work, list(range(6)), tmp_path) == 6
+    done = report(work, list(range(6)), tmp_path)
+    assert (done.items, done.retried, done.counts["square_items"]) == (6, 2, 6)
+    assert done.seconds > 0
     assert [work.attempts(i) for i in range(6)] == [1, 2, 1, 1, 2, 1]
 
 
@@ -54,7 +61,7 @@ def test_attempts_are_bounded(tmp_path: Path) -> None:
 
 
 def test_a_runner_that_loses_work_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distilbeam.pipelines.phases._submit", lambda *_: None)
+    monkeypatch.setattr("distilbeam.pipelines.phases._submit", lambda *_: Counter())
     with pytest.raises(
         PhaseError, match=r"1 item\(s\) could not be done although the runner reported success, the first number 5"
     ):

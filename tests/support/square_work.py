@@ -33,6 +33,9 @@ class Squares:
     def name(self, item: int) -> str:
         return f"number {item}"
 
+    def rows(self, item: int) -> tuple[int, int]:
+        return int(self.done(item)), 1
+
     def _file(self, item: int) -> Path:
         return Path(self.directory) / f"{item}.txt"
 
@@ -66,7 +69,7 @@ def main() -> None:
     work = ImportedDeadly(directory, deadly=(2,), always=always)
     options = pipeline_options(["--direct_running_mode=multi_processing", "--direct_num_workers=2"])
     try:
-        print(run_phase("square", work, list(range(6)), errors=Path(directory) / "errors", options=options))
+        print(run_phase("square", work, list(range(6)), errors=Path(directory) / "errors", options=options).items)
     except PhaseError as e:
         print(e)
     watchdog.end_given_up(0)
