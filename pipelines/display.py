@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,7 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 NOISY = ("apache_beam", "google", "grpc", "h5py", "matplotlib", "tensorflow", "absl", "root")
 
-Report = Callable[[int, int], None]
+
+class Report(Protocol):
+    """Called with the numbers of things done and of all things, and a few words about the latest."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
 
 class Display:
@@ -39,7 +44,7 @@ class Display:
           title: what is being done, in a few words.
 
         Yields:
-          A function to call with the numbers of things done and of all things.
+          A function to call with the numbers of things done and of all things, and a note.
         """
         start = time.perf_counter()
         columns = (
@@ -49,10 +54,17 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            task = progress.add_task(title, total=None, note="")
+
+            def report(done: int, total: int, note: str = "", /) -> None:
+                rate = progress.tasks[0].speed
+                words = [note, "" if rate is None else f"{rate:,.0f}/s"]
+                progress.update(task, completed=done, total=total, note="  ".join(filter(None, words)))
+
+            yield report
         self.console.print(f"  [green]✓[/] {title} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
 
     @contextmanager

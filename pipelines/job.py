@@ -30,6 +30,7 @@ from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
+from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.atomic import replacing
@@ -96,7 +97,7 @@ class Job:
         self._train(self.directory.student(number), [self.directory.labels(r) for r in range(number)], report)
 
     def ask(self, name: str, report: Report) -> None:
-        """Ask the teacher about the validation or the test set."""
+        """Ask the teacher about the labelled, the validation or the test set."""
         labelling = Labelling(self.teacher, self._spec(LabelsSection()), teacher_batch=self.config.engine.teacher_batch)
         self._label(self.directory.asked(name), f"ask-{name}", self._labelled_set(name).plan, labelling, None, report)
 
@@ -153,21 +154,25 @@ class Job:
         return float(wrong.mean())
 
     def _train(self, directory: Path, soft_labels: list[Path], report: Report) -> None:
-        student = self.config.student
+        student, training = self.config.student, self.config.training
         student = student.model_copy(update={"input": student.input.relative_to(self.base)})  # workers start elsewhere
+        common: dict[str, Any] = {
+            "classes": self.inputs.classes,
+            "labelled": self.inputs.labelled.table,
+            "label_column": self.config.data.label,
+            "validation": self.inputs.validation.table,
+            "directory": directory,
+            "seed": self.config.run.seed,
+            "progress": lambda done, total, loss: report(done, total, f"loss {loss:.4f}"),
+        }
         with threads(self.config.engine.threads or torch.get_num_threads()):
-            train(
-                student,
-                self.config.training,
-                classes=self.inputs.classes,
-                labelled=self.inputs.labelled.table,
-                label_column=self.config.data.label,
-                soft_labels=soft_labels,
-                validation=self.inputs.validation.table,
-                directory=directory,
-                seed=self.config.run.seed,
-                progress=lambda done, total, _loss: report(done, total),
-            )
+            if training.finetune is not None and soft_labels:
+                answers = [self.directory.asked("labelled")]
+                train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
+                return
+            teacher = self.answers("validation") if training.reestimate_epochs is not None and soft_labels else None
+            training = training.model_copy(update={"finetune": None})
+            train(student, training, soft_labels=soft_labels, validation_teacher=teacher, **common)
 
     def _label_picks(
         self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], report: Report

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.config import RunConfig, differing_keys, write_config
+from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, write_config
 from distilbeam.pipelines.files import sweep
+from distilbeam.student.train_config import FREE
+from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
 
-_FREE = (("run", "directory"), ("engine", "attempts"))  # settings that change no file of a run
+# settings that change no file of a run
+_FREE = (("run", "directory"), ("engine", "attempts"), *(("training", name) for name in FREE))
 
 
 class RunDirectory:
@@ -86,7 +89,7 @@ class RunDirectory:
 
 
 @contextmanager
-def opened_run(config: RunConfig, base: Path) -> Iterator[RunDirectory]:
+def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirectory]:
     """Create or reopen the run directory of a configuration and hold it until the block ends.
 
     Args:
@@ -103,6 +106,7 @@ def opened_run(config: RunConfig, base: Path) -> Iterator[RunDirectory]:
         directory = RunDirectory(root)
         _check_config(directory, config)
         sweep(root)
+        remove_finished(root)
         yield directory
 
 
@@ -145,7 +149,7 @@ def _hold(lock: Any, root: Path, setting: str) -> None:
     lock.flush()
 
 
-def _check_config(directory: RunDirectory, config: RunConfig) -> None:
+def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> None:
     if not directory.config.exists():
         strangers = [p.name for p in directory.root.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
         if strangers:
@@ -166,5 +170,7 @@ def _check_config(directory: RunDirectory, config: RunConfig) -> None:
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
     return {
-        section: {k: v for k, v in values.items() if (section, k) not in _FREE} for section, values in config.items()
+        section: {k: v for k, v in values.items() if (section, k) not in _FREE}
+        for section, values in config.items()
+        if section != "prices"
     }

@@ -47,7 +47,7 @@ def steps_of(job: Job) -> list[Step]:
     budget, rounds = config.selection.budget, config.run.rounds
     steps = [
         Step("train", 0, "train student 0 on the labelled set", where.student(0), partial(job.train, 0)),
-        *(_ask(job, name) for name in ("validation", "test") if name == "validation" or config.data.test is not None),
+        *(_ask(job, name) for name in _asked(config)),
     ]
     for r in range(rounds):
         steps += [
@@ -65,6 +65,16 @@ def steps_of(job: Job) -> list[Step]:
         Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job)),
         Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where)),
     ]
+
+
+def _asked(config: RunConfig) -> list[str]:
+    """Name the sets that the teacher is asked about: the fine-tuning of blind distillation needs the labelled one."""
+    needed = {
+        "validation": True,
+        "test": config.data.test is not None,
+        "labelled": config.training.finetune is not None,
+    }
+    return [name for name, wanted in needed.items() if wanted]
 
 
 def _ask(job: Job, name: str) -> Step:
@@ -130,7 +140,7 @@ def run(
 
 def redraw_report(root: Path) -> None:
     """Draw the report of a finished run again."""
-    write_report(RunDirectory(root), lambda _done, _total: None)
+    write_report(RunDirectory(root), lambda *_: None)
 
 
 def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step]:

@@ -138,6 +138,13 @@ class TrainingDirectory:
         return None
 
 
+def remove_finished(root: Path) -> None:
+    """Remove what killed processes left of trainings whose students are there."""
+    for left in root.rglob(f"*{SUFFIX}"):
+        if left.with_name(left.name.removesuffix(SUFFIX)).exists():
+            shutil.rmtree(left)
+
+
 def _owned(tensors: Tensors) -> Tensors:
     """Copy tensors to memory of their own on the CPU: safetensors takes no two names for one."""
     return {

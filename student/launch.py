@@ -1,0 +1,151 @@
+"""Train a student over Parquet files, in one process or several, from a TOML file.
+
+    python -m distilbeam.student.launch training.toml
+    torchrun --nproc-per-node 2 -m distilbeam.student.launch training.toml --set training.lr=0.001
+
+    [data]                              # paths are relative to the file
+    soft_labels = ["run/labels/round=000"]
+    labelled = "labelled.parquet"       # optional; so is validation
+    validation = "validation.parquet"
+    label = "label"
+    classes = ["cat", "dog"]
+    directory = "student"
+    seed = 0
+
+    [student]
+    kind = "mlp"
+    input = { columns = ["x"] }
+
+    [training]
+    epochs = 60
+
+The same command goes on with a training that was killed. A directory that holds the student already is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.train import TrainResult, train
+from distilbeam.student.train_config import TrainConfig
+
+
+class DataConfig(BaseModel):
+    """What a student is trained on, and where it goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
+    labelled: str | None = Field(None, description="Parquet file of human-labelled examples")
+    validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
+    label: str = Field("label", description="column with the true class")
+    classes: tuple[str, ...] = Field(description="names of the classes in the order of the logits", min_length=2)
+    directory: str = Field("student", description="where the student appears")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+
+
+class LaunchConfig(BaseModel):
+    """A training over Parquet files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: DataConfig
+    student: StudentConfig
+    training: TrainConfig = TrainConfig()
+
+
+def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResult:
+    """Train what a configuration says.
+
+    Args:
+      config: the configuration.
+      base: directory that its paths are relative to.
+      progress: as for `train`.
+
+    Returns:
+      The metrics and the directory of the student.
+
+    Raises:
+      ValueError: as for `train`.
+      FileExistsError: the student is there already.
+    """
+    data = config.data
+    tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
+    return train(
+        config.student.model_copy(update={"input": config.student.input.relative_to(base)}),
+        config.training,
+        classes=data.classes,
+        labelled=tables[0],
+        label_column=data.label,
+        soft_labels=[base / path for path in data.soft_labels],
+        validation=tables[1],
+        directory=base / data.directory,
+        seed=data.seed,
+        progress=progress,
+    )
+
+
+def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
+    """Read a configuration, with words `section.key=value` over it.
+
+    Raises:
+      ValueError: it cannot be read, or a setting is not valid; a line for each.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+        for override in overrides:
+            name, _, value = override.partition("=")
+            section, _, key = name.partition(".")
+            data.setdefault(section, {})[key] = tomllib.loads(f"value = {value}")["value"]
+        return LaunchConfig.model_validate(data)
+    except ValidationError as e:
+        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
+        raise ValueError("\n".join(lines)) from e
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path} or a --set is not valid TOML: {e}") from e
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
+    ] = None,
+) -> None:
+    """Train a student over Parquet files."""
+    first = os.environ.get("RANK", "0") == "0"
+    columns = (
+        TextColumn("  {task.fields[loss]}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bar:
+            task = bar.add_task("", total=None, loss="")
+            result = launch(
+                read_config(config, overrides or []),
+                config.parent,
+                lambda done, total, loss: bar.update(task, completed=done, total=total, loss=f"loss {loss:.4f}"),
+            )
+    except (ValueError, OSError) as e:
+        typer.echo(f"error: {e}", err=True)
+        raise SystemExit(2) from e
+    if first:
+        figures = {name: round(value, 4) for name, value in result.metrics.items()}
+        typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
