@@ -18,6 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from distilbeam.pipelines.data_commands import ingest
 from distilbeam.pipelines.display import Display, configure_logs
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
@@ -206,5 +207,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (inspect, verify, serve_teacher):
+for command in (ingest, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

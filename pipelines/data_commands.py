@@ -1,0 +1,118 @@
+"""The commands about data: `ingest`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distilbeam.pipelines.display import Display, configure_logs
+
+console = Console()
+
+
+def ingest(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... [-- BEAM OPTIONS]", help="Files, directories or glob patterns; .gz is unpacked."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the pool; must not be there yet.")],
+    format_: Annotated[str, typer.Option("--format", help="csv, jsonl, tfrecord, text or images.")],
+    id_column: Annotated[
+        str | None, typer.Option("--id", help="Column with unique ids; the hash of the content serves without one.")
+    ] = None,
+    class_column: Annotated[
+        str | None, typer.Option(help="images: column for the name of the folder that an image is in.")
+    ] = None,
+    vector: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:DTYPE]=COLUMN,...",
+            help="csv: columns (or patterns) that become one vector; may be repeated.",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N,N", help="csv: shape of a vector; may be repeated.")
+    ] = None,
+    column_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type",
+            metavar="COLUMN=TYPE",
+            help="int64, float64, bool, string or binary, where the found type is wrong.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="csv: columns of files without a header.")
+    ] = None,
+    delimiter: Annotated[str, typer.Option(help="csv: what separates fields; 'tab' for a tabulator.")] = ",",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates."""
+    configure_logs(log_level, console)
+    display = Display(console)
+    with display.waiting("loading"):  # Beam takes seconds to import
+        from distilbeam.pipelines.beam_options import pipeline_options
+        from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
+        from distilbeam.pipelines.ingest.settings import ingest_options
+    sources, flags = _split(sources)
+    options = ingest_options(
+        format=format_,
+        id_column=id_column,
+        class_column=class_column,
+        delimiter="\t" if delimiter == "tab" else delimiter,
+        columns=tuple(columns.split(",")) if columns else (),
+        vectors=_vectors(vector or [], shape or []),
+        types=dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
+    )
+    summary = ingest_sources(sources, out, options, beam=pipeline_options(flags), display=display)
+    for sentence in _sentences(summary, out):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Part the sources from Beam's options, which follow `--` and begin with the first word that looks like one."""
+    end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    if not end:
+        raise ValueError("SOURCE must come before the '--' that Beam's options follow")
+    return words[:end], words[end:]
+
+
+def _vectors(vectors: list[str], shapes: list[str]) -> dict[str, dict[str, Any]]:
+    made: dict[str, dict[str, Any]] = {}
+    for text in vectors:
+        name, patterns = _pair(text, "--vector", "NAME[:DTYPE]=COLUMN,...")
+        name, _, dtype = name.partition(":")
+        made[name] = {"columns": patterns.split(","), **({"dtype": dtype} if dtype else {})}
+    for text in shapes:
+        name, numbers = _pair(text, "--shape", "NAME=N,N")
+        if name not in made:
+            raise ValueError(f"--shape must name a vector of --vector, got {name}")
+        made[name]["shape"] = numbers.split(",")
+    return made
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"{option} takes {form}, got '{text}'")
+    return name, value
+
+
+def _sentences(summary: Any, out: Path) -> Iterator[str]:
+    columns = ", ".join(f"{name} ({type_})" for name, type_ in summary.columns.items())
+    yield f"{summary.rows:,} examples in {out}: {summary.pool_files} file(s), {summary.bytes / 1e6:.1f} MB; columns {columns}."
+    yield (
+        f"Read {summary.records:,} records from {summary.files:,} file(s); left out {summary.duplicates:,} duplicate(s) "
+        f"and {summary.bad:,} bad record(s)."
+    )
+    if summary.first_bad:
+        first = summary.first_bad
+        line = "" if first["line"] is None else f" line {first['line']:,}"
+        yield f"Bad records are in {out / '_dead_letters.jsonl'}, the first: {first['file']}{line}: {first['error']}"

@@ -1,0 +1,175 @@
+"""Source files, and the blocks of them that can be read on their own."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+FILES_PER_UNIT = 4096
+SUFFIXES = {
+    "csv": (".csv", ".tsv"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "tfrecord": (".tfrecord", ".tfrecords", ".tfr"),
+    "text": (".txt", ".text"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to ingest: its path, its name relative to what was named, size in bytes and time of change in ns."""
+
+    path: str
+    name: str
+    bytes: int
+    mtime_ns: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the file is read through gzip."""
+        return self.path.endswith(".gz")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole records of a file.
+
+    Attributes:
+      source: the file.
+      start: first byte.
+      stop: the byte after the last, or None for the end of the file.
+      first: number of the first line (of the first record, in files without lines), from 1.
+      columns: names of the columns, where the file has a header.
+    """
+
+    source: Source
+    start: int
+    stop: int | None
+    first: int
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceUnit:
+    """Blocks that a worker takes at once: its number in the order of the sources, and a stable id."""
+
+    number: int
+    uid: str
+    blocks: tuple[Block, ...]
+
+
+def find_sources(paths: Sequence[str], format_: str) -> list[Source]:
+    """List the files that paths, directories and glob patterns name, in the order of their names.
+
+    A directory stands for the files in it, at any depth, that end as the format's files do (every file, for images). Names
+    that begin with a dot or an underscore are passed over.
+
+    Raises:
+      ValueError: a path with nothing at it, or a directory without such files.
+    """
+    found: dict[str, Source] = {}
+    for text in paths:
+        path = Path(text)
+        files = _below(path, format_) if path.is_dir() else [path] if path.exists() else _matching(text)
+        if not files:
+            raise ValueError(
+                f"SOURCE must name files, directories or glob patterns with {format_}, got {text}: {_nothing(path, format_)}"
+            )
+        root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+        for file in files:
+            state = file.stat()
+            source = Source(str(file.resolve()), str(file.relative_to(root)), state.st_size, state.st_mtime_ns)
+            found.setdefault(source.path, source)
+    return sorted(found.values(), key=lambda source: (source.name, source.path))
+
+
+def open_block(block: Block) -> IO[bytes] | gzip.GzipFile:
+    """Open a block's file at the block's first byte."""
+    if block.source.compressed:
+        return gzip.open(block.source.path, "rb")
+    file = Path(block.source.path).open("rb")  # noqa: SIM115  # the caller closes it
+    file.seek(block.start)
+    return file
+
+
+def line_chunks(block: Block, chunk_bytes: int = 8 * 2**20) -> Iterator[tuple[int, bytes]]:
+    """Read a block of lines in pieces.
+
+    Yields:
+      The number of the first line and whole lines, the last one of a file with or without its newline.
+
+    Raises:
+      EOFError, zlib.error: a compressed file is damaged; the lines before the damage were yielded.
+    """
+    line, rest = block.first, b""
+    left = None if block.stop is None else block.stop - block.start
+    with open_block(block) as file:
+        for data in _pieces(file, left, chunk_bytes):
+            whole, newline, tail = (rest + data).rpartition(b"\n")
+            rest = tail
+            if newline:
+                yield line, whole + newline
+                line += whole.count(b"\n") + 1
+    if rest:
+        yield line, rest
+
+
+def plan_source_units(blocks: Iterable[Block], unit_bytes: int) -> list[SourceUnit]:
+    """Group consecutive blocks into units of about `unit_bytes`."""
+    units: list[SourceUnit] = []
+    waiting: list[Block] = []
+    size = 0
+    for block in blocks:
+        block_bytes = (block.source.bytes if block.stop is None else block.stop) - block.start
+        if waiting and (size + block_bytes > unit_bytes or len(waiting) == FILES_PER_UNIT):
+            units.append(_unit(len(units), waiting))
+            waiting, size = [], 0
+        waiting.append(block)
+        size += block_bytes
+    return [*units, _unit(len(units), waiting)] if waiting else units
+
+
+def _pieces(file: IO[bytes] | gzip.GzipFile, left: int | None, chunk_bytes: int) -> Iterator[bytes]:
+    while left is None or left > 0:
+        data = file.read(chunk_bytes if left is None else min(left, chunk_bytes))
+        if not data:
+            return
+        left = None if left is None else left - len(data)
+        yield data
+
+
+def _unit(number: int, blocks: list[Block]) -> SourceUnit:
+    identity = "\n".join(f"{b.source.path}|{b.source.bytes}|{b.source.mtime_ns}|{b.start}|{b.stop}" for b in blocks)
+    uid = hashlib.blake2b(f"{number}\n{identity}".encode(), digest_size=8).hexdigest()
+    return SourceUnit(number, uid, tuple(blocks))
+
+
+def _below(directory: Path, format_: str) -> list[Path]:
+    suffixes = SUFFIXES.get(format_)
+    return [
+        path
+        for path in directory.rglob("*")
+        if path.is_file()
+        and not any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
+        and (suffixes is None or path.name.removesuffix(".gz").endswith(suffixes))
+    ]
+
+
+def _matching(pattern: str) -> list[Path]:
+    return [path for text in glob.glob(pattern, recursive=True) if (path := Path(text)).is_file()]  # noqa: PTH207  # absolute patterns
+
+
+def _nothing(path: Path, format_: str) -> str:
+    if not path.is_dir():
+        return "nothing is there"
+    endings = SUFFIXES.get(format_)
+    return (
+        f"no file in it ends in {', '.join(endings)} (or these with .gz); name files of other endings one by one"
+        if endings
+        else "it holds no file"
+    )
