@@ -32,7 +32,7 @@ from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, MARGIN, TAI
 from distilbeam.teacher.softlabels.shards import ROW_GROUP_BYTES
 
 ROWS = {10: 400_000, 1_000: 40_000, 32_000: 16_000, 150_000: 8_000}
-QUICK_ROWS = {10: 40_000, 1_000: 4_000, 32_000: 256}
+QUICK_ROWS = {10: 40_000, 1_000: 4_000, 32_000: 2_000}
 KEPT = (10, 64, 128)
 DRAWS = 50
 BLOCK_LOGITS = 2**22

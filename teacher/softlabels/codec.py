@@ -2,7 +2,7 @@
 
     logprob_c = x_c / T - log sum_j exp(x_j / T),   stored rounded to half precision
     tail      = log sum over the classes not kept of exp(logprob_c)
-    sampled   = log(count_c / k) of k independent draws, restored exactly from the stored value
+    sampled   = log(count_c / k) of k independent draws, exact in float32, restored exactly from float16
 
 Accuracy. The softmax runs in float32 after the largest logit is subtracted exactly: its log-probabilities z have an
 error of at most 2^-23 (|z| + log2 C + 4). Rounding to half precision adds at most 2^-11 |z| (2^-25 where |z| < 2^-14),
@@ -48,6 +48,7 @@ _BLOCK_VALUES = 2**18
 _BLOCK_ROWS = 4096
 _FEW = 32  # classes
 _HALF_LOWEST = np.float32(-65504.0)
+_SEARCH_BLOCK = 2**12  # numbers looked at together
 _HALF_SHIFT = 13  # mantissa bits that a float32 has and a float16 has not
 # log(1 - sum of the kept) computed in float32 has no more digits than this, and a finite tail keeps losses finite.
 TAIL_FLOOR = np.float32(math.log(1e-7))
@@ -185,7 +186,8 @@ class _Columns:
             self.classes[rows], counts = draw_classes(mass, self.spec.width, rng)
             with np.errstate(divide="ignore"):
                 kept = np.log(counts / np.float32(self.spec.width))
-        self.logprobs[rows] = round_to_half(kept)
+        exact = self.spec.kind == "sampled" and self.spec.storage == "float32"
+        self.logprobs[rows] = kept if exact else round_to_half(kept)
         self.margin[rows] = (1 - _second_largest(mass)) / total[:, 0]  # the largest mass is exp(0)
         if self.spec.kind == "top_k":
             np.put_along_axis(mass, classes, 0, axis=1)
@@ -279,7 +281,7 @@ def _second_of_few(mass: Float32) -> Float32:
 
 
 def _frequencies(column: pa.Array | pa.ChunkedArray, draws: int) -> Float32:
-    """Restore log(count / draws) from its value in half precision, piece by piece of the column."""
+    """Read log(count / draws), piece by piece of the column."""
     pieces = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     restored = [_restored(flat_values(piece, draws), draws) for piece in pieces]
     if len(restored) == 1:
@@ -288,11 +290,21 @@ def _frequencies(column: pa.Array | pa.ChunkedArray, draws: int) -> Float32:
 
 
 def _restored(stored: npt.NDArray[Any], draws: int) -> Float32:
+    """Give what is exact as it is; float32 labels written by the first versions were rounded to half precision too."""
+    if stored.dtype == np.float32 and _has_low_bits(stored):
+        return stored
     # A place is inside the table whatever was stored, so that none need be checked. Arrow takes at twice NumPy's speed.
     places = pa.array(_places(stored).reshape(-1))
     taken = pc.take(_restoring(draws, stored.dtype.char), places, boundscheck=False)
     frequencies: Float32 = taken.to_numpy().reshape(stored.shape)
     return frequencies
+
+
+def _has_low_bits(stored: Float32) -> bool:
+    """Say whether any value has more digits than half precision; of exact labels nearly every one has."""
+    bits = stored.view(np.uint32).reshape(-1)
+    pieces = (bits[start : start + _SEARCH_BLOCK] for start in range(0, len(bits), _SEARCH_BLOCK))
+    return any(np.bitwise_and(piece, np.uint32(2**_HALF_SHIFT - 1)).any() for piece in pieces)
 
 
 def _places(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:

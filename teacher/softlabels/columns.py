@@ -3,7 +3,8 @@
 Values of log-probabilities rounded to half precision leave the low 13 bits of a float32 at zero. BYTE_STREAM_SPLIT puts
 equal byte positions beside each other and zstd removes the empty ones, so that a float32 column that every reader opens
 costs little more than float16; the high bytes of class numbers vanish in the same way. Dictionaries are kept off
-floats, where they cost time and save nothing.
+floats, where they cost time and save nothing, but for the frequencies of sampled labels: those have at most as many
+values as there were draws, so that a dictionary holds them exactly in fewer bytes than half precision would need.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     encodings = {path: encoding for path, type_ in leaves.items() if (encoding := _encoding(path, type_))}
+    if CLASSES in schema.names and TAIL not in schema.names:  # sampled labels
+        encodings = {path: encoding for path, encoding in encodings.items() if not path.startswith(f"{LOGPROBS}.")}
     return {
         "compression": "zstd",
         "use_dictionary": [path for path in leaves if path not in encodings],

@@ -126,6 +126,17 @@ def test_frequencies_are_restored_to_the_last_bit_from_a_table_in_pieces(
         np.testing.assert_array_equal(labels.logprobs, np.log(counts / np.float32(draws)))
 
 
+def test_frequencies_that_were_rounded_in_float32_are_restored_too(rng: np.random.Generator) -> None:
+    spec = SoftLabelSpec(9, "sampled", 100)
+    batch = encode(3 * rng.normal(size=(70, 9)), spec)
+    exact = batch["teacher_logprobs"].flatten().to_numpy()
+    rounded = round_to_half(exact).astype(np.float32)
+    assert (rounded != exact)[np.isfinite(exact)].mean() > 0.9
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(rounded), type=batch.schema.field("teacher_logprobs").type)
+    old = batch.set_column(0, batch.schema.field("teacher_logprobs"), lists)
+    np.testing.assert_array_equal(decode(old, spec).logprobs.ravel(), exact)
+
+
 def test_sampled_labels_are_unbiased() -> None:
     """Each class's mean frequency over N draws lies within a bound that chance breaks once in a billion.
 

@@ -33,10 +33,7 @@ def shard(
 
 def check(read: dict[str, Any], labels: SoftLabels, spec: SoftLabelSpec) -> None:
     stored = np.stack([np.asarray(row, np.float32) for row in read["teacher_logprobs"]])
-    if spec.kind == "sampled":  # stored to half precision, decoded to the exact frequency
-        np.testing.assert_allclose(np.exp(stored), np.exp(labels.logprobs), atol=1e-3)
-    else:
-        np.testing.assert_array_equal(stored, labels.logprobs)
+    np.testing.assert_array_equal(stored, labels.logprobs)
     if labels.classes is not None:
         np.testing.assert_array_equal(np.stack([np.asarray(row) for row in read["teacher_classes"]]), labels.classes)
     if labels.tail_logmass is not None:

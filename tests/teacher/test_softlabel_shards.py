@@ -79,6 +79,15 @@ def test_carried_tensors_keep_their_shape_and_type(tmp_path: Path, labelled: Lab
     np.testing.assert_array_equal(make_input(InputConfig(columns=("image",)))(batch), pixels)
 
 
+def test_frequencies_of_sampled_labels_are_in_a_dictionary(tmp_path: Path, labelled: Labelled) -> None:
+    spec = SoftLabelSpec(4, "sampled", 30)
+    write_shard(tmp_path, "s", labelled(np.random.default_rng(0).normal(size=(9, 4)), spec), spec, "k")
+    group = pq.read_metadata(tmp_path / "s.parquet").row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert any("DICTIONARY" in e for e in columns["teacher_logprobs.list.element"].encodings)
+    assert "BYTE_STREAM_SPLIT" in columns["teacher_classes.list.element"].encodings
+
+
 def test_encodings_are_those_of_the_format(tmp_path: Path, labelled: Labelled) -> None:
     write_shard(tmp_path, "s", labelled(np.zeros((9, 4)), SPEC, text=["same"] * 9), SPEC, "k")
     group = pq.read_metadata(tmp_path / "s.parquet").row_group(0)
