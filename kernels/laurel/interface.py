@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from distilbeam.kernels.laurel import reference
-from distilbeam.kernels.resolve import never, no_kernel, resolve
+from distilbeam.kernels.laurel.autograd import LaurelFunction, Plan
+from distilbeam.kernels.laurel.backends import backends, module_of
+from distilbeam.kernels.laurel.operands import NormedResidual, width_of
+from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows, stand_in
+from distilbeam.kernels.quantize.interface import quantize_rowwise
+from distilbeam.kernels.resolve import resolve
 
-QUANTISED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-
-
-class NormedResidual(NamedTuple):
-    """A residual and its normalised form.
-
-    Attributes:
-      residual: x', [..., D].
-      normed: RMS-normalised x', [..., D]; in 8 bits when quantised.
-      scale: what the quantised values must be multiplied by, float32 [..., 1]; None when not quantised.
-    """
-
-    residual: Tensor
-    normed: Tensor
-    scale: Tensor | None
+Quantized = Literal["fp8", "int8"]
 
 
 @overload
@@ -55,11 +46,28 @@ def laurel_residual(
     down: Tensor | None = None,
     up: Tensor | None = None,
     norm_weight: Tensor,
-    quantize: Literal["fp8", "int8"] | None = None,
+    quantize: None = None,
     previous: Sequence[Tensor] = (),
     gamma: Tensor | None = None,
     implementation: str | None = None,
-) -> NormedResidual: ...
+) -> NormedResidual[Tensor]: ...
+
+
+@overload
+def laurel_residual(
+    update: Tensor,
+    residual: Tensor,
+    *,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    norm_weight: Tensor,
+    quantize: Quantized,
+    previous: Sequence[Tensor] = (),
+    gamma: Tensor | None = None,
+    implementation: str | None = None,
+) -> NormedResidual[QuantizedRows]: ...
 
 
 def laurel_residual(
@@ -71,11 +79,11 @@ def laurel_residual(
     down: Tensor | None = None,
     up: Tensor | None = None,
     norm_weight: Tensor | None = None,
-    quantize: Literal["fp8", "int8"] | None = None,
+    quantize: Quantized | None = None,
     previous: Sequence[Tensor] = (),
     gamma: Tensor | None = None,
     implementation: str | None = None,
-) -> Tensor | NormedResidual:
+) -> Tensor | NormedResidual[Tensor] | NormedResidual[QuantizedRows]:
     """Add a layer's output to its input by learned weights and a low-rank map.
 
     x' = alpha update + beta (residual + (residual down) up) + sum_j gamma_j previous_j, accumulated in float32. With
@@ -89,13 +97,16 @@ def laurel_residual(
       down: A, floating [D, r]; given together with `up`.
       up: B, floating [r, D].
       norm_weight: weight of an RMS norm of x', floating [D]; asks for the normed form beside x'.
-      quantize: `fp8` (e4m3) or `int8`: the normed form in 8 bits with one scale per row; not differentiable.
+      quantize: `fp8` (e4m3) or `int8`: the normed form as rows in 8 bits, made in the same pass, for `fp8_linear` or
+        `int8_linear`, which send its gradient back as if nothing were rounded.
       previous: earlier residuals, each [..., D].
       gamma: their weights, floating [len(previous)].
-      implementation: `reference` or None; there is no `triton` or `pallas` kernel of this operation.
+      implementation: `reference` (autograd, to any order), `chunked` (any device), `triton` (CUDA), `pallas` (TPU);
+        None chooses by size and device.
 
     Returns:
-      x' in the dtype of `update`, [..., D]; with `norm_weight` a NormedResidual.
+      x' in the dtype of `update`, [..., D]; with `norm_weight` a NormedResidual, whose second part is the norm of x' as
+      it is stored.
 
     Raises:
       ValueError: shapes disagree, or parts that belong together are not given together.
@@ -111,14 +122,49 @@ def laurel_residual(
       Menghani et al., Learned Augmented Residual Layer, arXiv:2411.07501, section 2.
     """
     _check(update, residual, down, up, norm_weight, quantize, previous, gamma)
-    resolve("laurel_residual", implementation, {"reference": never, **no_kernel("triton", "pallas")})
-    total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
+    name = resolve("laurel_residual", implementation, backends(update, down, previous, quantize))
+    with torch.autocast(update.device.type, enabled=False):  # nothing here may be narrowed behind its back
+        if name == "reference":
+            total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
+            return total if norm_weight is None else _normed_by_reference(total, norm_weight, quantize)
+        dim, learned = update.shape[-1], (_learned(alpha), _learned(beta), _learned(gamma))
+        plan = Plan(module_of(name), None if quantize is None else FORMATS[quantize], learned)
+        flat = [x.reshape(-1, dim) for x in (update, residual, *previous)]
+        small = (_coefficients(update, alpha, beta, gamma), down, up, norm_weight)
+        total, normed, values, scale = LaurelFunction.apply(plan, *flat[:2], *small, *flat[2:])
+    whole: Tensor = total.reshape(update.shape)
     if norm_weight is None:
-        return total.to(update.dtype)
+        return whole
+    normed = normed.reshape(update.shape)
+    if quantize is None:
+        return NormedResidual(whole, normed)
+    straight = normed if normed.requires_grad else None
+    return NormedResidual(
+        whole, QuantizedRows(values.reshape(update.shape), scale.reshape(*update.shape[:-1], 1), straight)
+    )
+
+
+def _normed_by_reference(
+    total: Tensor, norm_weight: Tensor, quantize: Quantized | None
+) -> NormedResidual[Tensor] | NormedResidual[QuantizedRows]:
     normed = reference.rms_norm(total, norm_weight)
     if quantize is None:
-        return NormedResidual(total.to(update.dtype), normed.to(update.dtype), None)
-    return NormedResidual(total.to(update.dtype), *reference.quantise_rows(normed, QUANTISED[quantize]))
+        return NormedResidual(total, normed.to(total.dtype))
+    rows = quantize_rowwise(normed.detach(), FORMATS[quantize].dtype, implementation="reference")
+    return NormedResidual(total, QuantizedRows(rows.values, rows.scale, stand_in(normed.to(total.dtype))))
+
+
+def _coefficients(
+    update: Tensor, alpha: Tensor | float | None, beta: Tensor | float | None, gamma: Tensor | None
+) -> Tensor:
+    """Put alpha, beta and the gammas into one tensor, through which autograd reaches each."""
+    dtype, device = width_of(update.dtype), update.device
+    parts = [torch.as_tensor(1.0 if x is None else x, dtype=dtype, device=device).reshape(1) for x in (alpha, beta)]
+    return torch.cat(parts if gamma is None else [*parts, gamma.to(dtype)])
+
+
+def _learned(factor: Tensor | float | None) -> bool:
+    return isinstance(factor, Tensor) and factor.requires_grad
 
 
 def _check(
@@ -144,5 +190,5 @@ def _check(
     count = 0 if gamma is None else len(gamma)
     if count != len(previous):
         raise ValueError(f"gamma must have one weight for each of the {len(previous)} previous tensors, got {count}")
-    if quantize is not None and (norm_weight is None or quantize not in QUANTISED):
+    if quantize is not None and (norm_weight is None or quantize not in ("fp8", "int8")):
         raise ValueError(f"quantize must be 'fp8' or 'int8' and needs norm_weight, got {quantize!r}")

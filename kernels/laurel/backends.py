@@ -1,0 +1,65 @@
+"""Which backend of the learned augmented residual serves a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from distilbeam.kernels.laurel import chunked
+from distilbeam.kernels.laurel.autograd import Backend
+from distilbeam.kernels.quantize.formats import FORMATS
+from distilbeam.kernels.quantize.interface import triton_refusals
+from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, triton_reasons
+
+LARGE = 1 << 17  # numbers from which the blocks beat autograd on a CPU (benchmarks/laurel.py)
+MOST_PREVIOUS = 4  # earlier residuals that the Triton kernels have arguments for
+MOST_RANK = 128  # whose low-rank products fit the kernels' registers
+
+
+def backends(
+    update: Tensor, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None
+) -> dict[str, Reasons]:
+    """Order the backends for a call: on a GPU the fused kernel, on a CPU autograd while the tensors are small."""
+    triton: dict[str, Reasons] = {"triton": lambda: _triton(update, down, previous, quantize)}
+    pallas: dict[str, Reasons] = {"pallas": lambda: _pallas(update)}
+    if update.is_cuda:
+        return {**triton, "chunked": never, "reference": never, **pallas}
+    if update.numel() >= LARGE:
+        return {"chunked": never, "reference": never, **triton, **pallas}
+    return {"reference": never, "chunked": never, **triton, **pallas}
+
+
+def module_of(name: str) -> Backend:
+    """Give a backend's module, importing what it needs."""
+    if name == "triton":
+        from distilbeam.kernels.laurel import triton_backend
+
+        return cast("Backend", triton_backend)
+    if name == "pallas":
+        from distilbeam.kernels.laurel import pallas_backend
+
+        return cast("Backend", pallas_backend)
+    return cast("Backend", chunked)
+
+
+def _triton(update: Tensor, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None) -> list[str]:
+    reasons = triton_reasons(update) if quantize is None else triton_refusals(FORMATS[quantize], update)
+    if quantize is None:
+        reasons += _wide(update)
+    if down is not None and down.shape[1] > MOST_RANK:
+        reasons.append(f"the rank is at most {MOST_RANK} there, got {down.shape[1]}")
+    if len(previous) > MOST_PREVIOUS:
+        reasons.append(f"at most {MOST_PREVIOUS} earlier residuals are added there, got {len(previous)}")
+    return reasons
+
+
+def _pallas(update: Tensor) -> list[str]:
+    return [*pallas_reasons(), *_wide(update)]
+
+
+def _wide(update: Tensor) -> list[str]:
+    if update.element_size() <= 4:
+        return []
+    return [f"it computes in float32, the update is {str(update.dtype).removeprefix('torch.')}"]
