@@ -31,7 +31,7 @@ def shard(
     return tmp_path / "shard.parquet", decode(table, spec), spec
 
 
-def check(read: dict[str, Any], labels: SoftLabels, spec: SoftLabelSpec) -> None:
+def check(read: dict[str, Any], labels: SoftLabels) -> None:
     stored = np.stack([np.asarray(row, np.float32) for row in read["teacher_logprobs"]])
     np.testing.assert_array_equal(stored, labels.logprobs)
     if labels.classes is not None:
@@ -44,29 +44,29 @@ def check(read: dict[str, Any], labels: SoftLabels, spec: SoftLabelSpec) -> None
 def test_pyarrow_dataset(shard: Any) -> None:
     path, labels, spec = shard
     table = ds.dataset(path).to_table()
-    check(table.to_pydict(), labels, spec)
+    check(table.to_pydict(), labels)
     np.testing.assert_array_equal(decode(table, spec).logprobs, labels.logprobs)
 
 
 def test_pandas(shard: Any) -> None:
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    path, labels, spec = shard
-    check(pandas.read_parquet(path), labels, spec)
+    path, labels, _spec = shard
+    check(pandas.read_parquet(path), labels)
 
 
 def test_duckdb(shard: Any) -> None:
     duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
-    path, labels, spec = shard
+    path, labels, _spec = shard
     with duckdb.connect() as connection:
         rows = connection.sql(f"select * from read_parquet('{path}')")
-        check({name: [row[i] for row in rows.fetchall()] for i, name in enumerate(rows.columns)}, labels, spec)
+        check({name: [row[i] for row in rows.fetchall()] for i, name in enumerate(rows.columns)}, labels)
 
 
 def test_hugging_face_datasets(shard: Any, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
     path, labels, spec = shard
     loaded = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
-    check(loaded.to_dict(), labels, spec)
+    check(loaded.to_dict(), labels)
     np.testing.assert_array_equal(decode(loaded.with_format("arrow")[:], spec).logprobs, labels.logprobs)
 
 
