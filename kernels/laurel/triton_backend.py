@@ -1,0 +1,168 @@
+"""Launch the Triton kernels of the learned augmented residual; imported when it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from distilbeam.kernels.laurel.operands import Gradients, Kept, Made, Operands, Slopes, Wanted
+from distilbeam.kernels.laurel.triton_kernels import column_sums, residual_rows, slope_rows
+from distilbeam.kernels.quantize.formats import Format
+from distilbeam.kernels.quantize.triton_backend import constants
+
+ARGUMENTS = 4  # earlier residuals
+PROGRAMS = 512  # of the sums over rows: enough to fill a GPU
+
+
+def forward(operands: Operands, target: Format | None) -> Made:
+    """Compute x' and what was asked for besides; see `chunked.forward`."""
+    f, x, coefficients, down, up, norm_weight, previous = operands
+    f, x, previous = f.contiguous(), x.contiguous(), [p.contiguous() for p in previous]
+    rows, dim = f.shape
+    rank = 0 if down is None else down.shape[1]
+    made = Made(
+        total=torch.empty_like(f),
+        low=f.new_empty(rows, rank, dtype=torch.float32) if rank else None,
+        inverse=f.new_empty(rows, 1, dtype=torch.float32) if norm_weight is not None else None,
+        normed=torch.empty_like(f) if norm_weight is not None and target is None else None,
+        values=None if target is None else torch.empty(f.shape, dtype=target.dtype, device=f.device),
+        scale=None if target is None else f.new_empty(rows, 1, dtype=torch.float32),
+    )
+    if not f.numel():
+        return made
+    tile = row_tile(rows, dim, rank)
+    formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if target is None else constants(target)
+    given = [_or(one, f) for one in (coefficients, _dense(down), _dense(up), norm_weight)]
+    results = [_or(one, f) for one in (made.total, made.low, made.inverse)]
+    residual_rows[(triton.cdiv(rows, tile["BM"]),)](
+        f, x, *given, *_padded(previous, f), *results,
+        _or(made.normed if made.values is None else made.values, f), _or(made.scale, f), rows, dim, rank,
+        RANK=padded_rank(rank), COUNT=len(previous), PRECISION=precision(f), NORM=norm_weight is not None,
+        QUANTIZE=target is not None, **formed, **tile,
+    )  # fmt: skip
+    return made
+
+
+def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
+    """Compute the gradients that are wanted; see `chunked.backward`."""
+    given = slopes.total if slopes.normed is None else slopes.normed
+    assert given is not None
+    rank, count = 0 if kept.down is None else kept.down.shape[1], len(kept.coefficients) - 2
+    slopes = Slopes(*(None if one is None else one.contiguous() for one in slopes))
+    d_update = torch.empty(given.shape, dtype=given.dtype, device=given.device) if wanted.update else None
+    d_residual = torch.empty(given.shape, dtype=given.dtype, device=given.device) if wanted.residual else None
+    d_previous = [torch.empty_like(given) for _ in range(count)] if wanted.previous else []
+    low = given.new_empty(len(given), rank, dtype=torch.float32)
+    means = given.new_empty(len(given), dtype=torch.float32)
+    if given.numel():
+        _slopes(kept, slopes, given, rank, (d_update, d_residual, d_previous), low, means)
+    sums = _sums(kept, slopes, given, rank, wanted, low, means)
+    return Gradients(d_update, d_residual, *sums, previous=d_previous)
+
+
+def row_tile(rows: int, dim: int, rank: int) -> dict[str, int]:
+    """Choose the tile of a walk over rows; with maps, taller blocks read these less often."""
+    width = max(16, triton.next_power_of_2(dim))
+    if not rank:
+        return {"BM": 4, "BD": min(512, width), "num_warps": 4}
+    tall = 64 if rows >= 16_384 and rank <= 32 else 32 if rows >= 4096 else 16
+    return {"BM": tall, "BD": min(2048 // tall * 2, width), "num_warps": 4}
+
+
+def column_tile(rows: int, dim: int) -> dict[str, int]:
+    """Choose the tile of the sums over rows, and how many blocks of rows a program adds up."""
+    tile = {"BM": 32, "BD": min(64, max(16, triton.next_power_of_2(dim))), "num_warps": 4}
+    blocks, columns = triton.cdiv(rows, tile["BM"]), triton.cdiv(dim, tile["BD"])
+    return {**tile, "SPLIT": triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // columns)))}
+
+
+def padded_rank(rank: int) -> int:
+    """Bring the rank to what the matrix instructions take; 0 stays 0."""
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
+
+
+def precision(x: Tensor) -> str:
+    """Name the precision of the low-rank products."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def _slopes(
+    kept: Kept,
+    slopes: Slopes,
+    given: Tensor,
+    rank: int,
+    out: tuple[Tensor | None, Tensor | None, Sequence[Tensor]],
+    low: Tensor,
+    means: Tensor,
+) -> None:
+    rows, dim = given.shape
+    tile = row_tile(rows, dim, rank)
+    d_update, d_residual, d_previous = out
+    operands = [_or(x, given) for x in (slopes.total, slopes.normed, kept.total, kept.inverse, kept.norm_weight)]
+    maps = [_or(_dense(x), given) for x in (kept.down, kept.up)]
+    slope_rows[(triton.cdiv(rows, tile["BM"]),)](
+        *operands, kept.coefficients, *maps, _or(d_update, given), _or(d_residual, given),
+        *_padded(d_previous, given), low, means, rows, dim, rank,
+        RANK=padded_rank(rank), PRECISION=precision(given), DIRECT=slopes.total is not None,
+        NORM=slopes.normed is not None, UPDATE=d_update is not None, RESIDUAL=d_residual is not None,
+        COUNT=len(d_previous), **tile,
+    )  # fmt: skip
+
+
+def _sums(
+    kept: Kept, slopes: Slopes, given: Tensor, rank: int, wanted: Wanted, slope_low: Tensor, means: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Sum up over rows: gradients of the coefficients, A, B and the norm's weight."""
+    rows, dim = given.shape
+    count = len(kept.previous) if wanted.gamma else 0
+    maps, weight = wanted.maps and rank > 0, wanted.norm_weight and slopes.normed is not None
+    learned = wanted.alpha or wanted.beta or wanted.gamma
+    if not (maps or weight or learned):
+        return None, None, None, None
+    tile: dict[str, Any] = column_tile(rows, dim)
+    columns, parts = triton.cdiv(dim, tile["BD"]), triton.cdiv(triton.cdiv(rows, tile["BM"]), tile["SPLIT"])
+
+    def zeros(*shape: int) -> Tensor:
+        return given.new_zeros(parts, *shape, dtype=torch.float32)
+
+    d_down, d_up = zeros(dim, rank if maps else 0), zeros(rank if maps else 0, dim)
+    d_weight, d_coefficients = zeros(dim if weight else 0), zeros(columns, 2 + count)
+    slopes_and_norm = (slopes.total, slopes.normed, kept.total, kept.inverse, means, kept.norm_weight)
+    operands = [_or(_dense(x), given) for x in (*slopes_and_norm, kept.update, kept.residual)]
+    lows = [_or(kept.low, given), slope_low]
+    if given.numel():
+        column_sums[(columns, parts)](
+            *operands, *_padded([_dense(p) for p in kept.previous[:count]], given), *lows,
+            d_down, d_up, d_weight, d_coefficients, rows, dim, rank,
+            RANK=padded_rank(rank) or 16, PRECISION=precision(given), DIRECT=slopes.total is not None,
+            NORM=slopes.normed is not None, MAPS=maps, WEIGHT=weight, ALPHA=wanted.alpha, BETA=wanted.beta,
+            COUNT=count, **tile,
+        )  # fmt: skip
+    factors = d_coefficients.sum(dim=(0, 1))
+    if wanted.beta and rank:
+        assert kept.low is not None
+        factors[1] += (kept.low * slope_low).sum()
+    beta = kept.coefficients[1]
+    return (
+        torch.nn.functional.pad(factors, (0, len(kept.coefficients) - len(factors))) if learned else None,
+        beta * d_down.sum(dim=0) if maps else None,
+        beta * d_up.sum(dim=0) if maps else None,
+        d_weight.sum(dim=0) if weight else None,
+    )
+
+
+def _dense(x: Any) -> Any:
+    return None if x is None else x.contiguous()
+
+
+def _or(x: Tensor | None, otherwise: Tensor) -> Tensor:
+    """Give a tensor, or any other where the kernel will not look."""
+    return otherwise if x is None else x
+
+
+def _padded(tensors: Sequence[Tensor], otherwise: Tensor) -> list[Tensor]:
+    return [*tensors, *[otherwise] * (ARGUMENTS - len(tensors))]
