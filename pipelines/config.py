@@ -1,7 +1,9 @@
-"""The configuration of a run: one TOML file, typed, frozen, validated.
+"""The configuration of a run or of a labelling job: one TOML file, typed, frozen, validated.
 
-Relative paths are relative to the configuration file. Every rule that does not need the data is checked here; each
-violation is one sentence that names the setting, the value and, for an unknown name, the nearest valid one.
+A file without the sections of a student ([selection], [student], [training]) describes a labelling job: every row of a
+pool is labelled, and the pool may grow. Relative paths are relative to the configuration file. Every rule that does not
+need the data is checked here; each violation is one sentence that names the setting, the value and, for an unknown name,
+the nearest valid one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
+
+_Config = TypeVar("_Config", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -34,10 +38,28 @@ class RunSection(_Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
 
 
-class DataSection(_Section):
-    """The data: Parquet files and which of their columns mean what."""
+class PoolSection(_Section):
+    """The pool: Parquet files and which of their columns mean what."""
 
     pool: str = Field(description="unlabelled examples: a Parquet file, a directory of them or a glob pattern")
+    id: str | None = Field(
+        None, description="column with a unique id; without it the BLAKE2b hash of the carried columns serves"
+    )
+    carry: tuple[str, ...] = Field(
+        (), description="pool columns to copy beside the labels; the columns that the student reads are always copied"
+    )
+    classes: tuple[str, ...] = Field((), description="class names in the order of the teacher's outputs")
+
+    @model_validator(mode="after")
+    def _distinct_classes(self) -> Self:
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes must be at least two different names")
+        return self
+
+
+class DataSection(PoolSection):
+    """The data of a run; without `classes` they are the sorted labels of the labelled sets."""
+
     labelled: str = Field(description="labelled examples that student 0 is trained on")
     validation: str = Field(
         description="labelled examples, unseen by the teacher's training: they measure the teacher and choose checkpoints"
@@ -47,21 +69,17 @@ class DataSection(_Section):
         description="labelled examples for the final table; without them the validation set serves, and the report says so",
     )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
-    id: str | None = Field(
-        None, description="column with a unique id; without it the BLAKE2b hash of the carried columns serves"
-    )
-    carry: tuple[str, ...] = Field(
-        (), description="pool columns to copy beside the labels; the columns that the student reads are always copied"
-    )
-    classes: tuple[str, ...] = Field(
-        (),
-        description="class names in the order of the teacher's outputs; without them the sorted labels of labelled and validation",
-    )
+
+
+class LabelDataSection(PoolSection):
+    """The data of a labelling job."""
+
+    num_classes: int | None = Field(None, ge=2, description="number of classes, where they have no names")
 
     @model_validator(mode="after")
-    def _distinct_classes(self) -> Self:
-        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes must be at least two different names")
+    def _classes_are_given_once(self) -> Self:
+        if bool(self.classes) == (self.num_classes is not None):
+            raise ValueError("classes must be given by their names, or num_classes by their number, and not both")
         return self
 
 
@@ -112,6 +130,18 @@ class EngineSection(_Section):
     teacher_batch: int = Field(256, ge=1, description="most rows in one request to the teacher")
     threads: int | None = Field(None, ge=1, description="threads that training uses; torch's own choice without it")
     attempts: int = Field(2, ge=1, le=100, description="times that failed items are tried")
+    max_failures: int | None = Field(
+        None, ge=0, description="rows without an answer at which a step stops; without it they never do"
+    )
+
+
+class PricesSection(_Section):
+    """What work costs, for `distilbeam plan`."""
+
+    currency: str = Field("USD", description="what the prices are in")
+    per_1000_calls: float = Field(0.0, ge=0, description="of 1,000 rows asked of the teacher")
+    per_worker_hour: float = Field(0.0, ge=0, description="of one worker for an hour")
+    per_gb_month: float = Field(0.0, ge=0, description="of storing 10^9 bytes of labels for a month")
 
 
 class RunConfig(_Section):
@@ -125,15 +155,36 @@ class RunConfig(_Section):
     student: StudentConfig
     training: TrainConfig = TrainConfig()
     engine: EngineSection = EngineSection()
+    prices: PricesSection = PricesSection()
 
     def dump(self) -> dict[str, Any]:
         """Return the configuration as plain data, without the settings that are unset."""
-        data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        return data
+        return _dumped(self)
+
+
+class JobSection(_Section):
+    """Where a labelling job lives."""
+
+    directory: str = Field("labelling", description="the job's directory; the dataset is its folder labels")
+
+
+class LabelConfig(_Section):
+    """Everything that a labelling job depends on."""
+
+    run: JobSection = JobSection()
+    data: LabelDataSection
+    teacher: TeacherConfig
+    labels: LabelsSection = LabelsSection()
+    engine: EngineSection = EngineSection()
+    prices: PricesSection = PricesSection()
+
+    def dump(self) -> dict[str, Any]:
+        """Return the configuration as plain data, without the settings that are unset."""
+        return _dumped(self)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and validate a configuration file.
+    """Read and validate the configuration file of a run.
 
     Args:
       path: the TOML file.
@@ -146,6 +197,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
       ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
         a line per setting.
     """
+    return parse_config(_read_toml(path, overrides))
+
+
+def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | LabelConfig:
+    """Read and validate the configuration file of a run or of a labelling job; see `load_config`."""
+    data = _read_toml(path, overrides)
+    return parse_label_config(data) if describes_labelling(data) else parse_config(data)
+
+
+def describes_labelling(data: Mapping[str, Any]) -> bool:
+    """Tell whether plain data has only the sections of a labelling job."""
+    return set(data) <= set(LabelConfig.model_fields) and not {"labelled", "validation"} & set(data.get("data", {}))
+
+
+def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError as e:
@@ -158,19 +224,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path} is not valid TOML: {e}") from e
     for override in overrides:
         _apply(data, override)
-    return parse_config(data)
+    return data
 
 
 def parse_config(data: Mapping[str, Any]) -> RunConfig:
-    """Validate a configuration given as plain data; see `load_config`."""
+    """Validate the configuration of a run given as plain data; see `load_config`."""
+    return _validated(RunConfig, data)
+
+
+def parse_label_config(data: Mapping[str, Any]) -> LabelConfig:
+    """Validate the configuration of a labelling job given as plain data; see `load_config`."""
+    return _validated(LabelConfig, data)
+
+
+def _validated(model: type[_Config], data: Mapping[str, Any]) -> _Config:
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as e:
-        sentences = [_sentence(error) for error in e.errors()]
+        sentences = [_sentence(error, model) for error in e.errors()]
         raise ValueError("\n".join(dict.fromkeys(sentences))) from e
 
 
-def write_config(path: Path, config: RunConfig) -> None:
+def _dumped(config: BaseModel) -> dict[str, Any]:
+    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    return data
+
+
+def write_config(path: Path, config: RunConfig | LabelConfig) -> None:
     """Write the resolved configuration as TOML."""
     path.write_text(tomli_w.dumps(config.dump()))
 
@@ -207,12 +287,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
     data[keys[-1]] = value
 
 
-def _sentence(error: Any) -> str:
-    names, models = _resolve(error["loc"])
+def _sentence(error: Any, root: type[BaseModel]) -> str:
+    names, models = _resolve(error["loc"], root)
     name = ".".join(names)
     match error["type"]:
         case "extra_forbidden":
-            return f"{name} is not a setting{_suggestion(error['loc'])}"
+            return f"{name} is not a setting{_suggestion(error['loc'], root)}"
         case "missing":
             return f"{name} must be given"
         case "union_tag_invalid" | "union_tag_not_found":
@@ -235,20 +315,20 @@ def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> st
     return f"{'.'.join(names)}: {message}"
 
 
-def _suggestion(location: Sequence[str | int]) -> str:
-    names, models = _resolve(location[:-1])
+def _suggestion(location: Sequence[str | int], root: type[BaseModel]) -> str:
+    names, models = _resolve(location[:-1], root)
     valid = sorted({name for model in models for name in model.model_fields})
     near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {'.'.join([*names, near[0]])}?"
-    elsewhere = [name for name in _all_settings(RunConfig) if name.rsplit(".", 1)[-1] == location[-1]]
+    elsewhere = [name for name in _all_settings(root) if name.rsplit(".", 1)[-1] == location[-1]]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the valid ones are {', '.join(valid)}"
 
 
-def _resolve(location: Sequence[str | int]) -> tuple[list[str], list[type[BaseModel]]]:
+def _resolve(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
     """Follow a validation error's location: the settings it names, without the tags of unions, and the models it ends in."""
     names: list[str] = []
-    models: list[type[BaseModel]] = [RunConfig]
+    models: list[type[BaseModel]] = [root]
     for part in location:
         tagged = [model for model in models if _tag(model) == part and part not in model.model_fields]
         if tagged:

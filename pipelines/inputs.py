@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.config import RunConfig
-from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_units
+from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_units, root_of
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,18 @@ def load_inputs(config: RunConfig, base: Path) -> Inputs:
         the pool.
     """
     data = config.data
-    pool = plan_units(find_files(base / data.pool, "data.pool"), config.engine.unit_rows, "data.pool")
+    where = base / data.pool
+    pool = plan_units(find_files(where, "data.pool"), config.engine.unit_rows, "data.pool", root_of(where))
     student_columns = tuple(config.student.input.columns)
     teacher_columns = tuple(config.teacher.input.columns)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
-    _require_columns(pool.columns, wanted, "data.pool")
+    require_columns(pool.columns, wanted, "data.pool")
     raw = {name: _read(base / path, name, config) for name, path in _sets(config).items()}
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
     schema = open_parquet(pool.units[0].path, "data.pool").schema_arrow
     for name, (_, table) in raw.items():
-        _require_columns(table.column_names, [data.label, *read], name)
+        require_columns(table.column_names, [data.label, *read], name)
         _require_types(schema, table.schema, read, name)
     classes = data.classes or _found_classes([table for _, table in raw.values()], data.label)
     sets = {name: LabelledSet(plan, _indexed(table, data.label, classes, name)) for name, (plan, table) in raw.items()}
@@ -120,7 +121,7 @@ def _read(path: Path, name: str, config: RunConfig) -> tuple[Pool, pa.Table]:
         raise ValueError(f"{name}: {path} is damaged ({str(e).splitlines()[0]}); write it again") from e
 
 
-def _require_columns(found: Iterable[str], wanted: Iterable[str], name: str) -> None:
+def require_columns(found: Iterable[str], wanted: Iterable[str], name: str) -> None:
     found = list(found)
     missing = [column for column in wanted if column not in found]
     if missing:

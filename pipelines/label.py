@@ -1,8 +1,8 @@
-"""Label: the phase that asks the teacher about the chosen rows and commits shards of soft labels.
+"""Label: the phase that asks the teacher about rows and commits shards of soft labels.
 
 A worker reads the rows of each shard of its task, labels them, and writes the shard and then its manifest entry, which
-is the commit. Rows that the teacher cannot answer go to the dead letters with stage, error and number of attempts, and
-cost their neighbours nothing.
+is the commit. Rows that the teacher cannot answer go to the dead letters with file, row, stage, error and number of
+attempts, and cost their neighbours nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import write_parquet
-from distilbeam.pipelines.labelling import Labelled, Labelling
+from distilbeam.pipelines.labelling import ROW, Labelled, Labelling
 from distilbeam.pipelines.meter import count, timed, timed_items
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
@@ -38,6 +40,8 @@ class Label:
       columns: pool columns to read.
       picks: directory of the picks, or None to label every row.
       batch_rows: rows read and asked at a time.
+      growing: the pool may grow: shards keep no `pool_row`, and their manifest entries list the parts they were made of.
+      max_failures: rows in the dead letters at which nothing more is asked; None for no limit.
     """
 
     labelling: Labelling
@@ -46,9 +50,15 @@ class Label:
     columns: tuple[str, ...]
     picks: str | None
     batch_rows: int
+    growing: bool = False
+    max_failures: int | None = None
 
     def __call__(self, task: Task) -> None:
-        """Label the rows of the task's shards and commit one shard after the other."""
+        """Label the rows of the task's shards and commit one shard after the other.
+
+        Raises:
+          ValueError: more rows failed than `max_failures`.
+        """
         reader = RowReader(self.columns, self.batch_rows)
         for shard in task.shards:
             if not self.shard_done(shard):
@@ -73,19 +83,30 @@ class Label:
 
     def _label(self, shard: Shard, reader: RowReader) -> None:
         start = time.perf_counter()
-        parts = [self.labelling(rows) for rows in timed_items("read", self._rows(shard, reader))]
+        failed_before = self._failed_elsewhere(shard)
+        parts: list[Labelled] = []
+        failures: list[dict[str, Any]] = []
+        self._require_few(failed_before, failures)
+        for rows in timed_items("read", self._rows(shard, reader)):
+            parts.append(self.labelling(rows))
+            failures += (_located(failure, shard) for failure in parts[-1].failures)
+            self._require_few(failed_before, failures)
         answered = [part.table for part in parts if part.table.num_rows]
-        failures = [failure for part in parts for failure in part.failures]
         if failures:
             self._write_dead_letters(shard, failures, sum(table.num_rows for table in answered))
             count("dead_letters", len(failures))
         if answered:
-            extra = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
-            spec = self.labelling.spec
-            with timed("write"):
-                entry = write_shard(self.output, shard.key, pa.concat_tables(answered), spec, shard.key, extra)
-            count("rows_labelled", entry.rows)
-            count("bytes_written", entry.bytes)
+            facts = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
+            self._commit(shard, pa.concat_tables(answered), facts)
+
+    def _commit(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> None:
+        if self.growing:
+            facts["parts"] = _parts(shard, table[ROW].to_numpy())
+            table = table.drop_columns([ROW])
+        with timed("write"):
+            entry = write_shard(self.output, shard.key, table, self.labelling.spec, shard.key, facts)
+        count("rows_labelled", entry.rows)
+        count("bytes_written", entry.bytes)
 
     def _rows(self, shard: Shard, reader: RowReader) -> Iterator[pa.Table]:
         """Read the shard's rows in tables of about `batch_rows` rows, so that requests to the teacher are full."""
@@ -99,16 +120,47 @@ class Label:
         if waiting:
             yield pa.concat_tables(waiting)
 
+    def _failed_elsewhere(self, shard: Shard) -> int:
+        """Count the dead letters of other shards; without a limit nobody asks."""
+        if self.max_failures is None:
+            return 0
+        own = self._dead_letter_file(shard)
+        return sum(pq.read_metadata(path).num_rows for path in Path(self.dead_letters).glob("*.parquet") if path != own)
+
+    def _require_few(self, failed_before: int, failures: Sequence[dict[str, Any]]) -> None:
+        failed = failed_before + len(failures)
+        if self.max_failures is not None and failed > self.max_failures:
+            last = f"; the last one: {failures[-1]['error']}" if failures else ""
+            raise ValueError(
+                f"{failed:,} rows have no label, engine.max_failures allows {self.max_failures:,}{last}; mend the teacher or "
+                f"the rows (see {self.dead_letters}), or allow more"
+            )
+
     def _dead_letter_file(self, shard: Shard) -> Path:
         return Path(self.dead_letters) / f"{shard.key}.parquet"
 
-    def _write_dead_letters(self, shard: Shard, failures: list[dict[str, object]], answered: int) -> None:
+    def _write_dead_letters(self, shard: Shard, failures: list[dict[str, Any]], answered: int) -> None:
         table = pa.Table.from_pylist(failures)
         write_parquet(self._dead_letter_file(shard), table.replace_schema_metadata({_ANSWERED: str(answered)}))
 
     def _all_failed(self, shard: Shard) -> bool:
         path = self._dead_letter_file(shard)
         return path.exists() and bool(pq.read_metadata(path).metadata[_ANSWERED] == b"0")
+
+
+def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
+    """Add the file and its row to a failure that knows the row of the pool."""
+    row = failure[ROW]
+    unit = next(p.unit for p in shard.parts if p.unit.pool_row <= row < p.unit.pool_row + p.unit.rows)
+    return {**failure, "file": unit.path, "row": row - unit.pool_row + unit.first_row}
+
+
+def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[Any]]:
+    """List unit, first row, row after the last and labelled rows of each part, in the order of the shard's rows."""
+    return [
+        [part.unit.uid, part.start, part.stop, int(np.diff(np.searchsorted(pool_rows, [part.begin, part.end]))[0])]
+        for part in shard.parts
+    ]
 
 
 def _is_committed(dataset: str, key: str) -> bool:

@@ -160,7 +160,8 @@ def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> N
             write_config(temporary, config)
         return
     former = tomllib.loads(directory.config.read_text())
-    differing = differing_keys(_essential(former), _essential(config.dump()))
+    essential = _essential if isinstance(config, RunConfig) else _essential_of_job
+    differing = differing_keys(essential(former), essential(config.dump()))
     if differing:
         raise ValueError(
             f"{directory.root} was made by another configuration; it differs in {'; '.join(differing)}. "
@@ -174,3 +175,9 @@ def _essential(config: dict[str, Any]) -> dict[str, Any]:
         for section, values in config.items()
         if section != "prices"
     }
+
+
+def _essential_of_job(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide how a labelling job's pool is cut; the teacher and the form of labels may change."""
+    engine = {name: config.get("engine", {}).get(name) for name in ("unit_rows", "shard_rows")}
+    return {"engine": engine, "data": {"id": config["data"].get("id")}}

@@ -42,6 +42,16 @@ class Part:
         """Number of rows."""
         return self.stop - self.start
 
+    @property
+    def begin(self) -> int:
+        """Row of the pool at which it starts, when everything is labelled."""
+        return self.unit.pool_row + self.start
+
+    @property
+    def end(self) -> int:
+        """Row of the pool after its last, when everything is labelled."""
+        return self.unit.pool_row + self.stop
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -81,12 +91,37 @@ def plan_shards(units: Sequence[Unit], picks: str | None, shard_rows: int, spec:
       The tasks, in the pool's order.
     """
     if picks is None:
-        pieces = [piece for unit in units for piece in _pieces(unit, shard_rows)]
-        shards = [_keyed(parts, None, spec) for parts in _packed(pieces, shard_rows)]
-    else:
-        chosen = [Part(unit, 0, count) for unit in units if (count := _count(unit, picks))]
-        shards = [_keyed(parts, picks, spec) for parts in _cut(chosen, shard_rows)]
-    return _tasks(shards, picks)
+        return plan_pieces([piece for unit in units for piece in pieces(unit, shard_rows)], shard_rows, spec)
+    chosen = [Part(unit, 0, count) for unit in units if (count := _count(unit, picks))]
+    return _tasks([_keyed(parts, picks, spec) for parts in _cut(chosen, shard_rows)], picks)
+
+
+def plan_pieces(wanted: Sequence[Part], shard_rows: int, spec: SoftLabelSpec) -> list[Task]:
+    """Group whole pieces of units into shards, and these into tasks.
+
+    Args:
+      wanted: pieces, in the pool's order; where some are left out, a shard ends.
+      shard_rows: most rows in a shard.
+      spec: the label specification, with the teacher's fingerprint.
+
+    Returns:
+      The tasks, in the pool's order.
+    """
+    return _tasks([_keyed(parts, None, spec) for parts in _packed(wanted, shard_rows)], None)
+
+
+def shard_key(parts: Sequence[tuple[str, bytes]], spec: SoftLabelSpec) -> str:
+    """Hash what a shard is: the ids of its units with the rows of each, and the specification."""
+    content = hashlib.blake2b(digest_size=16)
+    for uid, rows in parts:
+        content.update(uid.encode())
+        content.update(rows)
+    return label_key(content.hexdigest(), spec.teacher, spec)
+
+
+def range_bytes(start: int, stop: int) -> bytes:
+    """Describe a range of rows for `shard_key`."""
+    return f"{start}-{stop}".encode()
 
 
 def read_rows(reader: RowReader, part: Part, picks: str | None) -> Iterator[pa.Table]:
@@ -108,8 +143,8 @@ def read_rows(reader: RowReader, part: Part, picks: str | None) -> Iterator[pa.T
         yield pa.table(arrays, schema=pa.schema(fields))
 
 
-def _pieces(unit: Unit, shard_rows: int) -> Iterator[Part]:
-    """Cut a unit at the ends of its row groups, and a row group that is too large into equal parts."""
+def pieces(unit: Unit, shard_rows: int) -> Iterator[Part]:
+    """Cut a unit at the ends of its row groups, and a row group of more than `shard_rows` rows into equal parts."""
     first = 0
     for rows in unit.sizes:
         edges = np.linspace(first, first + rows, math.ceil(rows / shard_rows) + 1).astype(int).tolist()
@@ -117,11 +152,12 @@ def _pieces(unit: Unit, shard_rows: int) -> Iterator[Part]:
         first += rows
 
 
-def _packed(pieces: Sequence[Part], shard_rows: int) -> Iterator[list[Part]]:
-    """Put whole pieces together as long as they fit."""
+def _packed(wanted: Sequence[Part], shard_rows: int) -> Iterator[list[Part]]:
+    """Put whole pieces that follow one another together as long as they fit."""
     parts: list[Part] = []
-    for piece in pieces:
-        if parts and sum(part.rows for part in parts) + piece.rows > shard_rows:
+    for piece in wanted:
+        full = sum(part.rows for part in parts) + piece.rows > shard_rows
+        if parts and (full or parts[-1].end != piece.begin):
             yield parts
             parts = []
         if parts and parts[-1].unit == piece.unit:
@@ -186,15 +222,11 @@ def _chosen(part: Part, picks: str | None) -> pa.Table:
 
 
 def _keyed(parts: Sequence[Part], picks: str | None, spec: SoftLabelSpec) -> Shard:
-    content = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        content.update(part.unit.uid.encode())
-        content.update(_rows_of(part, picks))
-    return Shard(label_key(content.hexdigest(), spec.teacher, spec), tuple(parts))
+    return Shard(shard_key([(part.unit.uid, _rows_of(part, picks)) for part in parts], spec), tuple(parts))
 
 
 def _rows_of(part: Part, picks: str | None) -> bytes:
     if picks is None:
-        return f"{part.start}-{part.stop}".encode()
+        return range_bytes(part.start, part.stop)
     rows: npt.NDArray[np.int64] = _chosen(part, picks)["row"].to_numpy()
     return rows.astype("<i8").tobytes()

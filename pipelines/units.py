@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,13 +86,24 @@ def find_files(pattern: str | Path, what: str = "pool") -> list[Path]:
     return sorted(found)
 
 
-def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool") -> Pool:
+def root_of(pattern: str | Path) -> Path:
+    """Return the directory that the names of a pool's files are relative to: it does not depend on which files are there."""
+    path = Path(pattern)
+    if path.is_dir():
+        return path.resolve()
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
+    return Path(*fixed).resolve()
+
+
+def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool", root: Path | None = None) -> Pool:
     """Cut files into units of about `target_rows` rows along their row groups.
 
     Args:
       files: Parquet files of one schema.
       target_rows: row groups are merged until a unit has this many rows.
       what: the setting to name in errors.
+      root: directory that the names of the files are relative to; names are part of a unit's id. By default the nearest
+        one that holds all of them.
 
     Returns:
       The plan.
@@ -99,7 +111,7 @@ def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool") -> P
     Raises:
       ValueError: a file that is not Parquet, differing columns, or no rows at all.
     """
-    root = Path(os.path.commonpath([str(f.parent.resolve()) for f in files]))
+    root = root or Path(os.path.commonpath([str(f.parent.resolve()) for f in files]))
     units: list[Unit] = []
     digests: list[tuple[str, str]] = []
     schema: pa.Schema | None = None

@@ -2,7 +2,7 @@
 
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode, encode
 from distilbeam.teacher.softlabels.columns import label_schema
-from distilbeam.teacher.softlabels.gathering import compact_manifest, merge_manifests
+from distilbeam.teacher.softlabels.gathering import compact_manifest, merge_manifests, remove_shards
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, committed, entry_path, read_manifest
 from distilbeam.teacher.softlabels.shards import file_checksum, write_shard
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec, label_key
@@ -22,5 +22,6 @@ __all__ = [
     "label_schema",
     "merge_manifests",
     "read_manifest",
+    "remove_shards",
     "write_shard",
 ]

@@ -1,11 +1,11 @@
-"""Many manifests into one, many entries into one file."""
+"""Many manifests into one, many entries into one file, shards out of a dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +74,34 @@ def merge_manifests(target: str | Path, sources: Sequence[str | Path]) -> Manife
         relative = os.path.relpath((origin / entry.path).resolve(), directory.resolve())
         write_entry(directory, replace(entry, path=Path(relative).as_posix()))
     return read_manifest(directory)
+
+
+def remove_shards(path: str | Path, keys: Collection[str]) -> None:
+    """Take shards out of a dataset: their entries first, then their files.
+
+    A crash in between leaves files without an entry, which no reader follows. No other process may compact the manifest
+    meanwhile.
+
+    Args:
+      path: the dataset's folder.
+      keys: keys of the shards; unknown ones are passed over.
+
+    Raises:
+      ValueError: an entry that cannot be read.
+    """
+    directory = Path(path)
+    removed: list[Path] = []
+    for file in manifest_files(directory):
+        entries = read_entries([file])
+        kept = [entry for entry in entries if entry.key not in keys]
+        removed += [directory / entry.path for entry in entries if entry.key in keys]
+        if not kept:
+            file.unlink()
+        elif len(kept) < len(entries):
+            with replacing(file) as temporary:
+                temporary.write_text("".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in kept))
+    for shard in removed:
+        shard.unlink(missing_ok=True)
 
 
 def _identity(file: Path) -> tuple[int, int]:
