@@ -1,48 +1,89 @@
-"""Load soft labels: from the manifest of a dataset to batches of tensors, shuffled, resumable at any world size."""
+"""Load soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
+
+One thread reads windows of row groups ahead, others take batches out of them, make the student's input and apply the
+transform; the training's thread only receives. A batch is a function of the dataset, the seed, the epoch and its
+position, whatever the number of threads.
+
+Every rank reads every window, of which it needs rows at random places, but decodes images, tokenises text and copies
+numbers of its own rows alone: an order that does not depend on the ranks spreads each rank's rows over all row groups.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
-from distilbeam.student.order import EpochOrder, share
-from distilbeam.teacher.preprocess import InputConfig, make_input
-from distilbeam.teacher.softlabels import SoftLabelSpec, decode, read_manifest
+from distilbeam.student.background import Work, in_background
+from distilbeam.student.columns import INPUTS, ColumnReader, Columns, InputMaker, is_carried_tensor, is_number
+from distilbeam.student.columns import Batch as Batch
+from distilbeam.student.order import EpochOrder, Rows, Shares, mixed_visits
+from distilbeam.student.row_groups import RowGroup, open_datasets
+from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.softlabels import SoftLabelSpec
 
-Batch = dict[str, Tensor]
 STATE_VERSION = 1
+PIECE_BYTES = 2**22  # of rows taken at once: large enough to cost no Python, small enough to stay in the cache
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a batch stands: what the randomness of a transform may depend on.
+
+    Attributes:
+      seed: of the order.
+      epoch: number of the epoch.
+      position: of the batch's first row in the epoch.
+    """
+
+    seed: int
+    epoch: int
+    position: int
+
+    def generator(self) -> torch.Generator:
+        """Make a generator that is the same whenever the run comes here."""
+        word = np.random.SeedSequence([self.seed, self.epoch, self.position]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(word) % 2**63)
+
+
+Transform = Callable[[Batch, Place], Batch]
 
 
 class SoftLabelDataset:
-    """Batches of a soft-label dataset, as an iterable whose whole state is an epoch and a position.
+    """Batches of soft-label datasets, as an iterable whose whole state is an epoch and a position.
 
     Iterating goes on from the position reached to the end of the epoch, so that iterating again is the next epoch. A
     batch maps names to tensors: `teacher_logprobs` float32 [b, C or k], for sparse labels `teacher_classes` int64 [b,
-    k] and for top-k labels `teacher_tail_logmass` float32 [b]; every scalar column of numbers [b]; `row` int64 [b], the
-    row's number in the dataset; and `inputs` float32 [b, ...] when `input` is given, else every carried column that is
-    a tensor.
+    k] and for top-k labels `teacher_tail_logmass` float32 [b]; every scalar column of numbers that all shards have [b];
+    `row` int64 [b], the row's number in the datasets; and `inputs` [b, ...] when `input` is given, else every carried
+    column that is a tensor.
 
     Args:
       path: directory of a dataset, or several of them with the same specification.
       batch_size: rows per rank and step; only the last step of an epoch has fewer.
       seed: of the order, which does not depend on the ranks.
       rank: this process's number.
-      world_size: number of processes that share the dataset.
+      world_size: number of processes that share the datasets.
       input: how columns become the student's input.
-      buffer_rows: rows that are held and shuffled together; at most two such windows are in memory.
+      buffer_rows: rows that are held and shuffled together; at most three such windows are in memory.
       columns: scalar columns to read; None for all.
+      mixing_weights: share of each dataset in an epoch, up to a common factor; None for their numbers of rows. An epoch
+        has as many rows as there are; each row of a dataset is visited equally often, give or take one visit.
+      transform: changes a batch in the background; what it draws must come from the place it is given.
+      workers: threads that make batches; they change nothing but the time.
+      cache_bytes: when all rows as tensors take no more memory than this, they are read once and kept.
+      pin_memory: make tensors in page-locked memory, from which a GPU copies while the processor goes on.
 
     Raises:
       ValueError: an argument is out of range, a dataset has no manifest, or the datasets' specifications differ.
@@ -59,21 +100,41 @@ class SoftLabelDataset:
         input: InputConfig | None = None,  # noqa: A002 - the name of the configuration section
         buffer_rows: int = 65_536,
         columns: Sequence[str] | None = None,
+        mixing_weights: Sequence[float] | None = None,
+        transform: Transform | None = None,
+        workers: int = 1,
+        cache_bytes: int = 2**30,
+        pin_memory: bool = False,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("world_size", world_size), ("buffer_rows", buffer_rows)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("world_size", world_size, 1),
+            ("buffer_rows", buffer_rows, 1),
+            ("workers", workers, 1),
+            ("cache_bytes", cache_bytes, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
-        paths = [path] if isinstance(path, str | Path) else list(path)
-        self.spec, self._groups, keys = _open(paths)
+        opened = open_datasets([path] if isinstance(path, str | Path) else list(path))
+        self.spec = opened.spec
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.transform, self.workers = transform, workers
+        self._groups: list[RowGroup] = [group for groups in opened.groups for group in groups]
         self.rows = sum(group.rows for group in self._groups)
-        self._input = None if input is None else (input, make_input(input))
-        self._columns, self._buffer_rows = columns, buffer_rows
-        self._digest = hashlib.blake2b(json.dumps([keys, buffer_rows]).encode(), digest_size=8).hexdigest()
+        self._buffer_rows = buffer_rows
+        self._visits = None if mixing_weights is None else _visits(opened.groups, mixing_weights)
+        identity = [opened.keys, buffer_rows] + ([] if self._visits is None else [self._visits])
+        self._digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+        self._fields = _common_fields(self._groups)
+        maker = None if input is None else InputMaker.of(input, self._groups[0])
+        self._reader = ColumnReader(self.spec, self._names(maker, columns), maker, pin_memory)
+        self._first = self._reader.read_first(self._groups[0])
+        self._cache_bytes = cache_bytes
+        self._cached: Columns | None = None
         self._epoch, self._position = 0, 0
-        self._windows: dict[tuple[int, ...], Batch] = {}
 
     def __len__(self) -> int:
         """Return the number of steps of a whole epoch."""
@@ -83,26 +144,35 @@ class SoftLabelDataset:
         """Give the rank's batches from the position reached to the end of the epoch."""
         if self._position >= self.rows:
             self._epoch, self._position = self._epoch + 1, 0
-        order = EpochOrder([g.rows for g in self._groups], self._buffer_rows, self.seed, self._epoch)
-        with ThreadPoolExecutor(1) as background:
-            reader = _Reader(self, order, background)
-            while self._position < self.rows:
-                start, stop, self._position = share(
-                    self._position, self.rows, self.batch_size, self.rank, self.world_size
-                )
-                yield reader.read(start, stop)
+        order = EpochOrder([g.rows for g in self._groups], self._buffer_rows, self.seed, self._epoch, self._visits)
+        shares = Shares.of(self._position, self.rows, self.batch_size, self.rank, self.world_size)
+        batches_per_piece = max(1, PIECE_BYTES // (self._row_bytes * self.batch_size))
+        work = Work(order, shares, self._window, self._make)
+        for batch, end in in_background(work, batches_per_piece, self.workers):
+            self._position = end
+            yield batch
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one row's input.
+
+        Raises:
+          ValueError: the dataset was not given an `input`.
+        """
+        if INPUTS not in self._first:
+            raise ValueError("input must be given to the dataset, which otherwise makes no inputs that have a shape")
+        return tuple(self._first[INPUTS].shape[1:])
 
     @property
     def scalar_columns(self) -> set[str]:
         """Names of the columns of numbers that every shard has."""
-        schemas = [group.file.schema_arrow for group in self._groups]
-        names = [{field.name for field in schema if _is_number(field.type)} for schema in schemas]
-        return set.intersection(*names) if names else set()
+        return {field.name for field in self._fields if is_number(field.type)}
 
     def mean(self, column: str) -> float:
-        """Average a scalar column over all rows."""
-        groups = [group.file.read_row_group(group.number, columns=[column]) for group in self._groups]
-        return float(pc.mean(pa.concat_tables(groups)[column]).as_py())
+        """Average a scalar column over the rows of an epoch, each as often as it is visited."""
+        visits = self._visits or [group.rows for group in self._groups]
+        means = [float(pc.mean(group.read([column])[column]).as_py()) for group in self._groups]
+        return sum(mean * count for mean, count in zip(means, visits, strict=True)) / self.rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the iteration stands after the last batch that was given out, as plain data."""
@@ -128,46 +198,47 @@ class SoftLabelDataset:
             if state.get(name) != mine[name]:
                 raise ValueError(
                     f"the state's {name} must be that of this dataset, {mine[name]!r}, got {state.get(name)!r}; "
-                    "resume with the same files, seed and buffer_rows"
+                    "resume with the same files, seed, buffer_rows and mixing_weights"
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
-    def window(self, groups: Sequence[int]) -> Batch:
-        """Read row groups into tensors; the last two reads, and a dataset of one window, are kept."""
-        key = tuple(sorted(groups))
-        if key not in self._windows:
-            parts = [self._read(group) for group in key]
-            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            self._windows = dict([*self._windows.items(), (key, tensors)][-2:])
-        return self._windows[key]
+    @property
+    def _row_bytes(self) -> int:
+        return sum(value.nbytes for value in self._first.values())
 
-    def _read(self, number: int) -> Batch:
-        group = self._groups[number]
-        table = group.file.read_row_group(group.number, columns=self._wanted(group.file.schema_arrow))
-        batch = table.combine_chunks().to_batches()[0]
-        tensors = _tensors(batch, self._input is None)
-        labels = decode(batch, self.spec)
-        tensors["teacher_logprobs"] = torch.tensor(labels.logprobs)
-        if labels.classes is not None:
-            tensors["teacher_classes"] = torch.tensor(labels.classes).long()
-        if labels.tail_logmass is not None:
-            tensors["teacher_tail_logmass"] = torch.tensor(labels.tail_logmass)
-        if self._input is not None:
-            tensors["inputs"] = torch.tensor(self._input[1](batch))
-        tensors["row"] = torch.arange(group.first_row, group.first_row + group.rows)
-        return tensors
-
-    def _wanted(self, schema: pa.Schema) -> list[str]:
+    def _names(self, maker: InputMaker | None, scalars: Sequence[str] | None) -> list[str]:
         """Choose the columns to read: the labels', the input's, and the scalars that were asked for."""
-        inputs = set() if self._input is None else set(self._input[0].columns)
+        inputs = set() if maker is None else set(maker.config.columns)
         return [
             field.name
-            for field in schema
+            for field in self._fields
             if field.name.startswith("teacher_")
             or field.name in inputs
-            or (self._input is None and _is_tensor(field.type))
-            or (_is_number(field.type) and (self._columns is None or field.name in self._columns))
+            or (maker is None and is_carried_tensor(field))
+            or (is_number(field.type) and (scalars is None or field.name in scalars))
         ]
+
+    def _window(self, order: EpochOrder, number: int) -> tuple[Columns, Rows]:
+        """Read a window, and give the order of its rows."""
+        groups, rows = [self._groups[group] for group in order.groups(number)], order.rows(number)
+        if self.rows * self._row_bytes > self._cache_bytes:
+            return self._reader.read(groups), rows
+        if self._cached is None:
+            self._cached = self._reader.read_all(self._groups, self.workers)
+        return self._cached, np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups])[rows]
+
+    def _make(self, rows: Sequence[tuple[Columns, Rows]], sizes: Sequence[int], starts: Sequence[int]) -> list[Batch]:
+        """Take the rows of some batches and cut them into these batches."""
+        parts = [columns.take(wanted) for columns, wanted in rows] or [{n: v[:0] for n, v in self._first.items()}]
+        whole = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        cut = zip(*(value.split(list(sizes)) for value in whole.values()), strict=True)
+        batches = [dict(zip(whole, values, strict=True)) for values in cut]
+        if self.transform is not None:
+            places = [Place(self.seed, self._epoch, start) for start in starts]
+            batches = [self.transform(batch, place) for batch, place in zip(batches, places, strict=True)]
+        if self._reader.pinned:
+            batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in batches]
+        return batches
 
 
 def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
@@ -187,83 +258,16 @@ def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
     return SampledLabels(batch["teacher_logprobs"], batch["teacher_classes"])
 
 
-class _Group:
-    """A row group: the file it is in, its number there, and the first of its rows in the dataset."""
-
-    def __init__(self, file: pq.ParquetFile, number: int, rows: int, first_row: int) -> None:
-        self.file, self.number, self.rows, self.first_row = file, number, rows, first_row
-
-
-class _Reader:
-    """Reads positions of an epoch's order, the next window while the present one is being used."""
-
-    def __init__(self, dataset: SoftLabelDataset, order: EpochOrder, background: ThreadPoolExecutor) -> None:
-        self.dataset, self.order, self.background = dataset, order, background
-        self.current: tuple[int, Batch, Tensor] | None = None
-        self.next: tuple[int, Future[Batch]] | None = None
-
-    def read(self, start: int, stop: int) -> Batch:
-        pieces = [self._piece(*piece) for piece in self.order.pieces(start, stop)]
-        if len(pieces) == 1:
-            return pieces[0]
-        if not pieces:  # a rank without a share of the last step
-            return {name: value[:0] for name, value in self._window(len(self.order.windows) - 1)[0].items()}
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-
-    def _piece(self, window: int, start: int, stop: int) -> Batch:
-        tensors, permutation = self._window(window)
-        rows = permutation[start:stop]
-        return {name: value[rows] for name, value in tensors.items()}
-
-    def _window(self, number: int) -> tuple[Batch, Tensor]:
-        if self.current is None or self.current[0] != number:
-            ahead = self.next[1] if self.next is not None and self.next[0] == number else None
-            tensors = self.dataset.window(self.order.windows[number]) if ahead is None else ahead.result()
-            self.current = number, tensors, torch.from_numpy(self.order.permutation(number))
-            if number + 1 < len(self.order.windows):
-                groups = self.order.windows[number + 1]
-                self.next = number + 1, self.background.submit(self.dataset.window, groups)
-        return self.current[1:]
+def _visits(datasets: Sequence[Sequence[RowGroup]], weights: Sequence[float]) -> list[int]:
+    if len(weights) != len(datasets):
+        raise ValueError(f"mixing_weights must be one for each of the {len(datasets)} datasets, got {len(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"mixing_weights must be finite, at least 0 and not all 0, got {list(weights)}")
+    return mixed_visits([[group.rows for group in groups] for groups in datasets], weights)
 
 
-def _open(paths: Sequence[str | Path]) -> tuple[SoftLabelSpec, list[_Group], list[Any]]:
-    """Read the manifests: the common specification, all row groups, and the keys that identify them."""
-    if not paths:
-        raise ValueError("path must name at least one soft-label dataset, got none")
-    manifests = [read_manifest(path) for path in paths]
-    spec: SoftLabelSpec = manifests[0].spec
-    for path, manifest in zip(paths, manifests, strict=True):
-        if differences := spec.differences(manifest.spec):
-            raise ValueError(
-                f"soft labels that are read together must mean the same, {paths[0]} and {path} differ in "
-                f"{' and '.join(differences)}"
-            )
-    groups: list[_Group] = []
-    rows = 0
-    for file in [pq.ParquetFile(p) for manifest in manifests for p in manifest.paths()]:
-        for number in range(file.metadata.num_row_groups):
-            size = file.metadata.row_group(number).num_rows
-            if size:
-                groups.append(_Group(file, number, size, rows))
-            rows += size
-    return spec, groups, [[entry.key, entry.rows] for manifest in manifests for entry in manifest.entries]
-
-
-def _tensors(batch: pa.RecordBatch, with_lists: bool) -> Batch:
-    """Make tensors of the columns that hold numbers, leaving the labels to the codec."""
-    tensors = {}
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if _is_number(field.type):
-            tensors[field.name] = torch.tensor(column.to_numpy(zero_copy_only=False))
-        elif with_lists and _is_tensor(field.type) and not field.name.startswith("teacher_"):
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            tensors[field.name] = torch.tensor(values.reshape(len(column), field.type.list_size))
-    return tensors
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def _is_tensor(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_fixed_size_list(kind) and _is_number(kind.value_type))
+def _common_fields(groups: Sequence[RowGroup]) -> list[pa.Field]:
+    """List the columns that all files have, as the first of them holds them."""
+    schemas = [file.schema for file in {id(group.file): group.file for group in groups}.values()]
+    names = set.intersection(*(set(schema.names) for schema in schemas))
+    return [field for field in schemas[0] if field.name in names]

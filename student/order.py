@@ -1,9 +1,12 @@
 """The order in which a soft-label dataset is visited: a function of its row groups, the seed and the epoch alone.
 
 Row groups are permuted, consecutive ones gathered into windows of at least `buffer_rows` rows, and the rows of a window
-permuted. Global step s covers the next batch_size x world_size positions of that order and each rank a contiguous part
-of them, so that the steps of all ranks, joined, are the same sequence of rows whatever the number of ranks. The last
-step of an epoch is shared out as evenly as it can be: every rank makes the same number of steps and no row is lost.
+permuted. An epoch may visit some row groups more often than others: a whole pass over a group is one unit of the order,
+and a part of a pass is a unit of rows drawn anew in every epoch.
+
+Global step s covers the next batch_size x world_size positions of that order and each rank a contiguous part of them,
+so that the steps of all ranks, joined, are the same sequence of rows whatever the number of ranks. The last step of an
+epoch is shared out as evenly as it can be: every rank makes the same number of steps and no row is lost.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,37 +32,67 @@ class EpochOrder:
       buffer_rows: fewest rows of a window, but for the last.
       seed: of the run.
       epoch: number of the epoch.
+      visits: how many rows of each row group the epoch visits; None for every row once. Of v visits to n rows, each row
+        gets floor(v / n) or one more.
     """
 
     group_rows: Sequence[int]
     buffer_rows: int
     seed: int
     epoch: int
+    visits: Sequence[int] | None = None
+
+    @cached_property
+    def units(self) -> list[tuple[int, int]]:
+        """Row group and number of rows of each unit."""
+        units = []
+        for group, (rows, visits) in enumerate(zip(self.group_rows, self.visits or self.group_rows, strict=True)):
+            whole, part = divmod(visits, rows)
+            units += [(group, rows)] * whole + ([(group, part)] if part else [])
+        return units
 
     @cached_property
     def windows(self) -> list[list[int]]:
-        """Row groups of each window."""
-        shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.group_rows))
+        """Units of each window."""
+        shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.units))
         windows: list[list[int]] = [[]]
         filled = 0
-        for group in shuffled.tolist():
+        for unit in shuffled.tolist():
             if filled >= self.buffer_rows:
                 windows.append([])
                 filled = 0
-            windows[-1].append(group)
-            filled += self.group_rows[group]
+            windows[-1].append(unit)
+            filled += self.units[unit][1]
         return windows
 
     @cached_property
     def starts(self) -> list[int]:
-        """Position at which each window starts, and the number of rows at the end."""
-        sizes = [sum(self.group_rows[group] for group in window) for window in self.windows]
+        """Position at which each window starts, and the number of positions at the end."""
+        sizes = [sum(self.units[unit][1] for unit in window) for window in self.windows]
         return [0, *accumulate(sizes)]
 
-    def permutation(self, window: int) -> npt.NDArray[np.int64]:
-        """Give the order of a window's rows."""
-        rows = self.starts[window + 1] - self.starts[window]
-        return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
+    def groups(self, window: int) -> tuple[int, ...]:
+        """List the row groups that a window needs, in the order of the files."""
+        return tuple(sorted({self.units[unit][0] for unit in self.windows[window]}))
+
+    def rows(self, window: int) -> Rows:
+        """Give the rows of a window in the order of their visit.
+
+        Returns:
+          Indices into the rows of `groups(window)`, one group after another.
+        """
+        groups = self.groups(window)
+        offsets = dict(zip(groups, accumulate((self.group_rows[g] for g in groups), initial=0), strict=False))
+        parts = [offsets[self.units[unit][0]] + self._drawn(unit) for unit in sorted(self.windows[window])]
+        rows = np.concatenate(parts)
+        return rows[np.random.default_rng([self.seed, self.epoch, window]).permutation(len(rows))]
+
+    def _drawn(self, unit: int) -> Rows:
+        group, count = self.units[unit]
+        rows = self.group_rows[group]
+        if count == rows:
+            return np.arange(rows)
+        return np.random.default_rng([self.seed, self.epoch, group, count]).permutation(rows)[:count]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Cut the positions from start to stop at the borders of windows.
@@ -74,19 +109,62 @@ class EpochOrder:
         return pieces
 
 
-def share(start: int, rows: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int, int]:
-    """Find a rank's part of the global step that begins at a position.
+@dataclass(frozen=True)
+class Shares:
+    """A rank's part of the steps that are left of an epoch.
+
+    Attributes:
+      starts: int64 [steps], position at which the rank's part of each step begins.
+      stops: int64 [steps], position at which it ends.
+      ends: int64 [steps], position at which the whole step ends.
+    """
+
+    starts: Rows
+    stops: Rows
+    ends: Rows
+
+    @classmethod
+    def of(cls, position: int, rows: int, batch_size: int, rank: int, world_size: int) -> Shares:
+        """Share out the steps from a position to the end of an epoch.
+
+        Args:
+          position: where the next step begins.
+          rows: positions of the epoch.
+          batch_size: rows per rank and step.
+          rank: the rank.
+          world_size: number of ranks.
+        """
+        first = np.arange(position, rows, batch_size * world_size, dtype=np.int64)
+        ends = np.minimum(first + batch_size * world_size, rows)
+        size = ends - first
+        return cls(first + size * rank // world_size, first + size * (rank + 1) // world_size, ends)
+
+    def windows(self, order: EpochOrder) -> list[int]:
+        """List the windows that hold a row of the rank, which are not all where a step is larger than a window."""
+        begin, end = np.array(order.starts[:-1]), np.array(order.starts[1:])
+        step = np.minimum(np.searchsorted(self.stops, begin, side="right"), max(0, len(self.stops) - 1))
+        if not len(self.stops):
+            return []
+        touched = (self.stops[step] > begin) & (self.starts[step] < end) & (self.starts[step] < self.stops[step])
+        return np.flatnonzero(touched).tolist()
+
+
+def mixed_visits(datasets: Sequence[Sequence[int]], weights: Sequence[float]) -> list[int]:
+    """Share an epoch of as many positions as there are rows out to datasets by weight, and to their row groups by size.
 
     Args:
-      start: position at which the step begins.
-      rows: positions of the epoch.
-      batch_size: rows per rank and step.
-      rank: the rank.
-      world_size: number of ranks.
+      datasets: rows of each row group of each dataset.
+      weights: non-negative, of each dataset; only their ratios matter.
 
     Returns:
-      Where the rank's part starts and stops, and where the step ends.
+      Visits of each row group, the datasets one after another; their sum is the number of rows.
     """
-    stop = min(start + batch_size * world_size, rows)
-    size = stop - start
-    return start + size * rank // world_size, start + size * (rank + 1) // world_size, stop
+    sizes = [sum(groups) for groups in datasets]
+    ideal = np.asarray(weights, np.float64) / np.sum(weights) * sum(sizes)
+    shares = np.floor(ideal).astype(np.int64)
+    shares[np.argsort(shares - ideal, kind="stable")[: sum(sizes) - int(shares.sum())]] += 1  # largest remainders
+    visits: list[int] = []
+    for groups, size, share in zip(datasets, sizes, shares.tolist(), strict=True):
+        upto = [rows * share // size for rows in accumulate(groups, initial=0)]
+        visits += [b - a for a, b in pairwise(upto)]
+    return visits

@@ -1,0 +1,128 @@
+"""The row groups of soft-label datasets, as their manifests name them, and reading some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+
+FOOTER_THREADS = 8  # a footer is mostly waiting for the filesystem
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A committed Parquet file; it is open only while it is read, so that there may be any number of them."""
+
+    path: Path
+    metadata: pq.FileMetaData
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns."""
+        return self.metadata.schema.to_arrow_schema()
+
+    def opened(self) -> pq.ParquetFile:
+        """Open the file."""
+        return pq.ParquetFile(self.path, metadata=self.metadata, memory_map=True)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group.
+
+    Attributes:
+      file: the file it is in.
+      number: its number there.
+      rows: its rows.
+      first_row: the first of its rows in all datasets together.
+    """
+
+    file: ShardFile
+    number: int
+    rows: int
+    first_row: int
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Read columns."""
+        with self.file.opened() as file:
+            return file.read_row_group(self.number, columns=list(columns))
+
+    def first(self, columns: Sequence[str]) -> pa.RecordBatch:
+        """Read columns of the first row."""
+        with self.file.opened() as file:
+            return next(file.iter_batches(1, [self.number], list(columns)))
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Datasets that mean the same.
+
+    Attributes:
+      spec: their specification.
+      groups: the row groups of each.
+      keys: what identifies their contents, as JSON values.
+    """
+
+    spec: SoftLabelSpec
+    groups: list[list[RowGroup]]
+    keys: list[Any]
+
+
+def open_datasets(paths: Sequence[str | Path]) -> Datasets:
+    """Read the manifests of datasets and the footers of their files.
+
+    Args:
+      paths: the datasets' folders.
+
+    Raises:
+      ValueError: there is none, one has no manifest, their specifications differ, or a file is not what was committed.
+    """
+    if not paths:
+        raise ValueError("path must name at least one soft-label dataset, got none")
+    manifests = [read_manifest(path) for path in paths]
+    spec: SoftLabelSpec = manifests[0].spec
+    for path, manifest in zip(paths, manifests, strict=True):
+        if differences := spec.differences(manifest.spec):
+            raise ValueError(
+                f"soft labels that are read together must mean the same, {paths[0]} and {path} differ in "
+                f"{' and '.join(differences)}"
+            )
+    with ThreadPoolExecutor(FOOTER_THREADS) as footers:
+        opened = [list(footers.map(_shard, m.paths(), [entry.rows for entry in m.entries])) for m in manifests]
+    keys = [[entry.key, entry.rows] for manifest in manifests for entry in manifest.entries]
+    return Datasets(spec, _numbered(opened), keys)
+
+
+def _shard(path: Path, rows: int) -> ShardFile:
+    try:
+        metadata = pq.read_metadata(path)
+    except FileNotFoundError as e:
+        raise ValueError(f"{path} is missing, its manifest says that it was committed; label its rows again") from e
+    if metadata.num_rows != rows:
+        raise ValueError(
+            f"{path} must have the {rows:,} rows that its manifest says, got {metadata.num_rows:,}; it was changed after "
+            "it was committed: label its rows again"
+        )
+    return ShardFile(path, metadata)
+
+
+def _numbered(datasets: Sequence[Sequence[ShardFile]]) -> list[list[RowGroup]]:
+    numbered, row = [], 0
+    for files in datasets:
+        groups: list[RowGroup] = []
+        for file in files:
+            for number in range(file.metadata.num_row_groups):
+                rows = file.metadata.row_group(number).num_rows
+                if rows:
+                    groups.append(RowGroup(file, number, rows, row))
+                row += rows
+        numbered.append(groups)
+    return numbered
