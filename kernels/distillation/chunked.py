@@ -30,31 +30,40 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
     Returns:
       A scalar, or the rows' losses [B]; differentiable once.
     """
-    rows_B: Tensor = _Sweep.apply(logits_BC, list(terms))
-    return rows_B.sum() if reduced else rows_B
+    value: Tensor = _Sweep.apply(logits_BC, list(terms), reduced)
+    return value
 
 
 class _Sweep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term]) -> Tensor:
-        compute = terms[0].scale.dtype
-        losses_B = torch.empty_like(terms[0].scale)
+    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term], reduced: bool) -> Tensor:
         gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
         step = max(1, BLOCK_ELEMENTS // max(1, logits_BC.shape[1]))
-        for start in range(0, len(logits_BC), step):
-            rows = slice(start, start + step)
-            block_BC = gradient_BC[rows] if gradient_BC.dtype == compute else torch.empty(0)
-            block_BC = logits_BC[rows].to(compute) if block_BC.numel() == 0 else block_BC.copy_(logits_BC[rows])
-            losses_B[rows] = replace_by_gradient(block_BC, [term.rows(rows) for term in terms])
-            if gradient_BC.dtype != compute:
-                gradient_BC[rows] = block_BC
+        if step >= len(logits_BC):
+            losses_B = _sweep(logits_BC, gradient_BC, terms)
+        else:
+            blocks = [slice(start, start + step) for start in range(0, len(logits_BC), step)]
+            parts = [_sweep(logits_BC[b], gradient_BC[b], [term.rows(b) for term in terms]) for b in blocks]
+            losses_B = torch.cat(parts)
         ctx.save_for_backward(gradient_BC)
-        return losses_B
+        return losses_B.sum() if reduced else losses_B
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient_BC,) = ctx.saved_tensors
-        if upstream_B.numel() and upstream_B.is_cpu and bool((upstream_B == 1).all()):
-            return gradient_BC, None  # the loss itself was differentiated: nothing left to multiply
-        return gradient_BC * upstream_B[:, None].to(gradient_BC.dtype), None
+        if upstream.ndim == 0 and upstream.is_cpu and float(upstream) == 1:
+            return gradient_BC, None, None  # the loss itself was differentiated: nothing left to multiply
+        factor = upstream if upstream.ndim == 0 else upstream[:, None]
+        return gradient_BC * factor.to(gradient_BC.dtype), None, None
+
+
+def _sweep(logits_BC: Tensor, gradient_BC: Tensor, terms: list[Term]) -> Tensor:
+    """Fill `gradient_BC` and give the rows' losses; logits of another dtype are computed with in a block of their own."""
+    compute = terms[0].scale.dtype
+    if gradient_BC.dtype == compute:
+        return replace_by_gradient(gradient_BC.copy_(logits_BC), terms)
+    block_BC = logits_BC.to(compute)
+    losses_B = replace_by_gradient(block_BC, terms)
+    gradient_BC.copy_(block_BC)
+    return losses_B

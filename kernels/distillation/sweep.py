@@ -38,8 +38,8 @@ def replace_by_gradient(z_BC: Tensor, terms: Sequence[Term]) -> Tensor:
 def _one_term(z_BC: Tensor, term: Term) -> Tensor:
     targets = term.targets
     if targets.classes is None:
-        loss_B, gradient_BC = bucket_losses_and_gradient(z_BC, targets)
-        torch.mul(gradient_BC, term.scale[:, None], out=z_BC)
+        loss_B, _ = bucket_losses_and_gradient(z_BC, targets, out=z_BC)
+        z_BC *= term.scale[:, None]
     else:
         loss_B = _sparse(z_BC, targets, targets.classes, term.scale)
     if term.valid is None:

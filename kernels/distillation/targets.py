@@ -91,6 +91,8 @@ def prepare(
     candidates: Tensor | int | None = None,
     mixing: Mixing = "normalised",
     dtype: torch.dtype = torch.float32,
+    *,
+    padded: bool = True,
 ) -> Targets:
     """Bring labels to a target over buckets.
 
@@ -103,6 +105,7 @@ def prepare(
       candidates: SLaM's m >= 1, integer [B] or a number; None means 2.
       mixing: SLaM's form, one of MIXINGS.
       dtype: of the computation, float32 or float64.
+      padded: whether an entry of a sparse label may be padding.
 
     Returns:
       The targets; nothing in them requires a gradient.
@@ -113,7 +116,7 @@ def prepare(
     if isinstance(labels, HardLabels):
         return _hard(labels, num_classes, dtype)
     _check(labels, num_classes, objective, temperature, accuracy)
-    logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype)
+    logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype, padded)
     if objective != "slam":
         return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
     rows = logprobs.shape[:1]
@@ -142,24 +145,32 @@ def _buckets(
     objective: Objective,
     temperature: float,
     dtype: torch.dtype,
+    padded: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, float | None]:
     logprobs = labels.logprobs.to(dtype)
     if isinstance(labels, DenseLabels):
-        return torch.log_softmax(logprobs / temperature, dim=1), None, None, None
-    classes, padding = labels.classes.long(), labels.classes < 0
-    logprobs = logprobs.masked_fill(padding, -torch.inf)
-    classes = torch.where(padding, classes[:, :1], classes).clamp(min=0)
+        return _tempered(logprobs, temperature), None, None, None
+    classes, padding = labels.classes.long(), None
+    if padded:
+        padding = classes < 0
+        logprobs = logprobs.masked_fill(padding, -torch.inf)
+        classes = torch.where(padding, classes[:, :1], classes).clamp(min=0)
     tail = _tail(labels, logprobs, num_classes) if objective != "renormalised" else None
     if tail is not None:
         logprobs = torch.cat([logprobs, tail], dim=1)
-    logprobs = torch.log_softmax(logprobs / temperature, dim=1)
-    if objective == "renormalised" or (logprobs.shape[1] == num_classes and tail is None and not bool(padding.any())):
+    logprobs = _tempered(logprobs, temperature)
+    complete = logprobs.shape[1] == num_classes and tail is None and (padding is None or not bool(padding.any()))
+    if objective == "renormalised" or complete:
         return logprobs, classes, padding, None
     nothing = torch.full_like(logprobs[:, :1], -torch.inf)
     if objective in ("tail", "slam"):
         return (logprobs if tail is not None else torch.cat([logprobs, nothing], 1)), classes, padding, 1.0
     kept = logprobs if tail is None else logprobs[:, :-1]
     return torch.cat([kept, nothing], 1), classes, padding, temperature
+
+
+def _tempered(logprobs: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logprobs if temperature == 1 else logprobs / temperature, dim=1)
 
 
 def _tail(labels: TopKLabels | SampledLabels, logprobs: Tensor, num_classes: int) -> Tensor | None:

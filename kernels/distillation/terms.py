@@ -101,15 +101,17 @@ def make_terms(
     count = len(labels.classes if isinstance(labels, HardLabels) else labels.logprobs)
     if count != num_rows:
         raise ValueError(f"labels must have the {num_rows} rows of the batch, got {count}")
-    _check_classes(labels, num_classes)
-    scale = torch.ones(num_rows, dtype=dtype, device=device)
-    if options.weight is not None:
-        scale = scale * _vector("weight", options.weight, num_rows).to(dtype)
+    least_class = _check_classes(labels, num_classes)
     valid = None if options.mask is None else _vector("mask", options.mask, num_rows).bool()
     if isinstance(labels, HardLabels):
         valid = _both(valid, labels.classes != labels.ignore_index)
-    if options.reduction == "mean":
-        scale = scale / _denominator(options.normalizer, valid, num_rows)
+    share = 1 / _denominator(options.normalizer, valid, num_rows) if options.reduction == "mean" else 1.0
+    if options.weight is not None:
+        scale = _vector("weight", options.weight, num_rows).to(dtype) * share
+    elif isinstance(share, Tensor):
+        scale = share.to(dtype).expand(num_rows).contiguous()
+    else:
+        scale = torch.full((num_rows,), share, dtype=dtype, device=device)
     prepared = prepare(
         labels,
         num_classes,
@@ -119,6 +121,7 @@ def make_terms(
         options.candidates,
         options.mixing,
         dtype,
+        padded=least_class < 0,
     )
     if options.hard is None:
         return [Term(prepared, scale, valid)]
@@ -148,9 +151,11 @@ def _vector(name: str, value: Tensor, num_rows: int) -> Tensor:
     return value.detach()
 
 
-def _check_classes(labels: Labels, num_classes: int) -> None:
-    if isinstance(labels, DenseLabels) or labels.classes.is_cuda or not labels.classes.numel():
-        return  # on an accelerator the check would wait for the device
-    largest = int(labels.classes.max())
+def _check_classes(labels: Labels, num_classes: int) -> int:
+    """Check the classes and give the least; -1, as if there were padding, where looking would wait for a device."""
+    if isinstance(labels, DenseLabels) or not labels.classes.is_cpu or not labels.classes.numel():
+        return -1
+    least, largest = (int(bound) for bound in torch.aminmax(labels.classes))
     if largest >= num_classes:
         raise ValueError(f"classes of the labels must be below the {num_classes} classes of the logits, got {largest}")
+    return least
