@@ -6,9 +6,7 @@ failed); `--debug` shows the traceback.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 import tempfile
 from importlib import resources
@@ -18,8 +16,20 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from distilbeam.pipelines.command_options import (
+    BeamArgument,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    MaxFailuresOption,
+    RoundOption,
+    SetOption,
+    run_steps,
+    with_max_failures,
+)
 from distilbeam.pipelines.data_commands import ingest
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
 app = typer.Typer(
@@ -32,19 +42,6 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
-
-ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
-BeamArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
-]
-RoundOption = Annotated[
-    int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
 
 def main() -> None:
@@ -117,12 +114,13 @@ def init(
 def run(
     config: ConfigArgument,
     beam_options: BeamArgument = None,
+    max_failures: MaxFailuresOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    directory = _steps(config, beam_options, overrides, log_level, None)
+    directory = run_steps(config, beam_options, with_max_failures(overrides, max_failures), log_level, None)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -136,13 +134,12 @@ def _add_step_command(name: str, description: str) -> None:
         log_level: LogOption = "warning",
         debug: DebugOption = False,  # noqa: ARG001
     ) -> None:
-        _steps(config, beam_options, overrides, log_level, (name, number))
+        run_steps(config, beam_options, overrides, log_level, (name, number))
 
     app.command(name, help=f"Do what is left of a run up to {description}.")(command)
 
 
 _add_step_command("select", "the choice of examples of a round")
-_add_step_command("label", "the teacher's labels of a round")
 _add_step_command("train", "the student after a number of rounds (0: trained on the labelled set alone)")
 
 
@@ -155,7 +152,7 @@ def evaluate(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do what is left of a run up to its figures, and print the table."""
-    _print_results(_steps(config, beam_options, overrides, log_level, ("evaluate", None)))
+    _print_results(run_steps(config, beam_options, overrides, log_level, ("evaluate", None)))
 
 
 @app.command()
@@ -169,43 +166,22 @@ def report(
     """Do what is left of a run and draw its report again."""
     from distilbeam.pipelines.steps import redraw_report
 
-    directory = _steps(config, beam_options, overrides, log_level, None)
+    directory = run_steps(config, beam_options, overrides, log_level, None)
     redraw_report(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _steps(
-    config: Path,
-    flags: list[str] | None,
-    overrides: list[str] | None,
-    log_level: str,
-    until: tuple[str, int | None] | None,
-) -> Path:
-    configure_logs(log_level, console)
-    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
-        from distilbeam.pipelines.config import load_config
-        from distilbeam.pipelines.steps import run as run_steps
-    settings = load_config(config, overrides or ())
-    signal.signal(signal.SIGINT, _stop)
-    return run_steps(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
-
-
-def _stop(*_: object) -> None:
-    """End at once: every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own."""
-    console.show_cursor(True)
-    errors.print("stopped; the same command goes on from here")
-    os._exit(130)
 
 
 def _print_results(directory: Path) -> None:
     from distilbeam.pipelines.files import read_json
     from distilbeam.pipelines.report import calls_sentences, results_table
+    from distilbeam.pipelines.work_log import work_table
 
     results = read_json(directory / "report" / "metrics.json")
     console.print(results_table(results))
+    console.print(work_table(results["work"]))
     for sentence in calls_sentences(results):
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (ingest, inspect, verify, serve_teacher):
+for command in (plan, label, ingest, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -197,7 +197,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
       ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
         a line per setting.
     """
-    return parse_config(_read_toml(path, overrides))
+    data = _read_toml(path, overrides)
+    if data and describes_labelling(data):
+        raise ValueError(
+            f"{path} describes a labelling job, it has no [selection] and no [student]: 'distilbeam label' does it; a run "
+            "needs these sections, and labelled and validation in [data]"
+        )
+    return parse_config(data)
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | LabelConfig:

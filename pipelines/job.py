@@ -30,6 +30,7 @@ from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
+from distilbeam.pipelines.work_log import add_work
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -99,20 +100,13 @@ class Job:
     def ask(self, name: str, report: Report) -> None:
         """Ask the teacher about the labelled, the validation or the test set."""
         labelling = Labelling(self.teacher, self._spec(LabelsSection()), teacher_batch=self.config.engine.teacher_batch)
-        self._label(self.directory.asked(name), f"ask-{name}", self._labelled_set(name).plan, labelling, None, report)
+        self._label(self.directory.asked(name), f"ask-{name}", self.labelled_set(name).plan, labelling, None, report)
 
     def select(self, number: int, report: Report) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
         choice = self._choice_of_round(number)
         if choice.method != "uniform":
-            score = Score(
-                student=str(self.directory.student(number)),
-                gain=self.config.selection.gain,
-                output=str(choice.gains),
-                bought=choice.bought,
-                columns=self.inputs.student_columns,
-                batch_rows=self.config.engine.batch_rows,
-            )
+            score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
             self._phase("score", score, self.inputs.pool.units, report)
         choose(choice)
 
@@ -130,18 +124,32 @@ class Job:
         self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
         self._train(where.student(1), [where.labels(0)], report)
 
+    def sample_work(self, output: Path, dead_letters: Path) -> Label:
+        """Return the label phase's work for any rows of the pool, without estimates, into given directories."""
+        labelling = Labelling(
+            self.teacher,
+            self._spec(self.config.labels),
+            id_column=self.config.data.id,
+            teacher_batch=self.config.engine.teacher_batch,
+        )
+        return self._label_work(labelling, output, dead_letters, None)
+
+    def sample_score(self, student: Path, gains: Path) -> Score:
+        """Return the score phase's work with a student, into a given directory."""
+        return self._score_work(student, gains, ())
+
     def answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
-        return read_answers(self.directory.asked(name), self._spec(LabelsSection()), self._labelled_set(name).plan.rows)
+        return read_answers(self.directory.asked(name), self._spec(LabelsSection()), self.labelled_set(name).plan.rows)
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
-        labels: npt.NDArray[np.int64] = self._labelled_set(name).table[self.config.data.label].to_numpy()
+        labels: npt.NDArray[np.int64] = self.labelled_set(name).table[self.config.data.label].to_numpy()
         return labels
 
     def student_logits(self, student: Path, name: str) -> npt.NDArray[np.float32]:
         """Return a student's logits for a labelled set, float32 [rows, classes]."""
-        table = self._labelled_set(name).table.select(self.inputs.student_columns)
+        table = self.labelled_set(name).table.select(self.inputs.student_columns)
         batches = table.to_batches(max_chunksize=self.config.engine.batch_rows)
         return np.concatenate([cached_student(str(student)).logits(batch) for batch in batches])
 
@@ -191,36 +199,51 @@ class Job:
     def _label(
         self, output: Path, name: str, plan: Pool, labelling: Labelling, picks: str | None, report: Report
     ) -> None:
-        inputs, spec, dead_letters = self.inputs, labelling.spec, self.directory.dead_letters(name)
-        columns = [*spec.carried, *inputs.teacher_columns, *inputs.student_columns, labelling.id_column]
-        work = Label(
-            labelling=labelling,
-            output=str(output),
-            dead_letters=str(dead_letters),
-            columns=tuple(dict.fromkeys(column for column in columns if column is not None)),
-            picks=picks,
-            batch_rows=self.config.engine.batch_rows,
-        )
-        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, spec)
+        dead_letters = self.directory.dead_letters(name)
+        work = self._label_work(labelling, output, dead_letters, picks)
+        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
         self._phase("label", work, tasks, report)
         failed = count_dead_letters(dead_letters)
-        if failed == sum(shard.rows for task in tasks for shard in task.shards):
+        if failed == sum(task.rows for task in tasks):
             raise ValueError(
                 f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
             )
         write_json(self.directory.summary(output), tally(output, failed))
 
+    def _label_work(self, labelling: Labelling, output: Path, dead_letters: Path, picks: str | None) -> Label:
+        inputs, engine = self.inputs, self.config.engine
+        columns = [*labelling.spec.carried, *inputs.teacher_columns, *inputs.student_columns, labelling.id_column]
+        return Label(
+            labelling=labelling,
+            output=str(output),
+            dead_letters=str(dead_letters),
+            columns=tuple(dict.fromkeys(column for column in columns if column is not None)),
+            picks=picks,
+            batch_rows=engine.batch_rows,
+            max_failures=engine.max_failures,
+        )
+
+    def _score_work(self, student: Path, gains: Path, bought: tuple[str, ...]) -> Score:
+        return Score(
+            student=str(student),
+            gain=self.config.selection.gain,
+            output=str(gains),
+            bought=bought,
+            columns=self.inputs.student_columns,
+            batch_rows=self.config.engine.batch_rows,
+        )
+
     def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
-        errors = self.directory.errors(name)
-        run_phase(
+        done = run_phase(
             name,
             work,
             items,
-            errors=errors,
+            errors=self.directory.errors(name),
             options=self.options,
             progress=report,
             attempts=self.config.engine.attempts,
         )
+        add_work(self.directory.work, name, done)
 
     def _choice_of_round(self, number: int) -> Choice:
         bought = tuple(str(self.directory.picks(r)) for r in range(number))
@@ -260,7 +283,8 @@ class Job:
             carried=self.inputs.carried,
         )
 
-    def _labelled_set(self, name: str) -> LabelledSet:
+    def labelled_set(self, name: str) -> LabelledSet:
+        """Return the labelled, validation or test set."""
         chosen: LabelledSet = getattr(self.inputs, name)
         return chosen
 

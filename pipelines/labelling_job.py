@@ -18,6 +18,7 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines import growth
+from distilbeam.pipelines.answers import count_dead_letters
 from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
@@ -30,6 +31,7 @@ from distilbeam.pipelines.phases import PhaseReport, run_phase
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
 from distilbeam.pipelines.units import Pool, find_files, plan_units, root_of
+from distilbeam.pipelines.work_log import add_work
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import FOLDER
@@ -146,6 +148,7 @@ class LabellingJob:
         growth.apply(self.dataset, self.dead_letters, plan.standing, plan.pool)
         self._forget_dead_letters(plan)
         done = self._phase(plan, options, report)
+        add_work(self.directory.work, "label", done)
         write_json(self.directory.root / "pool.json", dict(plan.pool.files))
         with replacing(self.directory.config) as temporary:
             write_config(temporary, self.config)
@@ -229,15 +232,19 @@ def opened_job(config: LabelConfig, base: Path) -> Iterator[LabellingJob]:
         yield LabellingJob(config, base, directory)
 
 
-def summary(plan: LabelPlan, done: PhaseReport, dataset: Path) -> dict[str, Any]:
-    """Add up what a call did and what the dataset holds now."""
-    manifest = read_manifest(dataset)
-    return {
-        "labelled": done.counts.get("rows_labelled", plan.standing.rows_wanted),
+def write_metrics(job: LabellingJob, plan: LabelPlan, done: PhaseReport) -> dict[str, Any]:
+    """Write `metrics.json`: what this call did, what the dataset holds, what all calls have cost; return it."""
+    manifest = read_manifest(job.dataset)
+    metrics = {
+        "labelled": sum(task.rows for task in plan.tasks),
         "kept": plan.standing.rows_kept,
         "dropped": plan.standing.rows_dropped,
+        "failed": count_dead_letters(job.dead_letters),
         "rows": manifest.rows,
         "shards": len(manifest.entries),
         "bytes": manifest.bytes,
         "seconds": done.seconds,
+        "work": read_json(job.directory.work) if job.directory.work.exists() else {},
     }
+    write_json(job.directory.root / "metrics.json", metrics)
+    return metrics

@@ -41,6 +41,7 @@ def write_results(job: Job, report: Report) -> None:
         "wrong_share": job.wrong_share,
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
+        "work": read_json(where.work),
     }
     if config.selection.compare_uniform:
         labels = read_json(where.summary(where.uniform.labels(0)))["rows"]

@@ -47,6 +47,11 @@ class RunDirectory:
         return self.report / "metrics.json"
 
     @property
+    def work(self) -> Path:
+        """What the phases cost, in all calls together."""
+        return self.root / "work.json"
+
+    @property
     def uniform(self) -> RunDirectory:
         """The comparison with uniformly chosen labels, laid out like a run."""
         return RunDirectory(self.root / "uniform")

@@ -1,0 +1,61 @@
+"""What the commands share: their common arguments, and carrying out the steps of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distilbeam.pipelines.display import Display, configure_logs
+
+console = Console()
+errors = Console(stderr=True)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
+BeamArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")
+]
+MaxFailuresOption = Annotated[
+    int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def run_steps(
+    config: Path,
+    flags: list[str] | None,
+    overrides: list[str] | None,
+    log_level: str,
+    until: tuple[str, int | None] | None,
+) -> Path:
+    """Do what is left of a run up to a step; return the run directory."""
+    configure_logs(log_level, console)
+    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
+        from distilbeam.pipelines.config import load_config
+        from distilbeam.pipelines.steps import run
+    settings = load_config(config, overrides or ())
+    signal.signal(signal.SIGINT, stop_at_once)
+    return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+
+
+def stop_at_once(*_: object) -> None:
+    """End at once: every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own."""
+    console.show_cursor(True)
+    errors.print("stopped; the same command goes on from here")
+    os._exit(130)
+
+
+def with_max_failures(overrides: list[str] | None, limit: int | None) -> list[str]:
+    """Add the option `--max-failures` to the settings that are overridden."""
+    return [*(overrides or []), *([] if limit is None else [f"engine.max_failures={limit}"])]

@@ -1,0 +1,159 @@
+"""The commands that spend the teacher's time, and the one that says beforehand how much: `label` and `plan`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distilbeam.pipelines.command_options import (
+    BeamArgument,
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    MaxFailuresOption,
+    RoundOption,
+    SetOption,
+    run_steps,
+    stop_at_once,
+    with_max_failures,
+)
+from distilbeam.pipelines.display import Display, configure_logs
+
+console = Console()
+
+
+def label(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    relabel: Annotated[
+        bool, typer.Option("--relabel", help="Set labels of another teacher or form aside and label again.")
+    ] = False,
+    max_failures: MaxFailuresOption = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
+    configure_logs(log_level, console)
+    overrides = with_max_failures(overrides, max_failures)
+    settings = _settings(config, overrides)
+    from distilbeam.pipelines.config import LabelConfig
+
+    if not isinstance(settings, LabelConfig):
+        if relabel:
+            raise ValueError(
+                "--relabel is for labelling jobs: a run belongs to one teacher, choose another run.directory"
+            )
+        run_steps(config, beam_options, overrides, log_level, ("label", number))
+        return
+    if number is not None:
+        raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    _label_pool(settings, config.parent.resolve(), beam_options or [], relabel)
+
+
+def plan(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Rows to ask the teacher about, to measure time and bytes; 0 asks nothing.")
+    ] = 1024,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the forecast to this file.")] = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Say what is left of a run or a labelling job and what it will cost, before anything is spent."""
+    configure_logs(log_level, console)
+    settings = _settings(config, overrides)
+    from distilbeam.pipelines.beam_options import pipeline_options
+    from distilbeam.pipelines.config import LabelConfig
+    from distilbeam.pipelines.job import Job
+    from distilbeam.pipelines.labelling_job import LabellingJob
+    from distilbeam.pipelines.plans import forecast_labelling, forecast_run
+    from distilbeam.pipelines.rundir import RunDirectory
+
+    base, options = config.parent.resolve(), pipeline_options(beam_options or [])
+    directory = RunDirectory((base / settings.run.directory).resolve())
+    if isinstance(settings, LabelConfig):
+        job = LabellingJob(settings, base, directory)
+        label_plan = job.plan()
+        for sentence in plan_sentences(label_plan):
+            console.print(sentence, highlight=False, soft_wrap=True)
+        forecast = forecast_labelling(job, label_plan, options, sample)
+    else:
+        forecast = forecast_run(Job(settings, base, directory, options), sample)
+    _print_forecast(forecast)
+    if json_file is not None:
+        json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
+
+
+def plan_sentences(plan: Any) -> list[str]:
+    """Say what a labelling job's plan keeps, drops and labels, and why."""
+    standing, changes = plan.standing, plan.changes
+    sentences = [
+        f"The pool has {plan.pool.rows:,} rows in {len(plan.pool.files):,} file(s); {standing.rows_kept:,} are labelled, "
+        f"{standing.rows_wanted:,} are not."
+    ]
+    for what in ("new", "changed", "gone"):
+        names = [name for name, change in changes.items() if change == what]
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+            sentences.append(f"{len(names):,} file(s) {what}: {shown}.")
+    if standing.rows_dropped:
+        sentences.append(
+            f"{standing.rows_dropped:,} labels are of rows that are no longer in the pool and are dropped."
+        )
+    if plan.because:
+        sentences.append(
+            f"{plan.superseded:,} labels differ in {', '.join(plan.because)}; 'label --relabel' sets them aside."
+        )
+    return sentences
+
+
+def _settings(config: Path, overrides: list[str] | None) -> Any:
+    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
+        from distilbeam.pipelines.config import load_any_config
+    return load_any_config(config, overrides or ())
+
+
+def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> None:
+    from distilbeam.pipelines.beam_options import pipeline_options
+    from distilbeam.pipelines.labelling_job import opened_job, write_metrics
+    from distilbeam.pipelines.work_log import work_table
+
+    display, options = Display(console), pipeline_options(flags)
+    signal.signal(signal.SIGINT, stop_at_once)
+    with opened_job(settings, base) as job:
+        with display.step("read the pool and load the teacher"):
+            plan = job.plan()
+        for sentence in plan_sentences(plan):
+            display.say(sentence)
+        with display.step(f"label {plan.standing.rows_wanted:,} rows") as report:
+            done = job.label(plan, options, report, relabel=relabel)
+        metrics = write_metrics(job, plan, done)
+    if metrics["work"]:
+        console.print(work_table(metrics["work"]))
+    if metrics["failed"]:
+        display.say(f"{metrics['failed']:,} rows have no label; why, is in {job.dead_letters}")
+    console.print(f"Labels: {job.dataset}", highlight=False, soft_wrap=True)
+
+
+def _print_forecast(forecast: Any) -> None:
+    from distilbeam.pipelines.forecast import forecast_table, money_sentence
+
+    console.print(forecast_table(forecast))
+    workers = f"{forecast.workers} worker(s)"
+    if forecast.sampled:
+        console.print(
+            f"Measured on {forecast.sampled:,} rows that the teacher answered; for {workers}.", highlight=False
+        )
+    else:
+        console.print(f"Nothing was asked: times and bytes are not known; for {workers}.", highlight=False)
+    if (sentence := money_sentence(forecast)) is not None:
+        console.print(sentence, highlight=False)
