@@ -303,6 +303,6 @@ def _freeze(work: Path, digest: str, sources: list[Source], options: IngestOptio
     then = read_json(path)
     if then["digest"] == digest:
         return
-    changed = {tuple(s.values()) for s in then["sources"]} ^ {tuple(asdict(s).values()) for s in sources}
-    what = f"the sources changed ({sorted(changed)[0][0]})" if changed else "the options changed"
+    changed = {Source(**source) for source in then["sources"]} ^ set(sources)
+    what = f"the sources changed ({min(source.path for source in changed)})" if changed else "the options changed"
     raise ValueError(f"{what} since this ingest was begun; put them back, or remove {work} to begin again")
