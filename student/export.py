@@ -29,7 +29,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from distilbeam.kernels.laurel.reference import residual_sum
+from distilbeam.student import laurel
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.compress.quantise import quantise_static, quantise_weights
 from distilbeam.student.runners import open_runner
@@ -111,8 +114,25 @@ def _write(student: Student, format_: str, file: Path, examples: npt.NDArray[Any
 
 def _program(student: Student) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("batch", min=1, max=2**20)
-    # an example of two rows: torch takes a dimension of one to be one for ever
-    return torch.export.export(student.module, (student.zeros(2),), dynamic_shapes=({0: rows},))
+    with _torch_operations():
+        # an example of two rows: torch takes a dimension of one to be one for ever
+        return torch.export.export(student.module, (student.zeros(2),), dynamic_shapes=({0: rows},))
+
+
+@contextmanager
+def _torch_operations() -> Iterator[None]:
+    """Record learned residuals by their definition: kernels choose by device and by the number of rows, a file cannot."""
+    kernel = vars(laurel)["laurel_residual"]
+
+    def by_definition(update: Tensor, residual: Tensor, **others: Any) -> Tensor:
+        keys = ("alpha", "beta", "down", "up", "previous", "gamma")
+        return residual_sum(update, residual, *(others[key] for key in keys)).to(update.dtype)
+
+    vars(laurel)["laurel_residual"] = by_definition
+    try:
+        yield
+    finally:
+        vars(laurel)["laurel_residual"] = kernel
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -157,3 +157,15 @@ def test_a_damaged_export_is_refused(exports, tmp_path):
     (directory / "export.json").write_text(json.dumps(description | {"format_version": 9}))
     with pytest.raises(ValueError, match="has format version 9, this release reads 1"):
         load_export(directory)
+
+
+def test_a_transformer_of_token_ids_is_exported(tmp_path):
+    tokens = InputConfig(kind="tokens", columns=("x",), max_length=6, vocabulary=20)
+    config = StudentConfig(kind="transformer", dim=8, layers=1, heads=2, input=tokens)
+    student = save_student(tmp_path / "s", build_student(config, (6,), 3), config, "abc", (6,))
+    ids = np.random.default_rng(0).integers(0, 20, (300, 6))
+    export = load_export(export_student(student, "int8-weights", tmp_path / "e", ids))
+    assert export.description["input_dtype"] == "int64"
+    expected = load_student(student).logits_of_inputs(ids)
+    found = export.logits_of_inputs(ids)
+    assert np.sqrt(np.mean((found - expected) ** 2)) <= 0.02 * expected.std()
