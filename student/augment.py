@@ -1,8 +1,8 @@
 """Random changes of a batch: flips and shifts of images, and mixtures of examples with their labels.
 
-What happens to an example depends on the seed, the epoch and the example alone (its row in the data), not on the batch,
-the worker or the rank; which examples are mixed depends on the seed, the step and the rank. A training that was stopped
-and goes on therefore sees what it would have seen.
+What happens to an example depends on the seed, the epoch and the example's position in it alone, not on the batch, the
+worker or the rank; which examples are mixed depends on the seed, the step and the rank. A training that was stopped and
+goes on therefore sees what it would have seen.
 
 References:
   Zhang et al., mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412, equation 1.
@@ -22,16 +22,18 @@ from distilbeam.student.train_config import AugmentConfig
 Words = npt.NDArray[np.uint64]
 
 
-def augment_images(images: Tensor, rows: Tensor, config: AugmentConfig, seed: int, epoch: int, source: int) -> Tensor:
+def augment_images(
+    images: Tensor, positions: Tensor, config: AugmentConfig, seed: int, epoch: int, source: int
+) -> Tensor:
     """Flip and shift images.
 
     Args:
       images: floating [B, channels, height, width].
-      rows: int64 [B], each example's row in its source.
+      positions: int64 [B], of each example in the epoch; any number that is the example's own will do.
       config: what is done.
       seed: of the training.
       epoch: number of the epoch.
-      source: number of the source, so that rows of two sources differ.
+      source: number of the source, so that positions of two sources differ.
 
     Returns:
       Changed images of the same shape; the input itself where nothing is to be done.
@@ -45,7 +47,7 @@ def augment_images(images: Tensor, rows: Tensor, config: AugmentConfig, seed: in
         raise ValueError(
             f"augment.flip and augment.crop need images [channels, height, width], got {list(images.shape[1:])}"
         )
-    words = random_words(rows, seed, epoch, source)
+    words = random_words(positions, seed, epoch, source)
     if config.flip:
         mirrored = torch.from_numpy((words & np.uint64(1)).astype(bool))
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -87,11 +89,11 @@ class Mixture:
         return (self.share, logits), (1 - self.share, logits[torch.argsort(self.partner)])
 
 
-def random_words(rows: Tensor, seed: int, epoch: int, source: int) -> Words:
-    """Compute a random word of 64 bits for each row, as a hash of everything that it depends on.
+def random_words(positions: Tensor, seed: int, epoch: int, source: int) -> Words:
+    """Compute a random word of 64 bits for each position, as a hash of everything that it depends on.
 
     Args:
-      rows: int64 [B].
+      positions: int64 [B].
       seed: of the training.
       epoch: number of the epoch.
       source: number of the source.
@@ -103,7 +105,7 @@ def random_words(rows: Tensor, seed: int, epoch: int, source: int) -> Words:
       Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014 (the finaliser of SplitMix64).
     """
     key = np.random.SeedSequence([seed, epoch, source]).generate_state(1, np.uint64)
-    words = rows.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    words = positions.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(words ^ (words >> np.uint64(31)))

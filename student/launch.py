@@ -46,6 +46,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
+    mixing_weights: tuple[float, ...] | None = Field(None, description="share of each of them in an epoch")
     labelled: str | None = Field(None, description="Parquet file of human-labelled examples")
     validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
     label: str = Field("label", description="column with the true class")
@@ -91,6 +92,7 @@ def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResul
         validation=tables[1],
         directory=base / data.directory,
         seed=data.seed,
+        mixing_weights=data.mixing_weights,
         progress=progress,
     )
 

@@ -1,7 +1,7 @@
 """What is seen of a training under way: lines of metrics.jsonl, TensorBoard events, and calls of a progress function.
 
 metrics.jsonl has a line for every epoch (`epoch`, `step`, `train_loss`, `validation_...`) and, if asked for, one every n
-steps (`step`, `loss`, `gradient_norm`); all with `lr`, `examples_per_s` since the line before, and `seconds` in all.
+steps (`step`, `loss`, `gradient_norm`); all with `lr`, `examples_per_s` since the last line of the kind, and `seconds` in all.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Observer:
     ) -> None:
         self._training, self._total, self._progress = training, total, progress
         self._began = time.perf_counter() - seconds
-        self._since, self._examples, self._lr = time.perf_counter(), 0, 0.0
+        now = time.perf_counter()
+        self._since = {"step": (now, 0), "epoch": (now, 0)}  # time and examples at the last line of each kind
+        self._examples, self._lr = 0, 0.0
         self._lines: TextIO | None = None
         self._events: Any = None
         if not silent:
@@ -75,21 +77,21 @@ class Observer:
         """Take note of a step."""
         self._examples, self._lr = self._examples + examples, lr
         if self._training.log_steps is not None and done % self._training.log_steps == 0:
-            self._write({"step": done, "loss": loss} | ({} if norm is None else {"gradient_norm": float(norm)}))
+            self._write("step", {"step": done, "loss": loss} | ({} if norm is None else {"gradient_norm": float(norm)}))
         if self._progress is not None:
             self._progress(done, self._total, loss)
 
     def epoch(self, done: int, figures: Mapping[str, float]) -> None:
         """Take note of an epoch."""
-        self._write({"epoch": figures["epoch"], "step": done} | dict(figures))
+        self._write("epoch", {"epoch": figures["epoch"], "step": done} | dict(figures))
 
-    def _write(self, figures: dict[str, float]) -> None:
+    def _write(self, kind: str, figures: dict[str, float]) -> None:
         if self._lines is None:
             return
-        now = time.perf_counter()
-        rate = self._examples / max(now - self._since, 1e-9)
+        now, (then, examples) = time.perf_counter(), self._since[kind]
+        rate = (self._examples - examples) / max(now - then, 1e-9)
         figures |= {"lr": self._lr, "examples_per_s": round(rate, 1), "seconds": round(self.seconds, 3)}
-        self._since, self._examples = now, 0
+        self._since[kind] = now, self._examples
         self._lines.write(json.dumps(figures) + "\n")
         if self._events is not None:
             for name, value in figures.items():

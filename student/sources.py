@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from distilbeam.student.augment import augment_images
+from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
-from distilbeam.student.data import Batch, SoftLabelDataset
+from distilbeam.student.data import Batch, Place, SoftLabelDataset
 from distilbeam.student.labelled import Examples, read_examples
 from distilbeam.student.processes import Processes
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.train_config import AugmentConfig, TrainConfig
 
 NEEDED_COLUMNS = {
     "distill": (),
@@ -87,14 +89,10 @@ class Sources:
         soft = None if self.soft is None else iter(self.soft)
         hard_rows = deal_out(self.hard, self.steps, self.seed, epoch)
         for step in range(first, self.steps):
-            batch = None if soft is None else self._changed(next(soft), epoch)
+            batch = None if soft is None else next(soft)
             hard = None if self.hard is None else self._hard(self.hard, _part(hard_rows[step], self.processes), epoch)
             mine = StepRows(batch, hard, 0, self.processes.size)
             yield replace(mine, count=round(self.processes.sum(len(mine))))
-
-    def _changed(self, batch: Batch, epoch: int) -> Batch:
-        augment = self.training.augment
-        return {**batch, "inputs": augment_images(batch["inputs"], batch["row"], augment, self.seed, epoch, SOFT)}
 
     def _hard(self, hard: Examples, rows: Tensor, epoch: int) -> Examples:
         inputs = augment_images(hard.inputs[rows], rows, self.training.augment, self.seed, epoch, HARD)
@@ -112,6 +110,7 @@ def open_sources(
     validation: pa.Table | None,
     seed: int,
     processes: Processes,
+    mixing_weights: Sequence[float] | None = None,
 ) -> Sources:
     """Read and check what a training is given; see `train` for the arguments.
 
@@ -121,7 +120,7 @@ def open_sources(
     """
     hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
     held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
-    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes)
+    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
     shape = shape_of_inputs(hard, held_out, soft)
     return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
 
@@ -134,6 +133,7 @@ def open_soft_labels(
     hard: Examples | None,
     seed: int,
     processes: Processes,
+    mixing_weights: Sequence[float] | None = None,
 ) -> SoftLabelDataset | None:
     """Open soft labels for a training; their share of a batch is their share of all rows.
 
@@ -145,6 +145,7 @@ def open_soft_labels(
       hard: the human-labelled rows, or None.
       seed: of the order.
       processes: who shares the rows.
+      mixing_weights: share of each dataset in an epoch; None for their numbers of rows.
 
     Returns:
       The dataset, or None when there are no soft labels.
@@ -157,8 +158,19 @@ def open_soft_labels(
             raise ValueError("training needs labelled examples or soft labels, got neither")
         return None
     columns = NEEDED_COLUMNS[training.objective]
+    augment = training.augment
     dataset = SoftLabelDataset(
-        paths, training.batch_size, seed, processes.rank, processes.size, input=student.input, columns=columns
+        paths,
+        training.batch_size,
+        seed,
+        processes.rank,
+        processes.size,
+        input=student.input,
+        columns=columns,
+        mixing_weights=mixing_weights,
+        transform=partial(_augmented, augment) if augment.flip or augment.crop else None,
+        workers=training.loader_workers,
+        pin_memory=processes.device.type == "cuda",
     )
     _require_classes(dataset, classes)
     estimated = {"weight"} if training.reestimate_epochs is not None else set()
@@ -193,11 +205,16 @@ def shape_of_inputs(hard: Examples | None, held_out: Examples | None, soft: Soft
     examples = {"labelled": hard, "validation": held_out}
     shapes = {name: tuple(some.inputs.shape[1:]) for name, some in examples.items() if some is not None}
     if soft is not None:
-        shapes["soft-labelled"] = tuple(soft.window([0])["inputs"].shape[1:])
+        shapes["soft-labelled"] = soft.input_shape
     if len(set(shapes.values())) > 1:
         described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"inputs of all examples must have one shape, got {described}")
     return next(iter(shapes.values()))
+
+
+def _augmented(augment: AugmentConfig, batch: Batch, place: Place) -> Batch:
+    positions = place.position + torch.arange(len(batch[INPUTS]))
+    return {**batch, INPUTS: augment_images(batch[INPUTS], positions, augment, place.seed, place.epoch, SOFT)}
 
 
 def _require_classes(dataset: SoftLabelDataset, classes: Sequence[str]) -> None:

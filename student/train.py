@@ -73,6 +73,7 @@ def train(
     seed: int,
     init: str | Path | None = None,
     validation_teacher: npt.NDArray[np.float32] | None = None,
+    mixing_weights: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a student and write it; a training that was killed goes on where its last checkpoint is.
@@ -91,6 +92,8 @@ def train(
       init: directory of a student to start from instead of random weights.
       validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
         not answer; needed for `reestimate_epochs`.
+      mixing_weights: share of each soft-label dataset in an epoch, up to a common factor; None for their numbers of
+        rows.
       progress: called after every step with the steps done, the steps in all, and the step's loss.
 
     Returns:
@@ -121,6 +124,7 @@ def train(
             validation=validation,
             seed=seed,
             processes=processes,
+            mixing_weights=mixing_weights,
         )
         steps, total = sources.steps, training.epochs * sources.steps
         reestimation = _reestimation(student, training, sources, soft_labels, validation_teacher)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
 
 # settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
-FREE = ("checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard")
+FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard")
 
 
 class AugmentConfig(BaseModel):
@@ -74,6 +74,7 @@ class TrainConfig(BaseModel):
     )
     compile: bool = Field(False, description="run the student through torch.compile")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
+    loader_workers: int = Field(1, ge=1, description="threads that make batches of soft-labelled rows")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
     keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")

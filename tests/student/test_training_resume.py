@@ -1,0 +1,225 @@
+"""A training that was killed goes on: the same weights bit by bit, wherever it was; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import small_trainings
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from distilbeam.student.checkpoint import load_student
+from distilbeam.student.train import train
+from distilbeam.student.training_directory import remove_finished
+
+SUPPORT = Path(small_trainings.__file__).parent
+
+
+class Stop(Exception):  # noqa: N818 - no error
+    """Ends a training where a test wants it to."""
+
+
+def stop_at(step):
+    def progress(done, _total, _loss):
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    return small_trainings.write_vectors(tmp_path / "labels")
+
+
+def run(tmp_path, data, name="student", kind="vectors", step=None, seed=7, changes=None, **more):
+    """Train, up to a step if one is given."""
+    configs = small_trainings.settings(kind, **(changes or {}))
+    progress = None if step is None else stop_at(step)
+    try:
+        return train(*configs, **{**data, **more}, directory=tmp_path / name, seed=seed, progress=progress)
+    except Stop:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_killed_trainings_end_as_undisturbed_ones(kind, tmp_path):
+    command = [sys.executable, SUPPORT / "kill_trainings.py", tmp_path, kind, "0", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    undisturbed, *disturbed = (json.loads(line) for line in done.stdout.splitlines())
+    assert undisturbed["killed"] == []
+    assert undisturbed["left"] == []
+    assert len(disturbed) == 4
+    for found in disturbed:
+        assert found["weights"] == undisturbed["weights"]
+        assert found["history"] == undisturbed["history"]
+        assert found["began"] == sorted(found["began"])
+        assert found["left"] == [] or found["killed"][-1] == "after the student"
+    killed = [place for found in disturbed for place in found["killed"]]
+    assert {"between", "half written", "before the rename", "after the rename"} <= set(killed)
+    steps = undisturbed["history"][0]["step"]
+    went_on = [step for found in disturbed for step in found["began"] if step > 1]
+    assert any((step - 1) % steps for step in went_on)  # some in the middle of an epoch
+
+
+def test_a_checkpoint_is_whole_and_the_last_few_are_kept(tmp_path, vectors):
+    run(tmp_path, vectors, step=9)
+    found = sorted(path.name for path in (tmp_path / "student.training").iterdir())
+    assert found == ["metrics.jsonl", "step-000000000006.safetensors", "step-000000000008.safetensors"]
+    run(tmp_path, vectors, "one", step=9, changes={"keep": 1})
+    assert len(list((tmp_path / "one.training").glob("step-*"))) == 1
+    with safe_open(tmp_path / "student.training/step-000000000008.safetensors", "pt") as file:
+        parts = {name.split("/")[0] for name in file.keys()}  # noqa: SIM118
+        state = json.loads(file.metadata()["state"])
+    assert parts == {"model", "best", "average", "optimizer", "generators0"}
+    assert state["done"] == 8
+    assert state["loader"]["position"] == 90
+    assert len(state["history"]) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, vectors, caplog):
+    undisturbed = run(tmp_path, vectors, "undisturbed")
+    run(tmp_path, vectors, step=9)
+    last = tmp_path / "student.training/step-000000000008.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    with caplog.at_level(logging.INFO, "distilbeam"):
+        result = run(tmp_path, vectors)
+    assert "step-000000000008.safetensors is damaged and passed over" in caplog.text
+    assert "going on after step 6 of the training" in caplog.text
+    assert small_trainings.weights(result.directory) == small_trainings.weights(undisturbed.directory)
+    assert not (tmp_path / "student.training").exists()
+
+
+def test_checkpoints_come_by_the_clock_as_well(tmp_path, vectors):
+    run(tmp_path, vectors, step=3, changes={"checkpoint_steps": None})
+    assert not list((tmp_path / "student.training").glob("step-*"))
+    run(tmp_path, vectors, "often", step=3, changes={"checkpoint_steps": None, "checkpoint_seconds": 0})
+    assert len(list((tmp_path / "often.training").glob("step-*"))) == 2
+
+
+def test_estimated_weights_come_back_in_the_middle_of_an_epoch(tmp_path, vectors):
+    """They are estimated before epoch 3, and cannot be estimated again after its first step."""
+    undisturbed = run(tmp_path, vectors, "undisturbed")
+    steps = int(undisturbed.metrics["steps"] / undisturbed.metrics["epochs"])
+    run(tmp_path, vectors, step=2 * steps + 3)
+    name = f"step-{2 * steps + 2:012d}.safetensors"
+    assert load_file(tmp_path / "student.training" / name)["weights/rows"].mean() == pytest.approx(1, abs=1e-6)
+    assert small_trainings.weights(run(tmp_path, vectors).directory) == small_trainings.weights(undisturbed.directory)
+
+
+def test_metrics_have_no_line_twice(tmp_path, vectors):
+    run(tmp_path, vectors, step=21, changes={"log_steps": 3})
+    with (tmp_path / "student.training/metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "lo')  # a line that was being written
+    result = run(tmp_path, vectors, changes={"log_steps": 3})
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "epoch" not in line] == [*range(3, 41, 3)]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3, 4, 5]
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines if "epoch" not in line)
+    assert all(line["examples_per_s"] > 0 and line["seconds"] > 0 and line["lr"] >= 0 for line in lines)
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+
+
+def test_another_training_is_refused(tmp_path, vectors):
+    run(tmp_path, vectors, step=5)
+    with pytest.raises(ValueError, match=r"training.lr \(0.003 there, 0.01 now\). Set these back to go on with it, or"):
+        run(tmp_path, vectors, changes={"lr": 0.01})
+    with pytest.raises(ValueError, match=r"differs in seed \(7 there, 8 now\)"):
+        run(tmp_path, vectors, seed=8)
+    with pytest.raises(ValueError, match="differs in validation "):
+        run(
+            tmp_path,
+            vectors,
+            validation=vectors["validation"].slice(1),
+            validation_teacher=vectors["validation_teacher"][1:],
+        )
+    other = small_trainings.write_vectors(tmp_path / "other", kind="top_k")
+    with pytest.raises(ValueError, match="the state's dataset must be that of this dataset"):
+        run(tmp_path, vectors, soft_labels=other["soft_labels"])
+    assert run(tmp_path, vectors, changes={"checkpoint_seconds": 5, "keep": 3, "log_steps": 1}) is not None
+
+
+def test_a_newer_format_is_refused(tmp_path, vectors):
+    run(tmp_path, vectors, step=5)
+    for path in (tmp_path / "student.training").glob("step-*"):
+        save_file(load_file(path), path, {"state": json.dumps({"format_version": 2})})
+    with pytest.raises(ValueError, match=r"has format version 2, this release reads 1; go on with the release that"):
+        run(tmp_path, vectors)
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path, vectors):
+    run(tmp_path, vectors, step=5)
+    partial = tmp_path / "student.training/.step-000000000006.safetensors.1.ab.tmp"
+    partial.write_bytes(b"half")
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished.training").mkdir()
+    remove_finished(tmp_path)
+    assert not (tmp_path / "finished.training").exists()
+    assert partial.exists()  # its student is not there yet
+    run(tmp_path, vectors, step=6)
+    assert not partial.exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_with_its_batch(tmp_path, vectors):
+    labelled = vectors["labelled"]
+    x = labelled["x"].combine_chunks()
+    values = x.flatten().to_numpy().copy()
+    values[4 * 11] = math.nan
+    broken = pa.FixedSizeListArray.from_arrays(pa.array(values), 4)
+    table = labelled.set_column(labelled.column_names.index("x"), "x", broken)
+    with pytest.raises(
+        ValueError, match=r"the training loss became nan in step \d of 40; lower training.lr .* rows are in"
+    ) as e:
+        run(tmp_path, vectors, labelled=table, changes={"augment": {}})
+    kept = load_file(tmp_path / "student.training/stopped-at.safetensors")
+    assert str(tmp_path / "student.training/stopped-at.safetensors") in str(e.value)
+    assert int(torch.isnan(kept["hard.inputs"]).sum()) == 1
+    assert kept["soft.inputs"].shape[1:] == (4,)
+    assert {"soft.teacher_logprobs", "soft.row", "hard.classes"} <= set(kept)
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_figures(tmp_path, vectors, monkeypatch):
+    pytest.importorskip("tensorboard")
+    # TensorBoard's own way to do without TensorFlow, whose import takes longer than all of this
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    script = (
+        "import sys, types\n"
+        "sys.modules['tensorboard.compat.notf'] = types.ModuleType('notf')\n"
+        "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n"
+        "events = EventAccumulator(sys.argv[1])\n"
+        "events.Reload()\n"
+        "print([(e.step, round(e.value, 4)) for e in events.Scalars('validation_nll')])\n"
+    )
+    result = run(tmp_path, vectors, changes={"tensorboard": True, "epochs": 2})
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    command = [sys.executable, "-c", script, result.directory / "tensorboard"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert eval(found) == [(line["step"], round(line["validation_nll"], 4)) for line in lines]  # noqa: S307
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, vectors, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"needs the package tensorboard; pip install 'distilbeam\[tensorboard\]'"):
+        run(tmp_path, vectors, changes={"tensorboard": True})
+
+
+def test_the_student_remembers_how_it_was_trained(tmp_path, vectors):
+    result = run(tmp_path, vectors)
+    extra = load_student(result.directory).extra
+    assert extra["training"]["ema"] == 0.9
+    assert extra["metrics"]["best_epoch"] == result.metrics["best_epoch"]
