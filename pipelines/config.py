@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.search_space import ParetoConfig, TuneConfig
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
 
@@ -156,6 +157,8 @@ class RunConfig(_Section):
     training: TrainConfig = TrainConfig()
     engine: EngineSection = EngineSection()
     prices: PricesSection = PricesSection()
+    tune: TuneConfig = TuneConfig()
+    pareto: ParetoConfig = ParetoConfig()
 
     def dump(self) -> dict[str, Any]:
         """Return the configuration as plain data, without the settings that are unset."""
@@ -188,7 +191,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
       path: the TOML file.
-      overrides: words `section.key=value`; the value is TOML, or a string where it is not.
+      overrides: words `section.key=value`; the value is TOML, or a string where it is not. `@FILE` takes all settings
+        of another TOML file, such as the one that `distilbeam tune` writes.
 
     Returns:
       The configuration.
@@ -278,6 +282,9 @@ def _shown(value: Any) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
+    if override.startswith("@"):
+        _merge(data, _read_toml(Path(override[1:]), ()))
+        return
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -291,6 +298,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ValueError(f"--set {override}: '{key}' is a value, not a section")
     data[keys[-1]] = value
+
+
+def _merge(data: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Put settings over others, section by section."""
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
 
 
 def _sentence(error: Any, root: type[BaseModel]) -> str:

@@ -17,6 +17,7 @@ from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
 
 # settings that change no file of a run
+_FREE_SECTIONS = ("prices", "tune", "pareto")
 _FREE = (("run", "directory"), ("engine", "attempts"), *(("training", name) for name in FREE))
 
 
@@ -178,7 +179,7 @@ def _essential(config: dict[str, Any]) -> dict[str, Any]:
     return {
         section: {k: v for k, v in values.items() if (section, k) not in _FREE}
         for section, values in config.items()
-        if section != "prices"
+        if section not in _FREE_SECTIONS
     }
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from distilbeam.pipelines.config import differing_keys, load_config, parse_config, write_config
+from distilbeam.pipelines.rundir import opened_run
 
 SETTINGS: dict[str, Any] = {
     "data": {"pool": "pool", "labelled": "a.parquet", "validation": "v.parquet"},
@@ -47,6 +49,10 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("teacher.modle", "x", "teacher.modle is not a setting; did you mean teacher.model?"),
         ("student.input.colums", ["x"], "student.input.colums is not a setting; did you mean student.input.columns?"),
         ("selection.budget", "many", "selection.budget: must be a valid integer, got 'many'"),
+        ("tune.space", {"training.lr": {"low": 1}}, "tune.space.training.lr: low must be below high, got 1 and None"),
+        ("tune.space", {"training.lr": {"lo": 1}}, "tune.space.training.lr.lo is not a setting"),
+        ("pareto.widths", [], "pareto.widths"),
+        ("pareto.grow", 1, "pareto.grow: must be greater than 1, got 1"),
         ("selection.budget", 0, "selection.budget: must be greater than or equal to 1, got 0"),
         ("run.rounds", 2.5, "run.rounds: must be a valid integer, got 2.5"),
         ("run.seed", -1, "run.seed: must be greater than or equal to 0, got -1"),
@@ -156,3 +162,26 @@ def test_the_starting_file_is_valid() -> None:
     for line in text.splitlines():  # what is commented out is valid too
         if line.startswith("# ") and " = " in line:
             tomllib.loads(line.removeprefix("# "))
+
+
+def test_another_file_over_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(changed("training", {"lr": 0.5, "epochs": 7})))
+    (tmp_path / "best.toml").write_text("[training]\nlr = 0.25\n[student]\nhidden = [5]\n")
+    config = load_config(tmp_path / "a.toml", [f"@{tmp_path / 'best.toml'}", "training.batch_size=9"])
+    assert (config.training.lr, config.training.epochs, config.training.batch_size) == (0.25, 7, 9)
+    assert config.student.hidden == (5,)
+    assert config.student.input.columns == ("x",)
+    with pytest.raises(ValueError, match=r"no configuration file at nowhere\.toml"):
+        load_config(tmp_path / "a.toml", ["@nowhere.toml"])
+
+
+def test_searches_do_not_belong_to_a_run(tmp_path: Path) -> None:
+    with opened_run(parse_config(SETTINGS), tmp_path):
+        pass
+    with opened_run(parse_config(changed("tune.trials", 5) | {"pareto": {"widths": [2]}}), tmp_path) as directory:
+        assert directory.root == tmp_path / "run"
+    with (
+        pytest.raises(ValueError, match=r"it differs in training\.lr"),
+        opened_run(parse_config(changed("training.lr", 1)), tmp_path),
+    ):
+        pass
