@@ -2,4 +2,5 @@ from .config import RunConfig as RunConfig
 from .config import load_config as load_config
 from .steps import run as run
 from .transforms import LabelExamples as LabelExamples
-from .transforms import SelectExamples as SelectExamples
+from .selecting_stream import SelectExamples as SelectExamples
+from .writing_stream import WriteSoftLabels as WriteSoftLabels
