@@ -56,6 +56,17 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     return PipelineOptions(flags)
 
 
+def spread_over_tasks(options: PipelineOptions) -> None:
+    """Give each of a pipeline's items a task of its own on Dask, which would put 128 of them into one; elsewhere do nothing."""
+    if options.get_all_options().get("runner") != DASK_RUNNER:
+        return
+    from apache_beam.runners.dask.dask_runner import DaskOptions
+
+    dask = options.view_as(DaskOptions)
+    if dask.npartitions is None and dask.partition_size is None:
+        dask.partition_size = 1
+
+
 def _register_dask_options() -> None:
     try:
         import apache_beam.runners.dask.dask_runner  # noqa: F401  # registers its PipelineOptions subclass

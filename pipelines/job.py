@@ -25,12 +25,12 @@ from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
-from distilbeam.pipelines.phases import run_phase, threads
+from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
-from distilbeam.pipelines.work_log import add_work
+from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -107,7 +107,8 @@ class Job:
         choice = self._choice_of_round(number)
         if choice.method != "uniform":
             score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
-            self._phase("score", score, self.inputs.pool.units, report)
+            done = self._phase("score", score, self.inputs.pool.units, report)
+            add_work(self.directory.work, "score", done)
         choose(choice)
 
     def label(self, number: int, report: Report) -> None:
@@ -202,7 +203,8 @@ class Job:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
         tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
-        self._phase("label", work, tasks, report)
+        done = self._phase("label", work, tasks, report)
+        add_work(self.directory.work, "label", with_counts_of(done, output, tasks))
         failed = count_dead_letters(dead_letters)
         if failed == sum(task.rows for task in tasks):
             raise ValueError(
@@ -233,8 +235,8 @@ class Job:
             batch_rows=self.config.engine.batch_rows,
         )
 
-    def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
-        done = run_phase(
+    def _phase(self, name: str, work: Any, items: Any, report: Report) -> PhaseReport:
+        return run_phase(
             name,
             work,
             items,
@@ -243,7 +245,6 @@ class Job:
             progress=report,
             attempts=self.config.engine.attempts,
         )
-        add_work(self.directory.work, name, done)
 
     def _choice_of_round(self, number: int) -> Choice:
         bought = tuple(str(self.directory.picks(r)) for r in range(number))

@@ -31,7 +31,7 @@ from distilbeam.pipelines.phases import PhaseReport, run_phase
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
 from distilbeam.pipelines.units import Pool, find_files, plan_units, root_of
-from distilbeam.pipelines.work_log import add_work
+from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import FOLDER
@@ -148,7 +148,7 @@ class LabellingJob:
         growth.apply(self.dataset, self.dead_letters, plan.standing, plan.pool)
         self._forget_dead_letters(plan)
         done = self._phase(plan, options, report)
-        add_work(self.directory.work, "label", done)
+        add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))
         write_json(self.directory.root / "pool.json", dict(plan.pool.files))
         with replacing(self.directory.config) as temporary:
             write_config(temporary, self.config)

@@ -33,6 +33,7 @@ import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
+from distilbeam.pipelines.beam_options import spread_over_tasks
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.meter import count, totals
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
@@ -179,6 +180,7 @@ def run_phase(
 
 
 def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> Counter[str]:
+    spread_over_tasks(options)
     pipeline = beam.Pipeline(options=options)
     run: Any = _Run(phase, work, str(errors))
     _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)

@@ -81,7 +81,14 @@ def _run(pipeline: Any, outcome: Future[Any]) -> None:
 
 def _finished(pipeline: Any) -> Any:
     result = pipeline.run()
-    result.wait_until_finish()
+    try:
+        result.wait_until_finish()
+    finally:
+        client = getattr(
+            result, "client", None
+        )  # Dask's runner leaves its client open, and with it a cluster of its own
+        if client is not None:
+            client.close()
     return result
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.table import Table
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.meter import MICROSECONDS
 from distilbeam.pipelines.phases import PhaseReport
+from distilbeam.pipelines.shards import Task
+from distilbeam.teacher.softlabels import read_manifest
 
 _TIMES = ("read", "score", "teacher", "encode", "write")
 
@@ -26,11 +30,25 @@ def add_work(path: Path, phase: str, done: PhaseReport) -> None:
         write_json(path, log)
 
 
+def with_counts_of(done: PhaseReport, dataset: Path, tasks: Sequence[Task]) -> PhaseReport:
+    """Fill in, from the manifest, the counts of a label phase whose runner keeps no metrics."""
+    if done.counts or not done.items:
+        return done
+    keys = {shard.key for task in tasks for shard in task.shards}
+    entries = [entry for entry in read_manifest(dataset).entries if entry.key in keys]
+    counts = Counter(rows_labelled=sum(e.rows for e in entries), bytes_written=sum(e.bytes for e in entries))
+    for name, fact in (("teacher_calls", "calls"), ("teacher_requests", "requests"), ("dead_letters", "failed")):
+        counts[name] = sum(entry.extra[fact] for entry in entries)
+    return replace(done, counts=counts)
+
+
 def work_table(log: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Show what each phase cost: rows, rate, and where the workers' time went."""
-    table = Table(title="Work", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    """Show what each phase cost: rows, rate, and the seconds that workers spent on what."""
+    table = Table(
+        title="Work, and seconds by kind", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0
+    )
     table.collapse_padding = True
-    for name in ("", "rows", "rows/s", "calls", "failed", "again", "MB", *(f"{name} s" for name in _TIMES)):
+    for name in ("", "rows", "rows/s", "calls", "failed", "again", "MB", *_TIMES):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for phase, cost in log.items():
         rows = cost.get("rows_labelled", 0) + cost.get("rows_scored", 0)
