@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilbeam.kernels.distillation.sweep import replace_by_gradient
+from distilbeam.kernels.distillation.sweep import replace_by_gradient, write_gradient
 from distilbeam.kernels.distillation.terms import Term
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: a block stays in the last-level cache, and operations are few
@@ -62,7 +62,8 @@ def _sweep(logits_BC: Tensor, gradient_BC: Tensor, terms: list[Term]) -> Tensor:
     """Fill `gradient_BC` and give the rows' losses; logits of another dtype are computed with in a block of their own."""
     compute = terms[0].scale.dtype
     if gradient_BC.dtype == compute:
-        return replace_by_gradient(gradient_BC.copy_(logits_BC), terms)
+        losses_B = write_gradient(logits_BC, terms[0], gradient_BC) if len(terms) == 1 else None
+        return replace_by_gradient(gradient_BC.copy_(logits_BC), terms) if losses_B is None else losses_B
     block_BC = logits_BC.to(compute)
     losses_B = replace_by_gradient(block_BC, terms)
     gradient_BC.copy_(block_BC)

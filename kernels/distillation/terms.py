@@ -105,6 +105,8 @@ def make_terms(
     valid = None if options.mask is None else _vector("mask", options.mask, num_rows).bool()
     if isinstance(labels, HardLabels):
         valid = _both(valid, labels.classes != labels.ignore_index)
+    if valid is not None and valid.is_cpu and bool(valid.all()):
+        valid = None
     share = 1 / _denominator(options.normalizer, valid, num_rows) if options.reduction == "mean" else 1.0
     if options.weight is not None:
         scale = _vector("weight", options.weight, num_rows).to(dtype) * share
