@@ -165,6 +165,32 @@ class RunConfig(_Section):
         return _dumped(self)
 
 
+class WatchSection(_Section):
+    """How `distilbeam label --watch` gathers what arrives, chooses from it, and ends."""
+
+    poll_s: float = Field(1.0, gt=0, description="seconds between two looks at the directory")
+    settle_s: float = Field(2.0, ge=0, description="seconds that a file must stay as it is before it is taken")
+    window_s: float = Field(10.0, ge=0, description="seconds that a window gathers files after its first")
+    window_files: int = Field(1_000, ge=1, description="files at which a window closes earlier")
+    windows: int | None = Field(None, ge=1, description="windows after which the job ends")
+    idle_s: float | None = Field(None, gt=0, description="seconds without a new file after which the job ends")
+    stop_file: str = Field("STOP", min_length=1, description="file in the directory that ends the job")
+    budget: int | None = Field(None, ge=1, description="labels to buy in each window; every row is labelled without it")
+    student: str | None = Field(None, description="with a budget: the student that scores, such as run/students/round=003")
+    wrong_share: float | None = Field(None, ge=0, le=1, description="with a budget: expected share of wrong labels")
+    gain: Literal["margin", "entropy", "least_confidence"] = Field(
+        "margin", description="with a budget: what the student would learn from an example's label"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="with a budget: seed of the choice")
+
+    @model_validator(mode="after")
+    def _choice_is_whole(self) -> Self:
+        given = [value is not None for value in (self.budget, self.student, self.wrong_share)]
+        if any(given) and not all(given):
+            raise ValueError("budget, student and wrong_share must be given together: a choice needs all three")
+        return self
+
+
 class JobSection(_Section):
     """Where a labelling job lives."""
 
@@ -180,6 +206,7 @@ class LabelConfig(_Section):
     labels: LabelsSection = LabelsSection()
     engine: EngineSection = EngineSection()
     prices: PricesSection = PricesSection()
+    watch: WatchSection = WatchSection()
 
     def dump(self) -> dict[str, Any]:
         """Return the configuration as plain data, without the settings that are unset."""

@@ -1,7 +1,8 @@
-"""The commands about data: `ingest`."""
+"""The commands about data that comes in: `ingest`, and `label --watch`."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from distilbeam.pipelines.command_options import stop_at_once
 from distilbeam.pipelines.display import Display, configure_logs
 
 console = Console()
@@ -116,3 +118,22 @@ def _sentences(summary: Any, out: Path) -> Iterator[str]:
         first = summary.first_bad
         line = "" if first["line"] is None else f" line {first['line']:,}"
         yield f"Bad records are in {out / '_dead_letters.jsonl'}, the first: {first['file']}{line}: {first['error']}"
+
+
+def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]) -> None:
+    """Label what arrives in a directory; the part of `label` behind `--watch`."""
+    from distilbeam.pipelines.beam_options import pipeline_options
+    from distilbeam.pipelines.labelling_job import opened_job
+    from distilbeam.pipelines.watch.watching import watch
+
+    display, options = Display(console), pipeline_options(flags)
+    signal.signal(signal.SIGINT, stop_at_once)
+    with opened_job(settings, base) as job:
+        totals = watch(job, directory, options, display)
+    display.say(
+        f"{totals['windows']:,} window(s), {totals['files']:,} file(s), {totals['rows']:,} rows: {totals['labelled']:,} "
+        f"labelled, {totals['failed']:,} failed; {totals['passed_over']:,} file(s) passed over"
+    )
+    if totals["unreadable"]:
+        display.say(f"Never whole: {', '.join(totals['unreadable'][:5])}; they are taken when they are")
+    console.print(f"Labels: {job.dataset}", highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from distilbeam.pipelines.command_options import (
     stop_at_once,
     with_max_failures,
 )
+from distilbeam.pipelines.data_commands import watch_directory
 from distilbeam.pipelines.display import Display, configure_logs
 
 console = Console()
@@ -34,6 +35,9 @@ def label(
     relabel: Annotated[
         bool, typer.Option("--relabel", help="Set labels of another teacher or form aside and label again.")
     ] = False,
+    watch: Annotated[
+        Path | None, typer.Option(help="Go on labelling the Parquet files that arrive in this directory.")
+    ] = None,
     max_failures: MaxFailuresOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
@@ -46,6 +50,10 @@ def label(
     from distilbeam.pipelines.config import LabelConfig
 
     if not isinstance(settings, LabelConfig):
+        if watch is not None:
+            raise ValueError(
+                f"--watch is for labelling jobs, {config} describes a run: leave out [selection], [student] and [training]"
+            )
         if relabel:
             raise ValueError(
                 "--relabel is for labelling jobs: a run belongs to one teacher, choose another run.directory"
@@ -54,6 +62,9 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if watch is not None:
+        watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
+        return
     _label_pool(settings, config.parent.resolve(), beam_options or [], relabel)
 
 

@@ -113,7 +113,7 @@ class LabellingJob:
         config = self.config
         where = self.base / config.data.pool
         pool = plan_units(find_files(where, "data.pool"), config.engine.unit_rows, "data.pool", root_of(where))
-        require_columns(pool.columns, self._columns(), "data.pool")
+        require_columns(pool.columns, self.columns, "data.pool")
         entries = self._entries(self.dataset)
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
         former = self._entries(self._set_aside(self.spec)) if because else entries
@@ -166,7 +166,7 @@ class LabellingJob:
             labelling=labelling,
             output=str(output),
             dead_letters=str(dead_letters),
-            columns=self._columns(),
+            columns=self.columns,
             picks=None,
             batch_rows=self.config.engine.batch_rows,
             growing=True,
@@ -184,7 +184,9 @@ class LabellingJob:
             attempts=self.config.engine.attempts,
         )
 
-    def _columns(self) -> tuple[str, ...]:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the pool that are read."""
         data = self.config.data
         columns = [*data.carry, *self.config.teacher.input.columns, *([data.id] if data.id else [])]
         return tuple(dict.fromkeys(columns))

@@ -17,7 +17,7 @@ from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
 
 # settings that change no file of a run
-_FREE_SECTIONS = ("prices", "tune", "pareto")
+_FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
 _FREE = (("run", "directory"), ("engine", "attempts"), *(("training", name) for name in FREE))
 
 

@@ -1,0 +1,135 @@
+"""The phases of one window: choose within its budget, where there is one, and label."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from distilbeam.pipelines.answers import count_dead_letters
+from distilbeam.pipelines.choose import Choice, choose
+from distilbeam.pipelines.config import WatchSection
+from distilbeam.pipelines.display import Report
+from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.labelling_job import LabellingJob
+from distilbeam.pipelines.models import cached_student
+from distilbeam.pipelines.phases import run_phase
+from distilbeam.pipelines.score import Score
+from distilbeam.pipelines.shards import Shard, plan_shards
+from distilbeam.pipelines.units import Pool, plan_units
+from distilbeam.pipelines.watch.windows import Window
+from distilbeam.pipelines.work_log import add_work
+
+
+@dataclass(frozen=True)
+class WindowLabel(Label):
+    """The label phase's work for a window, whose number goes into the manifest entries."""
+
+    window: int = 0
+
+    def _commit(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> None:
+        super()._commit(shard, table, {**facts, "window": self.window})
+
+
+class WindowWork:
+    """Carries windows out.
+
+    Args:
+      job: the labelling job; its directory is held by this process.
+      directory: where the windows' files are.
+      options: Beam's options.
+    """
+
+    def __init__(self, job: LabellingJob, directory: Path, options: PipelineOptions) -> None:
+        self.job, self.directory, self.options = job, directory, options
+
+    @property
+    def settings(self) -> WatchSection:
+        """The section [watch]."""
+        return self.job.config.watch
+
+    @property
+    def student(self) -> str:
+        """Directory of the student that scores."""
+        assert self.settings.student is not None
+        return str((self.job.base / self.settings.student).resolve())
+
+    def student_columns(self) -> tuple[str, ...]:
+        """Columns that the student reads."""
+        return tuple(cached_student(self.student).config.input.columns)
+
+    def do(self, window: Window, report: Report) -> dict[str, Any]:
+        """Carry a window out, or what is left of it.
+
+        Returns:
+          Numbers of rows: those that arrived, were wanted, labelled, and failed.
+
+        Raises:
+          ValueError: a file of the window is gone or was changed.
+          PhaseError: work that failed in every attempt.
+        """
+        pool = self._pool(window)
+        picks = None if window.budget is None else self._choose(window, pool, report)
+        dead_letters = self.job.directory.dead_letters(f"window={window.number:06d}")
+        work = self._work(window, dead_letters, picks)
+        tasks = plan_shards(pool.units, picks, self.job.config.engine.shard_rows, self.job.spec)
+        self._phase("label", work, tasks, report)
+        wanted, failed = sum(task.rows for task in tasks), count_dead_letters(dead_letters)
+        return {"rows": pool.rows, "wanted": wanted, "labelled": wanted - failed, "failed": failed}
+
+    def _pool(self, window: Window) -> Pool:
+        paths = [self.directory / file.name for file in window.files]
+        for path, file in zip(paths, window.files, strict=True):
+            state = path.stat() if path.exists() else None
+            if state is None or (state.st_size, state.st_mtime_ns) != (file.bytes, file.mtime_ns):
+                what = "is gone" if state is None else "was changed"
+                raise ValueError(
+                    f"{path} {what} before window {window.number} was labelled; put it back as it was and start again"
+                )
+        pool = plan_units(paths, self.job.config.engine.unit_rows, "--watch", self.directory)
+        checksums = {str(path.resolve()): file.checksum for path, file in zip(paths, window.files, strict=True)}
+        # the whole content is part of a unit's id, which a footer may not tell from another
+        units = (
+            replace(
+                unit,
+                uid=hashlib.blake2b(f"{unit.uid}{checksums[unit.path]}".encode(), digest_size=8).hexdigest(),
+                pool_row=unit.pool_row + window.first_row,
+            )
+            for unit in pool.units
+        )
+        return replace(pool, units=tuple(units))
+
+    def _choose(self, window: Window, pool: Pool, report: Report) -> str:
+        settings, student = self.settings, self.student
+        assert window.budget is not None
+        assert settings.wrong_share is not None
+        choice = Choice(
+            pool=pool,
+            directory=self.job.directory.root / "selected" / f"window={window.number:06d}",
+            method="rad",
+            budget=min(window.budget, pool.rows),
+            wrong_share=settings.wrong_share,
+            bought=(),
+            seed=settings.seed,
+            round=window.number,
+            digests={"pool": pool.digest, "student": cached_student(student).fingerprint()},
+        )
+        batch_rows = self.job.config.engine.batch_rows
+        score = Score(student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows)
+        self._phase("score", score, pool.units, report)
+        choose(choice)
+        return str(choice.picks)
+
+    def _work(self, window: Window, dead_letters: Path, picks: str | None) -> WindowLabel:
+        work = self.job.work(self.job.dataset, dead_letters)
+        fields = {**vars(work), "growing": False, "picks": picks}
+        return WindowLabel(**fields, window=window.number)
+
+    def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
+        errors, attempts = self.job.directory.errors(name), self.job.config.engine.attempts
+        done = run_phase(name, work, items, errors=errors, options=self.options, progress=report, attempts=attempts)
+        add_work(self.job.directory.work, name, done)
