@@ -1,7 +1,7 @@
 """Work on an epoch's batches in threads, ahead of who takes them and in their order.
 
-One thread reads windows, others make pieces of several batches out of them. What is ready or under way at a time is
-bounded: a piece for each thread and one more, and the windows that these need and the one after.
+One thread reads windows, one shuffles them, others make pieces of several batches out of them. What is ready or under
+way at a time is bounded: a piece for each maker and one more, and the windows that these need and the one after.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
-import numpy as np
+from distilbeam.student.order import EpochOrder, Shares
 
-from distilbeam.student.order import EpochOrder, Rows, Shares
-
-Window = TypeVar("Window")
+Read = TypeVar("Read")
+Shuffled = TypeVar("Shuffled")
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Work(Generic[Window, Made]):
+class Work(Generic[Read, Shuffled, Made]):
     """What is to be done.
 
     Attributes:
       order: of the epoch.
       shares: the rank's batches.
-      read: reads a window by its number and gives it with the order of its rows.
-      make: makes consecutive batches of rows of one or more windows, given their sizes and first positions.
+      read: reads a window by its number.
+      shuffle: puts the rank's rows of a window in the order of their visit.
+      make: makes consecutive batches out of slices of shuffled windows, given their sizes and first positions.
     """
 
     order: EpochOrder
     shares: Shares
-    read: Callable[[EpochOrder, int], tuple[Window, Rows]]
-    make: Callable[[Sequence[tuple[Window, Rows]], Sequence[int], Sequence[int]], list[Made]]
+    read: Callable[[EpochOrder, int], Read]
+    shuffle: Callable[[EpochOrder, int, Read, Shares], Shuffled]
+    make: Callable[[Sequence[tuple[Shuffled, slice]], Sequence[int], Sequence[int]], list[Made]]
 
 
-def in_background(work: Work[Any, Made], batches_per_piece: int, threads: int) -> Iterator[tuple[Made, int]]:
+def in_background(work: Work[Any, Any, Made], batches_per_piece: int, threads: int) -> Iterator[tuple[Made, int]]:
     """Do the work.
 
     Args:
@@ -50,10 +50,10 @@ def in_background(work: Work[Any, Made], batches_per_piece: int, threads: int) -
       Each batch with the position at which its step ends.
     """
     shares = work.shares
-    reader, makers = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+    reader, shuffler, makers = ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
     under_way: deque[tuple[Future[list[Made]], list[int]]] = deque()
     try:
-        windows = _Windows(work, reader)
+        windows = _Windows(work, reader, shuffler)
         for first in range(0, len(shares.ends), batches_per_piece):
             steps = slice(first, first + batches_per_piece)
             made = makers.submit(_made, work, windows.of(steps), steps)
@@ -63,49 +63,44 @@ def in_background(work: Work[Any, Made], batches_per_piece: int, threads: int) -
         while under_way:
             yield from _oldest(under_way)
     finally:
-        # makers wait for windows: they are joined while the reader still works
-        for pool in (makers, reader):
+        # each pool waits for the one after it in this list: it is joined while that still works
+        for pool in (makers, shuffler, reader):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Windows(Generic[Window, Made]):
-    """The windows being read or just read."""
+class _Windows(Generic[Read, Shuffled]):
+    """The windows that hold rows of the rank, from the one of the last piece on."""
 
-    def __init__(self, work: Work[Window, Made], reader: ThreadPoolExecutor) -> None:
-        self.work, self.reader = work, reader
-        self.following = dict(pairwise(work.shares.windows(work.order)))
-        self.reading: dict[int, Future[tuple[Window, Rows]]] = {}
+    def __init__(
+        self, work: Work[Read, Shuffled, Any], reader: ThreadPoolExecutor, shuffler: ThreadPoolExecutor
+    ) -> None:
+        self.work, self.reader, self.shuffler = work, reader, shuffler
+        self.ahead = deque(work.shares.windows(work.order))
+        self.open: deque[tuple[int, int, Future[Shuffled]]] = deque()
 
-    def of(self, steps: slice) -> list[tuple[Future[tuple[Window, Rows]], list[slice]]]:
-        """Find the windows of some steps, and in each the positions that are the rank's."""
-        found: dict[int, list[slice]] = {}
-        shares = self.work.shares
-        for start, stop in zip(shares.starts[steps].tolist(), shares.stops[steps].tolist(), strict=True):
-            for window, begin, end in self.work.order.pieces(start, stop):
-                ranges = found.setdefault(window, [])
-                if ranges and ranges[-1].stop == begin:
-                    begin = ranges.pop().start
-                ranges.append(slice(begin, end))
-        return [(self._read(window), ranges) for window, ranges in found.items()]
+    def of(self, steps: slice) -> list[tuple[Future[Shuffled], slice]]:
+        """Find the shuffled windows of some steps, and the steps' rows in each."""
+        before = self.work.shares.before
+        first, last = int(before[steps.start]), int(before[min(steps.stop, len(before) - 1)])
+        while self.open and self.open[0][1] <= first:
+            self.open.popleft()  # pieces under way still hold it
+        while self.ahead and (not self.open or self.open[-1][0] < last):
+            self._start(*self.ahead.popleft())  # one window more than the steps need
+        found = [(max(first, begin), min(last, end), begin, future) for begin, end, future in self.open]
+        return [(future, slice(a - begin, b - begin)) for a, b, begin, future in found if a < b]
 
-    def _read(self, window: int) -> Future[tuple[Window, Rows]]:
-        """Read a window and the one after, and forget those before, which the pieces under way still hold."""
-        for wanted in (window, self.following.get(window)):
-            if wanted is not None and wanted not in self.reading:
-                self.reading[wanted] = self.reader.submit(self.work.read, self.work.order, wanted)
-        self.reading = {number: future for number, future in self.reading.items() if number >= window}
-        return self.reading[window]
+    def _start(self, window: int, begin: int, end: int) -> None:
+        reading = self.reader.submit(self.work.read, self.work.order, window)
+        self.open.append((begin, end, self.shuffler.submit(self._shuffled, window, reading)))
+
+    def _shuffled(self, window: int, reading: Future[Read]) -> Shuffled:
+        return self.work.shuffle(self.work.order, window, reading.result(), self.work.shares)
 
 
-def _made(
-    work: Work[Window, Made], found: Sequence[tuple[Future[tuple[Window, Rows]], list[slice]]], steps: slice
-) -> list[Made]:
-    parts = []
-    for future, ranges in found:
-        window, rows = future.result()
-        parts.append((window, np.concatenate([rows[part] for part in ranges])))
-    starts = work.shares.starts[steps]
-    return work.make(parts, (work.shares.stops[steps] - starts).tolist(), starts.tolist())
+def _made(work: Work[Any, Shuffled, Made], parts: Sequence[tuple[Future[Shuffled], slice]], steps: slice) -> list[Made]:
+    shares = work.shares
+    sizes, starts = shares.stops[steps] - shares.starts[steps], shares.starts[steps]
+    return work.make([(window.result(), rows) for window, rows in parts], sizes.tolist(), starts.tolist())
 
 
 def _oldest(under_way: deque[tuple[Future[list[Made]], list[int]]]) -> Iterator[tuple[Made, int]]:

@@ -7,9 +7,11 @@ only, and a window of images takes the memory of their files.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from distilbeam.student.order import Rows
 from distilbeam.student.row_groups import RowGroup
 from distilbeam.teacher.preprocess import InputConfig, InputError, MakeInput, make_input
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode
+from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 
 Batch = dict[str, Tensor]
 Array = npt.NDArray[Any]
-CLASSES, INPUTS, ROW = "teacher_classes", "inputs", "row"
-WIDENING_ROWS = 512  # rows widened at a time, which stay in the cache
+INPUTS, ROW = "inputs", "row"
+INDEX = np.dtype(np.int64)  # what torch gathers by
 WIDER = {np.dtype(name): np.dtype(np.int64) for name in ("uint16", "uint32", "uint64")}  # torch cannot index by these
 
 
@@ -39,12 +42,14 @@ class InputMaker:
       make: what `make_input` returned.
       shape: shape of one row's input.
       dtype: type of its numbers.
+      early: whether it takes no work and no more memory than what is stored, so that whole row groups are made.
     """
 
     config: InputConfig
     make: MakeInput
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    early: bool
 
     @classmethod
     def of(cls, config: InputConfig, group: RowGroup) -> InputMaker:
@@ -55,10 +60,21 @@ class InputMaker:
         """
         make = make_input(config)
         wanted = [name for name in config.columns if name in group.file.schema.names]
-        made = make(group.first(wanted))
+        stored = group.first(wanted)
+        made = make(stored)
         if not isinstance(made, np.ndarray) or made.dtype.kind not in "fiub":
             raise InputError(f"input of kind {config.kind!r} must be one array of numbers for a student")
-        return cls(config, make, made.shape[1:], made.dtype)
+        early = config.kind == "tensor" and made.nbytes <= stored.nbytes
+        return cls(config, make, made.shape[1:], made.dtype, early)
+
+    def view(self, table: pa.Table) -> Array:
+        """Make the input of a table's rows, without a copy where they are stored as they are needed."""
+        batches = table.combine_chunks().to_batches()
+        if len(batches) == 1:
+            return self._made(batches[0])
+        out = np.empty((table.num_rows, *self.shape), self.dtype)
+        self.fill(out, table)
+        return out
 
     def fill(self, out: Array, table: pa.Table) -> None:
         """Make the input of a table's rows.
@@ -68,110 +84,209 @@ class InputMaker:
         """
         start = 0
         for batch in table.combine_chunks().to_batches():
-            made = self.make(batch)
-            if made.shape[1:] != self.shape:
-                raise InputError(
-                    f"inputs of all rows must have the shape {list(self.shape)} of the first, got {list(made.shape[1:])}"
-                )
+            made = self._made(batch)
             out[start : start + len(made)] = made
             start += len(made)
 
+    def _made(self, batch: pa.RecordBatch) -> Array:
+        made: Array = self.make(batch)
+        if made.shape[1:] != self.shape:
+            raise InputError(
+                f"inputs of all rows must have the shape {list(self.shape)} of the first, got {list(made.shape[1:])}"
+            )
+        return made
 
-class Columns:
-    """Columns of some rows, held as arrays, and as Arrow what the input is still to be made of.
 
-    Args:
-      arrays: by name, each with one entry per row.
-      maker: makes `inputs`; None where they are an array already, or not wanted.
-      table: the columns that it needs.
-      pinned: whether tensors are made in page-locked memory, from which a GPU copies while the processor goes on.
+@dataclass(frozen=True)
+class GroupColumns:
+    """The columns of a row group.
+
+    Attributes:
+      arrays: by name, each with an entry per row.
+      table: what the input is still to be made of; without columns where there is nothing to make.
     """
 
-    def __init__(
-        self, arrays: Mapping[str, Array], maker: InputMaker | None, table: pa.Table | None, pinned: bool
-    ) -> None:
-        self.arrays, self.maker, self.table, self.pinned = arrays, maker, table, pinned
+    arrays: Mapping[str, Array]
+    table: pa.Table
 
-    def take(self, rows: Rows) -> Batch:
-        """Copy rows into tensors of their own."""
-        batch = {name: self._taken(name, array, rows) for name, array in self.arrays.items()}
-        if self.maker is not None and self.table is not None:
-            inputs = self._fresh((len(rows), *self.maker.shape), self.maker.dtype)
-            if len(rows):
-                self.maker.fill(inputs.numpy(), self.table.take(pa.array(rows)))
-            batch[INPUTS] = inputs
+
+@dataclass(frozen=True)
+class UnitRows:
+    """A unit of the order: a row group, and which of its rows as indices; None for all in their order."""
+
+    group: GroupColumns
+    rows: Rows | None
+
+    def __len__(self) -> int:
+        return len(self.group.arrays[ROW]) if self.rows is None else len(self.rows)
+
+
+@dataclass(frozen=True)
+class ShuffledColumns:
+    """The rank's rows of a window in the order of their visit.
+
+    Attributes:
+      arrays: by name, each with an entry per row.
+      table: of the window's row groups, one after another, what the input is to be made of.
+      places: int64, where each row is in `table`.
+      reader: who read them.
+    """
+
+    arrays: Mapping[str, Array]
+    table: pa.Table
+    places: Rows
+    reader: ColumnReader
+
+    def take(self, rows: slice) -> Batch:
+        """Copy consecutive rows into tensors, and make their input."""
+        batch = {
+            name: self._copied(array[rows], INDEX if name == CLASSES else None) for name, array in self.arrays.items()
+        }
+        maker = self.reader.maker
+        if maker is not None and INPUTS not in batch:
+            places = self.places[rows]
+            batch[INPUTS] = self.reader.fresh((len(places), *maker.shape), maker.dtype)
+            maker.fill(batch[INPUTS].numpy(), self.table.take(pa.array(places)))
         return batch
 
-    def _taken(self, name: str, array: Array, rows: Rows) -> Tensor:
-        dtype = np.dtype(np.int64) if name == CLASSES else array.dtype
-        taken = self._fresh((len(rows), *array.shape[1:]), dtype)
-        out = taken.numpy()
-        if dtype == array.dtype:
-            # every index is in range; any other mode than clip would copy once more
-            np.take(array, rows, axis=0, out=out, mode="clip")
-        else:
-            for start in range(0, len(rows), WIDENING_ROWS):
-                block = slice(start, start + WIDENING_ROWS)
-                out[block] = np.take(array, rows[block], axis=0, mode="clip")
-        return taken
+    def _copied(self, array: Array, dtype: np.dtype[Any] | None) -> Tensor:
+        copy = self.reader.fresh(array.shape, dtype or array.dtype)
+        np.copyto(copy.numpy(), array)
+        return copy
 
-    def _fresh(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=self.pinned)
+
+class Scratch:
+    """Memory for the arrays of windows, used again when their window is done with.
+
+    A window takes tens of megabytes, which the system would give out page by page every time anew.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+
+    def arrays(self, like: Mapping[str, Array], rows: int) -> tuple[dict[str, Array], list[Array]]:
+        """Give arrays of some rows, of the types of others, and the memory that they lie in."""
+        arrays, memory = {}, []
+        for name, array in like.items():
+            shape = (rows, *array.shape[1:])
+            needed = math.prod(shape) * array.dtype.itemsize
+            memory.append(self._at_least(needed))
+            arrays[name] = memory[-1][:needed].view(array.dtype).reshape(shape)
+        return arrays, memory
+
+    def give_back(self, memory: list[Array]) -> None:
+        """Take memory back for other windows."""
+        self._free += memory
+
+    def _at_least(self, needed: int) -> Array:
+        fitting = [i for i, memory in enumerate(self._free) if needed <= memory.nbytes <= 2 * needed]
+        return self._free.pop(fitting[0]) if fitting else np.empty(needed, np.uint8)
 
 
 @dataclass(frozen=True)
 class ColumnReader:
-    """Reads row groups as Columns.
+    """Reads row groups.
 
     Attributes:
       spec: of the soft labels.
       names: columns to read.
       maker: makes the student's input, or None for every carried column that is a tensor.
-      pinned: whether tensors are made in page-locked memory.
+      pinned: whether tensors are made in page-locked memory, from which a GPU copies while the processor goes on.
     """
 
     spec: SoftLabelSpec
     names: Sequence[str]
     maker: InputMaker | None
     pinned: bool
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
 
-    def read(self, groups: Sequence[RowGroup]) -> Columns:
-        """Read row groups, one after another."""
-        # rounds may have stored a column as another type of number
-        table = pa.concat_tables([group.read(self.names) for group in groups], promote_options="permissive")
-        return self._columns(table, np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups]))
+    def scan(self, group: RowGroup) -> pa.Table:
+        """Read a row group's columns."""
+        return group.read(self.names)
 
-    def read_first(self, group: RowGroup) -> Batch:
-        """Read the first row of a row group."""
-        first = pa.Table.from_batches([group.first(self.names)])
-        return self._columns(first, np.array([group.first_row])).take(np.zeros(1, np.int64))
-
-    def read_all(self, groups: Sequence[RowGroup], threads: int) -> Columns:
-        """Read all row groups and make their inputs, with the given number of threads."""
-        first = self.read_first(groups[0])
-        rows = groups[-1].first_row + groups[-1].rows
-        arrays = {name: np.empty((rows, *value.shape[1:]), value.numpy().dtype) for name, value in first.items()}
-
-        def fill(group: RowGroup) -> None:
-            for name, value in self.read([group]).take(np.arange(group.rows)).items():
-                arrays[name][group.first_row : group.first_row + group.rows] = value.numpy()
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, groups))
-        return Columns(arrays, None, None, self.pinned)
-
-    def _columns(self, table: pa.Table, numbers: Rows) -> Columns:
-        for_input = () if self.maker is None else self.maker.config.columns
-        arrays = {field.name: _numbers(table[field.name]) for field in table.schema if is_number(field.type)}
-        arrays |= {f.name: _lists(table, f.name) for f in table.schema if is_carried_tensor(f) and self.maker is None}
+    def columns(self, group: RowGroup, table: pa.Table) -> GroupColumns:
+        """Make a row group's table into arrays, and its input too where that is no larger than what is stored."""
+        arrays = {column.name: _numbers(table[column.name]) for column in table.schema if is_number(column.type)}
+        if self.maker is None:
+            arrays |= {f.name: _lists(table, f.name) for f in table.schema if is_carried_tensor(f)}
         labels = decode(table, self.spec)
-        arrays["teacher_logprobs"] = labels.logprobs
+        arrays[LOGPROBS] = labels.logprobs
         if labels.classes is not None:
             arrays[CLASSES] = labels.classes
         if labels.tail_logmass is not None:
-            arrays["teacher_tail_logmass"] = labels.tail_logmass
-        arrays[ROW] = numbers
-        return Columns(arrays, self.maker, table.select(list(for_input)).combine_chunks(), self.pinned)
+            arrays[TAIL] = labels.tail_logmass
+        arrays[ROW] = np.arange(group.first_row, group.first_row + table.num_rows)
+        if self.maker is None:
+            return GroupColumns(arrays, table.select([]))
+        stored = table.select([name for name in self.maker.config.columns if name in self.names])
+        if not self.maker.early:
+            return GroupColumns(arrays, stored)
+        arrays[INPUTS] = self.maker.view(stored)
+        return GroupColumns(arrays, stored.select([]))
+
+    def whole(self, group: RowGroup, table: pa.Table) -> GroupColumns:
+        """Make a row group's table into arrays, its input among them."""
+        columns = self.columns(group, table)
+        everything = self.shuffle([UnitRows(columns, None)], np.arange(table.num_rows)).take(slice(0, table.num_rows))
+        return GroupColumns({name: value.numpy() for name, value in everything.items()}, table.select([]))
+
+    def first(self, group: RowGroup) -> Batch:
+        """Read the first row of a row group."""
+        found = self.whole(group, pa.Table.from_batches([group.first(self.names)]))
+        return {name: torch.from_numpy(values) for name, values in found.arrays.items()}
+
+    def shuffle(self, units: Sequence[UnitRows], wanted: Rows) -> ShuffledColumns:
+        """Copy rows into the order of their visit.
+
+        Args:
+          units: of a window.
+          wanted: distinct indices into the units' rows, one unit after another, in the order of their visit.
+        """
+        place = np.full(sum(map(len, units)), -1, np.int64)
+        place[wanted] = np.arange(len(wanted))
+        groups = list({id(unit.group): unit.group for unit in units}.values())
+        offsets = dict(zip(map(id, groups), accumulate((len(g.arrays[ROW]) for g in groups), initial=0), strict=False))
+        arrays, memory = self.scratch.arrays(groups[0].arrays, len(wanted))
+        places = np.empty(len(wanted), np.int64)
+        first = 0
+        for unit in units:
+            source, target = _moves(unit, place[first : first + len(unit)])
+            for name, array in arrays.items():
+                _scatter(array, target, unit.group.arrays[name], source)
+            places[target] = offsets[id(unit.group)] + (np.arange(len(unit)) if source is None else source)
+            first += len(unit)
+        table = pa.concat_tables([group.table for group in groups], promote_options="permissive").combine_chunks()
+        shuffled = ShuffledColumns(arrays, table, places, self)
+        weakref.finalize(shuffled, self.scratch.give_back, memory)
+        return shuffled
+
+    def fresh(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
+        """Allocate a tensor: of Arrow's memory, which is reused, while new pages of the system's are slow to touch."""
+        if self.pinned:
+            return torch.empty(*shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        count = math.prod(shape)
+        memory = pa.allocate_buffer(max(1, count) * dtype.itemsize)
+        return torch.from_numpy(np.frombuffer(memory, dtype, count).reshape(tuple(shape)))
+
+
+def _moves(unit: UnitRows, place: Rows) -> tuple[Rows | None, Rows]:
+    """Find which rows of a unit's group go where; None for all in their order."""
+    if unit.rows is None and (not len(place) or place.min() >= 0):
+        return None, place
+    wanted = np.flatnonzero(place >= 0)
+    return wanted if unit.rows is None else unit.rows[wanted], place[wanted]
+
+
+def _scatter(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
+    """Copy rows to their places, each as one opaque value, which NumPy moves fastest."""
+    row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+    if not row_bytes:
+        return
+    assert array.dtype == out.dtype
+    opaque = np.ascontiguousarray(array).reshape(len(array), -1).view(f"V{row_bytes}").ravel()
+    # every index is in range; any other mode than clip would copy once more
+    moved = opaque if source is None else np.take(opaque, source, mode="clip")
+    np.put(out.reshape(len(out), -1).view(f"V{row_bytes}").ravel(), target, moved, mode="clip")
 
 
 def is_number(kind: pa.DataType) -> bool:

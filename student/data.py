@@ -26,9 +26,18 @@ from torch import Tensor
 
 from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.student.background import Work, in_background
-from distilbeam.student.columns import INPUTS, ColumnReader, Columns, InputMaker, is_carried_tensor, is_number
+from distilbeam.student.columns import (
+    INPUTS,
+    ColumnReader,
+    GroupColumns,
+    InputMaker,
+    ShuffledColumns,
+    UnitRows,
+    is_carried_tensor,
+    is_number,
+)
 from distilbeam.student.columns import Batch as Batch
-from distilbeam.student.order import EpochOrder, Rows, Shares, mixed_visits
+from distilbeam.student.order import EpochOrder, Shares, mixed_visits
 from distilbeam.student.row_groups import RowGroup, open_datasets
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -131,9 +140,9 @@ class SoftLabelDataset:
         self._fields = _common_fields(self._groups)
         maker = None if input is None else InputMaker.of(input, self._groups[0])
         self._reader = ColumnReader(self.spec, self._names(maker, columns), maker, pin_memory)
-        self._first = self._reader.read_first(self._groups[0])
+        self._first = self._reader.first(self._groups[0])
         self._cache_bytes = cache_bytes
-        self._cached: Columns | None = None
+        self._cache: dict[int, GroupColumns] = {}
         self._epoch, self._position = 0, 0
 
     def __len__(self) -> int:
@@ -147,7 +156,7 @@ class SoftLabelDataset:
         order = EpochOrder([g.rows for g in self._groups], self._buffer_rows, self.seed, self._epoch, self._visits)
         shares = Shares.of(self._position, self.rows, self.batch_size, self.rank, self.world_size)
         batches_per_piece = max(1, PIECE_BYTES // (self._row_bytes * self.batch_size))
-        work = Work(order, shares, self._window, self._make)
+        work = Work(order, shares, self._read, self._shuffle, self._make)
         for batch, end in in_background(work, batches_per_piece, self.workers):
             self._position = end
             yield batch
@@ -218,25 +227,44 @@ class SoftLabelDataset:
             or (is_number(field.type) and (scalars is None or field.name in scalars))
         ]
 
-    def _window(self, order: EpochOrder, number: int) -> tuple[Columns, Rows]:
-        """Read a window, and give the order of its rows."""
-        groups, rows = [self._groups[group] for group in order.groups(number)], order.rows(number)
-        if self.rows * self._row_bytes > self._cache_bytes:
-            return self._reader.read(groups), rows
-        if self._cached is None:
-            self._cached = self._reader.read_all(self._groups, self.workers)
-        return self._cached, np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups])[rows]
+    @property
+    def _is_cached(self) -> bool:
+        return self.rows * self._row_bytes <= self._cache_bytes
 
-    def _make(self, rows: Sequence[tuple[Columns, Rows]], sizes: Sequence[int], starts: Sequence[int]) -> list[Batch]:
+    def _read(self, order: EpochOrder, window: int) -> dict[int, pa.Table | GroupColumns]:
+        """Read a window's row groups, or find them in the cache."""
+        groups = sorted({order.units[unit][0] for unit in order.windows[window]})
+        return {number: self._cache.get(number) or self._reader.scan(self._groups[number]) for number in groups}
+
+    def _shuffle(
+        self, order: EpochOrder, window: int, read: dict[int, pa.Table | GroupColumns], shares: Shares
+    ) -> ShuffledColumns:
+        """Put the rank's rows of a window in the order of their visit."""
+        columns = {number: self._columns(number, found) for number, found in read.items()}
+        units = [UnitRows(columns[order.units[unit][0]], order.drawn(unit)) for unit in order.windows[window]]
+        begin, end = order.starts[window], order.starts[window + 1]
+        return self._reader.shuffle(units, order.permutation(window)[shares.positions(begin, end) - begin])
+
+    def _columns(self, number: int, found: pa.Table | GroupColumns) -> GroupColumns:
+        if isinstance(found, GroupColumns):
+            return found
+        if not self._is_cached:
+            return self._reader.columns(self._groups[number], found)
+        self._cache[number] = self._reader.whole(self._groups[number], found)
+        return self._cache[number]
+
+    def _make(
+        self, parts: Sequence[tuple[ShuffledColumns, slice]], sizes: Sequence[int], starts: Sequence[int]
+    ) -> list[Batch]:
         """Take the rows of some batches and cut them into these batches."""
-        parts = [columns.take(wanted) for columns, wanted in rows] or [{n: v[:0] for n, v in self._first.items()}]
-        whole = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        taken = [columns.take(rows) for columns, rows in parts] or [{n: v[:0] for n, v in self._first.items()}]
+        whole = taken[0] if len(taken) == 1 else {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
         cut = zip(*(value.split(list(sizes)) for value in whole.values()), strict=True)
         batches = [dict(zip(whole, values, strict=True)) for values in cut]
         if self.transform is not None:
             places = [Place(self.seed, self._epoch, start) for start in starts]
             batches = [self.transform(batch, place) for batch, place in zip(batches, places, strict=True)]
-        if self._reader.pinned:
+        if self._reader.pinned:  # what was joined or changed is not
             batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in batches]
         return batches
 

@@ -11,7 +11,6 @@ epoch is shared out as evenly as it can be: every rank makes the same number of 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +52,7 @@ class EpochOrder:
 
     @cached_property
     def windows(self) -> list[list[int]]:
-        """Units of each window."""
+        """Units of each window, in the order of the files."""
         shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.units))
         windows: list[list[int]] = [[]]
         filled = 0
@@ -63,7 +62,7 @@ class EpochOrder:
                 filled = 0
             windows[-1].append(unit)
             filled += self.units[unit][1]
-        return windows
+        return [sorted(window) for window in windows]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -71,42 +70,17 @@ class EpochOrder:
         sizes = [sum(self.units[unit][1] for unit in window) for window in self.windows]
         return [0, *accumulate(sizes)]
 
-    def groups(self, window: int) -> tuple[int, ...]:
-        """List the row groups that a window needs, in the order of the files."""
-        return tuple(sorted({self.units[unit][0] for unit in self.windows[window]}))
-
-    def rows(self, window: int) -> Rows:
-        """Give the rows of a window in the order of their visit.
-
-        Returns:
-          Indices into the rows of `groups(window)`, one group after another.
-        """
-        groups = self.groups(window)
-        offsets = dict(zip(groups, accumulate((self.group_rows[g] for g in groups), initial=0), strict=False))
-        parts = [offsets[self.units[unit][0]] + self._drawn(unit) for unit in sorted(self.windows[window])]
-        rows = np.concatenate(parts)
-        return rows[np.random.default_rng([self.seed, self.epoch, window]).permutation(len(rows))]
-
-    def _drawn(self, unit: int) -> Rows:
+    def drawn(self, unit: int) -> Rows | None:
+        """Give the rows of a unit as indices into its row group; None for all in their order."""
         group, count = self.units[unit]
-        rows = self.group_rows[group]
-        if count == rows:
-            return np.arange(rows)
-        return np.random.default_rng([self.seed, self.epoch, group, count]).permutation(rows)[:count]
+        if count == self.group_rows[group]:
+            return None
+        return np.random.default_rng([self.seed, self.epoch, group, count]).permutation(self.group_rows[group])[:count]
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Cut the positions from start to stop at the borders of windows.
-
-        Returns:
-          Triples of a window and the positions within it.
-        """
-        pieces = []
-        while start < stop:
-            window = bisect_right(self.starts, start) - 1
-            end = min(stop, self.starts[window + 1])
-            pieces.append((window, start - self.starts[window], end - self.starts[window]))
-            start = end
-        return pieces
+    def permutation(self, window: int) -> Rows:
+        """Give the order of a window's rows, as indices into the rows of its units, one unit after another."""
+        rows = self.starts[window + 1] - self.starts[window]
+        return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
 
 
 @dataclass(frozen=True)
@@ -139,14 +113,32 @@ class Shares:
         size = ends - first
         return cls(first + size * rank // world_size, first + size * (rank + 1) // world_size, ends)
 
-    def windows(self, order: EpochOrder) -> list[int]:
-        """List the windows that hold a row of the rank, which are not all where a step is larger than a window."""
-        begin, end = np.array(order.starts[:-1]), np.array(order.starts[1:])
-        step = np.minimum(np.searchsorted(self.stops, begin, side="right"), max(0, len(self.stops) - 1))
-        if not len(self.stops):
-            return []
-        touched = (self.stops[step] > begin) & (self.starts[step] < end) & (self.starts[step] < self.stops[step])
-        return np.flatnonzero(touched).tolist()
+    @cached_property
+    def before(self) -> Rows:
+        """Number of the rank's rows before each step, and in all: int64 [steps + 1]."""
+        counted: Rows = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.stops - self.starts)])
+        return counted
+
+    def positions(self, begin: int, end: int) -> Rows:
+        """List the rank's positions from begin to end."""
+        first, last = np.searchsorted(self.stops, begin, side="right"), np.searchsorted(self.starts, end)
+        starts, stops = np.maximum(self.starts[first:last], begin), np.minimum(self.stops[first:last], end)
+        sizes = np.maximum(stops - starts, 0)
+        # a step's positions follow each other: count on from where the one before it ended
+        positions: Rows = np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+        return positions
+
+    def windows(self, order: EpochOrder) -> list[tuple[int, int, int]]:
+        """List the windows that hold rows of the rank, which are not all where a step is larger than a window.
+
+        Returns:
+          Triples of a window and the rank's rows before it and before the next one.
+        """
+        borders = np.asarray(order.starts, np.int64)
+        step = np.searchsorted(self.stops, borders, side="right")
+        within = np.maximum(borders - np.append(self.starts, borders[-1])[step], 0)
+        upto = (self.before[step] + within).tolist()
+        return [(window, a, b) for window, (a, b) in enumerate(pairwise(upto)) if a < b]
 
 
 def mixed_visits(datasets: Sequence[Sequence[int]], weights: Sequence[float]) -> list[int]:

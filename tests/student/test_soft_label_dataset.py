@@ -161,25 +161,27 @@ def test_the_mean_of_a_column(write_labels):
 def test_shares_and_pieces_tile_the_epoch(groups, buffer_rows, batch_size, world_size):
     order, rows = EpochOrder(groups, buffer_rows, 1, 0), sum(groups)
     parts = [Shares.of(0, rows, batch_size, rank, world_size) for rank in range(world_size)]
-    covered, position = [], 0
+    position = 0
     for step in range(-(-rows // (batch_size * world_size))):
         for part in parts:
             assert part.starts[step] == position
             assert part.ends[step] == min(rows, (step + 1) * batch_size * world_size)
             position = int(part.stops[step])
             assert position - part.starts[step] <= batch_size
-            covered += order.pieces(int(part.starts[step]), position)
         sizes = [int(part.stops[step] - part.starts[step]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-    visited = [order.starts[window] + i for window, start, stop in covered for i in range(start, stop)]
-    assert visited == list(range(rows))
+    assert position == rows
     assert sorted(group for window in order.windows for group in window) == list(range(len(groups)))
     assert all(sum(groups[g] for g in window) >= buffer_rows for window in order.windows[:-1])
     for part in parts:
-        own = zip(part.starts.tolist(), part.stops.tolist(), strict=True)
-        assert part.windows(order) == sorted(
-            {window for start, stop in own for window, _, _ in order.pieces(start, stop)}
-        )
+        steps = zip(part.starts.tolist(), part.stops.tolist(), strict=True)
+        own = [position for start, stop in steps for position in range(start, stop)]
+        found = []
+        for window, before, upto in part.windows(order):
+            positions = part.positions(order.starts[window], order.starts[window + 1]).tolist()
+            assert positions == own[before:upto]
+            found += positions
+        assert found == own
 
 
 def test_each_mistake_is_named(write_labels, tmp_path):
