@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Processes:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def align(self, *modules: nn.Module) -> None:
+        """Give every process the first one's statistics, which each gathers from its own rows within a step."""
+        if self.size > 1:
+            for buffer in (buffer for module in modules for buffer in module.buffers()):
+                dist.broadcast(buffer, src=0)
 
     def wait(self) -> None:
         """Wait until every process is here."""

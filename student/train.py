@@ -177,6 +177,7 @@ def train(
                         state.seconds = observer.seconds
                         work.save(state)
 
+                processes.align(module, state.shown)
                 figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
                 figures |= processes.from_first(_validate(state.shown, sources.held_out, device, training.lr))
                 state.end_epoch(figures)

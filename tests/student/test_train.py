@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -125,46 +120,6 @@ def test_training_leaves_the_global_generator_alone(fit):
     torch.manual_seed(5)
     fit()
     assert torch.equal(torch.rand(1), expected)
-
-
-KILLED = """
-import sys, time, pickle
-from pathlib import Path
-from distilbeam.student.train import train
-arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
-def slowly(done, total, loss):
-    print(done, flush=True)
-    time.sleep(0.05)
-train(*arguments.pop("configs"), **arguments, progress=slowly)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_training_leaves_nothing_and_repeats_itself(tmp_path, problem, student_config, write_labels):
-    import pickle
-
-    arguments = {
-        "classes": CLASSES,
-        "labelled": problem(30, 1).table(),
-        "label_column": "label",
-        "soft_labels": [write_labels([[60]])],
-        "validation": problem(50, 2).table(),
-        "seed": 0,
-    }
-    undisturbed = train(student_config, SHORT, **arguments, directory=tmp_path / "undisturbed")
-    target = tmp_path / "killed" / "student"
-    script = tmp_path / "arguments.pickle"
-    script.write_bytes(pickle.dumps({**arguments, "configs": (student_config, SHORT), "directory": target}))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "1\n"
-    time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    assert not target.exists()
-    repeated = train(student_config, SHORT, **arguments, directory=target)
-    assert load_student(target).fingerprint() == load_student(undisturbed.directory).fingerprint()
-    assert repeated.metrics["validation_nll"] == undisturbed.metrics["validation_nll"]
 
 
 def test_the_epoch_with_the_best_validation_loss_is_kept(fit, problem):

@@ -56,7 +56,8 @@ def run(tmp_path, data, name="student", kind="vectors", step=None, seed=7, chang
 @pytest.mark.parametrize("kind", ["vectors", "images"])
 def test_killed_trainings_end_as_undisturbed_ones(kind, tmp_path):
     command = [sys.executable, SUPPORT / "kill_trainings.py", tmp_path, kind, "0", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     undisturbed, *disturbed = (json.loads(line) for line in done.stdout.splitlines())

@@ -53,10 +53,12 @@ def write_images(directory: Path, rows: int = 60) -> dict[str, Any]:
     }
 
 
-def settings(kind: str, **changes: Any) -> tuple[StudentConfig, TrainConfig]:
+def settings(kind: str, dropout: float = 0.2, **changes: Any) -> tuple[StudentConfig, TrainConfig]:
     """Give a student and a training in which everything that has a state takes part."""
     if kind == "vectors":
-        student = StudentConfig(kind="mlp", hidden=(8, 8), dropout=0.2, residual="laurel-rw", input={"columns": ["x"]})
+        student = StudentConfig(
+            kind="mlp", hidden=(8, 8), dropout=dropout, residual="laurel-rw", input={"columns": ["x"]}
+        )
         training = {
             "objective": "weighted",
             "reestimate_epochs": 2,
@@ -65,7 +67,7 @@ def settings(kind: str, **changes: Any) -> tuple[StudentConfig, TrainConfig]:
         }
     else:
         shape = {"columns": ["x"], "shape": [1, PIXELS, PIXELS]}
-        student = StudentConfig(kind="cnn", width=0.05, dropout=0.2, input=shape)
+        student = StudentConfig(kind="cnn", width=0.05, dropout=dropout, input=shape)
         training = {"optimizer": "sgd", "lr": 0.05, "augment": {"flip": True, "crop": 2}}
     common = {"epochs": 5, "batch_size": 16, "checkpoint_steps": 2, "checkpoint_seconds": 1e9}
     return student, TrainConfig.model_validate({**common, **training, **changes})
