@@ -30,6 +30,7 @@ from distilbeam.pipelines.command_options import (
 from distilbeam.pipelines.data_commands import ingest
 from distilbeam.pipelines.display import Display, configure_logs
 from distilbeam.pipelines.label_commands import label, plan
+from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
 app = typer.Typer(
@@ -145,14 +146,28 @@ _add_step_command("train", "the student after a number of rounds (0: trained on 
 
 @app.command()
 def evaluate(
-    config: ConfigArgument,
+    target: TargetArgument,
     beam_options: BeamArgument = None,
+    data: Annotated[Path | None, typer.Option(help="Directory: labelled Parquet to evaluate on.")] = None,
+    label_column: Annotated[
+        str, typer.Option("--label", help="Directory: column of --data with the true class.")
+    ] = "label",
+    teacher: Annotated[
+        Path | None, typer.Option(help="Directory: TOML file with a [teacher] section to ask too, for the agreement.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Do what is left of a run up to its figures, and print the table."""
-    _print_results(run_steps(config, beam_options, overrides, log_level, ("evaluate", None)))
+    """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
+    if target.is_dir():
+        configure_logs(log_level, console)
+        evaluate_student(target, data, label_column, teacher, json_file)
+        return
+    if data is not None or teacher is not None:
+        raise ValueError(f"--data and --teacher are for a student's directory; {target} is a configuration")
+    _print_results(run_steps(target, beam_options, overrides, log_level, ("evaluate", None)))
 
 
 @app.command()
@@ -183,5 +198,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, ingest, inspect, verify, serve_teacher):
+for command in (plan, label, ingest, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -46,6 +46,61 @@ def draw_plots(results: dict[str, Any], directory: Path) -> list[Path]:
     return paths
 
 
+def draw_pareto(results: dict[str, Any], directory: Path) -> Path:
+    """Draw a sweep's students, accuracy against cost, with the front.
+
+    Args:
+      results: the contents of `pareto.json`.
+      directory: where to write `pareto.png`.
+
+    Returns:
+      Its path.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = _pareto(results)
+        figure.savefig(directory / "pareto.png", dpi=150, bbox_inches="tight")
+    return directory / "pareto.png"
+
+
+def _pareto(results: dict[str, Any]) -> Figure:
+    figure, ax = _figure(7.6, 4.6)
+    cost, label, scale = _COSTS[results["cost"]]
+    if results["teacher"] is not None:
+        ax.axhline(100 * results["teacher"], color=TEACHER, lw=1.2, ls="--", label="teacher")
+    chosen = sorted((p[cost] * scale, 100 * p["accuracy"]) for p in results["points"] if p["on_front"])
+    ax.plot(*zip(*chosen, strict=True), drawstyle="steps-post", color="#22303c", lw=1, alpha=0.6, label="front")
+    for (strategy, form), points in _grouped(results["points"]).items():
+        color, name = _STRATEGIES[strategy]
+        x, y = [p[cost] * scale for p in points], [100 * p["accuracy"] for p in points]
+        ax.plot(x, y, _FORMS[form], ms=7, color=color, mec="white", mew=0.6, label=f"{name}, {form}")
+    ax.set_xscale("log")
+    ax.set(xlabel=label, ylabel="accuracy on the validation set (%)")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.margins(0.08, 0.12)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _grouped(points: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in points:
+        groups.setdefault((point["strategy"], point["form"]), []).append(point)
+    return groups
+
+
+_COSTS = {
+    "size_bytes": ("size_bytes", "size (KB)", 1 / 1024),
+    "latency_ms_batch1": ("latency_ms_batch1", "latency of one example (ms)", 1.0),
+    "latency_ms_batch64": ("latency_ms_batch64", "latency of 64 examples (ms)", 1.0),
+}
+_STRATEGIES = {
+    "shrink": (UNIFORM, "shrunk alone"),
+    "shrink-and-improve": (STUDENT, "shrink and improve"),
+    "grow-improve-and-shrink": ("#2a9d8f", "grow, improve, shrink"),
+}
+_FORMS = {"float32": "o", "int8": "s", "int8-weights": "D"}
+
+
 def _accuracy(results: dict[str, Any]) -> Figure:
     figure, ax = _figure(6.4, 4)
     students = results["students"]

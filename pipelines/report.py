@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,8 +12,16 @@ from rich.table import Table
 
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json
-from distilbeam.pipelines.plots import draw_plots
+from distilbeam.pipelines.plots import draw_pareto, draw_plots
 from distilbeam.pipelines.rundir import RunDirectory
+from distilbeam.pipelines.student_tables import (
+    CLASS_COLUMNS,
+    EXPORT_COLUMNS,
+    PARETO_COLUMNS,
+    class_rows,
+    export_rows,
+    pareto_rows,
+)
 from distilbeam.teacher.softlabels.atomic import replacing
 
 _CAPTIONS = {
@@ -20,6 +29,8 @@ _CAPTIONS = {
     "bought.png": "Where the labels were bought: the gains of what was left of the pool and of what was chosen, "
     "and how often the teacher is right on validation examples of such a gain.",
     "footprint.png": "Size and latency against accuracy.",
+    "pareto.png": "Students of several sizes: accuracy against cost. No student is better and cheaper than one on the "
+    "front, which is that of the validation set.",
 }
 _COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms/64")
 
@@ -27,7 +38,10 @@ _COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms
 def write_report(where: RunDirectory, report: Report) -> None:
     """Draw the plots and write `report/report.html`."""
     results = read_json(where.metrics)
+    exports, pareto = _exports(where), _optional(where.root / "pareto" / "pareto.json")
     plots = draw_plots(results, where.report)
+    if pareto is not None:
+        plots.append(draw_pareto(pareto, where.report))
     report(1, 2)
     environment = Environment(
         loader=PackageLoader("distilbeam.pipelines", "."), autoescape=True, undefined=StrictUndefined
@@ -39,11 +53,27 @@ def write_report(where: RunDirectory, report: Report) -> None:
         rows=table_rows(results),
         sentences=calls_sentences(results),
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
+        class_columns=CLASS_COLUMNS,
+        classes=class_rows(results.get("classes", []), results.get("worst", [])),
+        export_columns=EXPORT_COLUMNS,
+        exports=export_rows(exports, results["evaluated_on"]),
+        pareto_columns=PARETO_COLUMNS,
+        pareto=[] if pareto is None else pareto_rows(pareto),
         config=where.config.read_text(),
     )
     with replacing(where.report / "report.html") as temporary:
         temporary.write_text(html)
     report(2, 2)
+
+
+def _exports(where: RunDirectory) -> list[dict[str, Any]]:
+    """Read the exports of the last student that was exported: its figures and those of each of its exports."""
+    tables = sorted((where.root / "exports").glob("*/results.json"))
+    return read_json(tables[-1])["rows"] if tables else []
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path) if path.exists() else None
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -15,7 +15,7 @@ from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.score import GAINS
-from distilbeam.student.evaluate import evaluate, footprint
+from distilbeam.student.evaluate import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.softlabels import read_manifest
 
 _BINS = 20
@@ -42,6 +42,7 @@ def write_results(job: Job, report: Report) -> None:
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
         "work": read_json(where.work),
+        **_classes(job, where.student(config.run.rounds), name),
     }
     if config.selection.compare_uniform:
         labels = read_json(where.summary(where.uniform.labels(0)))["rows"]
@@ -49,8 +50,14 @@ def write_results(job: Job, report: Report) -> None:
     write_json(where.metrics, results)
 
 
+def _classes(job: Job, student: Path, name: str) -> dict[str, Any]:
+    """Measure the last student class by class."""
+    logits, truth, classes = job.student_logits(student, name), job.truth(name), job.inputs.classes
+    return {"classes": per_class(logits, truth, classes), "worst": worst_classes(logits, truth, classes)}
+
+
 def _student_row(job: Job, directory: Path, name: str, title: str, labels: int) -> dict[str, Any]:
-    metrics = evaluate(job.student_logits(directory, name), job.truth(name))
+    metrics = evaluate(job.student_logits(directory, name), job.truth(name), job.answers(name))
     return {"name": title, "labels": labels, **metrics, **footprint(cached_student(str(directory)))}
 
 

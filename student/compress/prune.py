@@ -50,7 +50,7 @@ def prune_student(student: str | Path, ratio: float, directory: str | Path) -> P
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be a share of the channels between 0 and 1, got {ratio}")
     former = load_student(student)
-    _require_prunable(former)
+    require_prunable(former.module)
     module = former.module.requires_grad_()
     shapes = _shapes(module)
     _prune(module, former.zeros(LEAST_ROWS), ratio)
@@ -61,6 +61,28 @@ def prune_student(student: str | Path, ratio: float, directory: str | Path) -> P
         )
     extra = {**former.extra, "pruned": {"ratio": ratio, "from": former.fingerprint()}}
     return save_student(directory, module, _config(former, module), former.classes, former.input_shape, extra)
+
+
+def require_prunable(module: nn.Module) -> None:
+    """Check that the channels of a network can be followed from layer to layer.
+
+    Args:
+      module: the network.
+
+    Raises:
+      ValueError: it has learned residuals, attention or embeddings.
+    """
+    for part in module.modules():
+        if isinstance(part, LaurelResidual) and part.variant != "plain":
+            raise ValueError(
+                "pruning can follow channels through residual 'none' and 'plain' but not through learned residuals; "
+                f"got 'laurel-{part.variant}'"
+            )
+        if isinstance(part, nn.MultiheadAttention | nn.Embedding | nn.EmbeddingBag):
+            raise ValueError(
+                f"pruning takes linear, convolutional and norm layers, got {type(part).__name__}; make the network "
+                "narrower in its configuration instead"
+            )
 
 
 def pruned_network(
@@ -108,21 +130,6 @@ def _prune(module: nn.Module, example: torch.Tensor, ratio: float) -> None:
         pruner.step()
     logits = module(example)
     assert logits.shape[0] == LEAST_ROWS
-
-
-def _require_prunable(student: Student) -> None:
-    kinds = [type(part) for part in student.module.modules()]
-    if any(isinstance(p, LaurelResidual) and p.variant != "plain" for p in student.module.modules()):
-        raise ValueError(
-            "pruning can follow channels through residual 'none' and 'plain' but not through learned residuals; "
-            f"got {student.config.residual!r}"
-        )
-    for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Embedding, nn.EmbeddingBag):
-        if kind in kinds:
-            raise ValueError(
-                f"pruning takes linear, convolutional and norm layers, got {kind.__name__}; make the network narrower "
-                "in its configuration instead"
-            )
 
 
 def _last_layer(module: nn.Module) -> nn.Module:
