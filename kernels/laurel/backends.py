@@ -15,7 +15,7 @@ from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, triton_re
 
 LARGE = 1 << 17  # numbers from which the blocks beat autograd on a CPU (benchmarks/laurel.py)
 MOST_PREVIOUS = 4  # earlier residuals that the Triton kernels have arguments for
-MOST_RANK = 128  # whose low-rank products fit the kernels' registers
+MOST_RANK = 64  # whose low-rank products fit the kernels' registers
 
 
 def backends(

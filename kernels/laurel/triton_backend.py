@@ -34,7 +34,7 @@ def forward(operands: Operands, target: Format | None) -> Made:
     )
     if not f.numel():
         return made
-    tile = row_tile(rows, dim, rank)
+    tile = row_tile(rows, dim, rank, f.dtype == torch.float32)
     formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if target is None else constants(target)
     given = [_or(one, f) for one in (coefficients, _dense(down), _dense(up), norm_weight)]
     results = [_or(one, f) for one in (made.total, made.low, made.inverse)]
@@ -64,18 +64,30 @@ def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
     return Gradients(d_update, d_residual, *sums, previous=d_previous)
 
 
-def row_tile(rows: int, dim: int, rank: int) -> dict[str, int]:
-    """Choose the tile of a walk over rows; with maps, taller blocks read these less often."""
+def row_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
+    """Choose the tile of a walk over rows.
+
+    Args:
+      rows: M.
+      dim: D.
+      rank: r; with maps, taller blocks read these less often.
+      exact: whether the rows are float32, whose products are made of three and take as many registers.
+
+    Returns:
+      The tile, found by ahead-of-time compilation to leave nothing over that does not fit the registers.
+    """
     width = max(16, triton.next_power_of_2(dim))
     if not rank:
-        return {"BM": 4, "BD": min(512, width), "num_warps": 4}
+        return {"BM": 4, "BD": min(512, width), "num_warps": 4, "num_stages": 2}
     tall = 64 if rows >= 16_384 and rank <= 32 else 32 if rows >= 4096 else 16
-    return {"BM": tall, "BD": min(2048 // tall * 2, width), "num_warps": 4}
+    wide = {16: 128, 32: 128, 64: 64}[tall] * 32 // max(32, padded_rank(rank)) // (4 if exact else 1)
+    return {"BM": tall, "BD": min(wide, width), "num_warps": 4, "num_stages": 2}
 
 
-def column_tile(rows: int, dim: int) -> dict[str, int]:
+def column_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
     """Choose the tile of the sums over rows, and how many blocks of rows a program adds up."""
-    tile = {"BM": 32, "BD": min(64, max(16, triton.next_power_of_2(dim))), "num_warps": 4}
+    width = max(16, triton.next_power_of_2(dim))
+    tile = {"BM": 16 if exact else 32, "BD": min(64 if rank <= 32 else 32, width), "num_warps": 8, "num_stages": 2}
     blocks, columns = triton.cdiv(rows, tile["BM"]), triton.cdiv(dim, tile["BD"])
     return {**tile, "SPLIT": triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // columns)))}
 
@@ -100,7 +112,7 @@ def _slopes(
     means: Tensor,
 ) -> None:
     rows, dim = given.shape
-    tile = row_tile(rows, dim, rank)
+    tile = row_tile(rows, dim, rank, given.dtype == torch.float32)
     d_update, d_residual, d_previous = out
     operands = [_or(x, given) for x in (slopes.total, slopes.normed, kept.total, kept.inverse, kept.norm_weight)]
     maps = [_or(_dense(x), given) for x in (kept.down, kept.up)]
@@ -123,7 +135,7 @@ def _sums(
     learned = wanted.alpha or wanted.beta or wanted.gamma
     if not (maps or weight or learned):
         return None, None, None, None
-    tile: dict[str, Any] = column_tile(rows, dim)
+    tile: dict[str, Any] = column_tile(rows, dim, rank, given.dtype == torch.float32)
     columns, parts = triton.cdiv(dim, tile["BD"]), triton.cdiv(triton.cdiv(rows, tile["BM"]), tile["SPLIT"])
 
     def zeros(*shape: int) -> Tensor:

@@ -188,9 +188,14 @@ def column_sums(
     j = tl.program_id(0) * BD + tl.arange(0, BD)
     part = tl.program_id(1)
     sum_down, sum_up = tl.zeros([BD, RANK], tl.float32), tl.zeros([RANK, BD], tl.float32)
-    of_weight, of_alpha, of_beta = (tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32))
-    of_0, of_1 = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-    of_2, of_3 = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    # sums of single numbers stay spread over the tile: one reduction at the end
+    of_weight, of_alpha, of_beta = (
+        tl.zeros([BM, BD], tl.float32),
+        tl.zeros([BM, BD], tl.float32),
+        tl.zeros([BM, BD], tl.float32),
+    )
+    of_0, of_1 = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+    of_2, of_3 = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
     for number in range(SPLIT):
         row = (part * SPLIT + number) * BM + tl.arange(0, BM)
         there = (row < M)[:, None] & (j < D)[None, :]
@@ -201,41 +206,41 @@ def column_sums(
             mean = tl.load(means + row, mask=row < M, other=0.0)
         g, normal = _slope_tile(d_total, d_normed, total, norm_weight, by_root, mean, place, j, there, D, DIRECT, NORM)
         if WEIGHT:
-            of_weight += tl.sum(tl.load(d_normed + place, mask=there, other=0.0).to(tl.float32) * normal, axis=0)
+            of_weight += tl.load(d_normed + place, mask=there, other=0.0).to(tl.float32) * normal
         if ALPHA:
-            of_alpha += tl.sum(g * tl.load(f + place, mask=there, other=0.0).to(tl.float32), axis=0)
+            of_alpha += g * tl.load(f + place, mask=there, other=0.0).to(tl.float32)
         if MAPS or BETA:
             tile = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
             if BETA:
-                of_beta += tl.sum(g * tile, axis=0)
+                of_beta += g * tile
             if MAPS:
                 v = _low_tile(slope_low, row, M, R, RANK)
                 sum_down = tl.dot(tl.trans(tile), v, sum_down, input_precision=PRECISION)
                 u = _low_tile(low, row, M, R, RANK)
                 sum_up = tl.dot(tl.trans(u), g, sum_up, input_precision=PRECISION)
         if COUNT > 0:
-            of_0 += tl.sum(g * tl.load(p0 + place, mask=there, other=0.0).to(tl.float32), axis=0)
+            of_0 += g * tl.load(p0 + place, mask=there, other=0.0).to(tl.float32)
         if COUNT > 1:
-            of_1 += tl.sum(g * tl.load(p1 + place, mask=there, other=0.0).to(tl.float32), axis=0)
+            of_1 += g * tl.load(p1 + place, mask=there, other=0.0).to(tl.float32)
         if COUNT > 2:
-            of_2 += tl.sum(g * tl.load(p2 + place, mask=there, other=0.0).to(tl.float32), axis=0)
+            of_2 += g * tl.load(p2 + place, mask=there, other=0.0).to(tl.float32)
         if COUNT > 3:
-            of_3 += tl.sum(g * tl.load(p3 + place, mask=there, other=0.0).to(tl.float32), axis=0)
+            of_3 += g * tl.load(p3 + place, mask=there, other=0.0).to(tl.float32)
     if MAPS:
         column, rank = j[:, None], tl.arange(0, RANK)[None, :]
         tl.store(d_down + (part * D + column) * R + rank, sum_down, mask=(column < D) & (rank < R))
         column, rank = j[None, :], tl.arange(0, RANK)[:, None]
         tl.store(d_up + (part * R + rank) * D + column, sum_up, mask=(column < D) & (rank < R))
     if WEIGHT:
-        tl.store(d_weight + part * D + j, of_weight, mask=j < D)
+        tl.store(d_weight + part * D + j, tl.sum(of_weight, axis=0), mask=j < D)
     sums = d_coefficients + (part * tl.num_programs(0) + tl.program_id(0)) * (2 + COUNT)
-    tl.store(sums, tl.sum(of_alpha, axis=0))
-    tl.store(sums + 1, tl.sum(of_beta, axis=0))
+    tl.store(sums, tl.sum(of_alpha))
+    tl.store(sums + 1, tl.sum(of_beta))
     if COUNT > 0:
-        tl.store(sums + 2, tl.sum(of_0, axis=0))
+        tl.store(sums + 2, tl.sum(of_0))
     if COUNT > 1:
-        tl.store(sums + 3, tl.sum(of_1, axis=0))
+        tl.store(sums + 3, tl.sum(of_1))
     if COUNT > 2:
-        tl.store(sums + 4, tl.sum(of_2, axis=0))
+        tl.store(sums + 4, tl.sum(of_2))
     if COUNT > 3:
-        tl.store(sums + 5, tl.sum(of_3, axis=0))
+        tl.store(sums + 5, tl.sum(of_3))
