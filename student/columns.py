@@ -189,26 +189,26 @@ class ColumnReader:
 
     Attributes:
       spec: of the soft labels.
-      names: columns to read.
+      schema: columns to read, with types that hold their numbers in every file.
       maker: makes the student's input, or None for every carried column that is a tensor.
       pinned: whether tensors are made in page-locked memory, from which a GPU copies while the processor goes on.
     """
 
     spec: SoftLabelSpec
-    names: Sequence[str]
+    schema: pa.Schema
     maker: InputMaker | None
     pinned: bool
     scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def scan(self, group: RowGroup) -> pa.Table:
         """Read a row group's columns."""
-        return group.read(self.names)
+        return group.read(self.schema.names)
 
     def columns(self, group: RowGroup, table: pa.Table) -> GroupColumns:
         """Make a row group's table into arrays, and its input too where that is no larger than what is stored."""
-        arrays = {column.name: _numbers(table[column.name]) for column in table.schema if is_number(column.type)}
+        arrays = {f.name: _numbers(table[f.name], f) for f in self.schema if is_number(f.type)}
         if self.maker is None:
-            arrays |= {f.name: _lists(table, f.name) for f in table.schema if is_carried_tensor(f)}
+            arrays |= {f.name: _lists(table[f.name], f) for f in self.schema if is_carried_tensor(f)}
         labels = decode(table, self.spec)
         arrays[LOGPROBS] = labels.logprobs
         if labels.classes is not None:
@@ -218,7 +218,7 @@ class ColumnReader:
         arrays[ROW] = np.arange(group.first_row, group.first_row + table.num_rows)
         if self.maker is None:
             return GroupColumns(arrays, table.select([]))
-        stored = table.select([name for name in self.maker.config.columns if name in self.names])
+        stored = table.select([name for name in self.maker.config.columns if name in self.schema.names])
         if not self.maker.early:
             return GroupColumns(arrays, stored)
         arrays[INPUTS] = self.maker.view(stored)
@@ -232,7 +232,7 @@ class ColumnReader:
 
     def first(self, group: RowGroup) -> Batch:
         """Read the first row of a row group."""
-        found = self.whole(group, pa.Table.from_batches([group.first(self.names)]))
+        found = self.whole(group, pa.Table.from_batches([group.first(self.schema.names)]))
         return {name: torch.from_numpy(values) for name, values in found.arrays.items()}
 
     def shuffle(self, units: Sequence[UnitRows], wanted: Rows) -> ShuffledColumns:
@@ -300,24 +300,29 @@ def is_carried_tensor(field: pa.Field) -> bool:
     return bool(lists and not field.name.startswith("teacher_"))
 
 
-def _numbers(column: pa.ChunkedArray) -> Array:
-    """View a column as an array; missing values are NaN, in an integer column of float64."""
-    array: Array = _joined(column).to_numpy(zero_copy_only=False)
-    return array.astype(WIDER.get(array.dtype, array.dtype), copy=False)
+def _numbers(column: pa.ChunkedArray, field: pa.Field) -> Array:
+    """View a column as an array; missing values are NaN."""
+    if column.null_count and pa.types.is_integer(field.type):
+        raise ValueError(
+            f"column {field.name} of whole numbers must not have missing values, got {column.null_count:,}; name the "
+            "columns that you need in `columns`"
+        )
+    return _as_tensors_hold(_joined(column).to_numpy(zero_copy_only=False), field.type)
 
 
-def _lists(table: pa.Table, name: str) -> Array:
-    joined = _joined(table[name])
-    width = joined.type.list_size
+def _lists(column: pa.ChunkedArray, field: pa.Field) -> Array:
+    joined, width = _joined(column), field.type.list_size
     values = joined.flatten()
     if joined.null_count or values.null_count or len(values) != len(joined) * width:
-        raise ValueError(f"column {name} must not have missing values in its lists; fill them before labelling")
-    array: Array = values.to_numpy(zero_copy_only=False).reshape(len(joined), width)
-    return array.astype(WIDER.get(array.dtype, array.dtype), copy=False)
+        raise ValueError(f"column {field.name} must not have missing values in its lists; fill them before labelling")
+    return _as_tensors_hold(values.to_numpy(zero_copy_only=False).reshape(len(joined), width), field.type.value_type)
 
 
-def _joined(column: Any) -> Any:
-    """Join the chunks of a column or table; one chunk is not copied."""
-    if isinstance(column, pa.ChunkedArray) and column.num_chunks == 1:
-        return column.chunk(0)
-    return column.combine_chunks()
+def _as_tensors_hold(array: Array, type_: pa.DataType) -> Array:
+    dtype = np.dtype(type_.to_pandas_dtype())
+    return array.astype(WIDER.get(dtype, dtype), copy=False)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """Join the chunks of a column; one chunk is not copied."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

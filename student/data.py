@@ -139,7 +139,7 @@ class SoftLabelDataset:
         self._digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
         self._fields = _common_fields(self._groups)
         maker = None if input is None else InputMaker.of(input, self._groups[0])
-        self._reader = ColumnReader(self.spec, self._names(maker, columns), maker, pin_memory)
+        self._reader = ColumnReader(self.spec, self._wanted(maker, columns), maker, pin_memory)
         self._first = self._reader.first(self._groups[0])
         self._cache_bytes = cache_bytes
         self._cache: dict[int, GroupColumns] = {}
@@ -215,17 +215,17 @@ class SoftLabelDataset:
     def _row_bytes(self) -> int:
         return sum(value.nbytes for value in self._first.values())
 
-    def _names(self, maker: InputMaker | None, scalars: Sequence[str] | None) -> list[str]:
+    def _wanted(self, maker: InputMaker | None, scalars: Sequence[str] | None) -> pa.Schema:
         """Choose the columns to read: the labels', the input's, and the scalars that were asked for."""
         inputs = set() if maker is None else set(maker.config.columns)
-        return [
-            field.name
+        return pa.schema(
+            field
             for field in self._fields
             if field.name.startswith("teacher_")
             or field.name in inputs
             or (maker is None and is_carried_tensor(field))
             or (is_number(field.type) and (scalars is None or field.name in scalars))
-        ]
+        )
 
     @property
     def _is_cached(self) -> bool:
@@ -295,7 +295,24 @@ def _visits(datasets: Sequence[Sequence[RowGroup]], weights: Sequence[float]) ->
 
 
 def _common_fields(groups: Sequence[RowGroup]) -> list[pa.Field]:
-    """List the columns that all files have, as the first of them holds them."""
+    """List the columns that all files have; numbers of different types have one that holds them all."""
     schemas = [file.schema for file in {id(group.file): group.file for group in groups}.values()]
     names = set.intersection(*(set(schema.names) for schema in schemas))
-    return [field for field in schemas[0] if field.name in names]
+    return [
+        _common_field([schema.field(field.name) for schema in schemas]) for field in schemas[0] if field.name in names
+    ]
+
+
+def _common_field(fields: Sequence[pa.Field]) -> pa.Field:
+    first = fields[0]
+    different = any(field.type != first.type for field in fields)
+    if not (different and all(is_number(field.type) or is_carried_tensor(field) for field in fields)):
+        return first
+    try:
+        common = pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive").field(0)
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        common = None
+    if common is None or not (is_number(common.type) or is_carried_tensor(common)):
+        kinds = " and ".join(sorted({str(field.type) for field in fields}))
+        raise ValueError(f"column {first.name} must have types that go together in all shards, got {kinds}")
+    return common
