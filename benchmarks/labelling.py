@@ -1,0 +1,232 @@
+"""Rows per second of labelling, beside a loop without an engine and beside other people's.
+
+    python benchmarks/labelling.py --quick
+    python benchmarks/labelling.py --json benchmarks/results/labelling.json
+
+Each measurement is a process of its own with one thread for arithmetic. Measured is the wall time of the labelling, from
+the planning of the pool to the last file, the loading of the teacher and the start of the runner's workers included; imports
+and the start of a Dask or Ray cluster, which a person would have running, are not. In each repetition every way has one
+turn, and ratios are ratios of medians. The pool is float32 normal noise with ids (64 features and 10 classes unless said
+otherwise), 62,500 rows in a row group, uncompressed, read before so that it lies in the page cache. The plain loop
+encodes with distilbeam's codec, so that what is compared is the engine, and writes the same columns, without checksums,
+manifest and flushing. Ways that are far slower are given the first rows only. Memory is the process's peak resident set
+(for several processes the driver's alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring.record import machine, write
+
+SLOW = {"RunInference + WriteToParquet": 20, "RunInference + WriteToParquetBatched": 5}  # part of the rows: 1 / this
+OVERHEAD = ("plain loop", "distilbeam")
+_CELL = ("rows", "files", "features", "layout")
+
+
+def measure(way: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """Run one way in a fresh process."""
+    command = [sys.executable, __file__, "--one", way, "--arguments", json.dumps(arguments)]
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{way} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """Label a pool in this process and time it."""
+    import torch
+    from measuring.label_loops import WAYS, Task, clean_up, prepare
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=arguments["scratch"]) as directory:
+        task = Task(
+            pool=Path(arguments["pool"]),
+            columns=tuple(arguments["columns"]),
+            features=arguments["features"],
+            classes=arguments["classes"],
+            output=Path(directory) / "job",
+            **arguments.get("more", {}),
+        )
+        prepare(way)
+        start = time.perf_counter()
+        WAYS[way](task)
+        seconds = time.perf_counter() - start
+        rows = _rows_written(task.output)
+        clean_up(task)
+    assert rows == arguments["rows"], f"{way} wrote {rows:,} rows of {arguments['rows']:,}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "rows": rows, "peak_mb": peak / 1e6}
+
+
+def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any) -> list[dict[str, Any]]:
+    """Measure several ways in turn over one pool."""
+    pools = {part: pool_arguments(scratch, max(1, rows // part), **more) for part in {SLOW.get(way, 1) for way in ways}}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way in ways:
+            runs[way].append(measure(way, pools[SLOW.get(way, 1)]))
+            print(f"  {way:40} {runs[way][-1]['rows'] / runs[way][-1]['seconds'] / 1e6:8.3f} M rows/s", flush=True)
+    table = []
+    for way in ways:
+        rate = statistics.median(run["rows"] / run["seconds"] for run in runs[way])
+        table.append(
+            {
+                "way": way,
+                "rows": runs[way][0]["rows"],
+                "rows_per_s": rate,
+                "rates": [run["rows"] / run["seconds"] for run in runs[way]],
+                "peak_mb": statistics.median(run["peak_mb"] for run in runs[way]),
+            }
+        )
+    for row in table:
+        several = "processes" in row["way"] or "threads" in row["way"] or "actors" in row["way"]
+        limit = "plain loop, 2 processes" if several else "plain loop"
+        limits = [other["rows_per_s"] for other in table if other["way"] == limit]
+        row["of_limit"] = row["rows_per_s"] / limits[0] if limits else None
+    return table
+
+
+def pool_arguments(
+    scratch: Path,
+    rows: int,
+    features: int = 64,
+    classes: int = 10,
+    files: int = 16,
+    layout: str = "fixed_size_binary",
+    **more: Any,
+) -> dict[str, Any]:
+    """Make the pool of a measurement, where it is not there yet."""
+    from measuring.pools import write_pool
+
+    group_rows = min(62_500, max(1, 16_000_000 // features))
+    where = scratch / f"pool-{rows}-{features}-{files}-{layout}"
+    pool, columns = write_pool(where, rows, features, files, layout, group_rows)
+    for file in pool.glob("*.parquet"):
+        file.read_bytes()
+    return {
+        "scratch": str(scratch), "pool": str(pool), "columns": columns, "rows": rows, "features": features,
+        "classes": classes, "more": more,
+    }  # fmt: skip
+
+
+def growth(scratch: Path, quick: bool, repeats: int) -> list[dict[str, Any]]:
+    """Measure how time and memory grow with rows, files and features, and what each layout costs."""
+    cells: list[dict[str, Any]] = [{"rows": rows} for rows in ((10**4, 10**5) if quick else (10**5, 10**6, 10**7))]
+    cells += [{"rows": 10**5 if quick else 10**6, "files": files} for files in ((1, 10) if quick else (1, 100, 1000))]
+    widths = (10, 1000) if quick else (10, 100, 1000, 10_000)
+    cells += [{"rows": max(1000, (10**6 if quick else 10**8) // width), "features": width} for width in widths]
+    layouts = ("fixed_size_list", "flat", "binary")
+    cells += [{"rows": 10**4 if quick else 10**6, "layout": layout} for layout in layouts]
+    table = []
+    for cell in cells:
+        print(cell)
+        pair = compare(list(OVERHEAD), scratch, cell["rows"], repeats, **{k: v for k, v in cell.items() if k != "rows"})
+        ours = pair[-1]
+        table.append(
+            {**cell, "rows_per_s": ours["rows_per_s"], "of_limit": ours["of_limit"], "peak_mb": ours["peak_mb"]}
+        )
+    return table
+
+
+def forecast(scratch: Path, rows: int) -> dict[str, float]:
+    """Compare what `plan` expects with what the labelling takes, for a teacher of 2 ms a call of 256 rows."""
+    arguments = pool_arguments(scratch, rows, teacher_batch=256, seconds_per_call=0.002)
+    expected = measure("plan", arguments)["seconds"]
+    return {
+        "expected_s": expected,
+        "taken_s": (taken := measure("distilbeam", arguments)["seconds"]),
+        "ratio": expected / taken,
+    }
+
+
+def plan_seconds(arguments: dict[str, Any]) -> dict[str, float]:
+    """Forecast a labelling in this process."""
+    from measuring.label_loops import Task
+
+    from distilbeam.pipelines.beam_options import pipeline_options
+    from distilbeam.pipelines.labelling_job import opened_job
+    from distilbeam.pipelines.plans import forecast_labelling
+
+    with tempfile.TemporaryDirectory(dir=arguments["scratch"]) as directory:
+        task = Task(
+            Path(arguments["pool"]), tuple(arguments["columns"]), arguments["features"], arguments["classes"],
+            Path(directory) / "job", **arguments["more"],
+        )  # fmt: skip
+        with opened_job(task.config(), Path(directory)) as job:
+            expected = forecast_labelling(job, job.plan(), pipeline_options(), 8192)
+    return {"seconds": expected.total.seconds, "rows": expected.total.rows}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="small pools, one repetition, no peers that start clusters"
+    )
+    parser.add_argument("--rows", type=int, default=8_000_000, help="rows of the main comparison")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, help="folder for pools, 3 GB; a temporary one by default")
+    parser.add_argument("--json", type=Path, help="write machine, versions, command and figures to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        work = plan_seconds(options.arguments) if options.one == "plan" else one(options.one, options.arguments)
+        print(json.dumps(work), flush=True)
+        os._exit(0)  # clusters leave threads behind that would keep the interpreter
+    about = machine(("apache-beam", "pyarrow", "torch", "numpy", "dask", "ray"))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        results = all_figures(Path(scratch), options.quick, 200_000 if options.quick else options.rows, options.repeats)
+    show(results)
+    write(options.json, about, results)
+
+
+def all_figures(scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str, Any]:
+    """Take every measurement."""
+    from measuring.label_loops import WAYS
+
+    ways = [way for way in WAYS if not (quick and ("Dask" in way or "Ray" in way))]
+    slow_teacher = {"teacher_batch": 64, "seconds_per_call": 0.005}
+    repeats = 1 if quick else repeats
+    few = 1 if quick else min(3, repeats)
+    return {
+        "cheap teacher": compare(ways, scratch, rows, repeats),
+        "5 ms per batch of 64": compare(list(OVERHEAD), scratch, 6_400 if quick else 128_000, few, **slow_teacher),
+        "growth": growth(scratch, quick, few),
+        "plan": forecast(scratch, 51_200 if quick else 1_024_000),
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the figures."""
+    for name in ("cheap teacher", "5 ms per batch of 64", "growth"):
+        print(f"\n{name}")
+        for row in results[name]:
+            what = row.get("way") or ", ".join(f"{name} {row[name]}" for name in _CELL if name in row)
+            ratio = "" if row["of_limit"] is None else f"{row['of_limit']:6.2f} of the limit"
+            print(f"{what:42} {row['rows_per_s'] / 1e6:8.3f} M rows/s {ratio} {row['peak_mb']:8.0f} MB")
+    print("\nplan:", ", ".join(f"{name} {value:.2f}" for name, value in results["plan"].items()))
+
+
+def _rows_written(directory: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(file).num_rows for file in directory.rglob("*.parquet") if "dead" not in str(file))
+
+
+if __name__ == "__main__":
+    main()
