@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 TEACHER, STUDENT, UNIFORM, GREY = "#1b4965", "#d1495b", "#8d99ae", "#cfd4da"
 _STYLE: Any = {
@@ -75,7 +76,9 @@ def _pareto(results: dict[str, Any]) -> Figure:
         ax.plot(x, y, _FORMS[form], ms=7, color=color, mec="white", mew=0.6, label=f"{name}, {form}")
     ax.set_xscale("log")
     ax.set(xlabel=label, ylabel="accuracy on the validation set (%)")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(0.08, 0.12)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

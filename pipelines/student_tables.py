@@ -15,7 +15,7 @@ EXPORT_COLUMNS = (
 )  # fmt: skip
 PARETO_COLUMNS = ("", "strategy", "width", "form", "validation", "test", "weights", "size", "ms", "ms/64", "front")
 CLASS_COLUMNS = ("class", "examples", "recall", "precision", "F1", "mistaken for")
-_ON_CONSOLE = {"ECE", "p95", "p95/64", "runtime"}  # left out there: a console has 80 columns
+_LEFT_OUT = {"ECE", "p95", "p95/64", "runtime", "strategy", "width", "form"}  # a console has 80 columns
 DASH = "–"
 
 
@@ -24,7 +24,7 @@ def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
     )
-    shown = [i for i, column in enumerate(columns) if column not in _ON_CONSOLE]
+    shown = [i for i, column in enumerate(columns) if column not in _LEFT_OUT]
     for i in shown:
         table.add_column(columns[i], justify="right" if i else "left", no_wrap=True)
     for row in rows:
