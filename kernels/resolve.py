@@ -55,11 +55,6 @@ def never() -> Sequence[str]:
     return ()
 
 
-def no_kernel(*names: str) -> dict[str, Reasons]:
-    """Refuse backends that an operation has no kernel for, so that asking for one gets an answer and not a riddle."""
-    return {name: lambda name=name: [f"this operation has no {name} kernel"] for name in names}  # type: ignore[misc]
-
-
 def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     """List why Triton cannot work on these tensors; its interpreter (TRITON_INTERPRET=1) also serves the CPU."""
     reasons = []

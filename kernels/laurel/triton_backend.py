@@ -89,7 +89,7 @@ def column_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
     width = max(16, triton.next_power_of_2(dim))
     tile = {"BM": 16 if exact else 32, "BD": min(64 if rank <= 32 else 32, width), "num_warps": 8, "num_stages": 2}
     blocks, columns = triton.cdiv(rows, tile["BM"]), triton.cdiv(dim, tile["BD"])
-    return {**tile, "SPLIT": triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // columns)))}
+    return {**tile, "SPLIT": max(1, triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // columns))))}
 
 
 def padded_rank(rank: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from distilbeam.kernels import fp8_linear, laurel_residual
+from distilbeam.kernels import fp8_linear, laurel_residual, quantize_rowwise
 from distilbeam.kernels.resolve import never, resolve
 
 
@@ -38,13 +39,13 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         resolve("op", "refrence", {"reference": never})
 
 
-@pytest.mark.parametrize("name", ["triton", "pallas"])
-def test_operations_without_a_kernel_say_so(name):
+@pytest.mark.skipif(torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs here")
+@pytest.mark.parametrize(("name", "reason"), [("triton", "no CUDA device"), ("pallas", "no TPU device")])
+def test_operations_say_which_device_a_kernel_needs(name, reason, monkeypatch):
+    monkeypatch.delenv("DISTILBEAM_PALLAS_INTERPRET", raising=False)
     x = torch.zeros(2, 2)
-    for operation, arguments in ((laurel_residual, (x, x)), (fp8_linear, (x, x))):
-        with pytest.raises(
-            NotImplementedError, match=rf"\({name}: this operation has no {name} kernel\); reference can"
-        ):
+    for operation, arguments in ((laurel_residual, (x, x)), (fp8_linear, (x, x)), (quantize_rowwise, (x, torch.int8))):
+        with pytest.raises(NotImplementedError, match=rf"{name}: .*{reason}.*; .*reference.* can"):
             operation(*arguments, implementation=name)
 
 
