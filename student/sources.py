@@ -48,8 +48,8 @@ class StepRows:
 
     def inputs(self) -> Tensor:
         """Join the inputs, the soft-labelled first."""
-        soft = [] if self.soft is None else [self.soft["inputs"]]
-        return torch.cat(soft + ([] if self.hard is None else [self.hard.inputs]))
+        parts = ([] if self.soft is None else [self.soft[INPUTS]]) + ([] if self.hard is None else [self.hard.inputs])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __len__(self) -> int:
         return (0 if self.soft is None else len(self.soft["inputs"])) + (0 if self.hard is None else len(self.hard))

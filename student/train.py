@@ -135,6 +135,7 @@ def train(
             _start_from(module, init, student)
         module.to(device)
         network = make_network(module, student, training, processes)
+        parameters = list(module.parameters())
         optimizer = make_optimizer(module, training)
         average = moving_average(module, training.ema)
         weights = RowWeights(sources.soft if "weighted" in training.objective else None)
@@ -161,7 +162,7 @@ def train(
                     loss.backward()
                     norm = None
                     if training.clip is not None:
-                        norm = nn.utils.clip_grad_norm_(module.parameters(), training.clip)
+                        norm = nn.utils.clip_grad_norm_(parameters, training.clip)
                     optimizer.step()
                     if average is not None:
                         average.update_parameters(module)
