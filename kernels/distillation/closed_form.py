@@ -12,6 +12,7 @@ and a rest bucket hands its gradient to its classes in proportion to exp((z_j - 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ def bucket_losses_and_gradient(v_BN: Tensor, targets: Targets, out: Tensor | Non
     value_BN = logmix_BN if not targets.entropy else logmix_BN - targets.logprobs
     loss_B = -(y_BN * value_BN.masked_fill(absent_BN, 0)).sum(dim=1)
     if targets.flip is None:
-        return _finished(loss_B, logf_BN, y_BN, targets, out)
+        # what absent buckets would have taken is missing from the target
+        f_BN = torch.exp(logf_BN, out=logf_BN if out is None else out)
+        return _finished(loss_B, f_BN, y_BN, replace(targets, truncated=True))
     s_BN = _slam_pull(y_BN, logf_BN, logmix_BN, targets)
     gradient_BN = s_BN - logf_BN.exp_() * s_BN.sum(dim=1, keepdim=True)
     return targets.temperature**2 * loss_B, torch.mul(gradient_BN, targets.temperature, out=out)
@@ -57,23 +60,21 @@ def _where_every_bucket_exists(v_BN: Tensor, targets: Targets, out: Tensor | Non
     """
     logf_BN = _log_softmax(v_BN, targets.temperature)
     y_BN = targets.logprobs.exp()
-    logy_BN = targets.logprobs.clamp(min=torch.finfo(v_BN.dtype).min) if targets.entropy else None  # 0 * -inf is no 0
-    value_BN = logf_BN if logy_BN is None else torch.sub(logf_BN, logy_BN, out=logy_BN)
+    value_BN = logf_BN - targets.logprobs if targets.entropy else logf_BN
     loss_B = torch.linalg.vecdot(y_BN, value_BN).neg_()
     if not math.isfinite(loss_B.sum()):
         return None
-    return _finished(loss_B, logf_BN, y_BN, targets, out)
+    return _finished(loss_B, torch.exp(logf_BN, out=logf_BN if out is None else out), y_BN, targets)
 
 
-def _finished(
-    loss_B: Tensor, logf_BN: Tensor, y_BN: Tensor, targets: Targets, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Turn S f - y into the gradient and apply the temperature."""
-    gradient_BN = torch.exp(logf_BN, out=logf_BN if out is None else out)
-    gradient_BN.mul_(y_BN.sum(dim=1, keepdim=True)).sub_(y_BN)
+def _finished(loss_B: Tensor, f_BN: Tensor, y_BN: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Overwrite f by S f - y and apply the temperature."""
+    if targets.truncated:
+        f_BN *= y_BN.sum(dim=1, keepdim=True)
+    f_BN -= y_BN
     if targets.temperature == 1:
-        return loss_B, gradient_BN
-    return loss_B.mul_(targets.temperature**2), gradient_BN.mul_(targets.temperature)
+        return loss_B, f_BN
+    return loss_B.mul_(targets.temperature**2), f_BN.mul_(targets.temperature)
 
 
 def _log_softmax(v_BN: Tensor, temperature: float) -> Tensor:

@@ -13,7 +13,6 @@ from distilbeam.kernels.resolve import Reasons, never, resolve, triton_reasons
 
 MOST_DENSE_CLASSES = 4_096  # the kernel keeps a dense row in registers
 MOST_KEPT = 1_024  # and the kept classes of a sparse one
-LARGE = 1 << 14  # logits from which the sweep beats autograd on a CPU (benchmarks/distill_loss.py)
 
 
 def distill_loss(
@@ -60,7 +59,8 @@ def distill_loss(
       ignore_index: the class of a row without a true class.
       reduction: `mean`, `sum` or `none` (weighted losses [B]).
       normalizer: replaces the number of rows that count in `mean`, e.g. the count over all ranks.
-      implementation: `reference`, `chunked`, `triton` (CUDA); None chooses by size and device.
+      implementation: `reference`, `chunked`, `triton` (CUDA); None chooses by device.
+        All but `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for `none`; 0 when no row counts.
@@ -111,13 +111,10 @@ def distill_loss(
 
 
 def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: on a GPU the fused kernel, on a CPU autograd while the batch is small."""
+    """Order the backends for a call: the fused kernel where it can run, then one sweep, which beats autograd always."""
     triton = {"triton": lambda: _triton_reasons(logits, terms)}
-    if logits.is_cuda:
-        return {**triton, "chunked": never, "reference": never}
-    if logits.numel() >= LARGE:
-        return {"chunked": never, "reference": never, **triton}
-    return {"reference": never, "chunked": never, **triton}
+    chunked_first: dict[str, Reasons] = {"chunked": never, "reference": never}
+    return {**triton, **chunked_first} if logits.is_cuda else {**chunked_first, **triton}
 
 
 def _triton_reasons(logits: Tensor, terms: list[Term]) -> list[str]:

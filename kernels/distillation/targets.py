@@ -33,7 +33,8 @@ class Targets:
     """A target over buckets, for one objective.
 
     Attributes:
-      logprobs: log of the target, [B, n]; the rest bucket, where there is one, is the last.
+      logprobs: log of the target, [B, n]; the rest bucket, where there is one, is the last. A bucket without a target
+        has the least finite number, padding -inf.
       classes: the class of each bucket but the rest, int64 [B, k], padding replaced by the row's first class; None when
         every class is a bucket of its own.
       padding: True where an entry of `classes` is padding, bool [B, k]; None when there is none.
@@ -43,6 +44,7 @@ class Targets:
       accuracy: SLaM's a, [B, 1]; None for the other objectives.
       flip: SLaM's coefficient of the candidates, (1 - a) / (m - 1) or (1 - a), zero elsewhere, [B, n].
       forward: SLaM's candidates share their own mass instead of the complement's.
+      truncated: the target does not sum to one, its tail having no bucket.
     """
 
     logprobs: Tensor
@@ -54,6 +56,7 @@ class Targets:
     accuracy: Tensor | None = None
     flip: Tensor | None = None
     forward: bool = False
+    truncated: bool = False
 
     def rows(self, index: Tensor | slice) -> Targets:
         """Take some rows.
@@ -78,6 +81,7 @@ class Targets:
             take(self.accuracy),
             take(self.flip),
             self.forward,
+            self.truncated,
         )
 
 
@@ -118,7 +122,8 @@ def prepare(
     _check(labels, num_classes, objective, temperature, accuracy)
     logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype, padded)
     if objective != "slam":
-        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
+        truncated = objective in ("kl", "ce") and isinstance(labels, TopKLabels)
+        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce", truncated=truncated)
     rows = logprobs.shape[:1]
     a_B1 = _per_row("accuracy", accuracy, rows, logprobs).clamp(FLOOR, 1.0)
     m_B1 = _per_row("candidates", 2 if candidates is None else candidates, rows, logprobs)
@@ -135,7 +140,7 @@ def _hard(labels: HardLabels, num_classes: int, dtype: torch.dtype) -> Targets:
     certain = torch.zeros(classes_B1.shape, dtype=dtype, device=classes_B1.device)
     if num_classes == 1:
         return Targets(certain, classes_B1)
-    nothing = torch.full_like(certain, -torch.inf)
+    nothing = torch.full_like(certain, torch.finfo(dtype).min)
     return Targets(torch.cat([certain, nothing], 1), classes_B1, rest_temperature=1.0, entropy=False)
 
 
@@ -162,7 +167,7 @@ def _buckets(
     complete = logprobs.shape[1] == num_classes and tail is None and (padding is None or not bool(padding.any()))
     if objective == "renormalised" or complete:
         return logprobs, classes, padding, None
-    nothing = torch.full_like(logprobs[:, :1], -torch.inf)
+    nothing = torch.full_like(logprobs[:, :1], torch.finfo(dtype).min)  # not -inf: 0 * -inf is no 0
     if objective in ("tail", "slam"):
         return (logprobs if tail is not None else torch.cat([logprobs, nothing], 1)), classes, padding, 1.0
     kept = logprobs if tail is None else logprobs[:, :-1]

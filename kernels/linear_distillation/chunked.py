@@ -23,6 +23,7 @@ from distilbeam.kernels.linear_distillation.by_rows import sweep_rows
 from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
 
 BUFFER_ELEMENTS = 1 << 23
+ROW_STEP = 64  # a product of a multiple of so many rows takes up to 8 % less time than of some more
 FEWEST_ROWS = 96  # below this a product by rows wastes more than the fourth product by classes costs
 
 
@@ -47,6 +48,7 @@ def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> t
     hidden_BH, weight_CH, bias_C = operands
     sums = Gradients.zeros(operands, wanted, compute)
     rows = BUFFER_ELEMENTS // max(1, len(weight_CH))
+    rows -= rows % ROW_STEP if rows > ROW_STEP else 0
     dense = any(term.targets.classes is None for term in terms)
     exact = hidden_BH.dtype == weight_CH.dtype == compute
     bias = None if bias_C is None else bias_C.to(compute)
