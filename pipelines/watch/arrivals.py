@@ -102,10 +102,10 @@ class Arrivals:
         except (pa.ArrowException, OSError):
             self.unreadable.add(name)
             return None
-        if problem := self._fits(metadata.schema.to_arrow_schema()):
-            return PassedOver(name, *now, problem)
         if metadata.num_rows == 0:
             return PassedOver(name, *now, "it has no rows")
+        if problem := self._fits(metadata.schema.to_arrow_schema()):
+            return PassedOver(name, *now, problem)
         if checksum in self._contents:
             return PassedOver(name, *now, f"its content came before, as {self._contents[checksum]}")
         return Arrival(name, *now, checksum, metadata.num_rows)

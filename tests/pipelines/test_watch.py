@@ -350,7 +350,7 @@ def test_the_first_file_decides_the_types(tmp_path: Path, monkeypatch: pytest.Mo
     config = settings(tmp_path, windows=1)
     arrive(tmp_path, "a.parquet", 5, 11)
     watch_here(tmp_path, config)
-    pq.write_table(pa.table({"key": [1], "x": [[1.0]]}), tmp_path / "in" / "b.parquet")
+    pq.write_table(pa.table({"key": ["b"], "x": [[1.0]]}), tmp_path / "in" / "b.parquet")
     pq.write_table(make_table(0, 1, labelled=False), tmp_path / "in" / "empty.parquet")
     arrive(tmp_path, "c.parquet", 5, 12)
     totals, _ = watch_here(tmp_path, config)
