@@ -1,3 +1,4 @@
+from .blind import train_blind as train_blind
 from .checkpoint import Student as Student
 from .checkpoint import load_student as load_student
 from .checkpoint import save_student as save_student
@@ -9,4 +10,5 @@ from .export import export_student as export_student
 from .exported import load_export as load_export
 from .laurel import LaurelResidual as LaurelResidual
 from .models import build_student as build_student
+from .train import TrainResult as TrainResult
 from .train_config import TrainConfig as TrainConfig

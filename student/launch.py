@@ -126,7 +126,7 @@ def main(
     """Train a student over Parquet files."""
     first = os.environ.get("RANK", "0") == "0"
     columns = (
-        TextColumn("  {task.fields[loss]}"),
+        TextColumn("  {task.fields[note]}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -135,12 +135,13 @@ def main(
     )
     try:
         with Progress(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bar:
-            task = bar.add_task("", total=None, loss="")
-            result = launch(
-                read_config(config, overrides or []),
-                config.parent,
-                lambda done, total, loss: bar.update(task, completed=done, total=total, loss=f"loss {loss:.4f}"),
-            )
+            task = bar.add_task("", total=None, note="")
+
+            def progress(done: int, total: int, loss: float) -> None:
+                rate = bar.tasks[0].speed or 0
+                bar.update(task, completed=done, total=total, note=f"loss {loss:.4f}  {rate:,.0f} steps/s")
+
+            result = launch(read_config(config, overrides or []), config.parent, progress)
     except (ValueError, OSError) as e:
         typer.echo(f"error: {e}", err=True)
         raise SystemExit(2) from e

@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from torch import Tensor
-
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import EVENTS, METRICS
 from distilbeam.teacher.softlabels.atomic import replacing
@@ -73,11 +71,11 @@ class Observer:
         """Time that the training took so far, in every process that worked on it."""
         return time.perf_counter() - self._began
 
-    def step(self, done: int, loss: float, lr: float, norm: Tensor | None, examples: int) -> None:
+    def step(self, done: int, loss: float, lr: float, norm: float | None, examples: int) -> None:
         """Take note of a step."""
         self._examples, self._lr = self._examples + examples, lr
         if self._training.log_steps is not None and done % self._training.log_steps == 0:
-            self._write("step", {"step": done, "loss": loss} | ({} if norm is None else {"gradient_norm": float(norm)}))
+            self._write("step", {"step": done, "loss": loss} | ({} if norm is None else {"gradient_norm": norm}))
         if self._progress is not None:
             self._progress(done, self._total, loss)
 

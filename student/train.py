@@ -168,19 +168,20 @@ def train(
                         average.update_parameters(module)
                     end_step(device)
 
-                    value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise ValueError(_not_finite(value, state.done, total, training, work, rows))
+                    value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
+                    if not math.isfinite(value + length):
+                        raise ValueError(_not_finite(value, length, state.done, total, training, work, rows))
                     state.done += 1
                     state.loss_sum += value
-                    observer.step(state.done, value, lr, norm, rows.count)
+                    observer.step(state.done, value, lr, None if norm is None else length, rows.count)
                     if step + 1 < steps and work.due(state.done):
                         state.seconds = observer.seconds
                         work.save(state)
 
                 processes.align(module, state.shown)
                 figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
-                figures |= processes.from_first(_validate(state.shown, sources.held_out, device, training.lr))
+                measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
+                figures |= processes.from_first(measured)
                 state.end_epoch(figures)
                 observer.epoch(state.done, figures)
                 if training.patience is not None and epoch + 1 - state.best_epoch >= training.patience:
@@ -218,11 +219,12 @@ def _validate(module: nn.Module, held_out: Examples | None, device: torch.device
 
 
 def _not_finite(
-    loss: float, done: int, total: int, training: TrainConfig, work: TrainingDirectory, rows: StepRows
+    loss: float, norm: float, done: int, total: int, training: TrainConfig, work: TrainingDirectory, rows: StepRows
 ) -> str:
+    what = f"training loss became {loss}" if not math.isfinite(loss) else f"norm of the gradient became {norm}"
     return (
-        f"the training loss became {loss} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look for "
-        f"missing values in the inputs: the step's rows are in {work.keep_batch(rows)}"
+        f"the {what} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look for missing values in the "
+        f"inputs: the step's rows are in {work.keep_batch(rows)}"
     )
 
 

@@ -212,6 +212,16 @@ def test_other_settings_train_too(changes, fit, write_labels, problem):
     assert accuracy(result.directory, problem)["accuracy"] >= best_possible(problem)["accuracy"] - 0.03
 
 
+def _of_a_newer_format(dataset):
+    """Say in a dataset's manifest that a release to come wrote it."""
+    for entry in (dataset / "_manifest").iterdir():
+        data = json.loads(entry.read_text())
+        spec = json.loads(data["spec"]) if isinstance(data["spec"], str) else data["spec"]
+        spec = {**spec, "version": "9.0"}
+        entry.write_text(json.dumps({**data, "spec": json.dumps(spec) if isinstance(data["spec"], str) else spec}))
+    return dataset
+
+
 def test_what_cannot_be_trained_is_refused(fit, write_labels, problem, tmp_path):
     table = problem(10, 0).table()
     unknown = table.set_column(1, "label", pa.array(["red"] * 9 + ["mauve"]))
@@ -234,6 +244,18 @@ def test_what_cannot_be_trained_is_refused(fit, write_labels, problem, tmp_path)
         (
             {"classes": ("red", "green"), "soft_labels": [write_labels([[4]])], "labelled": None, "validation": None},
             "the soft labels must have the student's 2 classes, got 3",
+        ),
+        (
+            {"soft_labels": [write_labels([[4]], name="ours"), write_labels([[4]], name="theirs", teacher="another")]},
+            "soft labels that are read together must mean the same, .*ours and .*theirs differ in teacher",
+        ),
+        (
+            {"soft_labels": [write_labels([[4]], name="dense"), write_labels([[4]], name="k", kind="top_k", k=2)]},
+            "must mean the same, .*dense and .*k differ in kind",
+        ),
+        (
+            {"soft_labels": [_of_a_newer_format(write_labels([[4]], name="newer"))]},
+            "soft labels of format version 9.0 cannot be read",
         ),
         (
             {"training": TrainConfig(lr=1e30, optimizer="sgd", clip=None, schedule="constant")},

@@ -40,6 +40,15 @@ def trained(tmp_path_factory):
     jobs = [
         *({"name": f"odd-{n}", "processes": n, **ODD} for n in (1, 2, 3)),
         *({"name": f"mixed-{n}", "processes": n, "kind": "vectors", "rows": 90, "changes": NO_DROPOUT} for n in (1, 2)),
+        {
+            "name": "fewer",
+            "processes": 2,
+            "then": 1,
+            "kill_at": 13,
+            "kind": "vectors",
+            "rows": 90,
+            "changes": NO_DROPOUT,
+        },
         {"name": "everything", "processes": 2, **everything},
         {"name": "killed", "processes": 2, "kill_at": 21, **everything},
         {"name": "images", "processes": 2, "kind": "images", "rows": 61},
@@ -59,13 +68,16 @@ def test_every_process_has_the_same_weights_after_every_epoch(trained):
     _, found, errors = trained
     for name, training in found.items():
         first, *others = training["epochs"]
-        assert training["statuses"][-1] == [0] * len(training["epochs"]), errors
+        assert set(training["statuses"][-1]) == {0}, errors
         assert len(first) >= 3
-        assert all(other == first for other in others), name
+        assert all(other == first[: len(other)] for other in others), name
+        assert name == "fewer" or all(len(other) == len(first) for other in others)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("several", "one"), [("odd-2", "odd-1"), ("odd-3", "odd-1"), ("mixed-2", "mixed-1")])
+@pytest.mark.parametrize(
+    ("several", "one"), [("odd-2", "odd-1"), ("odd-3", "odd-1"), ("mixed-2", "mixed-1"), ("fewer", "mixed-1")]
+)
 def test_several_processes_learn_what_one_learns(several, one, trained):
     """Sums of float32 in another order: 24 steps of at most 4 roundings of 6e-8 each, on weights of size 1."""
     directory, _, _ = trained

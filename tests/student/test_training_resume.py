@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distilbeam.student.checkpoint import load_student
+from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import train
+from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import remove_finished
 
 SUPPORT = Path(small_trainings.__file__).parent
@@ -191,6 +193,17 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch(tmp_path, vectors):
     assert kept["soft.inputs"].shape[1:] == (4,)
     assert {"soft.teacher_logprobs", "soft.row", "hard.classes"} <= set(kept)
     assert not (tmp_path / "student").exists()
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_is_kept(tmp_path, vectors):
+    student = StudentConfig(kind="small_trainings:EndlessGradient", input={"columns": ["x"]})
+    training = TrainConfig(checkpoint_steps=1)
+    with pytest.raises(ValueError, match=r"the norm of the gradient became nan in step 1 of \d+; lower training.lr"):
+        train(student, training, **vectors, directory=tmp_path / "student", seed=0)
+    assert {path.name for path in (tmp_path / "student.training").iterdir()} == {
+        "metrics.jsonl",
+        "stopped-at.safetensors",
+    }
 
 
 @pytest.mark.slow

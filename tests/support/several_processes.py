@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides
 
 def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, Any], attempt: int) -> None:
     """Train, note the weights after every epoch, and end the process."""
-    size, notes = job["processes"], (directory / f"{job['name']}-{rank}.notes").open("a")
+    size, notes = size_of(job, attempt), (directory / f"{job['name']}-{rank}.notes").open("a")
     end_epoch = training_state.TrainingState.end_epoch
 
     def noted(state, figures):
@@ -61,6 +61,11 @@ def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, An
     os._exit(0)
 
 
+def size_of(job: dict[str, Any], attempt: int) -> int:
+    """How many processes take part: after a kill it may be another number."""
+    return job.get("then", job["processes"]) if attempt else job["processes"]
+
+
 def main(directory: Path, jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         write = {"vectors": small_trainings.write_vectors, "images": small_trainings.write_images}[job["kind"]]
@@ -68,7 +73,7 @@ def main(directory: Path, jobs: list[dict[str, Any]]) -> None:
         statuses = []
         for attempt in range(2 if "kill_at" in job else 1):
             children = []
-            for rank in range(job["processes"]):
+            for rank in range(size_of(job, attempt)):
                 children.append(os.fork())
                 if children[-1] == 0:
                     in_child(rank, directory, data, job, attempt)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from problem import CLASSES, FEATURES, make_table
 
 from distilbeam.student.checkpoint import load_student
@@ -71,6 +72,17 @@ def settings(kind: str, dropout: float = 0.2, **changes: Any) -> tuple[StudentCo
         training = {"optimizer": "sgd", "lr": 0.05, "augment": {"flip": True, "crop": 2}}
     common = {"epochs": 5, "batch_size": 16, "checkpoint_steps": 2, "checkpoint_seconds": 1e9}
     return student, TrainConfig.model_validate({**common, **training, **changes})
+
+
+class EndlessGradient(torch.nn.Module):
+    """A linear student with a square root whose gradient at 0 is not a number, though its value is."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(*input_shape, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + torch.sqrt(0 * self.linear.bias)
 
 
 def weights(directory: Path) -> str:
