@@ -12,10 +12,11 @@ the training file are the validation set, which chooses epochs; the first --rows
    augmentation), the latter also as int8 export calibrated on rows that it was trained on. The test set is only looked at
    in the end.
 
---minutes bounds the processor's time for all trainings together, which a busy machine does not change: two fifths go to the teacher, the rest is shared by the students.
-Epochs are what fits at the rate measured in the beginning; a width that does not get --least-epochs is left out, the
-widest first. The Survey (arXiv:2106.08962) trains on all 50,000 labels for as long as it takes; its figures are a level
-to look up to, not one to be met in an hour. With --work, a run that was stopped goes on.
+--minutes bounds the processor's time for all trainings together, which a busy machine does not change: two fifths go to
+the teacher, the rest is shared by the students. Epochs are what fits at the rate measured in the beginning; a width that
+does not get --least-epochs is left out, the widest first. The Survey (arXiv:2106.08962) trains on all 50,000 labels for
+as long as it takes; its figures are a level to look up to, not one to be met in an hour. With --work, a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -369,7 +370,8 @@ def main() -> None:
     console.print(
         f"Teacher of width {teacher['width']:g}, {teacher['epochs']} epochs: {100 * teacher['accuracy']:.2f} %; "
         f"{results['labelled_by_teacher']:,} rows labelled in {results['labelling_s']:.1f} s; "
-        f"{results['processor_minutes']:.1f} minutes of the processor, limit of the trainings {results['limit_minutes']:g}; left out: {results['left_out'] or 'none'}."
+        f"{results['processor_minutes']:.1f} minutes of the processor, limit of the trainings {results['limit_minutes']:g}; "
+        f"left out: {results['left_out'] or 'none'}."
     )
     write(arguments.json, about, results)
 
