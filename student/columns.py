@@ -128,13 +128,13 @@ class ShuffledColumns:
     Attributes:
       arrays: by name, each with an entry per row.
       table: of the window's row groups, one after another, what the input is to be made of.
-      places: int64, where each row is in `table`.
+      in_table: int64, where each row is in `table`, if that has columns.
       reader: who read them.
     """
 
     arrays: Mapping[str, Array]
     table: pa.Table
-    places: Rows
+    in_table: Rows
     reader: ColumnReader
 
     def take(self, rows: slice) -> Batch:
@@ -144,9 +144,9 @@ class ShuffledColumns:
         }
         maker = self.reader.maker
         if maker is not None and INPUTS not in batch:
-            places = self.places[rows]
-            batch[INPUTS] = self.reader.fresh((len(places), *maker.shape), maker.dtype)
-            maker.fill(batch[INPUTS].numpy(), self.table.take(pa.array(places)))
+            wanted = self.in_table[rows]
+            batch[INPUTS] = self.reader.fresh((len(wanted), *maker.shape), maker.dtype)
+            maker.fill(batch[INPUTS].numpy(), self.table.take(pa.array(wanted)))
         return batch
 
     def _copied(self, array: Array, dtype: np.dtype[Any] | None) -> Tensor:
@@ -227,7 +227,8 @@ class ColumnReader:
     def whole(self, group: RowGroup, table: pa.Table) -> GroupColumns:
         """Make a row group's table into arrays, its input among them."""
         columns = self.columns(group, table)
-        everything = self.shuffle([UnitRows(columns, None)], np.arange(table.num_rows)).take(slice(0, table.num_rows))
+        rows = np.arange(table.num_rows)
+        everything = self.shuffle([UnitRows(columns, None)], rows, len(rows)).take(slice(0, len(rows)))
         return GroupColumns({name: value.numpy() for name, value in everything.items()}, table.select([]))
 
     def first(self, group: RowGroup) -> Batch:
@@ -235,28 +236,29 @@ class ColumnReader:
         found = self.whole(group, pa.Table.from_batches([group.first(self.schema.names)]))
         return {name: torch.from_numpy(values) for name, values in found.arrays.items()}
 
-    def shuffle(self, units: Sequence[UnitRows], wanted: Rows) -> ShuffledColumns:
-        """Copy rows into the order of their visit.
+    def shuffle(self, units: Sequence[UnitRows], places: Rows, count: int) -> ShuffledColumns:
+        """Copy rows to their places.
 
         Args:
           units: of a window.
-          wanted: distinct indices into the units' rows, one unit after another, in the order of their visit.
+          places: of the units' rows, one unit after another: distinct numbers below `count`, or -1 for a row that is
+            not wanted.
+          count: how many rows are wanted.
         """
-        place = np.full(sum(map(len, units)), -1, np.int64)
-        place[wanted] = np.arange(len(wanted))
         groups = list({id(unit.group): unit.group for unit in units}.values())
         offsets = dict(zip(map(id, groups), accumulate((len(g.arrays[ROW]) for g in groups), initial=0), strict=False))
-        arrays, memory = self.scratch.arrays(groups[0].arrays, len(wanted))
-        places = np.empty(len(wanted), np.int64)
+        arrays, memory = self.scratch.arrays(groups[0].arrays, count)
+        in_table = np.empty(count if groups[0].table.num_columns else 0, np.int64)
         first = 0
         for unit in units:
-            source, target = _moves(unit, place[first : first + len(unit)])
+            source, target = _moves(unit, places[first : first + len(unit)], all_wanted=count == len(places))
             for name, array in arrays.items():
                 _scatter(array, target, unit.group.arrays[name], source)
-            places[target] = offsets[id(unit.group)] + (np.arange(len(unit)) if source is None else source)
+            if len(in_table):
+                in_table[target] = offsets[id(unit.group)] + (np.arange(len(unit)) if source is None else source)
             first += len(unit)
         table = pa.concat_tables([group.table for group in groups], promote_options="permissive").combine_chunks()
-        shuffled = ShuffledColumns(arrays, table, places, self)
+        shuffled = ShuffledColumns(arrays, table, in_table, self)
         weakref.finalize(shuffled, self.scratch.give_back, memory)
         return shuffled
 
@@ -269,12 +271,12 @@ class ColumnReader:
         return torch.from_numpy(np.frombuffer(memory, dtype, count).reshape(tuple(shape)))
 
 
-def _moves(unit: UnitRows, place: Rows) -> tuple[Rows | None, Rows]:
+def _moves(unit: UnitRows, places: Rows, all_wanted: bool) -> tuple[Rows | None, Rows]:
     """Find which rows of a unit's group go where; None for all in their order."""
-    if unit.rows is None and (not len(place) or place.min() >= 0):
-        return None, place
-    wanted = np.flatnonzero(place >= 0)
-    return wanted if unit.rows is None else unit.rows[wanted], place[wanted]
+    if all_wanted:
+        return unit.rows, places
+    wanted = np.flatnonzero(places >= 0)
+    return wanted if unit.rows is None else unit.rows[wanted], places[wanted]
 
 
 def _scatter(out: Array, target: Rows, array: Array, source: Rows | None) -> None:

@@ -42,7 +42,7 @@ from distilbeam.student.row_groups import RowGroup, open_datasets
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 PIECE_BYTES = 2**22  # of rows taken at once: large enough to cost no Python, small enough to stay in the cache
 
 
@@ -242,8 +242,7 @@ class SoftLabelDataset:
         """Put the rank's rows of a window in the order of their visit."""
         columns = {number: self._columns(number, found) for number, found in read.items()}
         units = [UnitRows(columns[order.units[unit][0]], order.drawn(unit)) for unit in order.windows[window]]
-        begin, end = order.starts[window], order.starts[window + 1]
-        return self._reader.shuffle(units, order.permutation(window)[shares.positions(begin, end) - begin])
+        return self._reader.shuffle(units, *shares.places(order, window))
 
     def _columns(self, number: int, found: pa.Table | GroupColumns) -> GroupColumns:
         if isinstance(found, GroupColumns):

@@ -77,8 +77,8 @@ class EpochOrder:
             return None
         return np.random.default_rng([self.seed, self.epoch, group, count]).permutation(self.group_rows[group])[:count]
 
-    def permutation(self, window: int) -> Rows:
-        """Give the order of a window's rows, as indices into the rows of its units, one unit after another."""
+    def places(self, window: int) -> Rows:
+        """Give each of a window's rows, one unit after another, its place in the order of the window."""
         rows = self.starts[window + 1] - self.starts[window]
         return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
 
@@ -127,6 +127,21 @@ class Shares:
         # a step's positions follow each other: count on from where the one before it ended
         positions: Rows = np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
         return positions
+
+    def places(self, order: EpochOrder, window: int) -> tuple[Rows, int]:
+        """Give each of a window's rows its place among those of the rank.
+
+        Returns:
+          int64 [rows of the window], -1 for the rows of other ranks; and the number of the rank's.
+        """
+        begin, end = order.starts[window : window + 2]
+        everywhere = order.places(window)
+        mine = self.positions(begin, end)
+        if len(mine) == len(everywhere):
+            return everywhere, len(mine)
+        among_mine = np.full(len(everywhere), -1, np.int64)
+        among_mine[mine - begin] = np.arange(len(mine))
+        return among_mine[everywhere], len(mine)
 
     def windows(self, order: EpochOrder) -> list[tuple[int, int, int]]:
         """List the windows that hold rows of the rank, which are not all where a step is larger than a window.

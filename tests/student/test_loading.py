@@ -132,7 +132,7 @@ def test_an_order_with_visits_holds_each_row_as_often_as_it_should(group_rows, m
     seen = [np.zeros(rows, int) for rows in group_rows]
     for window, units in enumerate(order.windows):
         rows = [(g, r) for g, r in _rows_of(order, units)]
-        assert sorted(order.permutation(window)) == list(range(len(rows)))
+        assert sorted(order.places(window)) == list(range(len(rows)))
         for group, row in rows:
             seen[group][row] += 1
     for counts, wanted in zip(seen, visits, strict=True):

@@ -180,6 +180,11 @@ def test_shares_and_pieces_tile_the_epoch(groups, buffer_rows, batch_size, world
         for window, before, upto in part.windows(order):
             positions = part.positions(order.starts[window], order.starts[window + 1]).tolist()
             assert positions == own[before:upto]
+            everywhere, (places, count) = order.places(window), part.places(order, window)
+            assert count == len(positions)
+            for there, mine in zip(everywhere.tolist(), places.tolist(), strict=True):
+                position = order.starts[window] + there
+                assert mine == (positions.index(position) if position in positions else -1)
             found += positions
         assert found == own
 
@@ -199,7 +204,7 @@ def test_each_mistake_is_named(write_labels, tmp_path):
     for change, message in (
         ({"seed": 1}, "the state's seed must be that of this dataset, 0, got 1"),
         ({"dataset": "x"}, "the state's dataset must be that of this dataset"),
-        ({"version": 2}, "the state's version must be that of this dataset, 1, got 2"),
+        ({"version": 1}, "the state's version must be that of this dataset, 2, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             SoftLabelDataset(path, 4, 0).load_state_dict({**state, **change})
