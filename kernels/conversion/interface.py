@@ -37,9 +37,9 @@ def to_low_precision(module: nn.Module, policy: LowPrecisionPolicy) -> LowPrecis
       >>> student = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
       >>> print(to_low_precision(student, LowPrecisionPolicy(dtype="fp8", gate="sizes")))
       1 of 2 linear layers run in 8 bits
-      layer  shape               runs in  why
-      0      Linear 64 -> 32     fp8      converted by distilbeam
-      2      Linear 32 -> 10     float32  it gives the logits
+      layer  shape            runs in  why
+      0      Linear 64 -> 32  fp8      converted by distilbeam
+      2      Linear 32 -> 10  float32  it gives the logits
     """
     linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     _check(module, linear, policy)

@@ -21,7 +21,6 @@ class Smallest(NamedTuple):
     outputs: int
 
 
-MEASURED = False
 CUDA = {  # compute capability from which the row holds, latest first
     "fp8": {(8, 9): Smallest(4096, 4096, 4096)},
     "int8": {(8, 0): Smallest(4096, 4096, 4096)},
@@ -47,4 +46,7 @@ def why_not(form: str, rows: int, inputs: int, outputs: int, device: torch.devic
     least = bounds[0]
     if rows >= least.rows and inputs >= least.inputs and outputs >= least.outputs:
         return None
-    return f"{rows:,} x {inputs:,} x {outputs:,} is below {least.rows:,} x {least.inputs:,} x {least.outputs:,}"
+    return (
+        f"{rows:,} x {inputs:,} x {outputs:,} is below {least.rows:,} x {least.inputs:,} x {least.outputs:,}, "
+        "from where 8 bits are expected to pay (not measured)"
+    )

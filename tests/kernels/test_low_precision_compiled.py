@@ -56,7 +56,7 @@ def compiled(capability, kernel, constants, **kinds):
 
 
 @pytest.mark.parametrize(("capability", "form"), [(80, "int8"), (90, "int8"), (90, "fp8")])
-@pytest.mark.parametrize("dim", [256, 8192, 16_384])
+@pytest.mark.parametrize("dim", [256, 16_384])
 def test_quantisation_moves_sixteen_bytes_at_a_time(capability, form, dim):
     from distilbeam.kernels.quantize.triton_backend import constants, tile_of
     from distilbeam.kernels.quantize.triton_kernels import quantize_rows
@@ -115,16 +115,16 @@ def test_layers_multiply_eight_bits_on_the_tensor_cores(capability, form, produc
         assert found.count("FADD") >= 16
 
 
-SHAPES = [(1024, 1024, 16), (8192, 4096, 16), (65_536, 8192, 16), (65_536, 4096, 64)]
+A100, H100 = (
+    [(8192, 4096, 16), (1024, 8192, 64)],
+    [(1024, 1024, 16), (65_536, 8192, 16), (65_536, 4096, 64), (65_536, 4096, 0)],
+)
 RESIDUALS = [
-    *(
-        (cap, shape, kind, "*bf16")
-        for cap, form in ((80, "int8"), (90, "fp8"))
-        for shape in SHAPES
-        for kind in (None, form)
-    ),
-    *((cap, (8192, 1024, rank), "int8", "*fp32") for cap in (80, 90) for rank in (16, 64)),
-    *((90, (65_536, 4096, 0), kind, "*bf16") for kind in (None, "fp8")),
+    *((80, shape, "int8", "*bf16") for shape in A100),
+    *((90, shape, "fp8", "*bf16") for shape in H100),
+    (90, (65_536, 8192, 16), None, "*bf16"),
+    (80, (8192, 1024, 64), "int8", "*fp32"),
+    (90, (1024, 1024, 16), "int8", "*fp32"),
 ]
 
 
@@ -163,6 +163,6 @@ def test_residuals_fit_their_registers(capability, shape, form, rows):
         assert one.spills == 0, name
         assert one.registers <= (255 if name == "sums" else 190), name
         assert one.shared <= 64 * 1024 < SHARED[capability], name
-        assert one.count("LDG.E.128") >= 2, name
+        assert one.count("LDG.E.128") + one.count("LDGSTS.E.BYPASS.128") >= 2, name
         assert (one.count("HMMA") + one.count("HGMMA") > 0) == (rank > 0), name
     assert found["forward"].count("STG.E.128") >= 1
