@@ -16,10 +16,10 @@ import pyarrow as pa
 from apache_beam.metrics import Metrics
 
 from distilbeam.pipelines.estimates import Estimates
-from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import teacher_text
 from distilbeam.pipelines.phases import threads
+from distilbeam.pipelines.remote_files import write_parquet_anywhere
 from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -35,7 +35,7 @@ class LabelExamples(beam.PTransform):
       teacher_batch: most rows in one request.
       estimates: fitted estimates, to attach `alpha`, `candidates` and `weight`; needs `student`.
       student: directory of the student whose logits the weights need.
-      dead_letters: directory for a Parquet file per batch of the rows that the teacher cannot answer. Without it such a
+      dead_letters: directory, or place in an object store, for a Parquet file per batch of the rows that the teacher cannot answer. Without it such a
         row fails the batch: no row disappears silently.
 
     Raises:
@@ -97,4 +97,4 @@ class _LabelBatch(beam.DoFn):
             )
         table = pa.Table.from_pylist(failures)
         name = hashlib.blake2b(repr(failures).encode(), digest_size=8).hexdigest()
-        write_parquet(Path(self.dead_letters) / f"{name}.parquet", table)
+        write_parquet_anywhere(self.dead_letters, f"{name}.parquet", table)

@@ -10,8 +10,9 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from distilbeam.pipelines.remote_files import write_shard_anywhere
 from distilbeam.pipelines.selecting_stream import batch_digest, window_name
-from distilbeam.teacher.softlabels import SoftLabelSpec, write_shard
+from distilbeam.teacher.softlabels import SoftLabelSpec
 
 
 class WriteSoftLabels(beam.PTransform):
@@ -22,7 +23,7 @@ class WriteSoftLabels(beam.PTransform):
     without rows is not written.
 
     Args:
-      directory: the dataset.
+      directory: the dataset; a directory, or a place in an object store that Beam has a file system for.
       spec: its specification, as given to `LabelExamples`.
       shards: shards of a window; a worker holds one in memory.
 
@@ -67,4 +68,4 @@ class _WriteShard(beam.DoFn):
         content = hashlib.blake2b("".join(digest for digest, _ in ordered).encode(), digest_size=8).hexdigest()
         extra = {"window": window_name(window), "firing": pane.index, "content": content}
         table = pa.Table.from_batches([batch for _, batch in ordered])
-        yield write_shard(self.directory, name, table, self.spec, name, extra).to_json()
+        yield write_shard_anywhere(self.directory, name, table, self.spec, extra).to_json()
