@@ -19,9 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-BLOCK_ROWS = 256  # eight words of bits, the fewest that a block may have
+from distilbeam.kernels.distillation.pallas_kernels import (
+    BLOCK_ROWS,
+    NOTHING,
+    bits_of,
+    first_of_its_kind,
+    padded_rows,
+    without_kept,
+)
+
 PART_CLASSES = 32_768
-NOTHING = -jnp.inf
 
 
 def block_classes(features: int) -> int:
@@ -46,10 +53,10 @@ def first_pass(
       float32 [B, K] and [B, 1]; the rest is -inf where a row keeps every class.
     """
     rows = hidden.shape[0]
-    padded = _padded(hidden, 0)
+    padded = padded_rows(hidden, 0)
     levels = []
     for first, part, part_bias in _parts(weight, bias):
-        bits = _bits(classes, first, part.shape[0])
+        bits = bits_of(classes, first, part.shape[0])
         top, total = _rest_of_part(padded, part, part_bias, bits, tau, interpret)
         levels.append(jnp.where(total > 0, top + tau * jnp.log(total), NOTHING)[:rows])
     rest = tau * jax.scipy.special.logsumexp(jnp.concatenate(levels, axis=1) / tau, axis=1, keepdims=True)
@@ -85,16 +92,16 @@ def gradients(
       Gradients of hidden, weight and bias, float32.
     """
     rows = hidden.shape[0]
-    padded, padded_slope, padded_rest = _padded(hidden, 0), _padded(slope, 0), _padded(rest, jnp.inf)
+    padded, padded_slope, padded_rest = padded_rows(hidden, 0), padded_rows(slope, 0), padded_rows(rest, jnp.inf)
     d_hidden, d_weight, d_bias = jnp.zeros(padded.shape, jnp.float32), [], []
     for first, part, part_bias in _parts(weight, bias):
-        bits = _bits(classes, first, part.shape[0])
+        bits = bits_of(classes, first, part.shape[0])
         operands = (padded, part, part_bias, bits, padded_slope, padded_rest)
         d_hidden += _hidden_gradient(*operands, tau, interpret)
         part_weight, part_bias_gradient = _weight_gradient(*operands, tau, interpret)
         d_weight.append(part_weight)
         d_bias.append(part_bias_gradient[0])
-    once = _first_of_its_kind(classes) * kept
+    once = first_of_its_kind(classes) * kept
 
     def add_kept(k, sums):
         d_hidden, d_weight, d_bias = sums
@@ -113,11 +120,7 @@ def _block_logits(hidden, weight, bias, bits, block: Any, classes: int):
     exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     contraction = (((1,), (1,)), ((), ()))
     z = jax.lax.dot_general(hidden, weight, contraction, precision=exact, preferred_element_type=jnp.float32) + bias
-    words, size = bits.shape
-    shift = jax.lax.broadcasted_iota(jnp.int32, (words, 32, size), 1)
-    kept = (jax.lax.shift_right_logical(jnp.broadcast_to(bits[:, None, :], shift.shape), shift) & 1).reshape(z.shape)
-    number = block * size + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    return jnp.where((kept == 0) & (number < classes), z, NOTHING)
+    return without_kept(z, bits, block, classes)
 
 
 def _block_gradient(hidden, weight, bias, bits, slope, rest, block: Any, classes: int, tau: float):
@@ -233,27 +236,6 @@ def _layout(hidden, weight, *, rows_first: bool):
 def _parts(weight, bias):
     for first in range(0, weight.shape[0], PART_CLASSES):
         yield first, weight[first : first + PART_CLASSES], bias[None, first : first + PART_CLASSES]
-
-
-def _padded(value, fill):
-    return jnp.pad(value, ((0, -value.shape[0] % BLOCK_ROWS), (0, 0)), constant_values=fill)
-
-
-def _first_of_its_kind(classes):
-    """One where an entry is no padding, float32 [B, K]."""
-    later = jnp.arange(classes.shape[1]) > 0
-    return 1.0 - (later & (classes == classes[:, :1])).astype(jnp.float32)
-
-
-def _bits(classes, first: int, size: int):
-    """Bit i mod 32 of word [i // 32, j] is set when row i keeps class first + j; int32 [rows / 32, size]."""
-    rows = classes.shape[0]
-    words = (rows + -rows % BLOCK_ROWS) // 32
-    row = jnp.arange(rows)[:, None]
-    counts = (classes >= first) & (classes < first + size) & (_first_of_its_kind(classes) > 0)
-    column = jnp.where(counts, classes - first, size)  # past the end: dropped
-    bit = jnp.left_shift(jnp.int32(1), (row % 32).astype(jnp.int32))
-    return jnp.zeros((words, size), jnp.int32).at[row // 32, column].add(bit, mode="drop")
 
 
 def _kept_logits(hidden, weight, bias, classes):
