@@ -168,6 +168,6 @@ def test_sources() -> None:
     with pytest.raises(ValueError, match="--num_workrs is not a Beam option; did you mean --num_workers"):
         stream_options(["--num_workrs=3"], "pubsub:s")
     pytest.importorskip("apitools", reason="needs the extra gcp")
-    batches = read_source(pipeline, "pubsub:projects/p/subscriptions/s", SCHEMA, 30)
+    batches = read_source(pipeline, "pubsub:projects/project/subscriptions/name", SCHEMA, 30)
     assert not batches.is_bounded
     assert batches.windowing.windowfn == FixedWindows(30)
