@@ -80,11 +80,8 @@ def row_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
     if not rank:
         return {"BM": 4, "BD": min(512, width), "num_warps": 4, "num_stages": 2}
     tall = 64 if rows >= 16_384 and rank <= 32 else 32 if rows >= 4096 else 16
-    if exact:
-        wide = 16 if tall == 64 or rank > 32 else 32
-    else:
-        wide = 64 if rank > 32 else 4096 // tall
-    return {"BM": tall, "BD": min(wide, width), "num_warps": 4, "num_stages": 2}
+    narrow, wide = 16 if tall == 64 or rank > 32 else 32, 64 if rank > 32 else 4096 // tall
+    return {"BM": tall, "BD": min(narrow if exact else wide, width), "num_warps": 4, "num_stages": 2}
 
 
 def column_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
