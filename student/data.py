@@ -14,11 +14,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -26,47 +24,20 @@ from torch import Tensor
 
 from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.student.background import Work, in_background
-from distilbeam.student.columns import (
-    INPUTS,
-    ColumnReader,
-    GroupColumns,
-    InputMaker,
-    ShuffledColumns,
-    UnitRows,
-    is_carried_tensor,
-    is_number,
-)
+from distilbeam.student.column_types import common_fields, is_carried_tensor, is_number
+from distilbeam.student.columns import INPUTS, ColumnReader
 from distilbeam.student.columns import Batch as Batch
+from distilbeam.student.input_maker import InputMaker
 from distilbeam.student.order import EpochOrder, Shares, mixed_visits
+from distilbeam.student.place import Place as Place
 from distilbeam.student.row_groups import RowGroup, open_datasets
+from distilbeam.student.shuffling import GroupColumns, Scratch, ShuffledColumns, UnitRows, shuffle
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 STATE_VERSION = 2
-PIECE_BYTES = 2**22  # of rows taken at once: large enough to cost no Python, small enough to stay in the cache
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a run a batch stands: what the randomness of a transform may depend on.
-
-    Attributes:
-      seed: of the order.
-      epoch: number of the epoch.
-      position: of the batch's first row in the epoch.
-    """
-
-    seed: int
-    epoch: int
-    position: int
-
-    def generator(self) -> torch.Generator:
-        """Make a generator that is the same whenever the run comes here."""
-        word = np.random.SeedSequence([self.seed, self.epoch, self.position]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(word) % 2**63)
-
-
 Transform = Callable[[Batch, Place], Batch]
+PIECE_BYTES = 2**22  # of rows taken at once: large enough to cost no Python, small enough to stay in the cache
 
 
 class SoftLabelDataset:
@@ -137,11 +108,11 @@ class SoftLabelDataset:
         self._visits = None if mixing_weights is None else _visits(opened.groups, mixing_weights)
         identity = [opened.keys, buffer_rows] + ([] if self._visits is None else [self._visits])
         self._digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
-        self._fields = _common_fields(self._groups)
+        self._fields = common_fields(list({id(g.file): g.file.schema for g in self._groups}.values()))
         maker = None if input is None else InputMaker.of(input, self._groups[0])
         self._reader = ColumnReader(self.spec, self._wanted(maker, columns), maker, pin_memory)
         self._first = self._reader.first(self._groups[0])
-        self._cache_bytes = cache_bytes
+        self._cache_bytes, self._scratch = cache_bytes, Scratch()
         self._cache: dict[int, GroupColumns] = {}
         self._epoch, self._position = 0, 0
 
@@ -242,7 +213,7 @@ class SoftLabelDataset:
         """Put the rank's rows of a window in the order of their visit."""
         columns = {number: self._columns(number, found) for number, found in read.items()}
         units = [UnitRows(columns[order.units[unit][0]], order.drawn(unit)) for unit in order.windows[window]]
-        return self._reader.shuffle(units, *shares.places(order, window))
+        return shuffle(units, *shares.places(order, window), self._scratch)
 
     def _columns(self, number: int, found: pa.Table | GroupColumns) -> GroupColumns:
         if isinstance(found, GroupColumns):
@@ -256,7 +227,9 @@ class SoftLabelDataset:
         self, parts: Sequence[tuple[ShuffledColumns, slice]], sizes: Sequence[int], starts: Sequence[int]
     ) -> list[Batch]:
         """Take the rows of some batches and cut them into these batches."""
-        taken = [columns.take(rows) for columns, rows in parts] or [{n: v[:0] for n, v in self._first.items()}]
+        taken = [self._reader.take(columns, rows) for columns, rows in parts] or [
+            {n: v[:0] for n, v in self._first.items()}
+        ]
         whole = taken[0] if len(taken) == 1 else {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
         cut = zip(*(value.split(list(sizes)) for value in whole.values()), strict=True)
         batches = [dict(zip(whole, values, strict=True)) for values in cut]
@@ -291,27 +264,3 @@ def _visits(datasets: Sequence[Sequence[RowGroup]], weights: Sequence[float]) ->
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ValueError(f"mixing_weights must be finite, at least 0 and not all 0, got {list(weights)}")
     return mixed_visits([[group.rows for group in groups] for groups in datasets], weights)
-
-
-def _common_fields(groups: Sequence[RowGroup]) -> list[pa.Field]:
-    """List the columns that all files have; numbers of different types have one that holds them all."""
-    schemas = [file.schema for file in {id(group.file): group.file for group in groups}.values()]
-    names = set.intersection(*(set(schema.names) for schema in schemas))
-    return [
-        _common_field([schema.field(field.name) for schema in schemas]) for field in schemas[0] if field.name in names
-    ]
-
-
-def _common_field(fields: Sequence[pa.Field]) -> pa.Field:
-    first = fields[0]
-    different = any(field.type != first.type for field in fields)
-    if not (different and all(is_number(field.type) or is_carried_tensor(field) for field in fields)):
-        return first
-    try:
-        common = pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive").field(0)
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        common = None
-    if common is None or not (is_number(common.type) or is_carried_tensor(common)):
-        kinds = " and ".join(sorted({str(field.type) for field in fields}))
-        raise ValueError(f"column {first.name} must have types that go together in all shards, got {kinds}")
-    return common

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distilbeam.student.data import Place, SoftLabelDataset
+from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.order import EpochOrder, mixed_visits
+from distilbeam.student.place import Place
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
