@@ -20,7 +20,12 @@ BeamArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a setting; @FILE: all those of a TOML file. May be repeated.",
+    ),
 ]
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")

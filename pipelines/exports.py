@@ -37,6 +37,7 @@ def write_exports(
     display: Display,
     examples: npt.NDArray[Any] | None = None,
     origin: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     retrain: Retrain | None = None,
     ratio: float = 0.5,
 ) -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ def write_exports(
       display: shows the steps.
       examples: inputs out of the pool to calibrate on.
       origin: where the examples come from.
+      provenance: what the student was made from.
       retrain: trains a pruned network: its configuration, the directory to start from, the directory to write, report.
       ratio: share of the channels that `pruned` takes away.
 
@@ -69,7 +71,7 @@ def write_exports(
             if name == PRUNED:
                 _write_pruned(student, output, ratio, retrain, report)
             elif not directory.exists():
-                export_student(student, name, directory, examples, origin)
+                export_student(student, name, directory, examples, origin, provenance)
     rows = [("student", student), *((name, output / name) for name in ALL_FORMATS if (output / name).exists())]
     results = output / "results.json"
     table = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ class Material:
         """Hash of the data and of the soft labels that students are made from."""
         keys = [entry.key for dataset in self.soft_labels for entry in read_manifest(dataset).entries]
         return hashlib.blake2b("\n".join([self.inputs.digest, *keys]).encode(), digest_size=8).hexdigest()
+
+    def provenance(self, student: Path | None = None) -> dict[str, Any]:
+        """Describe what a student is made from: the soft labels' specification, with the teacher, and the datasets.
+
+        Args:
+          student: one of the run's own, which learned from the rounds before it; None for one made from all rounds.
+        """
+        numbers = {self.directory.student(number): number for number in range(self.config.run.rounds + 1)}
+        datasets = self.soft_labels if student is None else self.soft_labels[: numbers[student]]
+        spec = json.loads(read_manifest(datasets[0]).spec.to_json()) if datasets else None
+        names = [str(dataset.relative_to(self.directory.root)) for dataset in datasets]
+        return {"data": self.inputs.digest, "soft_labels": {"datasets": names, "spec": spec}}
 
     def require_soft_labels(self, why: str) -> None:
         """Check that a round is labelled.

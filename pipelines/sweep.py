@@ -82,7 +82,8 @@ def _make(stage: Stage, root: Path, material: Material, report: Report) -> Path:
     else:
         assert stage.source is not None
         origin = {"pool": material.config.data.pool, "seed": material.config.run.seed}
-        export_student(root / stage.source, stage.form, directory, material.examples(CALIBRATION_ROWS), origin)
+        examples, made_from = material.examples(CALIBRATION_ROWS), material.provenance()
+        export_student(root / stage.source, stage.form, directory, examples, origin, made_from)
     return directory
 
 

@@ -51,6 +51,7 @@ def export_student(
     directory: str | Path,
     examples: npt.NDArray[Any] | None = None,
     origin: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Export a student; the directory appears complete or not at all.
 
@@ -61,6 +62,7 @@ def export_student(
       examples: inputs [rows, *input_shape] that the export is compared with the student on, and that `int8` is calibrated
         on: out of the pool, never the test set. Without them the comparison is made on random numbers.
       origin: where the examples come from, to remember.
+      provenance: what else to remember of the student: its soft labels' specification and the like, plain data.
 
     Returns:
       The directory.
@@ -85,7 +87,7 @@ def export_student(
         _write(loaded, format, file, examples)
         check = _compared(loaded, file, examples, exact=format in ("pt2", "onnx"))
         calibration = None if examples is None else {"rows": len(examples), **(origin or {})}
-        description = _description(loaded, format, file, check, calibration)
+        description = _description(loaded, format, file, check, calibration, provenance or {})
         (temporary / "export.json").write_text(json.dumps(description, indent=1) + "\n")
         if directory.exists():
             directory.rmdir()
@@ -204,7 +206,12 @@ def _checked_inputs(student: Student, examples: npt.NDArray[Any] | None) -> npt.
 
 
 def _description(
-    student: Student, format_: str, file: Path, check: Mapping[str, float], calibration: Mapping[str, Any] | None
+    student: Student,
+    format_: str,
+    file: Path,
+    check: Mapping[str, float],
+    calibration: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     inputs = student.config.input.model_dump(mode="json", exclude_defaults=True)
     return {
@@ -223,6 +230,7 @@ def _description(
             "parameters": student.num_parameters,
             **student.extra,
         },
+        "provenance": dict(provenance),
         "examples": calibration,
         "compared_with_student": dict(check),
         "teacher": {"kind": "torch" if file.suffix == ".pt2" else "onnx", "model": file.name, "input": inputs},

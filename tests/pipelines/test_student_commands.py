@@ -104,6 +104,10 @@ def test_exports_of_a_run_in_one_table_and_in_the_report(config: Path) -> None:
     assert all(row["latency_ms_batch64_p95"] == 4.0 for row in rows.values())
     description = json.loads((where / "int8/export.json").read_text())
     assert description["examples"] == {"rows": 240, "pool": "pool", "seed": 0}
+    soft_labels = description["provenance"]["soft_labels"]
+    assert soft_labels["datasets"] == ["labels/round=000"]
+    assert soft_labels["spec"]["num_classes"] == CLASSES
+    assert soft_labels["spec"]["teacher"].startswith("torch:logging_teacher:LoggingTeacher:")
     report = (config.parent / "run/report/report.html").read_text()
     assert "<h2>Exports</h2>" in report
     assert "<td>int8</td>" in report
