@@ -24,6 +24,7 @@ from distilbeam.pipelines.meter import count, timed, timed_items
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, Task, read_rows
+from distilbeam.pipelines.units import BATCH_BYTES
 from distilbeam.teacher.softlabels import committed, entry_path, write_shard
 
 _ANSWERED = b"distilbeam.answered"
@@ -114,7 +115,7 @@ class Label:
         for part in shard.parts:
             for table in read_rows(reader, part, self.picks):
                 waiting.append(table)
-                if sum(t.num_rows for t in waiting) >= self.batch_rows:
+                if _full(waiting, self.batch_rows):
                     yield pa.concat_tables(waiting)
                     waiting = []
         if waiting:
@@ -146,6 +147,10 @@ class Label:
     def _all_failed(self, shard: Shard) -> bool:
         path = self._dead_letter_file(shard)
         return path.exists() and bool(pq.read_metadata(path).metadata[_ANSWERED] == b"0")
+
+
+def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
+    return sum(t.num_rows for t in tables) >= batch_rows or sum(t.nbytes for t in tables) >= BATCH_BYTES
 
 
 def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+BATCH_BYTES = 16 * 2**20  # of a batch that is worked on; a few of them are held at a time
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -165,7 +167,7 @@ def read_groups(
       path: its name, for the error.
       row_groups: which row groups, ascending.
       columns: columns to read.
-      batch_rows: most rows in a batch.
+      batch_rows: most rows in a batch; a batch also has at most about `BATCH_BYTES` bytes.
 
     Yields:
       Record batches, in row order.
@@ -173,12 +175,22 @@ def read_groups(
     Raises:
       ValueError: the file is damaged.
     """
+    bounded = min(batch_rows, max(1, BATCH_BYTES // _row_bytes(file.metadata, row_groups, columns)))
     try:
         yield from file.iter_batches(
-            batch_size=batch_rows, row_groups=list(row_groups), columns=list(columns), use_threads=False
+            batch_size=bounded, row_groups=list(row_groups), columns=list(columns), use_threads=False
         )
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+
+
+def _row_bytes(metadata: pq.FileMetaData, row_groups: Sequence[int], columns: Sequence[str]) -> int:
+    """Estimate the bytes of a row from the first of the row groups."""
+    group = metadata.row_group(row_groups[0])
+    wanted = set(columns)
+    chunks = (group.column(i) for i in range(group.num_columns))
+    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in wanted)
+    return max(1, size // max(1, group.num_rows))
 
 
 def _merge_row_groups(

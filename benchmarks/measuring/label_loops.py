@@ -21,7 +21,7 @@ from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.pools import Teacher
 
-BATCH = 8192
+BATCH = 16384
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Task:
                 "run": {"directory": str(self.output)},
                 "data": {"pool": str(self.pool), "id": "id", "num_classes": self.classes},
                 "teacher": teacher,
-                "engine": {"batch_rows": BATCH, "teacher_batch": self.teacher_batch},
+                "engine": {"teacher_batch": self.teacher_batch},
             }
         )
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 Kind = Literal["dense", "top_k", "sampled"]
@@ -98,6 +99,10 @@ class SoftLabelSpec:
 
     def to_json(self) -> str:
         """Return the specification as JSON text with sorted keys; `from_json` is its inverse."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:  # asked for at every batch, and long where classes have names
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
 
     @classmethod
