@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import site
+import socket
+import subprocess
+import time
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from job_service import Submitted, job_service
-from problem import CLASSES, write_problem
+from problem import CLASSES, SUPPORT, write_problem
 from wheel import build_wheel
 
 from distilbeam.pipelines.beam_options import pipeline_options
@@ -105,6 +114,69 @@ def test_the_wheel_and_the_image_go_with_the_pipeline(tmp_path: Path, wheel: Pat
         assert all(b"example.org/distilbeam:1" in payload for payload in images)
 
 
+@pytest.fixture
+def other_environment(tmp_path: Path) -> Path:
+    """Make an environment with everything but the project itself; return its interpreter."""
+    directory = tmp_path / "environment"
+    venv.create(directory, with_pip=False, symlinks=True)
+    packages = next(directory.glob("lib/python*/site-packages"))
+    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))  # editable installs are not followed
+    python = directory / "bin" / "python"
+    lacks = subprocess.run([python, "-c", "import distilbeam"], cwd="/", capture_output=True, text=True, check=False)
+    if "No module named 'distilbeam'" not in lacks.stderr:
+        pytest.skip("the project is installed in a form that every environment sees")
+    return python
+
+
+@contextmanager
+def worker_pool(python: Path, directory: Path) -> Iterator[str]:
+    """Run Beam's worker pool in an environment; yield its address."""
+    boot = directory / "boot"
+    boot.write_text(f'#!/bin/sh\nexec {python} {SUPPORT / "boot.py"} "$@"\n')
+    boot.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}"]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "BOOT_DIRECTORY": str(directory), "OMP_NUM_THREADS": "1"}
+    with (directory / "pool.log").open("w") as log:
+        pool = subprocess.Popen(
+            [*command, f"--container_executable={boot}"], env=environment, cwd="/", stdout=log, stderr=log
+        )
+        try:
+            _wait_for_port(port, pool)
+            yield f"localhost:{port}"
+        finally:
+            pool.send_signal(signal.SIGINT)
+            pool.wait(timeout=30)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        assert process.poll() is None, "the worker pool ended"
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("localhost", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"no worker pool answers on port {port}")
+
+
+@pytest.mark.slow
+def test_the_staged_wheel_is_all_that_a_worker_elsewhere_needs(
+    tmp_path: Path, wheel: Path, other_environment: Path
+) -> None:
+    expected = label(tmp_path, out="local")
+    place = tmp_path / "worker"
+    place.mkdir()
+    with worker_pool(other_environment, place) as address, job_service(execute=True) as (endpoint, _):
+        flags = ["--runner=PortableRunner", f"--job_endpoint={endpoint}", f"--extra_package={wheel}"]
+        external = ["--environment_type=EXTERNAL", f"--environment_config={address}"]
+        assert label(tmp_path, *flags, *external, out="remote") == expected
+    installed = list(place.glob("*/site/distilbeam/pipelines/label.py"))
+    assert installed, "the worker was started by the pool and installed the wheel that was staged"
+
+
 def test_dataflow_job_without_submitting_it(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("apitools", reason="needs the extra gcp")
     jobs: list[Any] = []
@@ -126,7 +198,7 @@ def test_dataflow_job_without_submitting_it(tmp_path: Path, wheel: Path, monkeyp
         f"--extra_package={wheel}",
         "--max_num_workers=20",
         "--no_auth",
-        "--dry_run",
+        "--dry_run=True",
     ]
     with pytest.raises(PhaseError, match="although the runner reported success"):
         label(tmp_path, *flags)
