@@ -68,14 +68,22 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     return reasons
 
 
-def pallas_reasons() -> list[str]:
-    """List why Pallas cannot work here; its interpreter (DISTILBEAM_PALLAS_INTERPRET=1) serves the CPU."""
+def pallas_reasons(*tensors: torch.Tensor | None) -> list[str]:
+    """List why Pallas cannot work on these tensors; its interpreter (DISTILBEAM_PALLAS_INTERPRET=1) serves the CPU."""
     reasons = []
     if importlib.util.find_spec("jax") is None:
         reasons.append("the package jax is not installed")
-    if not interpreting_pallas():
+    if any(t is not None and t.device.type == "tpu" for t in tensors):
+        if not has_torch_tpu():
+            reasons.append("torch.tpu is not loaded, which the package torch_tpu does")
+    elif not interpreting_pallas():
         reasons.append("no TPU device; DISTILBEAM_PALLAS_INTERPRET=1 interprets the kernels on a CPU")
     return reasons
+
+
+def has_torch_tpu() -> bool:
+    """Say whether torch_tpu, which torch loads by itself when it is installed, has put its operations into torch."""
+    return hasattr(torch, "tpu")
 
 
 def interpreting_pallas() -> bool:

@@ -9,7 +9,7 @@ from distilbeam.kernels.distillation import chunked, reference
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
-from distilbeam.kernels.resolve import Reasons, never, resolve, triton_reasons
+from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 MOST_DENSE_CLASSES = 4_096  # the kernel keeps a dense row in registers
 MOST_KEPT = 1_024  # and the kept classes of a sparse one
@@ -59,7 +59,7 @@ def distill_loss(
       ignore_index: the class of a row without a true class.
       reduction: `mean`, `sum` or `none` (weighted losses [B]).
       normalizer: replaces the number of rows that count in `mean`, e.g. the count over all ranks.
-      implementation: `reference`, `chunked`, `triton` (CUDA); None chooses by device.
+      implementation: `reference`, `chunked`, `triton` (CUDA), `pallas` (TPU, sparse labels); None chooses by device.
         All but `reference` are differentiable once.
 
     Returns:
@@ -106,6 +106,10 @@ def distill_loss(
         from distilbeam.kernels.distillation import triton_backend
 
         return triton_backend.total(logits, terms, reduction != "none")
+    if name == "pallas":
+        from distilbeam.kernels.distillation import pallas_backend
+
+        return pallas_backend.total(logits, terms, reduction != "none")
     run = {"reference": reference.total, "chunked": chunked.total}[name]
     return run(logits, terms, reduction != "none")
 
@@ -113,8 +117,20 @@ def distill_loss(
 def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
     """Order the backends for a call: the fused kernel where it can run, then one sweep, which beats autograd always."""
     triton = {"triton": lambda: _triton_reasons(logits, terms)}
+    pallas = {"pallas": lambda: _pallas_reasons(logits, terms)}
+    if logits.device.type == "tpu":
+        return {**pallas, "reference": never, "chunked": never, **triton}
     chunked_first: dict[str, Reasons] = {"chunked": never, "reference": never}
-    return {**triton, **chunked_first} if logits.is_cuda else {**chunked_first, **triton}
+    return {**triton, **chunked_first, **pallas} if logits.is_cuda else {**chunked_first, **triton, **pallas}
+
+
+def _pallas_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
+    reasons = pallas_reasons(logits)
+    if logits.dtype == torch.float64:
+        reasons.append("it computes in float32, the logits are float64")
+    if any(term.targets.classes is None for term in terms):
+        reasons.append("dense labels need no kernel there: XLA fuses plain torch")
+    return reasons
 
 
 def _triton_reasons(logits: Tensor, terms: list[Term]) -> list[str]:

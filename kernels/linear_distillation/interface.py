@@ -117,11 +117,13 @@ def _implementation(name: str) -> Callable[..., Tensor]:
 
 
 def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: on a GPU the tiled kernels, on a CPU the plain layer while the batch is small."""
+    """Order the backends for a call: the tiled kernels on their devices, on a CPU the plain layer while the batch is small."""
     tiled: dict[str, Reasons] = {
         "triton": lambda: triton_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
-        "pallas": lambda: pallas_reasons() + _tiled_reasons(hidden, weight, terms),
+        "pallas": lambda: pallas_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
     }
+    if hidden.device.type == "tpu":
+        return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
     if hidden.is_cuda:
         return {"triton": tiled["triton"], "chunked": never, "reference": never, "pallas": tiled["pallas"]}
     if len(hidden) * len(weight) >= LARGE:

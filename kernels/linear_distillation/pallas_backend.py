@@ -1,8 +1,4 @@
-"""The fused last layer and loss through the Pallas kernels, on tensors that JAX can share; imported when it is chosen.
-
-The buckets' problem stays in torch, between two JAX functions: one that finds the buckets' logits, one that brings
-their gradients to hidden, weight and bias.
-"""
+"""The fused last layer and loss through the Pallas kernels, as operations of torch; imported when it is chosen."""
 
 from __future__ import annotations
 
@@ -10,53 +6,85 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import torch
-import torch.utils.dlpack
 from torch import Tensor
 
+from distilbeam.kernels.distillation.bucket_losses import scaled_losses
+from distilbeam.kernels.distillation.pallas_backend import spread_over
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation import pallas_kernels
-from distilbeam.kernels.linear_distillation.buckets import solve
-from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
-from distilbeam.kernels.resolve import interpreting_pallas
+from distilbeam.kernels.tpu_operations import buckets_with_gradient, interpreted, once, register
 
 
 def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss; see `chunked.total`."""
-    return apply_fused(_run, Operands(hidden_BH, weight_CH, bias_C), terms, reduced)
+    bias = hidden_BH.new_zeros(len(weight_CH), dtype=torch.float32) if bias_C is None else bias_C.float()
+    if not len(hidden_BH):
+        losses_B = (hidden_BH.float() @ weight_CH.float().T + bias).sum(dim=1)
+    else:
+        find = layer_buckets()
+        layer = hidden_BH, weight_CH, bias
+        losses_B = torch.stack([scaled_losses(lambda c, tau: find(*layer, c, tau), term) for term in terms]).sum(0)
+    return losses_B.sum() if reduced else losses_B
 
 
-def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    sums = Gradients.zeros(operands, wanted, torch.float32)
-    losses_B = torch.zeros_like(terms[0].scale)
-    if not len(operands.hidden):
-        return losses_B, sums.like(operands)
-    hidden, weight = _shared(operands.hidden), _shared(operands.weight)
-    bias = jnp.zeros(len(operands.weight)) if operands.bias is None else _shared(operands.bias.float())
-    for term in terms:
-        targets = term.targets
-        assert targets.classes is not None
-        classes, tau = _shared(targets.classes.to(torch.int32)), targets.rest_temperature
-        interpret = interpreting_pallas()
-        kept, rest = pallas_kernels.first_pass(hidden, weight, bias, classes, tau or 1.0, interpret=interpret)
-        solved = solve(_back(kept), None if tau is None else _back(rest), term)
-        losses_B = losses_B + solved.losses
-        if any(wanted):
-            slopes = _shared(solved.kept), _shared(solved.slope), _shared(solved.rest)
-            found = pallas_kernels.gradients(
-                hidden, weight, bias, classes, *slopes, tau=tau or 1.0, interpret=interpret
-            )
-            for total, part in zip(sums, found, strict=True):
-                if total is not None:
-                    total += _back(part)
-    return losses_B, sums.like(operands)
+@once
+def layer_buckets() -> Any:
+    """Give the operation that finds the buckets' logits; its derivative brings their gradients to the layer."""
+
+    def find(
+        hidden: jax.Array, weight: jax.Array, bias: jax.Array, classes: jax.Array, tau: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return pallas_kernels.first_pass(hidden, weight, bias, classes, tau)
+
+    def spread(
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array,
+        classes: jax.Array,
+        kept: jax.Array,
+        slope: jax.Array,
+        rest: jax.Array,
+        tau: float,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return pallas_kernels.gradients(hidden, weight, bias, classes, kept, slope, rest, tau)
+
+    buckets = register("layer_buckets", find, _find, _find_like)
+    gradient = register("layer_gradients", spread, _spread, _spread_like)
+    buckets_with_gradient(buckets, gradient, differentiable=3)
+    return buckets
 
 
-def _shared(tensor: Tensor) -> Any:
-    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+def _find(hidden: Tensor, weight: Tensor, bias: Tensor, classes: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    made = interpreted(pallas_kernels.first_pass, hidden, weight, bias, classes, tau)
+    if made is not None:
+        return made[0], made[1]
+    z_BC = torch.nn.functional.linear(hidden.float(), weight.float(), bias)
+    others_BC = z_BC.scatter(1, classes.long(), -torch.inf)
+    return z_BC.gather(1, classes.long()), tau * torch.logsumexp(others_BC / tau, dim=1, keepdim=True)
 
 
-def _back(array: Any) -> Tensor:
-    tensor: Tensor = torch.utils.dlpack.from_dlpack(array.block_until_ready())
-    return tensor
+def _find_like(hidden: Tensor, _: Tensor, bias: Tensor, classes: Tensor, *_more: float) -> tuple[Tensor, Tensor]:
+    return bias.new_empty(classes.shape), bias.new_empty(len(hidden), 1)
+
+
+def _spread(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    classes: Tensor,
+    kept: Tensor,
+    slope: Tensor,
+    rest: Tensor,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = interpreted(pallas_kernels.gradients, hidden, weight, bias, classes, kept, slope, rest, tau)
+    if made is not None:
+        return made[0], made[1], made[2]
+    z_BC = torch.nn.functional.linear(hidden.float(), weight.float(), bias)
+    gradient_BC = spread_over(z_BC, classes.long(), kept, slope, rest, tau)
+    return gradient_BC @ weight.float(), gradient_BC.T @ hidden.float(), gradient_BC.sum(dim=0)
+
+
+def _spread_like(hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (hidden, weight, bias))  # type: ignore[return-value]

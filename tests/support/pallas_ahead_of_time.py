@@ -17,13 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from distilbeam.kernels.linear_distillation import pallas_kernels
+from distilbeam.kernels.distillation import pallas_kernels as of_logits
+from distilbeam.kernels.linear_distillation import pallas_kernels as of_layer
+
+FUNCTIONS = {
+    "first_pass": of_layer.first_pass,
+    "gradients": of_layer.gradients,
+    "logit_buckets": of_logits.logit_buckets,
+    "logit_gradient": of_logits.logit_gradient,
+}
 
 
 def arguments(
     rows: int, features: int, classes: int, kept: int, sharding: object
 ) -> dict[str, list[jax.ShapeDtypeStruct]]:
-    """Describe the arguments of both functions."""
+    """Describe the arguments of the functions."""
 
     def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -34,8 +42,15 @@ def arguments(
         array((classes,), jnp.float32),
         array((rows, kept), jnp.int32),
     ]
+    logits = [array((rows, classes), jnp.bfloat16), array((rows, kept), jnp.int32)]
     column = array((rows, 1), jnp.float32)
-    return {"first_pass": layer, "gradients": [*layer, array((rows, kept), jnp.float32), column, column]}
+    slopes = [array((rows, kept), jnp.float32), column, column]
+    return {
+        "first_pass": layer,
+        "gradients": [*layer, *slopes],
+        "logit_buckets": logits,
+        "logit_gradient": [*logits, *slopes],
+    }
 
 
 def main() -> None:
@@ -47,7 +62,7 @@ def main() -> None:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         for function, inputs in arguments(*shape, sharding).items():
             start = time.perf_counter()
-            compute = getattr(pallas_kernels, function)
+            compute = FUNCTIONS[function]
             lowered = jax.jit(lambda *a, compute=compute: compute(*a, 1.0)).lower(*inputs)
             memory = lowered.compile().memory_analysis()
             report = {
