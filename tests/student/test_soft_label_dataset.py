@@ -49,6 +49,7 @@ def test_batches_hold_the_rows_of_the_shards(write_labels, kind, k):
         assert batch["row"].tolist() == rows.tolist()
         np.testing.assert_array_equal(batch["inputs"], x[rows])
         np.testing.assert_array_equal(batch["weight"], weight[rows])
+        assert kind == "dense" or batch["teacher_classes"].dtype == torch.int64  # what torch gathers by
         for name, part in (
             ("teacher_logprobs", "logprobs"),
             ("teacher_classes", "classes"),
