@@ -16,8 +16,9 @@ from torch import Tensor
 from distilbeam.student.augment import augment_images
 from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
-from distilbeam.student.data import Batch, Place, SoftLabelDataset
+from distilbeam.student.data import Batch, SoftLabelDataset
 from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.place import Place
 from distilbeam.student.processes import Processes
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
 

@@ -11,12 +11,10 @@ are the same bit by bit, also when the training was killed and went on from a ch
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +29,7 @@ from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.generators import own_generators
+from distilbeam.student.identity import identity
 from distilbeam.student.labelled import Examples
 from distilbeam.student.models import build_student
 from distilbeam.student.network import make_network
@@ -39,7 +38,7 @@ from distilbeam.student.optimizer import make_optimizer, moving_average, set_lr
 from distilbeam.student.processes import end_step, joined_processes
 from distilbeam.student.sources import Sources, StepRows, open_sources
 from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import FREE, TrainConfig
+from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
 
@@ -143,68 +142,67 @@ def train(
             torch.manual_seed(seed + processes.rank)  # the weights are alike, the dropout is not
 
         state = TrainingState(module, optimizer, average, sources.soft, weights)
-        about = _identity(student, training, classes, sources, seed, init, validation_teacher)
-        work = TrainingDirectory(directory, training, about, processes)
-        work.resume(state)
-        observer = Observer(work.path, training, total, state.done, state.seconds, progress, silent=not processes.first)
+        about = identity(student, training, classes, sources, init, validation_teacher)
+        with TrainingDirectory(directory, training, about, processes) as work:
+            work.resume(state)
+            silent = not processes.first
+            with Observer(work.path, training, total, state.done, state.seconds, progress, silent) as observer:
+                for epoch in range(state.done // steps, training.epochs):
+                    first = state.done % steps
+                    if reestimation is not None and first == 0 and reestimation.due(epoch):
+                        weights.estimated = reestimation.weights(state.shown, device, processes)
+                    module.train()
+                    for step, rows in enumerate(sources.epoch(epoch, first), first):
+                        lr = set_lr(optimizer, training, state.done, total)
+                        mixture = Mixture.draw(len(rows), training.augment, seed, state.done, processes.rank)
+                        loss = step_loss(network, training, rows, spec, weights.of(rows.soft), mixture, device)
+                        optimizer.zero_grad(set_to_none=True)
+                        loss.backward()
+                        norm = None
+                        if training.clip is not None:
+                            norm = nn.utils.clip_grad_norm_(parameters, training.clip)
+                        optimizer.step()
+                        if average is not None:
+                            average.update_parameters(module)
+                        end_step(device)
 
-        with observer:
-            for epoch in range(state.done // steps, training.epochs):
-                first = state.done % steps
-                if reestimation is not None and first == 0 and reestimation.due(epoch):
-                    weights.estimated = reestimation.weights(state.shown, device, processes)
-                module.train()
-                for step, rows in enumerate(sources.epoch(epoch, first), first):
-                    lr = set_lr(optimizer, training, state.done, total)
-                    mixture = Mixture.draw(len(rows), training.augment, seed, state.done, processes.rank)
-                    loss = step_loss(network, training, rows, spec, weights.of(rows.soft), mixture, device)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    norm = None
-                    if training.clip is not None:
-                        norm = nn.utils.clip_grad_norm_(parameters, training.clip)
-                    optimizer.step()
-                    if average is not None:
-                        average.update_parameters(module)
-                    end_step(device)
+                        value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
+                        if not math.isfinite(value + length):
+                            raise ValueError(_not_finite(value, length, state.done, total, training, work, rows))
+                        state.done += 1
+                        state.loss_sum += value
+                        observer.step(state.done, value, lr, None if norm is None else length, rows.count)
+                        if step + 1 < steps and work.due(state.done):
+                            state.seconds = observer.seconds
+                            work.save(state)
 
-                    value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
-                    if not math.isfinite(value + length):
-                        raise ValueError(_not_finite(value, length, state.done, total, training, work, rows))
-                    state.done += 1
-                    state.loss_sum += value
-                    observer.step(state.done, value, lr, None if norm is None else length, rows.count)
-                    if step + 1 < steps and work.due(state.done):
+                    processes.align(module, state.shown)
+                    figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
+                    measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
+                    figures |= processes.from_first(measured)
+                    state.end_epoch(figures)
+                    observer.epoch(state.done, figures)
+                    if training.patience is not None and epoch + 1 - state.best_epoch >= training.patience:
+                        break
+                    if work.due(state.done):
                         state.seconds = observer.seconds
                         work.save(state)
 
-                processes.align(module, state.shown)
-                figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
-                measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
-                figures |= processes.from_first(measured)
-                state.end_epoch(figures)
-                observer.epoch(state.done, figures)
-                if training.patience is not None and epoch + 1 - state.best_epoch >= training.patience:
-                    break
-                if work.due(state.done):
-                    state.seconds = observer.seconds
-                    work.save(state)
-
-        chosen = state.history[state.best_epoch - 1]
-        metrics = {
-            "epochs": len(state.history),
-            "best_epoch": chosen["epoch"],
-            "steps": len(state.history) * steps,
-            "soft_rows": 0 if sources.soft is None else sources.soft.rows,
-            "hard_rows": 0 if sources.hard is None else len(sources.hard),
-            **{name: value for name, value in chosen.items() if name != "epoch"},
-        }
-        if processes.first:
-            module.load_state_dict(state.best)
-            extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
-            save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
-            work.remove()
-        processes.wait()
+            chosen = state.history[state.best_epoch - 1]
+            metrics = {
+                "epochs": len(state.history),
+                "best_epoch": chosen["epoch"],
+                "steps": len(state.history) * steps,
+                "soft_rows": 0 if sources.soft is None else sources.soft.rows,
+                "hard_rows": 0 if sources.hard is None else len(sources.hard),
+                **{name: value for name, value in chosen.items() if name != "epoch"},
+            }
+            if processes.first:
+                module.load_state_dict(state.best)
+                extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
+                work.remove()
+            processes.wait()
     return TrainResult(metrics | {"seconds": observer.seconds}, directory)
 
 
@@ -257,36 +255,3 @@ def _reestimation(
         soft_labels, EVALUATION_ROWS, sources.seed, processes.rank, processes.size, input=student.input, columns=()
     )
     return Reestimation(in_any_order, sources.held_out, teacher, training.reestimate_epochs)
-
-
-def _identity(
-    student: StudentConfig,
-    training: TrainConfig,
-    classes: Sequence[str],
-    sources: Sources,
-    seed: int,
-    init: str | Path | None,
-    teacher: npt.NDArray[np.float32] | None,
-) -> dict[str, Any]:
-    """Say what a training depends on; the soft labels say it themselves when their position is put back."""
-    return {
-        "student": student.model_dump(mode="json"),
-        "training": training.model_dump(mode="json", exclude=set(FREE)),
-        "classes": list(classes),
-        "seed": seed,
-        "steps": sources.steps,
-        "labelled": _digest(sources.hard),
-        "validation": _digest(sources.held_out),
-        "validation_teacher": None
-        if teacher is None
-        else hashlib.blake2b(teacher.tobytes(), digest_size=8).hexdigest(),
-        "init": None if init is None else load_student(init).fingerprint(),
-    }
-
-
-def _digest(examples: Examples | None) -> str | None:
-    if examples is None:
-        return None
-    digest = hashlib.blake2b(examples.inputs.numpy().tobytes(), digest_size=8)
-    digest.update(examples.classes.numpy().tobytes())
-    return digest.hexdigest()

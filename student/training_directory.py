@@ -11,13 +11,15 @@ when the student is there.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,13 +33,14 @@ from distilbeam.teacher.softlabels.atomic import replacing
 
 FORMAT_VERSION = 1
 SUFFIX, STOPPED_AT, METRICS, EVENTS = ".training", "stopped-at.safetensors", "metrics.jsonl", "tensorboard"
+LOCK = ".lock"
 ASK_EVERY = 32  # steps after which several processes agree on whether a checkpoint is due
 
 log = logging.getLogger(__name__)
 
 
 class TrainingDirectory:
-    """Checkpoints of a training under way.
+    """Checkpoints of a training under way; a context that holds the directory against other trainings.
 
     Args:
       student: directory of the student to be.
@@ -50,6 +53,29 @@ class TrainingDirectory:
         self.path = student.with_name(student.name + SUFFIX)
         self._training, self._identity, self._processes = training, json.loads(json.dumps(identity)), processes
         self._written = time.monotonic()
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        """Hold the directory; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+          ValueError: another process is at work there.
+        """
+        if self._processes.first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                self._lock.close()
+                raise ValueError(
+                    f"{self.path} is being worked on by another process; wait for it to end or choose another directory"
+                ) from e
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def resume(self, state: TrainingState) -> None:
         """Bring a new training to where the last whole checkpoint is, if there is one.

@@ -81,7 +81,7 @@ def test_killed_trainings_end_as_undisturbed_ones(kind, tmp_path):
 def test_a_checkpoint_is_whole_and_the_last_few_are_kept(tmp_path, vectors):
     run(tmp_path, vectors, step=9)
     found = sorted(path.name for path in (tmp_path / "student.training").iterdir())
-    assert found == ["metrics.jsonl", "step-000000000006.safetensors", "step-000000000008.safetensors"]
+    assert found == [".lock", "metrics.jsonl", "step-000000000006.safetensors", "step-000000000008.safetensors"]
     run(tmp_path, vectors, "one", step=9, changes={"keep": 1})
     assert len(list((tmp_path / "one.training").glob("step-*"))) == 1
     with safe_open(tmp_path / "student.training/step-000000000008.safetensors", "pt") as file:
@@ -123,6 +123,17 @@ def test_estimated_weights_come_back_in_the_middle_of_an_epoch(tmp_path, vectors
     assert small_trainings.weights(run(tmp_path, vectors).directory) == small_trainings.weights(undisturbed.directory)
 
 
+def test_the_best_epoch_is_remembered(tmp_path, vectors):
+    """A learning rate that does harm: the best epoch is over when the training is cut off."""
+    harmful = {"lr": 1.0, "schedule": "constant", "ema": None, "epochs": 4}
+    undisturbed = run(tmp_path, vectors, "undisturbed", changes=harmful)
+    steps = int(undisturbed.metrics["steps"] / 4)
+    assert undisturbed.metrics["best_epoch"] < 4
+    run(tmp_path, vectors, step=4 * steps - 1, changes=harmful)
+    result = run(tmp_path, vectors, changes=harmful)
+    assert small_trainings.weights(result.directory) == small_trainings.weights(undisturbed.directory)
+
+
 def test_metrics_have_no_line_twice(tmp_path, vectors):
     run(tmp_path, vectors, step=21, changes={"log_steps": 3})
     with (tmp_path / "student.training/metrics.jsonl").open("a") as file:
@@ -153,6 +164,22 @@ def test_another_training_is_refused(tmp_path, vectors):
     with pytest.raises(ValueError, match="the state's dataset must be that of this dataset"):
         run(tmp_path, vectors, soft_labels=other["soft_labels"])
     assert run(tmp_path, vectors, changes={"checkpoint_seconds": 5, "keep": 3, "log_steps": 1}) is not None
+
+
+def test_two_trainings_of_one_student_are_not_mixed(tmp_path, vectors):
+    refusals = []
+
+    def meanwhile(done, _total, _loss):
+        if done == 2:
+            with pytest.raises(
+                ValueError, match=r"student.training is being worked on by another process; wait for it"
+            ) as e:
+                run(tmp_path, vectors)
+            refusals.append(e.value)
+
+    configs = small_trainings.settings("vectors", epochs=1)
+    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=meanwhile)
+    assert len(refusals) == 1
 
 
 def test_a_newer_format_is_refused(tmp_path, vectors):
@@ -201,6 +228,7 @@ def test_a_gradient_that_is_not_a_number_stops_before_it_is_kept(tmp_path, vecto
     with pytest.raises(ValueError, match=r"the norm of the gradient became nan in step 1 of \d+; lower training.lr"):
         train(student, training, **vectors, directory=tmp_path / "student", seed=0)
     assert {path.name for path in (tmp_path / "student.training").iterdir()} == {
+        ".lock",
         "metrics.jsonl",
         "stopped-at.safetensors",
     }
