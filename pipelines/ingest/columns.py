@@ -21,10 +21,13 @@ from distilbeam.pipelines.ingest.records import Values
 
 MOSTLY = 0.95
 MISSING = ("", "NA", "N/A", "n/a", "null", "NULL", "NaN", "nan", "None")  # text that stands for no value
-INT = r"^[+-]?\d{1,18}$"
-FLOAT = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$|^[+-]?(inf|Infinity)$"
-BOOL = r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"
-_PATTERNS = {"int": INT, "float": FLOAT, "bool": BOOL}
+# A whole number with leading zeros, or of more digits than every int64 holds, is text: a code that must stay as it is.
+_PATTERNS = {
+    "int": r"^[+-]?(0|[1-9]\d{0,17})$",
+    "float": r"^[+-]?((0|[1-9]\d*)\.\d*|\.\d+|(0|[1-9]\d{0,17})[eE][+-]?\d{1,3}|inf|Infinity)([eE][+-]?\d{1,3})?$",
+    "bool": r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$",
+}
+_CODE = r"^[+-]?(0\d|\d{19})"
 _INTS = ((np.uint8, "uint8"), (np.int32, "int32"), (np.int64, "int64"))
 
 
@@ -126,12 +129,11 @@ class ColumnCounts:
         return cls(Counter(data["kinds"]), shapes, data["fractions"], data["low"], data["high"])
 
     def _add_text(self, values: pa.Array) -> None:
-        if (numbers := as_numbers(values)) is not None:
-            self.kinds["int" if pa.types.is_integer(numbers.type) else "float"] += len(values)
+        if (kind := _number_kind(values)) is not None:
+            self.kinds[kind] += len(values)
             return
         values = values.filter(pc.invert(pc.is_in(values, pa.array(MISSING))))
         found = Counter({name: _matching(values, pattern) for name, pattern in _PATTERNS.items()})
-        found["float"] -= found["int"]
         self.kinds.update({**found, "text": len(values) - found.total()})
 
     def _add_value(self, value: Any) -> None:
@@ -149,14 +151,14 @@ class ColumnCounts:
             self.low, self.high = min(self.low, int(value.min())), max(self.high, int(value.max()))
 
 
-def as_numbers(values: pa.Array) -> pa.Array | None:
-    """Read texts as int64, or float64, where all of them are numbers; None where one may be something else."""
-    for type_ in (pa.int64(), pa.float64()):
+def _number_kind(values: pa.Array) -> str | None:
+    """Tell fast whether all texts are whole numbers ("int") or numbers ("float"); None where one may be something else."""
+    for kind, type_ in (("int", pa.int64()), ("float", pa.float64())):
         try:
             numbers = values.cast(type_)
         except pa.ArrowInvalid:
             continue
-        return None if pc.any(pc.is_nan(numbers)).as_py() else numbers
+        return None if pc.any(pc.is_nan(numbers)).as_py() or _matching(values, _CODE) else kind
     return None
 
 

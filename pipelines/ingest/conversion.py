@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distilbeam.pipelines.ingest.columns import BOOL, FLOAT, INT, MISSING, ColumnType, arrow_field, as_numbers
+from distilbeam.pipelines.ingest.columns import MISSING, ColumnType, arrow_field
 from distilbeam.pipelines.ingest.records import Values
 
 Bools = npt.NDArray[np.bool_]
@@ -57,22 +58,40 @@ def vector_array(matrix: npt.NDArray[Any], type_: ColumnType) -> pa.Array:
 
 
 def _convert_text(values: pa.Array, type_: ColumnType) -> tuple[pa.Array, Bools]:
+    target = arrow_field("", type_).type
     if type_.kind in ("string", "binary"):
         text = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
-        return text.cast(arrow_field("", type_).type), np.zeros(len(values), bool)
-    target = arrow_field("", type_).type
-    numbers = as_numbers(values) if type_.kind in ("int64", "float64") else None
-    if numbers is not None and numbers.type in (target, pa.int64()):
-        return numbers.cast(target, safe=False), np.zeros(len(values), bool)
-    patterns = {"int64": INT, "float64": FLOAT, "bool": BOOL}
-    fits = pc.match_substring_regex(values, patterns[type_.kind])
-    wrong = pc.invert(pc.or_(fits, pc.is_in(values, pa.array(MISSING))))
-    kept = pc.if_else(fits, values, pa.scalar(None, pa.string()))
-    if type_.kind == "int64":
-        kept = pc.ascii_ltrim(kept, "+")
-    elif type_.kind == "bool":
-        kept = pc.ascii_lower(kept)
-    return kept.cast(arrow_field("", type_).type), wrong.to_numpy(zero_copy_only=False)
+        return text.cast(target), np.zeros(len(values), bool)
+    if type_.kind != "bool":
+        try:
+            numbers = values.cast(target)
+        except pa.ArrowInvalid:
+            pass  # one of them is none: look at each
+        else:
+            if not pc.any(pc.is_nan(numbers)).as_py():
+                return numbers, np.zeros(len(values), bool)
+    texts = values.to_pylist()
+    read = _READING[type_.kind]
+    kept = [None if text in MISSING else read(text) for text in texts]
+    wrong = np.array([a is None and b not in MISSING for a, b in zip(kept, texts, strict=True)], bool)
+    return pa.array(kept, target), wrong
+
+
+def _read_int(text: str) -> int | None:
+    number = int(text) if re.fullmatch(r"[+-]?\d{1,19}", text) else None
+    return number if number is not None and -(2**63) <= number < 2**63 else None
+
+
+def _read_float(text: str) -> float | None:
+    numeric = re.fullmatch(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf|Infinity)", text)
+    return float(text) if numeric else None
+
+
+def _read_bool(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+_READING: dict[str, Callable[[str], Any]] = {"int64": _read_int, "float64": _read_float, "bool": _read_bool}
 
 
 def _convert_values(values: list[Any], type_: ColumnType) -> tuple[pa.Array, Bools]:

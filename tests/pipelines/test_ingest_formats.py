@@ -89,6 +89,19 @@ def test_csv_plain_and_strict_readers_agree(tmp_path: Path) -> None:
     assert [b["line"] for b in plain_bad] == [52, 72]
 
 
+def test_csv_codes_stay_as_they_are(tmp_path: Path) -> None:
+    rows = [f"0{i},{10**17 + i},{10**19 + i},{i}e2,00{i}" for i in range(10, 40)]
+    (tmp_path / "a.csv").write_text("code,large,larger,exponent,forced\n" + "\n".join([*rows, "011,1,2,x,x"]) + "\n")
+    _, pool, bad = run(tmp_path, "a.csv", format="csv", types={"forced": "int64"})
+    assert [str(field.type) for field in pool.schema][1:] == ["string", "int64", "string", "double", "int64"]
+    assert pool["code"].to_pylist() == [f"0{i}" for i in range(10, 40)]
+    assert pool["large"].to_pylist() == [10**17 + i for i in range(10, 40)]
+    assert pool["larger"].to_pylist() == [str(10**19 + i) for i in range(10, 40)]
+    assert pool["exponent"].to_pylist() == [100.0 * i for i in range(10, 40)]
+    assert pool["forced"].to_pylist() == list(range(10, 40))
+    assert [(b["line"], b["error"]) for b in bad] == [(32, "column exponent must be float64, got 'x'")]
+
+
 def test_csv_columns_become_a_vector_that_teachers_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 6))
@@ -159,11 +172,13 @@ def test_tfrecord_with_damaged_records(tmp_path: Path) -> None:
 def test_tfrecord_does_not_import_tensorflow(tmp_path: Path) -> None:
     write_tfrecords(tmp_path / "a.tfrecord", [example({"x": [float(i)]}) for i in range(3)])
     code = (
-        "import sys; from pathlib import Path; from distilbeam.pipelines.ingest.ingesting import ingest\n"
+        "import sys; from pathlib import Path\n"
         "from distilbeam.pipelines.beam_options import pipeline_options\n"
+        "from distilbeam.pipelines.ingest.ingesting import ingest\n"
         "from distilbeam.pipelines.ingest.settings import ingest_options\n"
-        f"s = ingest([{str(tmp_path / 'a.tfrecord')!r}], Path({str(tmp_path / 'pool')!r}), ingest_options(format='tfrecord'), beam=pipeline_options())\n"
-        "print(s.rows, 'tensorflow' in sys.modules)"
+        "options = ingest_options(format='tfrecord')\n"
+        f"done = ingest(['{tmp_path}'], Path('{tmp_path}/pool'), options, beam=pipeline_options())\n"
+        "print(done.rows, 'tensorflow' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["3", "False"]
