@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_trainings
 import torch
 
 from distilbeam.kernels.distillation.interface import distill_loss
 from distilbeam.kernels.labels import DenseLabels
 from distilbeam.student.augment import Mixture, augment_images, random_words
-from distilbeam.student.train_config import AugmentConfig
+from distilbeam.student.processes import Processes
+from distilbeam.student.sources import open_soft_labels
+from distilbeam.student.train_config import AugmentConfig, TrainConfig
 
 POSITIONS = torch.arange(400)
 
@@ -107,3 +110,26 @@ def test_what_cannot_be_augmented_is_refused(images):
     mixture = Mixture.draw(2, AugmentConfig(mixup=1.0), 0, 0, 0)
     with pytest.raises(ValueError, match=r"augment.mixup needs inputs of real numbers, got torch.int64; set it to 0"):
         mixture.inputs(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_ranks_see_the_images_that_one_process_sees(tmp_path):
+    data = small_trainings.write_images(tmp_path / "labels")
+    student, training = small_trainings.settings("images")
+    seen = []
+    for size in (1, 2, 3):
+        images = {}
+        for rank in range(size):
+            processes = Processes(torch.device("cpu"), rank, size)
+            soft = open_soft_labels(data["soft_labels"], student, training, data["classes"], None, 5, processes)
+            for batch in soft:
+                images |= dict(zip(batch["row"].tolist(), batch["inputs"], strict=True))
+        seen.append(images)
+    plain = open_soft_labels(
+        data["soft_labels"], student, TrainConfig(), data["classes"], None, 5, Processes(torch.device("cpu"))
+    )
+    unchanged = {
+        row: image for batch in plain for row, image in zip(batch["row"].tolist(), batch["inputs"], strict=True)
+    }
+    assert sorted(seen[0]) == [*range(60)]
+    assert all(torch.equal(seen[0][row], other[row]) for other in seen[1:] for row in range(60))
+    assert sum(torch.equal(seen[0][row], unchanged[row]) for row in range(60)) < 10  # 1 of 50 on average stays as it is
