@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from distilbeam.kernels.laurel import chunked
@@ -26,7 +27,8 @@ def backends(
     pallas: dict[str, Reasons] = {"pallas": lambda: _pallas(update)}
     if update.is_cuda:
         return {**triton, "chunked": never, "reference": never, **pallas}
-    if update.numel() >= LARGE:
+    # a traced graph serves every number of rows, and compilers fuse the reference
+    if not torch.compiler.is_compiling() and update.numel() >= LARGE:
         return {"chunked": never, "reference": never, **triton, **pallas}
     return {"reference": never, "chunked": never, **triton, **pallas}
 

@@ -166,21 +166,23 @@ class _Sums:
         alpha, beta, *gammas = self.factors
         self._add_coefficients(block, g)
         if self.update is not None:
-            torch.mul(g, alpha, out=self.update[block]) if g.dtype == self.update.dtype else self.update[block].copy_(
-                g * alpha
-            )
+            _write(self.update[block], g, alpha)
         for gamma, earlier in zip(gammas, self.previous, strict=False):
-            earlier[block] = g * gamma
+            _write(earlier[block], g, gamma)
         self._add_maps(block, g, beta)
 
     def _add_maps(self, block: slice, g: Tensor, beta: float) -> None:
         if self.down is None or self.up is None:
             if self.residual is not None:
-                self.residual[block] = g * beta
+                _write(self.residual[block], g, beta)
             return
         v = g @ self.up.T
         if self.residual is not None:
-            self.residual[block] = torch.addmm(g, v, self.down.T, beta=beta, alpha=beta)
+            place = self.residual[block]
+            if place.dtype == g.dtype:
+                torch.addmm(g, v, self.down.T, beta=beta, alpha=beta, out=place)
+            else:
+                place.copy_(torch.addmm(g, v, self.down.T, beta=beta, alpha=beta))
         if self.d_down is not None and self.d_up is not None:
             assert self.kept.residual is not None
             assert self.kept.low is not None
@@ -209,6 +211,14 @@ class _Sums:
         if self.wanted.alpha or self.wanted.beta or self.wanted.gamma:
             coefficients = self.d_coefficients
         return Gradients(self.update, self.residual, coefficients, self.d_down, self.d_up, self.d_weight, self.previous)
+
+
+def _write(place: Tensor, x: Tensor, factor: float) -> None:
+    """Write factor * x, without a tensor in between where the dtypes agree."""
+    if place.dtype == x.dtype:
+        torch.mul(x, factor, out=place)
+    else:
+        place.copy_(x * factor)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

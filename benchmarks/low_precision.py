@@ -1,0 +1,222 @@
+"""Time of 8-bit linear layers and of rowwise quantisation beside torch, torchao and Transformer Engine, in one run.
+
+    python benchmarks/low_precision.py                               on this machine's processor, where nothing is gained
+    python benchmarks/low_precision.py --device cuda --dtype bfloat16 --grid gpu --json benchmarks/results/low_precision-h100.json
+    python benchmarks/low_precision.py --what quantize --device cuda --dtype bfloat16 --grid gpu
+
+A step of a layer is forward and backward, the weight's quantisation included once. `of roofline` is the time that the
+three products would take at the speed of a large one in the step's own dtype, over the time taken: an 8-bit layer can be
+above 1. For quantisation it is the time of reading the rows and writing the values at the speed of a large copy. The
+last lines say from which shapes 8 bits were faster than the dtype itself: what `kernels/low_precision/shapes.py` should
+hold. Peers that are not installed or cannot run are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring.record import machine, write
+from measuring.steps import Step, copy_speed, medians, product_speed
+from torch import nn
+
+from distilbeam.kernels import LowPrecisionPolicy, quantize_rowwise, to_low_precision
+
+Shape = tuple[int, int, int]  # rows, inputs, outputs
+GRIDS: dict[str, list[Shape]] = {
+    "quick": [(256, 128, 128), (512, 256, 256)],
+    "cpu": [(256, 512, 512), (1024, 1024, 1024), (4096, 1024, 1024)],
+    "gpu": [(1024, 2048, 1024)]
+    + [(rows, size, size) for rows in (1024, 4096, 16_384, 65_536) for size in (256, 1024, 2048, 4096, 8192)],
+}
+
+
+def layer_of(shape: Shape, device: str, dtype: torch.dtype) -> nn.Sequential:
+    """Make the layer that every candidate computes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(shape[1], shape[2])).to(device=device, dtype=dtype)
+
+
+def step_of(layer: nn.Module, shape: Shape, device: str, dtype: torch.dtype) -> Step:
+    """Take a layer forward and backward."""
+    x = torch.randn(shape[:2], device=device, dtype=dtype, requires_grad=True)
+    above = torch.randn(shape[0], shape[2], device=device, dtype=dtype)
+    leaves = [x, *layer.parameters()]
+
+    def step() -> None:
+        for cached in layer.modules():
+            if hasattr(cached, "cache"):
+                cached.cache.clear()  # as after an optimizer's step
+        torch.autograd.grad(layer(x), leaves, above)
+
+    return step
+
+
+def converted(dtype: str, backend: str, gradients: str = "bf16", compiled: bool = False) -> Callable[..., nn.Module]:
+    """Convert the layer to 8 bits."""
+    policy = LowPrecisionPolicy(
+        dtype=dtype, backend=backend, gradients=gradients, gate="sizes", keep_last=False, multiple_of=1
+    )
+
+    def build(layer: nn.Sequential) -> nn.Module:
+        if to_low_precision(layer, policy).converted != 1:
+            raise NotImplementedError("the layer was not converted")
+        return torch.compile(layer) if compiled else layer
+
+    return build
+
+
+def transformer_engine(layer: nn.Sequential) -> nn.Module:
+    """Transformer Engine's linear layer under its own fp8 scaling."""
+    import transformer_engine.pytorch as te
+
+    given = layer[0]
+    theirs = te.Linear(given.in_features, given.out_features, params_dtype=given.weight.dtype)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = theirs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with te.fp8_autocast(enabled=True):
+                return self.inner(x)
+
+    return Scaled()
+
+
+PLAIN = "torch"
+LAYERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
+    PLAIN: lambda layer: layer,
+    "torch.compile": torch.compile,
+    "distilbeam fp8": converted("fp8", "distilbeam"),
+    "distilbeam fp8, fp8 gradients": converted("fp8", "distilbeam", "fp8"),
+    "distilbeam int8": converted("int8", "distilbeam"),
+    "torchao fp8": converted("fp8", "torchao"),
+    "torchao fp8, fp8 gradients": converted("fp8", "torchao", "fp8"),
+    "torchao fp8, fp8 gradients, compiled": converted("fp8", "torchao", "fp8", compiled=True),
+    "torchao int8": converted("int8", "torchao"),
+    "Transformer Engine fp8": transformer_engine,
+}
+
+
+def quantised_by_torch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise rows as one would write it."""
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    scale = x.abs().amax(dim=1, keepdim=True).float() / largest
+    scaled = (x.float() / scale).clamp(-largest, largest)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def quantisers(x: torch.Tensor) -> dict[str, Step]:
+    """Name the ways to quantise rows."""
+    compiled = torch.compile(quantised_by_torch, dynamic=False)
+    found: dict[str, Step] = {}
+    for name, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        found[f"distilbeam {name}"] = lambda dtype=dtype: quantize_rowwise(x, dtype)
+        found[f"torch eager {name}"] = lambda dtype=dtype: quantised_by_torch(x, dtype)
+        found[f"torch.compile {name}"] = lambda dtype=dtype: compiled(x, dtype)
+    return found
+
+
+def runnable(builders: dict[str, Callable[[], Step]], shape: str) -> tuple[dict[str, Step], list[dict[str, object]]]:
+    """Run each candidate once; give those that can, and the reasons of the others."""
+    steps: dict[str, Step] = {}
+    left_out: list[dict[str, object]] = []
+    for name, build in builders.items():
+        try:
+            step = build()
+            step()
+        except (ImportError, NotImplementedError, AssertionError, RuntimeError, ValueError) as e:
+            reason = (str(e) or type(e).__name__).splitlines()[0][:110]
+            left_out.append({"shape": shape, "candidate": name, "left out": reason})
+        else:
+            steps[name] = step
+    return steps, left_out
+
+
+def measure(
+    shape: Shape, arguments: argparse.Namespace, bandwidth: float, operations: float
+) -> list[dict[str, object]]:
+    """Run all candidates on a shape."""
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    rows, inputs, outputs = shape
+    if arguments.what == "quantize":
+        x = torch.randn(rows, inputs, device=device, dtype=dtype)
+        name = f"{rows}x{inputs}"
+        bound = rows * inputs * (x.element_size() + 1) / bandwidth
+        builders: dict[str, Callable[[], Step]] = {key: lambda step=step: step for key, step in quantisers(x).items()}
+    else:
+        name = f"{rows}x{inputs}x{outputs}"
+        bound = 6 * rows * inputs * outputs / operations
+        plain = layer_of(shape, device, dtype)
+        builders = {
+            key: lambda build=build: step_of(build(copy.deepcopy(plain)), shape, device, dtype)
+            for key, build in LAYERS.items()
+        }
+    steps, left_out = runnable(builders, name)
+    times = medians(steps, device, arguments.repeats)
+    base = times.get(PLAIN)
+    found: list[dict[str, object]] = []
+    for key, taken in times.items():
+        row: dict[str, object] = {"shape": name, "candidate": key, "ms": round(1e3 * taken, 3)}
+        row["of roofline"] = round(bound / taken, 3)
+        if base is not None:
+            row["times torch's speed"] = round(base / taken, 2)
+        found.append(row)
+    return found + left_out
+
+
+def gains(rows: list[dict[str, object]]) -> list[str]:
+    """Say on which shapes 8 bits were faster than the dtype itself."""
+    lines = []
+    for name in LAYERS:
+        won = [str(row["shape"]) for row in rows if row["candidate"] == name and row.get("times torch's speed", 0) > 1]
+        if name.startswith("distilbeam"):
+            lines.append(f"{name}: faster than torch's {'nowhere' if not won else 'at ' + ', '.join(won)}")
+    return lines
+
+
+def main() -> None:
+    """Parse the command line, measure, print a table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["linear", "quantize"], default="linear")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.grid, arguments.repeats = "quick", 3
+    bandwidth = copy_speed(arguments.device)
+    operations = product_speed(arguments.device, getattr(torch, arguments.dtype))
+    about = machine(
+        ("torch", "triton", "torchao", "transformer-engine"),
+        threads=arguments.threads,
+        copy_GB_s=round(bandwidth / 1e9, 1),
+        product_Gop_s=round(operations / 1e9, 1),
+        gpu=torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+    )
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    rows = []
+    for shape in GRIDS[arguments.grid]:
+        for row in measure(shape, arguments, bandwidth, operations):
+            print(" | ".join(str(v) if k in ("shape", "candidate") else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+    if arguments.what == "linear":
+        print("\n".join(gains(rows)))
+    write(arguments.json, about, rows)
+
+
+if __name__ == "__main__":
+    main()
