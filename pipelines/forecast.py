@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
 from rich import box
 from rich.table import Table
@@ -23,23 +24,27 @@ from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import Part, Shard, Task
 from distilbeam.pipelines.units import Unit
-from distilbeam.teacher.softlabels import read_manifest
 
 _WARM_UP = 256  # rows: the first calls load and compile
+_SMALL = 8  # a sample this much smaller tells the cost of a shard from that of its rows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a row costs one worker.
+    """What rows and shards cost one worker.
 
     Attributes:
-      label_s: seconds to label it.
-      label_bytes: bytes of its labels.
-      score_s: seconds to score it; 0 where nothing is scored.
+      label_s: seconds to label a row.
+      shard_s: further seconds for each shard: opening, flushing, committing.
+      label_bytes: bytes of a row's labels.
+      shard_bytes: further bytes of each shard: its footer.
+      score_s: seconds to score a row; 0 where nothing is scored.
     """
 
-    label_s: float
-    label_bytes: float
+    label_s: float = 0.0
+    shard_s: float = 0.0
+    label_bytes: float = 0.0
+    shard_bytes: float = 0.0
     score_s: float = 0.0
 
 
@@ -117,22 +122,35 @@ def measure_rates(work: Callable[[Path, Path], Label], units: Sequence[Unit], ro
       ValueError: the teacher answers none of the sample.
     """
     if rows == 0 or not units:
-        return Rates(0.0, 0.0), 0
+        return Rates(), 0
     unit = max(units, key=lambda unit: unit.rows)
-    warm = min(_WARM_UP, unit.rows)
-    timed = min(rows, unit.rows)
+    large = min(rows, unit.rows)
+    small = max(1, large // _SMALL)
     with tempfile.TemporaryDirectory(prefix="distilbeam-plan-") as directory, threads(1):
         label = work(Path(directory) / "labels", Path(directory) / "dead")
-        label(_task("warm-up", unit, 0, warm))
-        start = time.perf_counter()
-        label(_task("sample", unit, unit.rows - timed, unit.rows))
-        seconds = time.perf_counter() - start
-        try:
-            entries = {entry.key: entry for entry in read_manifest(label.output).entries}
-        except ValueError as e:
-            raise ValueError(f"the teacher answers none of the {timed:,} rows of the sample") from e
-        written = entries["sample" if "sample" in entries else "warm-up"]
-    return Rates(seconds / timed, written.bytes / written.rows), warm + timed
+        _timed(label, "warm-up", unit, min(_WARM_UP, unit.rows))
+        few_s, many_s = _timed(label, "small", unit, small), _timed(label, "large", unit, large)
+        files = sorted(Path(label.output).glob("*.parquet"), key=lambda file: file.stem != "large")
+        if not files:
+            raise ValueError(f"the teacher answers none of the {large:,} rows of the sample")
+        row_bytes, shard_bytes = _bytes(files[0])
+    label_s = max(0.0, many_s - few_s) / (large - small) if large > small else many_s / large
+    rates = Rates(label_s, max(0.0, few_s - small * label_s), row_bytes, shard_bytes)
+    return rates, min(_WARM_UP, unit.rows) + small + large
+
+
+def _timed(label: Label, key: str, unit: Unit, rows: int) -> float:
+    start = time.perf_counter()
+    label(Task((Shard(key, (Part(unit, unit.rows - rows, unit.rows),)),)))
+    return time.perf_counter() - start
+
+
+def _bytes(file: Path) -> tuple[float, float]:
+    """Return the bytes of a row and those that do not depend on the number of rows."""
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    data = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
+    return data / metadata.num_rows, float(file.stat().st_size - data)
 
 
 def measure_scoring(score: Callable[[Path], Score], units: Sequence[Unit]) -> float:
@@ -182,7 +200,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _task(key: str, unit: Unit, start: int, stop: int) -> Task:
-    return Task((Shard(key, (Part(unit, start, stop),)),))

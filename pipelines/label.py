@@ -150,7 +150,8 @@ class Label:
 
 
 def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
-    return sum(t.num_rows for t in tables) >= batch_rows or sum(t.nbytes for t in tables) >= BATCH_BYTES
+    rows, size = (sum(getattr(table, name) for table in tables) for name in ("num_rows", "nbytes"))
+    return bool(rows >= batch_rows or size >= BATCH_BYTES)
 
 
 def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -38,7 +39,7 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
     rates, sampled = measure_rates(job.sample_work, job.inputs.pool.units, sample_rows)
     todo = [step for step in steps_of(job) if not step.commit.exists()]
     scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
-    rates = Rates(rates.label_s, rates.label_bytes, _score_s(job) if scoring else 0.0)
+    rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
     return Forecast(lines, workers_of(job.options), sampled, job.config.prices)
 
@@ -64,7 +65,8 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
 
 
 def _label_line(what: str, rows: int, shards: int, rates: Rates, workers: int) -> Line:
-    return Line(what, rows, rows, shards, round(rows * rates.label_bytes), rows * rates.label_s / workers)
+    size = rows * rates.label_bytes + shards * rates.shard_bytes
+    return Line(what, rows, rows, shards, round(size), (rows * rates.label_s + shards * rates.shard_s) / workers)
 
 
 def _score_s(job: Job) -> float:

@@ -190,7 +190,7 @@ def _row_bytes(metadata: pq.FileMetaData, row_groups: Sequence[int], columns: Se
     wanted = set(columns)
     chunks = (group.column(i) for i in range(group.num_columns))
     size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in wanted)
-    return max(1, size // max(1, group.num_rows))
+    return max(1, int(size) // max(1, int(group.num_rows)))
 
 
 def _merge_row_groups(

@@ -1,0 +1,289 @@
+"""A labelling job over a pool that grows: what is labelled again is exactly what must be, and the plan says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from labelling import calls_by_row, dataset, labelled_ids, pool_ids, shards, write_job
+from problem import asked, make_table
+from typer.testing import CliRunner
+
+from distilbeam.pipelines.cli import app
+from distilbeam.pipelines.models import forget_models
+from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Call the command line in this process, in the job's directory; an error's sentence is the exception's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    forget_models()
+
+    def call(name: str, *arguments: str) -> str:
+        result = CliRunner().invoke(app, [name, "label.toml", *arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return call
+
+
+def write_file(directory: Path, name: str, rows: int, seed: int) -> None:
+    pq.write_table(make_table(rows, seed, labelled=False), directory / "pool" / name, row_group_size=20)
+
+
+def wanted(output: str) -> int:
+    """Read from a plan how many rows are not labelled."""
+    match = re.search(r"([\d,]+) are labelled, ([\d,]+) are not", output)
+    assert match, output
+    return int(match[2].replace(",", ""))
+
+
+def test_every_row_is_labelled_once(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    assert wanted(command("plan", "--sample", "0")) == 240
+    assert not asked(tmp_path), "a plan without a sample asks nothing"
+    command("label")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+    assert set(calls_by_row(tmp_path).values()) == {1}
+    table = pq.read_table(read_manifest(dataset(tmp_path)).paths()[0])
+    assert table.column_names == ["example_id", "x", "teacher_logprobs", "teacher_margin"]
+    features = table["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+    labels = decode(table, read_manifest(dataset(tmp_path)).spec).logprobs
+    assert (labels.argmax(axis=1) == features[:, :3].argmax(axis=1)).all()
+    metrics = json.loads((tmp_path / "job" / "metrics.json").read_text())
+    assert (metrics["labelled"], metrics["kept"], metrics["rows"], metrics["failed"]) == (240, 0, 240, 0)
+    assert metrics["work"]["label"]["teacher_calls"] == 240
+    assert metrics["work"]["label"]["rows_labelled"] == 240
+    assert metrics["work"]["label"]["read_s"] > 0
+
+    before = shards(tmp_path)
+    assert wanted(command("label")) == 0
+    assert shards(tmp_path) == before
+    assert len(asked(tmp_path)) == 240
+
+
+def test_only_new_and_changed_files_are_asked_about(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path, engine={"shard_rows": 25})  # shards span files: a change leaves parts that hold
+    command("label")
+    former = calls_by_row(tmp_path)
+    former_ids = pool_ids(tmp_path)
+    (tmp_path / "pool" / "1.parquet").unlink()
+    write_file(tmp_path, "2.parquet", 45, seed=9)
+    write_file(tmp_path, "00.parquet", 7, seed=10)  # sorts before the others and shifts every row of the pool
+
+    expected = 45 + 7
+    plan = command("plan", "--sample", "0")
+    assert wanted(plan) == expected
+    for sentence in ("1 file(s) new: 00.parquet.", "1 file(s) changed: 2.parquet.", "1 file(s) gone: 1.parquet."):
+        assert sentence in plan
+    assert "120 labels are of rows that are no longer in the pool and are dropped." in plan
+    command("label")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+    now = calls_by_row(tmp_path)
+    assert all(now[key] == 1 for key in pool_ids(tmp_path)), "rows of files that stayed are not asked again"
+    assert len(asked(tmp_path)) == len(former) + expected
+    assert set(labelled_ids(tmp_path)) & set(former_ids) == {k for k in former_ids if k in pool_ids(tmp_path)}
+    assert "4 file(s)" in command("plan", "--sample", "0")
+    assert wanted(command("plan", "--sample", "0")) == 0
+
+
+def test_a_compacted_manifest_grows_and_shrinks_too(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    command("label")
+    compact_manifest(dataset(tmp_path))
+    (tmp_path / "pool" / "0.parquet").unlink()
+    write_file(tmp_path, "9.parquet", 12, seed=9)
+    command("label")
+    assert labelled_ids(tmp_path)
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+    on_disk = {path.name for path in dataset(tmp_path).glob("*.parquet")}
+    assert on_disk == {entry.path for entry in read_manifest(dataset(tmp_path)).entries}, "dropped files are removed"
+
+
+def test_the_order_of_arrival_does_not_matter_to_a_file_of_its_own(tmp_path: Path, command: Command) -> None:
+    """A file's labels are the same whether it came with the others or later."""
+    write_job(tmp_path, engine={"shard_rows": 60})
+    hidden = tmp_path / "3.parquet"
+    (tmp_path / "pool" / "3.parquet").rename(hidden)
+    command("label")
+    hidden.rename(tmp_path / "pool" / "3.parquet")
+    command("label")
+    later = set(shards(tmp_path))
+    (tmp_path / "job").rename(tmp_path / "former")
+    command("label")
+    assert set(shards(tmp_path)) == later
+
+
+def test_another_teacher_needs_a_word_and_the_former_labels_come_back(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    command("label")
+    before = shards(tmp_path)
+    other = ["--set", "teacher.arguments.delay_s=0.0"]  # an argument is part of the fingerprint
+    plan = command("plan", "--sample", "0", *other)
+    assert "240 labels differ in teacher" in plan
+    assert wanted(plan) == 240
+    with pytest.raises(
+        ValueError, match=r"the 240 labels in .* differ in teacher .*--relabel sets them aside and asks for 240"
+    ):
+        command("label", *other)
+    assert shards(tmp_path) == before
+    command("label", "--relabel", *other)
+    assert len(asked(tmp_path)) == 480
+    assert {key for key, _, _ in shards(tmp_path)}.isdisjoint(key for key, _, _ in before)
+    command("label", "--relabel")
+    assert shards(tmp_path) == before
+    assert len(asked(tmp_path)) == 480, "labels that were set aside are taken up again"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("labels.kind=top_k", "kind"), ("data.carry=[]", "carried"), ("data.num_classes=2", "num_classes")],
+)
+def test_another_form_of_labels_is_not_mixed_in(tmp_path: Path, command: Command, override: str, named: str) -> None:
+    write_job(tmp_path)
+    command("label")
+    more = ["--set", "labels.k=2"] if "top_k" in override else []
+    with pytest.raises(ValueError, match=f"differ in .*{named}"):
+        command("label", "--set", override, *more)
+
+
+def test_settings_that_cut_the_pool_must_stay(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    command("label")
+    with pytest.raises(ValueError, match=r"differs in engine.shard_rows \(8 there, 9 now\)"):
+        command("label", "--set", "engine.shard_rows=9")
+    command("label", "--set", "engine.teacher_batch=3")
+
+
+def test_dead_letters_say_file_and_row_and_follow_their_rows(tmp_path: Path, command: Command) -> None:
+    settings = write_job(tmp_path, engine={"shard_rows": 25})
+    bad = [key for key, x in _first_features(tmp_path).items() if x < -2.0]
+    assert 2 <= len(bad) <= 20
+    command("label", "--set", "teacher.arguments.fail_below=-2.0")
+
+    def dead() -> dict[str, tuple[str, int]]:
+        files = (tmp_path / "job" / "deadletter" / "labels").glob("*.parquet")
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        assert all(row["stage"] == "teacher" and "makes the teacher raise" in row["error"] for row in rows)
+        assert all(row["attempts"] >= 1 for row in rows)
+        return {row["example_id"]: (Path(row["file"]).name, row["row"]) for row in rows}
+
+    assert sorted(dead()) == sorted(bad)
+    for key, (file, row) in dead().items():
+        assert pq.read_table(tmp_path / "pool" / file)["key"][row].as_py() == key
+    assert sorted([*labelled_ids(tmp_path), *dead()]) == sorted(pool_ids(tmp_path))
+    (tmp_path / "pool" / "1.parquet").unlink()
+    command("label", "--set", "teacher.arguments.fail_below=-2.0")
+    assert sorted([*labelled_ids(tmp_path), *dead()]) == sorted(pool_ids(tmp_path)), (
+        "no row is lost when shards are mended"
+    )
+    assert settings["engine"]["shard_rows"] == 25
+
+
+def _first_features(directory: Path) -> dict[str, float]:
+    found = {}
+    for file in sorted((directory / "pool").glob("*.parquet")):
+        table = pq.read_table(file)
+        x = table["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)[:, 0]
+        found |= dict(zip(table["key"].to_pylist(), x.tolist(), strict=True))
+    return found
+
+
+def test_a_job_that_goes_wrong_stops_early(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    failing = ["--set", "teacher.arguments.fail_below=100.0"]
+    with pytest.raises(
+        RuntimeError,
+        match=r"\d+ rows have no label, engine.max_failures allows 8.*makes the teacher raise; mend the teacher or the rows",
+    ):
+        command("label", "--max-failures", "8", *failing)
+    assert len(list((tmp_path / "job" / "deadletter" / "labels").glob("*.parquet"))) <= 2, "nothing more is asked"
+    command("label", "--max-failures", "8", "--relabel")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+
+
+def test_the_plan_is_what_is_done_and_priced(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path, prices={"per_1000_calls": 10.0, "currency": "EUR"})
+    output = command("plan", "--json", "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (line, total) = plan["lines"]
+    assert (line["rows"], line["calls"], line["shards"]) == (240, 240, 36)
+    assert plan["money"]["calls"] == pytest.approx(2.4)
+    assert "2.40 EUR: 2.40 for calls." in output
+    assert total["seconds"] == line["seconds"] > 0
+    asked_for_plan = len(asked(tmp_path))
+    assert asked_for_plan == plan["sampled"] > 0
+    command("label")
+    manifest = read_manifest(dataset(tmp_path))
+    assert len(manifest.entries) == line["shards"]
+    assert manifest.rows == line["rows"]
+    assert len(asked(tmp_path)) - asked_for_plan == line["calls"]
+    assert 0.5 < manifest.bytes / line["bytes"] < 2
+
+
+def test_a_teacher_without_an_answer_to_the_sample_is_a_sentence(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    with pytest.raises(ValueError, match="the teacher answers none of the 40 rows of the sample"):
+        command("plan", "--set", "teacher.arguments.fail_below=100.0")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda s: s["data"].pop("num_classes"),
+            r"classes must be given by their names, or num_classes by their number",
+        ),
+        (lambda s: s["data"].update(pool="nowhere"), r"data.pool must name Parquet files.*nothing is at"),
+        (lambda s: s["data"].update(carry=["y"]), r"data.pool has no column y; its columns are key, x"),
+        (
+            lambda s: s["engine"].update(shard_row=1),
+            r"engine.shard_row is not a setting; did you mean engine.shard_rows\?",
+        ),
+    ],
+)
+def test_wrong_settings_are_sentences(
+    tmp_path: Path, command: Command, change: Callable[[Any], Any], sentence: str
+) -> None:
+    import tomli_w
+
+    settings = write_job(tmp_path)
+    change(settings)
+    (tmp_path / "label.toml").write_text(tomli_w.dumps(settings))
+    with pytest.raises(ValueError, match=sentence):
+        command("label")
+
+
+def test_a_run_is_not_a_labelling_job(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    with pytest.raises(ValueError, match=r"label.toml describes a labelling job, it has no \[selection\]"):
+        command("run")
+    with pytest.raises(ValueError, match="it has no rounds"):
+        command("label", "--round", "1")
+
+
+def test_a_mend_that_was_cut_short_is_repeated(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_job(tmp_path, engine={"shard_rows": 25})
+    command("label")
+    (tmp_path / "pool" / "1.parquet").unlink()
+    calls = len(asked(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("distilbeam.pipelines.growth.remove_shards", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+        with pytest.raises(OSError, match="cut"):
+            command("label")
+    command("label")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+    assert len(asked(tmp_path)) == calls
+    assert np.unique(labelled_ids(tmp_path)).size == len(labelled_ids(tmp_path))
