@@ -215,7 +215,7 @@ def test_both_forms_of_hashed_ngrams_can_be_learnt_from():
 def test_compilers_and_exporters_take_the_network_whole_at_any_batch_size(kind):
     network = student(kind, residual="laurel-rw+lr+pa", rank=2).eval()
     x, more = examples(kind, 3), examples(kind, 5, seed=2)
-    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=64)},))
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     torch.testing.assert_close(program.module()(more), network(more))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), network(x))
