@@ -35,6 +35,7 @@ def test_a_search_comes_near_the_best_settings(tmp_path):
     # below 0.103 for every seed tried; of 20,000 simulated searches by chance, one in five comes below 0.12
     assert found.best.value < 0.12
     assert found.best.settings["student.hidden"] == [16, 16]
+    assert len({trial.settings["training.lr"] for trial in found.trials}) == 60  # each has draws of its own
     for trial in found.trials:
         assert 1e-4 <= trial.settings["training.lr"] <= 1
         assert isinstance(trial.settings["training.epochs"], int)
