@@ -130,10 +130,11 @@ def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]
     signal.signal(signal.SIGINT, stop_at_once)
     with opened_job(settings, base) as job:
         totals = watch(job, directory, options, display)
-    display.say(
+    sentences = [
         f"{totals['windows']:,} window(s), {totals['files']:,} file(s), {totals['rows']:,} rows: {totals['labelled']:,} "
         f"labelled, {totals['failed']:,} failed; {totals['passed_over']:,} file(s) passed over"
-    )
+    ]
     if totals["unreadable"]:
-        display.say(f"Never whole: {', '.join(totals['unreadable'][:5])}; they are taken when they are")
-    console.print(f"Labels: {job.dataset}", highlight=False, soft_wrap=True)
+        sentences.append(f"Never whole: {', '.join(totals['unreadable'][:5])}; they are taken when they are")
+    for sentence in (*sentences, f"Labels: {job.dataset}"):
+        console.print(sentence, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ two contents) if not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +49,10 @@ class Compare(FilePerItem[int]):
         """Name the bucket."""
         return f"rows of bucket {bucket} of {self.buckets}"
 
-    def read(self) -> npt.NDArray[np.void]:
-        """Read all losers: unit, row, conflict."""
-        return np.concatenate([np.load(self.file(bucket)) for bucket in range(self.buckets)])
+    def read(self, units: Sequence[int] | None = None) -> npt.NDArray[np.void]:
+        """Read the losers of some units, or all: unit, row, conflict."""
+        found = [np.load(self.file(bucket), mmap_mode="r") for bucket in range(self.buckets)]
+        return np.concatenate([rows if units is None else rows[np.isin(rows["unit"], units)] for rows in found])
 
     def file(self, bucket: int) -> Path:
         """Return the file that commits the item."""

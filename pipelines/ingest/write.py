@@ -47,7 +47,7 @@ class Write(FilePerItem[PoolFile]):
 
     def __call__(self, item: PoolFile) -> None:
         """Write the file."""
-        losers = self.compare.read()
+        losers = self.compare.read(item.units)
         conflicts: list[Bad] = []
         with replacing(self.file(item)) as temporary:
             with pq.ParquetWriter(temporary, self.schema, **_parquet_options(self.schema)) as writer:
