@@ -13,16 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+from distilbeam.teacher.softlabels.manifest import ManifestEntry
 
 FOOTER_THREADS = 8  # a footer is mostly waiting for the filesystem
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A committed Parquet file; it is open only while it is read, so that there may be any number of them."""
+    """A committed Parquet file; it is open only while it is read, so that there may be any number of them.
+
+    Attributes:
+      path: where it is.
+      metadata: its footer.
+      identity: what tells it from a file that replaces it.
+    """
 
     path: Path
     metadata: pq.FileMetaData
+    identity: tuple[int, int, int]
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -30,7 +38,13 @@ class ShardFile:
         return self.metadata.schema.to_arrow_schema()
 
     def opened(self) -> pq.ParquetFile:
-        """Open the file."""
+        """Open the file.
+
+        Raises:
+          ValueError: it is another one than when the datasets were opened.
+        """
+        if _identity(self.path) != self.identity:
+            raise ValueError(f"{self.path} was written again after the dataset was opened; open the dataset again")
         return pq.ParquetFile(self.path, metadata=self.metadata, memory_map=True)
 
 
@@ -96,22 +110,29 @@ def open_datasets(paths: Sequence[str | Path]) -> Datasets:
                 f"{' and '.join(differences)}"
             )
     with ThreadPoolExecutor(FOOTER_THREADS) as footers:
-        opened = [list(footers.map(_shard, m.paths(), [entry.rows for entry in m.entries])) for m in manifests]
+        opened = [list(footers.map(_shard, manifest.paths(), manifest.entries)) for manifest in manifests]
     keys = [[entry.key, entry.rows] for manifest in manifests for entry in manifest.entries]
     return Datasets(spec, _numbered(opened), keys)
 
 
-def _shard(path: Path, rows: int) -> ShardFile:
+def _shard(path: Path, entry: ManifestEntry) -> ShardFile:
     try:
+        identity = _identity(path)
         metadata = pq.read_metadata(path)
     except FileNotFoundError as e:
         raise ValueError(f"{path} is missing, its manifest says that it was committed; label its rows again") from e
-    if metadata.num_rows != rows:
-        raise ValueError(
-            f"{path} must have the {rows:,} rows that its manifest says, got {metadata.num_rows:,}; it was changed after "
-            "it was committed: label its rows again"
-        )
-    return ShardFile(path, metadata)
+    for what, found, committed in (("rows", metadata.num_rows, entry.rows), ("bytes", identity[1], entry.bytes)):
+        if found != committed:
+            raise ValueError(
+                f"{path} must have the {committed:,} {what} that its manifest says, got {found:,}; it was changed after "
+                "it was committed: label its rows again"
+            )
+    return ShardFile(path, metadata, identity)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _numbered(datasets: Sequence[Sequence[ShardFile]]) -> list[list[RowGroup]]:

@@ -350,8 +350,15 @@ def test_datasets_of_more_files_than_a_process_may_open(write_labels):
 def test_files_that_are_not_what_was_committed_are_refused(write_labels):
     path = write_labels(SHARDS)
     shard = path / "shard-001.parquet"
-    pq.write_table(pq.read_table(shard).slice(0, 4), shard)
+    table = pq.read_table(shard)
+    dataset = SoftLabelDataset(path, 4, 0)
+    pq.write_table(table.slice(0, 4), shard)
+    with pytest.raises(ValueError, match=r"shard-001.parquet was written again after the dataset was opened"):
+        list(dataset)
     with pytest.raises(ValueError, match=r"shard-001.parquet must have the 11 rows that its manifest says, got 4"):
+        SoftLabelDataset(path, 4, 0)
+    pq.write_table(table, shard, compression="none")
+    with pytest.raises(ValueError, match=r"shard-001.parquet must have the [\d,]+ bytes that its manifest says, got"):
         SoftLabelDataset(path, 4, 0)
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-001.parquet is missing, its manifest says that it was committed"):
