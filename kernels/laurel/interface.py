@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -127,21 +127,24 @@ def laurel_residual(
         if name == "reference":
             total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
             return total if norm_weight is None else _normed_by_reference(total, norm_weight, quantize)
-        dim, learned = update.shape[-1], (_learned(alpha), _learned(beta), _learned(gamma))
+        learned = _learned(alpha), _learned(beta), _learned(gamma)
         plan = Plan(module_of(name), None if quantize is None else FORMATS[quantize], learned)
-        flat = [x.reshape(-1, dim) for x in (update, residual, *previous)]
         small = (_coefficients(update, alpha, beta, gamma), down, up, norm_weight)
-        total, normed, values, scale = LaurelFunction.apply(plan, *flat[:2], *small, *flat[2:])
-    whole: Tensor = total.reshape(update.shape)
+        made: list[Tensor] = _by_backend(plan, [update, residual, *previous], small)
+        whole, normed, values, scale = made
     if norm_weight is None:
         return whole
-    normed = normed.reshape(update.shape)
     if quantize is None:
         return NormedResidual(whole, normed)
-    straight = normed if normed.requires_grad else None
-    return NormedResidual(
-        whole, QuantizedRows(values.reshape(update.shape), scale.reshape(*update.shape[:-1], 1), straight)
-    )
+    return NormedResidual(whole, QuantizedRows(values, scale, normed if normed.requires_grad else None))
+
+
+@torch.compiler.disable  # a kernel already
+def _by_backend(plan: Plan, rows: list[Tensor], small: tuple[Tensor | None, ...]) -> list[Any]:
+    shape = rows[0].shape
+    flat = [x.reshape(-1, shape[-1]) for x in rows]
+    made = LaurelFunction.apply(plan, *flat[:2], *small, *flat[2:])
+    return [None if x is None else x.reshape(*shape[:-1], x.shape[-1]) for x in made]
 
 
 def _normed_by_reference(

@@ -52,7 +52,8 @@ def fp8_linear(
     References:
       Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433.
     """
-    return _linear("fp8", input, weight, bias, gradients, cache, implementation)
+    y: Tensor = _linear("fp8", input, weight, bias, gradients, cache, implementation)
+    return y
 
 
 def int8_linear(
@@ -90,9 +91,11 @@ def int8_linear(
     References:
       Jacob et al., Quantization and Training of Neural Networks, arXiv:1712.05877.
     """
-    return _linear("int8", input, weight, bias, "bf16", cache, implementation)
+    y: Tensor = _linear("int8", input, weight, bias, "bf16", cache, implementation)
+    return y
 
 
+@torch.compiler.disable  # whether a cached weight is still valid is no constant to compile in
 def _linear(
     form: str,
     rows: Tensor | QuantizedRows,

@@ -131,6 +131,23 @@ def test_the_weight_is_quantised_once_a_step_and_never_stale(student):
     assert torch.equal(layer(x), fp8_linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler deprecates parts of itself
+def test_a_compiled_student_learns_what_a_plain_one_does(student):
+    to_low_precision(student, policy())
+    plain = copy.deepcopy(student)
+    networks = {torch.compile(student): student, plain: plain}
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, fused=True) for module in networks.values()]
+    for _ in range(3):
+        x = torch.randn(16, 32)
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_what_an_inference_left_serves_a_training():
     weight, cache = torch.randn(16, 16, requires_grad=True), WeightCache()
     x = torch.randn(3, 16, requires_grad=True)
