@@ -31,6 +31,7 @@ from measuring.record import machine, write
 
 SLOW = {"RunInference + WriteToParquet": 20, "RunInference + WriteToParquetBatched": 5}  # part of the rows: 1 / this
 OVERHEAD = ("plain loop", "distilbeam")
+CHOICE = ("plain loop, 5 % chosen", "distilbeam, 5 % chosen")
 _CELL = ("rows", "files", "features", "layout")
 
 
@@ -49,6 +50,7 @@ def measure(way: str, arguments: dict[str, Any]) -> dict[str, float]:
 def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
     """Label a pool in this process and time it."""
     import torch
+    from measuring.choose_loops import distilbeam_choice, plain_choice
     from measuring.label_loops import WAYS, Task, clean_up, prepare
 
     torch.set_num_threads(1)
@@ -63,13 +65,14 @@ def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
         )
         prepare(way)
         start = time.perf_counter()
-        WAYS[way](task)
+        (WAYS | {CHOICE[0]: plain_choice, CHOICE[1]: distilbeam_choice})[way](task)
         seconds = time.perf_counter() - start
         rows = _rows_written(task.output)
         clean_up(task)
-    assert rows == arguments["rows"], f"{way} wrote {rows:,} rows of {arguments['rows']:,}"
+    wanted = round(0.05 * arguments["rows"]) if way in CHOICE else arguments["rows"]
+    assert rows == wanted, f"{way} wrote {rows:,} rows of {wanted:,}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "rows": rows, "peak_mb": peak / 1e6}
+    return {"seconds": seconds, "rows": arguments["rows"], "peak_mb": peak / 1e6}
 
 
 def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any
         )
     for row in table:
         several = "processes" in row["way"] or "threads" in row["way"] or "actors" in row["way"]
-        limit = "plain loop, 2 processes" if several else "plain loop"
+        limit = CHOICE[0] if row["way"] in CHOICE else "plain loop, 2 processes" if several else "plain loop"
         limits = [other["rows_per_s"] for other in table if other["way"] == limit]
         row["of_limit"] = row["rows_per_s"] / limits[0] if limits else None
     return table
@@ -206,6 +209,7 @@ def all_figures(scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str
     return {
         "cheap teacher": compare(ways, scratch, rows, repeats),
         "5 ms per batch of 64": compare(list(OVERHEAD), scratch, 6_400 if quick else 128_000, few, **slow_teacher),
+        "5 % chosen": compare(list(CHOICE), scratch, rows, few),
         "growth": growth(scratch, quick, few),
         "plan": forecast(scratch, 51_200 if quick else 1_024_000),
     }
@@ -213,7 +217,7 @@ def all_figures(scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures."""
-    for name in ("cheap teacher", "5 ms per batch of 64", "growth"):
+    for name in ("cheap teacher", "5 ms per batch of 64", "5 % chosen", "growth"):
         print(f"\n{name}")
         for row in results[name]:
             what = row.get("way") or ", ".join(f"{name} {row[name]}" for name in _CELL if name in row)
@@ -225,7 +229,8 @@ def show(results: dict[str, Any]) -> None:
 def _rows_written(directory: Path) -> int:
     import pyarrow.parquet as pq
 
-    return sum(pq.read_metadata(file).num_rows for file in directory.rglob("*.parquet") if "dead" not in str(file))
+    files = [file for file in directory.rglob("*.parquet") if not {"selected", "dead"} & set(file.parts)]
+    return sum(pq.read_metadata(file).num_rows for file in files)
 
 
 if __name__ == "__main__":
