@@ -4,122 +4,96 @@
     python benchmarks/distill_loss.py --grid classifier   logits of 10 to 1,000 classes
     python benchmarks/distill_loss.py --grid extreme      300,000 classes, top 50
     python benchmarks/distill_loss.py --grid language --device cuda --dtype bfloat16      Liger's own shapes
+    python benchmarks/distill_loss.py --grid all --device cuda --dtype bfloat16 --seconds 480 --json FILE
 
-Every candidate runs the same step in turn, round after round, so that what else the machine does hits all of them; the
-figure is the median of the rounds, by the clock and, for machines with other work, in processor time. Peak memory is
-what a step needs beyond its inputs: on a CPU the growth of the resident set in a process of its own, on a GPU the
-allocator's. The roofline is the larger of operations over the speed of a large matrix product and bytes over the speed
-of a large copy, both measured in the same run, on a CPU all of it in processor time. Peers that are not installed or
-cannot run are listed with the reason. Liger and cut-cross-entropy solve neighbouring problems: Liger also computes the
-teacher's last layer, which it has no way around, and cut-cross-entropy takes hard labels.
+Every candidate runs the same step in turn, round after round (see measuring/steps.py). Peak memory is what a step needs
+beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over the speed of a large copy and
+operations over the speed of a large matrix product, both measured in the same run, over the time taken. Peers that are
+not installed or cannot run are listed with the reason. Some solve neighbouring problems: those that compare with the
+teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also computes the
+teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. The last line of every shape names the
+fastest of ours and says whether the implementation that is chosen by itself was that.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring.record import machine, write
+from measuring.steps import Step, copy_speed, medians, peak_bytes, product_speed
 from torch import Tensor
 from torch.nn import functional
 
-from distilbeam.kernels import TopKLabels, distill_loss, linear_distill_loss
+from distilbeam.kernels.distillation import bench as of_logits
+from distilbeam.kernels.distillation import shapes as logits_shapes
+from distilbeam.kernels.distillation.bench import LogitsProblem, Work
+from distilbeam.kernels.linear_distillation import bench as of_layer
+from distilbeam.kernels.linear_distillation import shapes as layer_shapes
+from distilbeam.kernels.linear_distillation.bench import LayerProblem
 
-Step = Callable[[], Tensor]
+Problem = LogitsProblem | LayerProblem
+Loss = Callable[[], Tensor]
+Shape = logits_shapes.Shape | layer_shapes.Shape
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One problem: the last layer and the loss, or, without features, the loss of given logits."""
-
-    name: str
-    rows: int
-    features: int | None
-    classes: int
-    kept: int
-
-
-GRIDS = {
-    "target": [Shape("512x256x32k", 512, 256, 32_000, 64)],
-    "classifier": [
-        Shape(f"{rows}x{classes}", rows, None, classes, min(10, classes))
-        for rows in (256, 4096)
-        for classes in (10, 100, 1000)
-    ],
-    "language": [Shape(f"{rows}x4096x128k", rows, 4096, 128_256, 64) for rows in (1024, 2048, 4096, 8192)],
-    "extreme": [Shape("256x128x300k", 256, 128, 300_000, 50)],
-    "quick": [Shape("64x32x2k", 64, 32, 2_000, 16), Shape("256x100", 256, None, 100, 10)],
+GRIDS: dict[str, tuple[Shape, ...]] = {
+    "target": layer_shapes.TARGET,
+    "classifier": logits_shapes.CLASSIFIER,
+    "language": (*logits_shapes.LANGUAGE, *layer_shapes.LANGUAGE),
+    "extreme": (*logits_shapes.EXTREME, *layer_shapes.EXTREME),
+    "quick": (*layer_shapes.QUICK, *logits_shapes.QUICK),
 }
-SHAPES = {shape.name: shape for grid in GRIDS.values() for shape in grid}
+GRIDS["all"] = tuple(shape for name in ("classifier", "target", "extreme", "language") for shape in GRIDS[name])
+SHAPES = {str(shape): shape for grid in GRIDS.values() for shape in grid}
 
 
-class Problem:
-    """The tensors of a shape."""
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(*size, generator=generator)).to(device=device, dtype=dtype)
-
-        features = shape.features or 0
-        scale = features**-0.5 if features else 1.0
-        self.leaves = (
-            [random(shape.rows, shape.classes)]
-            if not features
-            else [
-                random(shape.rows, features),
-                random(shape.classes, features, scale=scale),
-            ]
-        )
-        self.teacher = (
-            [random(shape.rows, features), random(shape.classes, features, scale=3 * scale)] if features else []
-        )
-        teacher_logits = (
-            self.teacher[0] @ self.teacher[1].T if features else random(shape.rows, shape.classes, scale=3.0)
-        )
-        logprobs = teacher_logits.float().log_softmax(1)
-        top = logprobs.topk(shape.kept, dim=1)
-        self.labels = TopKLabels(top.values, top.indices, torch.log1p(-top.values.exp().sum(1).clamp(max=1 - 1e-6)))
-        self.dense = logprobs if logprobs.numel() <= 1 << 28 else None
-        self.hard = top.indices[:, 0].contiguous()
-        for leaf in self.leaves:
-            leaf.requires_grad_()
+def make_problem(shape: Shape, device: str, dtype: torch.dtype) -> Problem:
+    """Draw the tensors of a shape."""
+    return (
+        LogitsProblem(shape, device, dtype)
+        if isinstance(shape, logits_shapes.Shape)
+        else LayerProblem(shape, device, dtype)
+    )
 
 
-def ours(implementation: str) -> Callable[[Problem], Step]:
+def ours(implementation: str | None, *, dense: bool = False) -> Callable[[Problem], Loss]:
     """Make a candidate of one of our implementations."""
 
-    def build(problem: Problem) -> Step:
-        options = {"objective": "tail", "implementation": implementation}
-        if problem.shape.features is None:
-            return lambda: distill_loss(*problem.leaves, problem.labels, **options)
-        return lambda: linear_distill_loss(*problem.leaves, None, problem.labels, **options)
+    def build(problem: Problem) -> Loss:
+        if isinstance(problem, LogitsProblem):
+            return of_logits.step(problem, implementation, dense=dense)
+        if dense:
+            raise NotImplementedError("the label of a layer's problem is sparse")
+        return of_layer.step(problem, implementation)
 
     return build
 
 
 def logits_of(problem: Problem) -> Tensor:
     """Compute the logits where the problem has a layer."""
-    return problem.leaves[0] if problem.shape.features is None else functional.linear(*problem.leaves)
+    return problem.leaves[0] if isinstance(problem, LogitsProblem) else functional.linear(*problem.leaves)
 
 
-def dense_kl(problem: Problem) -> Step:
-    """KL to the teacher's full distribution, as PyTorch's own functions give it."""
+def full(problem: Problem) -> Tensor:
+    """Give the teacher's full distribution."""
     if problem.dense is None:
         raise NotImplementedError("the teacher's full distribution does not fit")
+    return problem.dense
+
+
+def dense_kl(problem: Problem) -> Loss:
+    """KL to the teacher's full distribution, as PyTorch's own functions give it."""
+    target = full(problem)
     return lambda: functional.kl_div(
-        logits_of(problem).float().log_softmax(1), problem.dense, reduction="batchmean", log_target=True
+        logits_of(problem).float().log_softmax(1), target, reduction="batchmean", log_target=True
     )
 
 
@@ -130,13 +104,13 @@ def sparse_tail(logits: Tensor, logprobs: Tensor, classes: Tensor, tail: Tensor)
     return ((logprobs.exp() * (logprobs - kept)).sum(1) + tail.exp() * (tail - rest)).mean()
 
 
-def eager_sparse(problem: Problem) -> Step:
+def eager_sparse(problem: Problem) -> Loss:
     """Eager PyTorch on the sparse labels."""
     labels = problem.labels
     return lambda: sparse_tail(logits_of(problem), labels.logprobs, labels.classes, labels.tail_logmass)
 
 
-def compiled_sparse(problem: Problem) -> Step:
+def compiled_sparse(problem: Problem) -> Loss:
     """torch.compile of the same."""
     labels = problem.labels
     compiled = torch.compile(
@@ -145,11 +119,11 @@ def compiled_sparse(problem: Problem) -> Step:
     return lambda: compiled()
 
 
-def liger_chunked(problem: Problem) -> Step:
+def liger_chunked(problem: Problem) -> Loss:
     """Liger's chunked loss as shipped: forward KL (beta = 0), compiled, no hard labels."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
-    if problem.shape.features is None:
+    if isinstance(problem, LogitsProblem):
         raise NotImplementedError("it has no form for given logits")
     options = (problem.hard, None, None, 0.0, 1.0, 0.0)
 
@@ -160,40 +134,40 @@ def liger_chunked(problem: Problem) -> Step:
     return step
 
 
-def liger_triton(problem: Problem) -> Step:
+def liger_triton(problem: Problem) -> Loss:
     """Liger's Triton KL on dense labels."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     if not problem.leaves[0].is_cuda:
         raise NotImplementedError("it needs a CUDA device")
-    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    return lambda: loss(logits_of(problem).float().log_softmax(1), problem.dense)
+    loss, target = LigerKLDIVLoss(reduction="batchmean", log_target=True), full(problem)
+    return lambda: loss(logits_of(problem).float().log_softmax(1), target)
 
 
-def cut_cross_entropy(problem: Problem) -> Step:
+def cut_cross_entropy(problem: Problem) -> Loss:
     """Cut cross-entropy, on hard labels."""
     from cut_cross_entropy import linear_cross_entropy
 
-    if problem.shape.features is None:
+    if isinstance(problem, LogitsProblem):
         raise NotImplementedError("it has no form for given logits")
     name = "cce" if problem.leaves[0].is_cuda else "torch_compile"
     return lambda: linear_cross_entropy(*problem.leaves, problem.hard, impl=name)
 
 
-def trl(problem: Problem) -> Step:
+def trl(problem: Problem) -> Loss:
     """TRL's generalised divergence on dense labels (beta = 0)."""
     from trl.experimental.gkd import GKDTrainer
 
-    if problem.dense is None:
-        raise NotImplementedError("the teacher's full distribution does not fit")
-    function = GKDTrainer.generalized_jsd_loss
-    return lambda: function(logits_of(problem)[None], problem.dense[None], beta=0.0)
+    function, target = GKDTrainer.generalized_jsd_loss, full(problem)[None]
+    return lambda: function(logits_of(problem)[None], target, beta=0.0)
 
 
-CANDIDATES: dict[str, Callable[[Problem], Step]] = {
+CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
+    "distilbeam": ours(None),
     "distilbeam chunked": ours("chunked"),
     "distilbeam triton": ours("triton"),
     "distilbeam reference": ours("reference"),
+    "distilbeam dense": ours(None, dense=True),
     "torch dense KL": dense_kl,
     "torch sparse": eager_sparse,
     "torch.compile sparse": compiled_sparse,
@@ -202,138 +176,121 @@ CANDIDATES: dict[str, Callable[[Problem], Step]] = {
     "cut-cross-entropy": cut_cross_entropy,
     "TRL": trl,
 }
+OURS = ("distilbeam chunked", "distilbeam triton", "distilbeam reference")
 
 
-def run_once(problem: Problem, step: Step) -> tuple[float, float]:
-    """Take a step forward and backward; return its seconds by the clock and on the processors."""
-    for leaf in problem.leaves:
-        leaf.grad = None
-    cuda = problem.leaves[0].is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    start, used = time.perf_counter(), time.process_time()
-    step().backward()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - used
+def training_step(problem: Problem, loss: Loss) -> Step:
+    """Give the step that is timed: forward and backward from no gradients."""
 
+    def step() -> None:
+        for leaf in problem.leaves:
+            leaf.grad = None
+        loss().backward()
 
-def peak_bytes(problem: Problem, step: Step) -> int:
-    """Measure what a step needs beyond what is held before it."""
-    run_once(problem, step)  # compiled code and workspaces are there from now on
-    for leaf in problem.leaves:
-        leaf.grad = None
-    if problem.leaves[0].is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run_once(problem, step)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    run_once(problem, step)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+    return step
 
 
 def measured_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
-    """Measure a candidate's peak memory, on a CPU in a process of its own."""
+    """Measure a candidate's peak memory on a CPU, in a process of its own."""
     options = [f"--{key}={getattr(arguments, key)}" for key in ("device", "dtype", "threads")]
-    command = [sys.executable, __file__, *options, "--memory-of", name, "--shape", shape.name]
+    command = [sys.executable, __file__, *options, "--memory-of", name, "--shape", str(shape)]
     # freed memory goes back to the system at once, so that one step's garbage does not hide the next one's needs
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
-def speeds(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Measure bytes per second of a copy and operations per second of a matrix product."""
-    big = torch.empty(1 << 26, device=device)
-    square = torch.randn(2048, 2048, device=device).to(dtype)
-    target = torch.empty_like(big)
-
-    def seconds(work: Callable[[], object]) -> float:
-        def timed() -> float:
-            start, used = time.perf_counter(), time.process_time()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-                return time.perf_counter() - start
-            return (time.process_time() - used) / torch.get_num_threads()
-
-        return min(timed() for _ in range(5))
-
-    return 8 * big.numel() / seconds(lambda: target.copy_(big)), 2 * 2048**3 / seconds(lambda: square @ square)
+def one_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
+    """Measure a candidate's peak memory in this process."""
+    problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
+    step = training_step(problem, CANDIDATES[name](problem))
+    step()
+    for leaf in problem.leaves:
+        leaf.grad = None
+    return peak_bytes(step, arguments.device)
 
 
-def roofline_ms(shape: Shape, itemsize: int, bandwidth: float, operations: float) -> float:
-    """Bound a step's time from below: logits read and gradients written once, or three products of the layer."""
-    features = shape.features
-    if features is None:
-        return 1e3 * 2 * itemsize * shape.rows * shape.classes / bandwidth
-    moved = 2 * itemsize * features * (shape.rows + shape.classes)
-    return 1e3 * max(moved / bandwidth, 6 * shape.rows * features * shape.classes / operations)
+def candidates(problem: Problem) -> tuple[dict[str, Step], dict[str, str]]:
+    """Build every candidate's step and run it once; also say why others were left out."""
+    steps: dict[str, Step] = {}
+    left_out: dict[str, str] = {}
+    for name, build in CANDIDATES.items():
+        try:
+            step = training_step(problem, build(problem))
+            step()
+            steps[name] = step
+        except (ImportError, NotImplementedError, RuntimeError, torch.OutOfMemoryError) as e:
+            left_out[name] = (str(e).splitlines() or [type(e).__name__])[0][:110]
+    return steps, left_out
+
+
+def bound_s(work: Work, bandwidth: float, operations: float) -> float:
+    """Bound a step's time from below."""
+    return max(work.bytes / bandwidth, work.operations / operations)
 
 
 def measure(
     shape: Shape, arguments: argparse.Namespace, bandwidth: float, operations: float
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """Run all candidates on a shape."""
-    dtype = getattr(torch, arguments.dtype)
-    problem = Problem(shape, arguments.device, dtype)
-    steps: dict[str, Step] = {}
-    rows: list[dict[str, object]] = []
-    for name, build in CANDIDATES.items():
-        try:
-            steps[name] = build(problem)
-            run_once(problem, steps[name])
-        except (ImportError, NotImplementedError, RuntimeError, torch.OutOfMemoryError) as e:
-            steps.pop(name, None)
-            rows.append({"shape": shape.name, "candidate": name, "left out": str(e).splitlines()[0][:110]})
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            times[name].append(run_once(problem, step))
-    bound = roofline_ms(shape, problem.leaves[0].element_size(), bandwidth, operations)
-    measured = []
-    for name, step in steps.items():
-        clock, processors = (1e3 * statistics.median(column) for column in zip(*times[name], strict=True))
-        busy = clock if arguments.device == "cuda" else processors / arguments.threads
-        figures = {"ms": round(clock, 2), "processor ms": round(processors, 2), "of roofline": round(bound / busy, 3)}
+    problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
+    steps, left_out = candidates(problem)
+    times = medians(steps, arguments.device, arguments.repeats)
+    bound = bound_s(problem.work, bandwidth, operations)
+    for name, taken in times.items():
+        figures: dict[str, Any] = {"ms": round(1e3 * taken, 3), "of roofline": round(bound / taken, 3)}
         if not arguments.no_memory:
-            peak = peak_bytes(problem, step) if arguments.device == "cuda" else measured_peak(name, shape, arguments)
+            on_gpu = arguments.device == "cuda"
+            for leaf in problem.leaves:
+                leaf.grad = None
+            peak = peak_bytes(steps[name], "cuda") if on_gpu else measured_peak(name, shape, arguments)
             figures["peak MiB"] = round(peak / 2**20, 1)
-        measured.append({"shape": shape.name, "candidate": name, **figures})
-    return measured + rows
+        yield {"shape": str(shape), "candidate": name, **figures}
+    for name, reason in left_out.items():
+        yield {"shape": str(shape), "candidate": name, "left out": reason}
+    mine = {name: times[name] for name in OURS if name in times}
+    others = {name: taken for name, taken in times.items() if not name.startswith("distilbeam")}
+    yield {
+        "shape": str(shape),
+        "fastest of ours": min(mine, key=mine.__getitem__),
+        "chosen / fastest of ours": round(times["distilbeam"] / min(mine.values()), 3),
+        "chosen / fastest peer": round(times["distilbeam"] / min(others.values()), 3),
+        "fastest peer": min(others, key=others.__getitem__),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Lay out a result."""
+    return " | ".join(f"{v}" if k in ("shape", "candidate") else f"{k} {v}" for k, v in row.items())
 
 
 def main() -> None:
     """Parse the command line, measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="target")
-    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds")
+    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds, no peaks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after this long")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
-    parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    began = time.monotonic()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
-        problem = Problem(SHAPES[arguments.shape], arguments.device, getattr(torch, arguments.dtype))
-        print(peak_bytes(problem, CANDIDATES[arguments.memory_of](problem)))
+        print(one_peak(arguments.memory_of, SHAPES[arguments.shape], arguments))
         return
     if arguments.quick:
-        arguments.grid, arguments.repeats = "quick", 3
-    bandwidth, operations = speeds(arguments.device, getattr(torch, arguments.dtype))
-    rows = [row for shape in GRIDS[arguments.grid] for row in measure(shape, arguments, bandwidth, operations)]
+        arguments.grid, arguments.repeats, arguments.no_memory = "quick", 3, True
+    bandwidth, operations = (
+        copy_speed(arguments.device),
+        product_speed(arguments.device, getattr(torch, arguments.dtype)),
+    )
     about = machine(
         ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl"),
         threads=arguments.threads,
@@ -342,11 +299,15 @@ def main() -> None:
         gpu=torch.cuda.get_device_name() if arguments.device == "cuda" else None,
     )
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    for row in rows:
-        print(
-            " | ".join(f"{value}" if key in ("shape", "candidate") else f"{key} {value}" for key, value in row.items())
-        )
-    write(arguments.output, about, rows)
+    rows: list[dict[str, Any]] = []
+    for shape in GRIDS[arguments.grid]:
+        if time.monotonic() - began > arguments.seconds:
+            rows.append({"shape": str(shape), "left out": f"begun after {arguments.seconds:.0f} s"})
+            continue
+        for row in measure(shape, arguments, bandwidth, operations):
+            rows.append(row)
+            print(line(row), flush=True)
+        write(arguments.json, about, rows)
 
 
 if __name__ == "__main__":
