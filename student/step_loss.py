@@ -57,11 +57,9 @@ def step_loss(
     if mixture is None:
         total = _sum(logits_BC, training, rows, spec, weight, device)
     else:
-        terms = mixture.losses(logits_BC)
-        total = sum(
-            (share * _sum(mixed, training, rows, spec, weight, device) for share, mixed in terms),
-            start=logits_BC.new_zeros((), dtype=torch.float32),
-        )
+        own, partners = mixture.losses(logits_BC)
+        total = own[0] * _sum(own[1], training, rows, spec, weight, device)
+        total = total + partners[0] * _sum(partners[1], training, rows, spec, weight, device)
     return total / rows.count if rows.processes == 1 else total * (rows.processes / rows.count)
 
 
@@ -74,12 +72,12 @@ def _sum(
     device: torch.device,
 ) -> Tensor:
     count = 0 if rows.soft is None else len(rows.soft["inputs"])
-    total: Tensor = logits_BC.new_zeros((), dtype=torch.float32)
+    parts: list[Tensor] = []
     if rows.soft is not None and spec is not None and count:
-        total = total + _soft_loss(logits_BC[:count], training, _moved(rows.soft, device), spec, weight)
+        parts.append(_soft_loss(logits_BC[:count], training, _moved(rows.soft, device), spec, weight))
     if rows.hard is not None and len(rows.hard):
-        total = total + training.hard_weight * _hard_loss(logits_BC[count:], training, rows.hard, device)
-    return total
+        parts.append(training.hard_weight * _hard_loss(logits_BC[count:], training, rows.hard, device))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _soft_loss(
