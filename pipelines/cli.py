@@ -155,6 +155,9 @@ def evaluate(
     teacher: Annotated[
         Path | None, typer.Option(help="Directory: TOML file with a [teacher] section to ask too, for the agreement.")
     ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
@@ -163,10 +166,10 @@ def evaluate(
     """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
     if target.is_dir():
         configure_logs(log_level, console)
-        evaluate_student(target, data, label_column, teacher, json_file)
+        evaluate_student(target, data, label_column, teacher, answers, json_file)
         return
-    if data is not None or teacher is not None:
-        raise ValueError(f"--data and --teacher are for a student's directory; {target} is a configuration")
+    if (data, teacher, answers) != (None, None, None):
+        raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")
     _print_results(run_steps(target, beam_options, overrides, log_level, ("evaluate", None)))
 
 

@@ -14,14 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import log_softmax
 
+from distilbeam.pipelines.answers import read_answers
 from distilbeam.pipelines.judging import BATCH_ROWS, Model, cost, load_model, logits_of
 from distilbeam.pipelines.units import find_files
 from distilbeam.student.evaluate import evaluate, per_class, worst_classes
 from distilbeam.student.labelled import class_indices
 from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.softlabels import read_manifest
 
 
-def evaluate_directory(directory: Path, data: Path, label: str, teacher: Path | None = None) -> dict[str, Any]:
+def evaluate_directory(
+    directory: Path, data: Path, label: str, teacher: Path | None = None, answers: Path | None = None
+) -> dict[str, Any]:
     """Evaluate a student or an export.
 
     Args:
@@ -29,21 +33,31 @@ def evaluate_directory(directory: Path, data: Path, label: str, teacher: Path | 
       data: labelled Parquet: a file, a directory of them or a glob pattern.
       label: column with the true class, by its name or its index among the student's classes.
       teacher: TOML file with a `[teacher]` section, to ask about the same rows for the agreement.
+      answers: soft-label dataset of the same rows instead, such as a run's `teacher/test`.
 
     Returns:
       `name`; `data`, as `student.evaluate.evaluate` gives it; `classes`, as `per_class`; `worst`, as `worst_classes`; and
       the footprint.
 
     Raises:
-      ValueError: no model, no such file or column, a label that is none of its classes, or a teacher of other classes.
+      ValueError: no model, no such file or column, a label that is none of its classes, or a teacher or answers of other
+        classes or rows.
     """
+    if teacher is not None and answers is not None:
+        raise ValueError("--teacher and --answers must not both be given: ask the teacher, or read what it answered")
     model = load_model(directory)
     table, labels = _read(model, data, label)
-    answers = None if teacher is None else _asked(teacher, table, len(model.classes))
+    said = None
+    if teacher is not None:
+        said = _asked(teacher, table)
+    elif answers is not None:
+        said = _stored(answers, table.num_rows)
+    if said is not None and said.shape[1] != len(model.classes):
+        raise ValueError(f"the teacher must have the student's {len(model.classes)} classes, got {said.shape[1]}")
     logits = logits_of(model, table)
     return {
         "name": directory.name,
-        "data": evaluate(logits, labels, answers),
+        "data": evaluate(logits, labels, said),
         "classes": per_class(logits, labels, model.classes),
         "worst": worst_classes(logits, labels, model.classes),
         **cost(directory, model),
@@ -69,7 +83,7 @@ def _read(model: Model, data: Path, label: str) -> tuple[pa.Table, npt.NDArray[n
     return table, class_indices(table, label, model.classes)
 
 
-def _asked(path: Path, table: pa.Table, num_classes: int) -> npt.NDArray[np.float32]:
+def _asked(path: Path, table: pa.Table) -> npt.NDArray[np.float32]:
     """Ask a teacher about a table; return float32 [rows, C] log-probabilities."""
     config = tomllib.loads(path.read_text()).get("teacher")
     if config is None:
@@ -77,7 +91,16 @@ def _asked(path: Path, table: pa.Table, num_classes: int) -> npt.NDArray[np.floa
     with closing(load_teacher(config, base=path.parent)) as teacher:
         columns = table.select(list(config["input"].get("columns") or [config["input"]["column"]]))
         logits = np.concatenate([teacher.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
-    if logits.shape[1] != num_classes:
-        raise ValueError(f"the teacher must have the student's {num_classes} classes, got {logits.shape[1]}")
     answers: npt.NDArray[np.float32] = log_softmax(logits, axis=1)
     return answers
+
+
+def _stored(dataset: Path, rows: int) -> npt.NDArray[np.float32]:
+    """Read the stored answers for a file's rows; return float32 [rows, C] log-probabilities, NaN where there is none."""
+    manifest = read_manifest(dataset)
+    if manifest.spec.kind != "dense" or manifest.rows > rows:
+        raise ValueError(
+            f"--answers must be dense soft labels of the {rows:,} rows of --data, {dataset} has {manifest.rows:,} of kind "
+            f"{manifest.spec.kind}"
+        )
+    return read_answers(dataset, manifest.spec, rows)

@@ -112,7 +112,12 @@ def pareto(
 
 
 def evaluate_student(
-    directory: Path, data: Path | None, label: str, teacher: Path | None, json_file: Path | None
+    directory: Path,
+    data: Path | None,
+    label: str,
+    teacher: Path | None,
+    answers: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Evaluate a student's or an export's directory on labelled Parquet, class by class."""
     if data is None:
@@ -128,7 +133,7 @@ def evaluate_student(
             export_rows,
         )
     with Display(console).step(f"evaluate {directory}"):
-        found = evaluate_directory(directory, data, label, teacher)
+        found = evaluate_directory(directory, data, label, teacher, answers)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))
     console.print(
         console_table("Classes, the lowest recall first", CLASS_COLUMNS, class_rows(found["classes"], found["worst"]))

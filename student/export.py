@@ -145,7 +145,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
         raise ValueError("ONNX exports need onnx and onnxscript; install distilbeam[onnx]") from e
     with _quiet_exporter():
         exported = torch.onnx.export(
-            program, input_names=["input"], output_names=["logits"], opset_version=OPSET, verbose=False
+            program, input_names=["input"], output_names=["logits"], opset_version=OPSET, dynamo=True, verbose=False
         )
     assert exported is not None
     model = exported.model_proto

@@ -37,11 +37,12 @@ class ExportedStudent:
         self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
         self.num_parameters: int = description["student"]["parameters"]
         self.size_bytes: int = description["size_bytes"]
+        self._make_input = make_input(self.input)
         self._run = open_runner(directory / description["file"], threads)
 
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Compute the logits of a batch with the columns of the input, float32 [rows, C]."""
-        return self.logits_of_inputs(make_input(self.input)(batch))
+        return self.logits_of_inputs(self._make_input(batch))
 
     def logits_of_inputs(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Compute the logits of inputs that are arrays already, [rows, *input_shape]."""

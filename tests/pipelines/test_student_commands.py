@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from distilbeam.pipelines import sweep
 from distilbeam.pipelines.cli import app
 from distilbeam.pipelines.config import load_config
+from distilbeam.pipelines.deep_evaluation import evaluate_directory
 from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.judging import pool_examples
 from distilbeam.pipelines.material import Material
@@ -148,6 +149,12 @@ def test_a_directory_is_exported_and_evaluated(config: Path, tmp_path: Path) -> 
     whole = json.loads((config.parent / "run/report/metrics.json").read_text())["students"][-1]
     assert found["data"]["accuracy"] == pytest.approx(whole["accuracy"], abs=0.03)
     assert found["data"]["agreement"] == pytest.approx(whole["agreement"], abs=0.03)
+    stored = config.parent / "run/teacher/test"
+    assert evaluate_directory(exported, data[1], "label", None, stored)["data"] == found["data"]
+    with pytest.raises(
+        ValueError, match=r"must be dense soft labels of the 60 rows of --data, .* has 80 of kind dense"
+    ):
+        evaluate_directory(exported, config.parent / "validation.parquet", "label", None, stored)
 
 
 def test_what_export_and_evaluate_refuse(config: Path, tmp_path: Path) -> None:
@@ -164,7 +171,9 @@ def test_what_export_and_evaluate_refuse(config: Path, tmp_path: Path) -> None:
     assert "label column 'y' must be one of" in refusal(
         "evaluate", student, "--data", config.parent / "test.parquet", "--label", "y"
     )
-    assert "--data and --teacher are for a student's directory" in refusal("evaluate", config, "--data", tmp_path)
+    assert "--data, --teacher and --answers are for a student's directory" in refusal(
+        "evaluate", config, "--data", tmp_path
+    )
 
 
 def test_calibration_examples_are_rows_of_the_pool(finished: Path) -> None:
@@ -274,7 +283,7 @@ def test_what_a_sweep_refuses(config: Path) -> None:
             {"student.kind": "linear"},
             "a sweep needs a student with a width, which are mlp, cnn, .* got student.kind 'linear'",
         ),
-        ({"pareto.grow": 16.0, "student.width": 2.0}, "must have a width of at most 16, got 32"),
+        ({"pareto.grow": 16.0, "student.width": 4.0}, "must have a width of at most 16, got 32"),
         ({"student.residual": "laurel-rw", "student.hidden": [4, 4]}, "or set pareto.strategies = "),
     ):
         with pytest.raises(ValueError, match=sentence):
