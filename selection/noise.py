@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.isotonic import IsotonicRegression
 
 from distilbeam.selection.calibration import Calibration as Calibration
 from distilbeam.selection.calibration import expected_calibration_error as expected_calibration_error
@@ -210,6 +209,8 @@ def _validation(teacher_logprobs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple
 
 def _isotonic(margins: Floats, outcomes: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Return the knots of the non-decreasing least-squares fit."""
+    from sklearn.isotonic import IsotonicRegression  # workers use a fit, they never make one, and start without it
+
     fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(margins, outcomes.astype(np.float64))
     return fit.X_thresholds_, fit.y_thresholds_
 
