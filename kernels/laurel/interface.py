@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.compiling import not_compiled
 from distilbeam.kernels.laurel import reference
 from distilbeam.kernels.laurel.autograd import LaurelFunction, Plan
 from distilbeam.kernels.laurel.backends import backends, module_of
@@ -139,7 +140,7 @@ def laurel_residual(
     return NormedResidual(whole, QuantizedRows(values, scale, normed if normed.requires_grad else None))
 
 
-@torch.compiler.disable  # a kernel already
+@not_compiled  # a kernel already
 def _by_backend(plan: Plan, rows: list[Tensor], small: tuple[Tensor | None, ...]) -> list[Any]:
     shape = rows[0].shape
     flat = [x.reshape(-1, shape[-1]) for x in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.compiling import not_compiled
 from distilbeam.kernels.low_precision.autograd import Gradients, LinearFunction, Recipe
 from distilbeam.kernels.low_precision.products import named
 from distilbeam.kernels.low_precision.refusals import Call, backends
@@ -95,7 +96,7 @@ def int8_linear(
     return y
 
 
-@torch.compiler.disable  # whether a cached weight is still valid is no constant to compile in
+@not_compiled  # whether a cached weight is still valid is no constant to compile in
 def _linear(
     form: str,
     rows: Tensor | QuantizedRows,
