@@ -13,8 +13,6 @@ from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
-LARGE = 1 << 18  # logits from which not holding them pays on a CPU (benchmarks/distill_loss.py)
-
 
 def linear_distill_loss(
     hidden: Tensor,
@@ -57,8 +55,8 @@ def linear_distill_loss(
       ignore_index: as for `distill_loss`.
       reduction: as for `distill_loss`.
       normalizer: as for `distill_loss`.
-      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU) for sparse labels; None chooses by size
-        and device.
+      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU) for sparse labels; None chooses by
+        device. All but `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -117,7 +115,7 @@ def _implementation(name: str) -> Callable[..., Tensor]:
 
 
 def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: the tiled kernels on their devices, on a CPU the plain layer while the batch is small."""
+    """Order the backends for a call: the tiled kernels on their devices, else buffers of logits, which beat autograd."""
     tiled: dict[str, Reasons] = {
         "triton": lambda: triton_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
         "pallas": lambda: pallas_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
@@ -126,9 +124,7 @@ def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[T
         return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
     if hidden.is_cuda:
         return {"triton": tiled["triton"], "chunked": never, "reference": never, "pallas": tiled["pallas"]}
-    if len(hidden) * len(weight) >= LARGE:
-        return {"chunked": never, "reference": never, **tiled}
-    return {"reference": never, "chunked": never, **tiled}
+    return {"chunked": never, "reference": never, **tiled}
 
 
 def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:

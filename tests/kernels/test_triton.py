@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distilbeam.kernels import DenseLabels, HardLabels, TopKLabels, distill_loss, linear_distill_loss
+from distilbeam.kernels.distillation.shapes import ODD
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -85,8 +86,9 @@ def test_every_objective(setting, dtype, temperature, make_labels, rng):
     check(logits, labels, objective=objective, temperature=temperature, weight=weight, **extra)
 
 
-@pytest.mark.parametrize(("rows", "classes", "k"), [(1, 2, 1), (3, 5, 5), (2, 257, 3), (9, 33, 17), (2, 4500, 64)])
-def test_odd_shapes(rows, classes, k, rng):
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_odd_shapes(shape, rng):
+    rows, classes, k = shape
     top = torch.randn(rows, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
     check(torch.randn(rows, classes, generator=rng), TopKLabels(top.values, top.indices), objective="tail")
 
