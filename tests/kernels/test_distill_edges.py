@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distilbeam.kernels import DenseLabels, HardLabels, SampledLabels, TopKLabels, distill_loss
+from distilbeam.kernels.distillation.shapes import ODD
 
 ROWS, CLASSES = 7, 11
 
@@ -26,6 +27,44 @@ def narrowed(labels, classes):
     if not isinstance(labels, DenseLabels):
         return labels
     return DenseLabels(torch.nn.functional.pad(labels.logprobs, (0, classes), value=-torch.inf))
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+@pytest.mark.parametrize("objective", ["kl", "tail", "renormalised"])
+def test_odd_shapes_in_float32_are_within_rounding_of_float64(implementation, objective, shape, rng):
+    rows, classes, k = shape
+    top = torch.randn(rows, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
+    labels, logits = TopKLabels(top.values, top.indices), torch.randn(rows, classes, generator=rng)
+    options = {"objective": objective, "temperature": 2.0}
+    value, slope = value_and_gradient(logits, labels, implementation=implementation, **options)
+    exact, true_slope = value_and_gradient(logits.double(), labels, implementation="reference", **options)
+    torch.testing.assert_close(value.double(), exact, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(slope.double(), true_slope, rtol=1e-5, atol=2e-7)
+
+
+def test_one_row_with_a_vanishing_bucket_changes_no_other(rng):
+    """The softmax over all classes loses such a bucket, so the whole batch is computed in the other way."""
+    logits = torch.randn(5, 40, generator=rng)
+    top = torch.randn(5, 40, generator=rng).log_softmax(1).topk(3, dim=1)
+    labels = TopKLabels(top.values, top.indices)
+    one = logits.clone()
+    one[2].scatter_(0, top.indices[2], 90.0)  # the rest of this row has a probability of e^-90
+    options = {"objective": "tail", "reduction": "none", "implementation": "chunked"}
+    leaf = one.clone().requires_grad_()
+    found = distill_loss(leaf, labels, **options)
+    exact = distill_loss(one.double(), labels, **{**options, "implementation": "reference"})
+    torch.testing.assert_close(found.detach().double(), exact, rtol=1e-5, atol=1e-6)
+    slope = torch.autograd.grad(found.sum(), leaf)[0]
+    assert float(slope[2].scatter(0, top.indices[2], 0).sum()) == pytest.approx(
+        -float(labels_tail(labels)[2]), rel=1e-4
+    )
+    others = distill_loss(logits, labels, **options)
+    keep = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(found.detach()[keep], others[keep], rtol=1e-5, atol=1e-6)
+
+
+def labels_tail(labels):
+    return 1 - labels.logprobs.exp().sum(dim=1)
 
 
 def test_shifting_a_row_changes_nothing(implementation, setting, make_labels, rng):

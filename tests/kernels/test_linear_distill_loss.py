@@ -7,6 +7,7 @@ import torch
 
 from distilbeam.kernels import DenseLabels, TopKLabels, distill_loss, linear_distill_loss
 from distilbeam.kernels.linear_distillation import chunked
+from distilbeam.kernels.linear_distillation.shapes import ODD
 
 ROWS, FEATURES, CLASSES = 7, 5, 130
 ORDERS = {"by rows": (1, 3 * CLASSES), "by classes": (10**9, 4 * CLASSES)}
@@ -54,6 +55,21 @@ def test_values_and_gradients_are_those_of_the_two_steps(setting, reduction, mak
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_odd_shapes_in_float32_are_within_rounding_of_float64(shape, rng):
+    rows, features, classes, k = shape
+    operands = [torch.randn(size, features, generator=rng) for size in (rows, classes)]
+    top = torch.randn(rows, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
+    labels = TopKLabels(top.values, top.indices)
+    exact = [x.double().requires_grad_() for x in operands]
+    leaves = [x.requires_grad_() for x in operands]
+    found = linear_distill_loss(*leaves, None, labels, objective="tail")
+    truth = linear_distill_loss(*exact, None, labels, objective="tail", implementation="reference")
+    assert found.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-6)
+    for slope, true in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(truth, exact), strict=True):
+        torch.testing.assert_close(slope.double(), true, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.usefixtures("order")
