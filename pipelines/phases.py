@@ -17,6 +17,7 @@ import hashlib
 import logging
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -97,7 +98,20 @@ class _Run(beam.DoFn, Generic[Item]):
                 "message": str(e),
                 "traceback": traceback.format_exc(),
             }
-            write_json(Path(self.errors) / f"{_stable_name(self.work.name(item))}.json", record)
+            _keep(record, Path(self.errors))
+
+
+def _keep(record: dict[str, Any], errors: Path) -> None:
+    """Write an error's record where the driver looks for it; beside the system's temporary files if the disk is full."""
+    name = f"{_stable_name(record['item'])}.json"
+    try:
+        write_json(errors / name, record)
+    except OSError:
+        write_json(_elsewhere(errors) / name, record)
+
+
+def _elsewhere(errors: Path) -> Path:
+    return Path(tempfile.gettempdir()) / f"distilbeam-errors-{_stable_name(str(errors))}"
 
 
 @contextmanager
@@ -158,7 +172,8 @@ def run_phase(
     for attempt in range(1, attempts + 1):
         if not todo:
             break
-        shutil.rmtree(errors, ignore_errors=True)
+        for place in (errors, _elsewhere(errors)):
+            shutil.rmtree(place, ignore_errors=True)
         lost = ""
         with _Watch(work, items, progress, poll_s):
             try:
@@ -229,7 +244,7 @@ class _Watch(Generic[Item]):
 
 
 def _failures(errors: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted(errors.glob("*.json"))]
+    return [read_json(path) for place in (errors, _elsewhere(errors)) for path in sorted(place.glob("*.json"))]
 
 
 def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:

@@ -306,7 +306,7 @@ def test_a_read_only_output_is_a_sentence(tmp_path: Path, small_disk: Path) -> N
 
 def test_two_jobs_on_one_directory(tmp_path: Path) -> None:
     directory = tmp_path / "d"
-    write_job(directory, teacher={"arguments": {"log": "asked.log", "delay_s": 0.1}})
+    write_job(directory, 120, teacher={"arguments": {"log": "asked.log", "delay_s": 1.0}})
     first = start(directory)
     when_shards(directory, 1, first)
     second = finish(directory, status=2)
