@@ -53,7 +53,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
     "extreme": (*logits_shapes.EXTREME, *layer_shapes.EXTREME),
     "quick": (*layer_shapes.QUICK, *logits_shapes.QUICK),
 }
-GRIDS["all"] = tuple(shape for name in ("classifier", "target", "extreme", "language") for shape in GRIDS[name])
+GRIDS["all"] = tuple(shape for name in ("language", "extreme", "target", "classifier") for shape in GRIDS[name])
 SHAPES = {str(shape): shape for grid in GRIDS.values() for shape in grid}
 
 
