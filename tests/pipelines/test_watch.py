@@ -234,6 +234,7 @@ def test_a_budget_for_each_window(problem: dict[str, Any], tmp_path: Path) -> No
 
 def watch_here(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Watch in this process; return the totals and what was said."""
+    config = {**config, "watch": {"idle_s": 20.0, **config["watch"]}}  # a watch that waits for ever fails its test
     console = Console(file=io.StringIO(), width=500)
     with opened_job(parse_label_config(config), directory) as job:
         totals = watch(job, directory / "in", pipeline_options(), Display(console))
