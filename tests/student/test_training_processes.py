@@ -16,6 +16,7 @@ import small_trainings
 import tomli_w
 from safetensors.torch import load_file
 
+from distilbeam.student.launch import main, read_config
 from distilbeam.student.processes import Processes, joined_processes
 
 SUPPORT = Path(small_trainings.__file__).parent
@@ -83,7 +84,7 @@ def test_several_processes_learn_what_one_learns(several, one, trained):
     directory, _, _ = trained
     difference = np.abs(weights(directory / several) - weights(directory / one)).max()
     assert difference < 24 * 4 * 6e-8 * np.abs(weights(directory / one)).max()
-    assert np.abs(weights(directory / "mixed-1") - weights(directory / "odd-1")).max() > 1e-2  # it could fail
+    assert np.abs(weights(directory / "mixed-1") - weights(directory / "odd-1")).max() > 1e-3  # it could fail
 
 
 @pytest.mark.slow
@@ -97,7 +98,7 @@ def test_killed_processes_go_on_with_the_same_weights(trained):
 
 
 @pytest.mark.slow
-def test_torchrun_launches_a_training(tmp_path):
+def test_torchrun_launches_a_training(tmp_path, capsys):
     data = small_trainings.write_vectors(tmp_path / "labels", 90)
     for name in ("labelled", "validation"):
         pq.write_table(data[name], tmp_path / f"{name}.parquet")
@@ -126,11 +127,19 @@ def test_torchrun_launches_a_training(tmp_path):
     assert "soft_rows 90, hard_rows 30" in line
     assert len(pq.read_table(tmp_path / "labelled.parquet")) == 30
     assert (tmp_path / "student/metrics.jsonl").exists()
-    again = subprocess.run(
-        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert again.returncode == 2
-    assert "already holds a student" in again.stderr
+    with pytest.raises(SystemExit, match="2"):
+        main(tmp_path / "training.toml")
+    assert "already holds a student" in capsys.readouterr().err
+
+
+def test_settings_of_a_launch_are_checked(tmp_path):
+    path = tmp_path / "training.toml"
+    path.write_text('[data]\nclasses = ["a", "b"]\n[student]\nkind = "mlp"\ninput = { columns = ["x"] }\n')
+    assert read_config(path, ["training.lr=0.5", 'data.directory="there"']).training.lr == 0.5
+    with pytest.raises(ValueError, match=r"training.lrr: Extra inputs are not permitted"):
+        read_config(path, ["training.lrr=0.5"])
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        read_config(path, ["training.device=cpu"])
 
 
 def test_one_process_needs_no_group():
