@@ -7,26 +7,22 @@ only, and a window of images takes the memory of their files.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distilbeam.student.column_types import Array, is_carried_tensor, is_number, lists, numbers
+from distilbeam.student.column_types import is_carried_tensor, is_number, lists, numbers
 from distilbeam.student.input_maker import InputMaker
 from distilbeam.student.row_groups import RowGroup
-from distilbeam.student.shuffling import GroupColumns, ShuffledColumns
+from distilbeam.student.shuffling import INDEX, GroupColumns, Memory, ShuffledColumns
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 
 Batch = dict[str, Tensor]
 INPUTS, ROW = "inputs", "row"
-INDEX = np.dtype(np.int64)  # what torch gathers by
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,13 @@ class ColumnReader:
       spec: of the soft labels.
       schema: columns to read, with types that hold their numbers in every file.
       maker: makes the student's input, or None for every carried column that is a tensor.
-      pinned: whether tensors are made in page-locked memory, from which a GPU copies while the processor goes on.
+      memory: for inputs.
     """
 
     spec: SoftLabelSpec
     schema: pa.Schema
     maker: InputMaker | None
-    pinned: bool
+    memory: Memory
 
     def scan(self, group: RowGroup) -> pa.Table:
         """Read a row group's columns."""
@@ -70,38 +66,30 @@ class ColumnReader:
         return GroupColumns(table.num_rows, arrays, stored.select([]))
 
     def take(self, shuffled: ShuffledColumns, rows: slice) -> Batch:
-        """Copy consecutive rows into tensors, and make their input."""
-        batch = {
-            name: self._copied(array[rows], INDEX if name == CLASSES else None)
-            for name, array in shuffled.arrays.items()
-        }
+        """Give consecutive rows, and make their input; no other rows share their memory."""
+        batch = {name: values[rows] for name, values in shuffled.tensors.items()}
         if self.maker is not None and INPUTS not in batch:
-            wanted = shuffled.in_table[rows]
-            batch[INPUTS] = self._fresh((len(wanted), *self.maker.shape), self.maker.dtype)
-            self.maker.fill(batch[INPUTS].numpy(), shuffled.table.take(pa.array(wanted)))
+            batch[INPUTS] = self._made(shuffled.table.take(pa.array(shuffled.in_table[rows])))
         return batch
 
     def whole(self, group: RowGroup, table: pa.Table) -> GroupColumns:
-        """Make a row group's table into arrays, its input among them."""
+        """Make a row group's table into arrays of their own, its input among them."""
         columns = self.columns(group, table)
-        rows = np.arange(table.num_rows)
-        everything = self.take(ShuffledColumns(columns.arrays, columns.table, rows), slice(0, len(rows)))
-        return GroupColumns(len(rows), {name: value.numpy() for name, value in everything.items()}, table.select([]))
+        arrays = {
+            name: array.astype(INDEX if name == CLASSES else array.dtype) for name, array in columns.arrays.items()
+        }
+        if self.maker is not None and INPUTS not in arrays:
+            arrays[INPUTS] = self._made(columns.table).numpy()
+        return GroupColumns(table.num_rows, arrays, table.select([]))
 
     def first(self, group: RowGroup) -> Batch:
         """Read the first row of a row group."""
         found = self.whole(group, pa.Table.from_batches([group.first(self.schema.names)]))
         return {name: torch.from_numpy(values) for name, values in found.arrays.items()}
 
-    def _copied(self, array: Array, dtype: np.dtype[Any] | None) -> Tensor:
-        copy = self._fresh(array.shape, dtype or array.dtype)
-        np.copyto(copy.numpy(), array)
-        return copy
-
-    def _fresh(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
-        """Allocate a tensor: of Arrow's memory, which is reused, while new pages of the system's are slow to touch."""
-        if self.pinned:
-            return torch.empty(*shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
-        count = math.prod(shape)
-        memory = pa.allocate_buffer(max(1, count) * dtype.itemsize)
-        return torch.from_numpy(np.frombuffer(memory, dtype, count).reshape(tuple(shape)))
+    def _made(self, table: pa.Table) -> Tensor:
+        assert self.maker is not None
+        inputs = self.memory.tensor((table.num_rows, *self.maker.shape), self.maker.dtype)
+        if table.num_rows:
+            self.maker.fill(inputs.numpy(), table)
+        return inputs

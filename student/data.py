@@ -31,7 +31,7 @@ from distilbeam.student.input_maker import InputMaker
 from distilbeam.student.order import EpochOrder, Shares, mixed_visits
 from distilbeam.student.place import Place as Place
 from distilbeam.student.row_groups import RowGroup, open_datasets
-from distilbeam.student.shuffling import GroupColumns, Scratch, ShuffledColumns, UnitRows, shuffle
+from distilbeam.student.shuffling import GroupColumns, Memory, ShuffledColumns, UnitRows, shuffle
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -110,9 +110,10 @@ class SoftLabelDataset:
         self._digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
         self._fields = common_fields(list({id(g.file): g.file.schema for g in self._groups}.values()))
         maker = None if input is None else InputMaker.of(input, self._groups[0])
-        self._reader = ColumnReader(self.spec, self._wanted(maker, columns), maker, pin_memory)
+        self._memory, self._pinned = Memory(pin_memory), pin_memory
+        self._reader = ColumnReader(self.spec, self._wanted(maker, columns), maker, self._memory)
         self._first = self._reader.first(self._groups[0])
-        self._cache_bytes, self._scratch = cache_bytes, Scratch()
+        self._cache_bytes = cache_bytes
         self._cache: dict[int, GroupColumns] = {}
         self._epoch, self._position = 0, 0
 
@@ -213,7 +214,7 @@ class SoftLabelDataset:
         """Put the rank's rows of a window in the order of their visit."""
         columns = {number: self._columns(number, found) for number, found in read.items()}
         units = [UnitRows(columns[order.units[unit][0]], order.drawn(unit)) for unit in order.windows[window]]
-        return shuffle(units, *shares.places(order, window), self._scratch)
+        return shuffle(units, *shares.places(order, window), self._memory)
 
     def _columns(self, number: int, found: pa.Table | GroupColumns) -> GroupColumns:
         if isinstance(found, GroupColumns):
@@ -236,7 +237,7 @@ class SoftLabelDataset:
         if self.transform is not None:
             places = [Place(self.seed, self._epoch, start) for start in starts]
             batches = [self.transform(batch, place) for batch, place in zip(batches, places, strict=True)]
-        if self._reader.pinned:  # what was joined or changed is not
+        if self._pinned:  # what was joined or changed is not
             batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in batches]
         return batches
 

@@ -1,7 +1,8 @@
 """Put the rows of a window in their order: one pass over each column, from where it was read to where each row belongs.
 
 A column of numbers lies in Arrow's memory as it was read. Its rows are moved as opaque values of a fixed size, which
-costs what random writes cost; the memory that they go to is used again for later windows.
+costs what random writes cost. They go into tensors that batches are slices of; when the last batch is gone, their
+memory is used again for a later window.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from distilbeam.student.column_types import Array
 from distilbeam.student.order import Rows
+from distilbeam.teacher.softlabels.columns import CLASSES
+
+INDEX = np.dtype(np.int64)  # what torch gathers by
+WIDENED_ROWS = 1024  # at a time, which stay in the cache
+MOST_FREE = 32  # blocks of memory that are kept for later
 
 
 @dataclass(frozen=True)
@@ -50,45 +60,56 @@ class ShuffledColumns:
     """Rows of a window in the order of their visit.
 
     Attributes:
-      arrays: by name, each with an entry per row; their memory is used again when this object is gone.
+      tensors: by name, each with an entry per row.
       table: of the window's row groups, one after another, what the input is to be made of.
       in_table: int64, where each row is in `table`, if that has columns.
     """
 
-    arrays: Mapping[str, Array]
+    tensors: Mapping[str, Tensor]
     table: pa.Table
     in_table: Rows
 
 
-class Scratch:
-    """Memory for the arrays of windows, used again when their window is done with.
+class Memory:
+    """Memory for tensors, used again when nothing refers to them any more.
 
     A window takes tens of megabytes, which the system would give out page by page every time anew.
+
+    Args:
+      pinned: whether it is page-locked, from which a GPU copies while the processor goes on; torch keeps that itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
         self._free: list[Array] = []
+        self._taking = Lock()
 
-    def arrays(self, like: Mapping[str, Array], rows: int) -> tuple[dict[str, Array], list[Array]]:
-        """Give arrays of some rows, of the types of others, and the memory that they lie in."""
-        arrays, memory = {}, []
-        for name, array in like.items():
-            shape = (rows, *array.shape[1:])
-            needed = math.prod(shape) * array.dtype.itemsize
-            memory.append(self._at_least(needed))
-            arrays[name] = memory[-1][:needed].view(array.dtype).reshape(shape)
-        return arrays, memory
+    def tensor(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
+        """Allocate a tensor, whose values are anything."""
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        size = math.prod(shape) * dtype.itemsize
+        if self._pinned or not size:
+            return torch.empty(*shape, dtype=kind, pin_memory=self._pinned)
+        block = self._block(size)
+        lease = block.view(_Lease)
+        weakref.finalize(lease, self._free.append, block).atexit = False
+        return torch.from_numpy(lease)[:size].view(kind).view(*shape)  # its storage keeps the lease
 
-    def give_back(self, memory: list[Array]) -> None:
-        """Take memory back for other windows."""
-        self._free += memory
+    def _block(self, size: int) -> Array:
+        with self._taking:  # others only append meanwhile
+            fitting = next((i for i, block in enumerate(self._free) if size <= block.nbytes <= 2 * size), None)
+            if fitting is not None:
+                return self._free.pop(fitting)
+            if len(self._free) >= MOST_FREE:
+                self._free.pop(0)
+        return np.empty(size, np.uint8)
 
-    def _at_least(self, needed: int) -> Array:
-        fitting = [i for i, memory in enumerate(self._free) if needed <= memory.nbytes <= 2 * needed]
-        return self._free.pop(fitting[0]) if fitting else np.empty(needed, np.uint8)
+
+class _Lease(np.ndarray[Any, Any]):
+    """A view whose end is noticed."""
 
 
-def shuffle(units: Sequence[UnitRows], places: Rows, count: int, scratch: Scratch) -> ShuffledColumns:
+def shuffle(units: Sequence[UnitRows], places: Rows, count: int, memory: Memory) -> ShuffledColumns:
     """Copy rows to their places.
 
     Args:
@@ -96,24 +117,23 @@ def shuffle(units: Sequence[UnitRows], places: Rows, count: int, scratch: Scratc
       places: of the units' rows, one unit after another: distinct numbers below `count`, or -1 for a row that is
         not wanted.
       count: how many rows are wanted.
-      scratch: memory for them.
+      memory: for them.
     """
     groups = list({id(unit.group): unit.group for unit in units}.values())
     offsets = dict(zip(map(id, groups), accumulate((g.rows for g in groups), initial=0), strict=False))
-    arrays, memory = scratch.arrays(groups[0].arrays, count)
+    types = {name: INDEX if name == CLASSES else array.dtype for name, array in groups[0].arrays.items()}
+    tensors = {name: memory.tensor((count, *groups[0].arrays[name].shape[1:]), dtype) for name, dtype in types.items()}
     in_table = np.empty(count if groups[0].table.num_columns else 0, np.int64)
     first = 0
     for unit in units:
         source, target = _moves(unit, places[first : first + len(unit)], all_wanted=count == len(places))
-        for name, array in arrays.items():
-            _scatter(array, target, unit.group.arrays[name], source)
+        for name, tensor in tensors.items():
+            _scatter(tensor.numpy(), target, unit.group.arrays[name], source)
         if len(in_table):
             in_table[target] = offsets[id(unit.group)] + (np.arange(len(unit)) if source is None else source)
         first += len(unit)
     table = pa.concat_tables([group.table for group in groups], promote_options="permissive").combine_chunks()
-    shuffled = ShuffledColumns(arrays, table, in_table)
-    weakref.finalize(shuffled, scratch.give_back, memory)
-    return shuffled
+    return ShuffledColumns(tensors, table, in_table)
 
 
 def _moves(unit: UnitRows, places: Rows, all_wanted: bool) -> tuple[Rows | None, Rows]:
@@ -125,11 +145,20 @@ def _moves(unit: UnitRows, places: Rows, all_wanted: bool) -> tuple[Rows | None,
 
 
 def _scatter(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
+    """Copy rows to their places, widening their numbers where that is wanted."""
+    if array.dtype == out.dtype:
+        _put(out, target, array, source)
+        return
+    for start in range(0, len(target), WIDENED_ROWS):
+        block = slice(start, start + WIDENED_ROWS)
+        _put(out, target[block], (array[block] if source is None else array[source[block]]).astype(out.dtype), None)
+
+
+def _put(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
     """Copy rows to their places, each as one opaque value, which NumPy moves fastest."""
     row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
     if not row_bytes:
         return
-    assert array.dtype == out.dtype
     opaque = np.ascontiguousarray(array).reshape(len(array), -1).view(f"V{row_bytes}").ravel()
     # every index is in range; any other mode than clip would copy once more
     moved = opaque if source is None else np.take(opaque, source, mode="clip")

@@ -17,6 +17,7 @@ from PIL import Image
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.order import EpochOrder, mixed_visits
 from distilbeam.student.place import Place
+from distilbeam.student.shuffling import Memory
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
@@ -274,6 +275,22 @@ def test_a_batch_is_nobody_elses(write_labels):
             for name in one:
                 torch.testing.assert_close(one[name], other[name])
                 one[name].zero_()
+
+
+def test_memory_is_used_again_when_its_last_slice_is_gone_and_not_before():
+    memory = Memory(pinned=False)
+    tensor = memory.tensor((4, 3), np.dtype(np.float32))
+    assert tensor.shape == (4, 3)
+    assert tensor.dtype == torch.float32
+    place, rows = tensor.data_ptr(), tensor[1:3]
+    rows[:] = 7.0
+    del tensor
+    other = memory.tensor((4, 3), np.dtype(np.float32))
+    assert other.data_ptr() != place
+    assert (rows == 7.0).all()
+    del rows
+    assert memory.tensor((3, 2), np.dtype(np.int64)).data_ptr() == place
+    assert memory.tensor((0, 2), np.dtype(np.int64)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
