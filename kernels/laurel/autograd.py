@@ -65,7 +65,8 @@ class LaurelFunction(torch.autograd.Function):
             return (None,) * (1 + len(ctx.dtypes))
         f, x, coefficients, down, up, norm_weight, stored, low, inverse, *previous = ctx.saved_tensors
         kept = Kept(f, x, coefficients, down, up, norm_weight, previous, stored, low, inverse)
-        found = ctx.plan.backend.backward(kept, Slopes(total, normed), ctx.wanted)
+        with torch.autocast(coefficients.device.type, enabled=False):  # a backward pass may be called inside of one
+            found = ctx.plan.backend.backward(kept, Slopes(total, normed), ctx.wanted)
         # previous may be empty where none is wanted
         flat = [*found[:FIXED], *(found.previous or [None] * (len(ctx.dtypes) - FIXED))]
         return None, *(None if g is None else g.to(dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True))

@@ -60,12 +60,13 @@ class LinearFunction(torch.autograd.Function):
         """Compute the gradients that somebody wants."""
         x_MK, scale_x, w_NK, scale_w = ctx.saved_tensors
         dx_MK = dw_NK = db_N = None
-        if ctx.needs_input_grad[0]:
-            dx_MK = _back(dy_MN * scale_w.T, w_NK, ctx.recipe, ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            dw_NK = _back((dy_MN * scale_x).T, x_MK, ctx.recipe, ctx.dtypes[1])
-        if ctx.needs_input_grad[2]:
-            db_N = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[2])
+        with torch.autocast(dy_MN.device.type, enabled=False):  # a backward pass may be called inside of one
+            if ctx.needs_input_grad[0]:
+                dx_MK = _back(dy_MN * scale_w.T, w_NK, ctx.recipe, ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                dw_NK = _back((dy_MN * scale_x).T, x_MK, ctx.recipe, ctx.dtypes[1])
+            if ctx.needs_input_grad[2]:
+                db_N = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx_MK, dw_NK, db_N, None, None, None
 
 

@@ -41,6 +41,8 @@ class WeightCache:
         Returns:
           The rows, which nobody may write to.
         """
+        if weight.is_inference():  # nobody counts the writes to it
+            return quantize(weight.detach())
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps)
         if self._rows is None or key != self._key:
             with torch.inference_mode(False), torch.no_grad():  # kept beyond an inference, for a backward pass as well

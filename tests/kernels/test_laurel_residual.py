@@ -140,6 +140,19 @@ def test_nothing_is_narrowed_under_autocast(implementation, rng):
     torch.testing.assert_close(found, f + x + (x @ down) @ up)
 
 
+def test_a_backward_pass_inside_autocast_is_as_exact(rng):
+    f, x = (torch.randn(4, 64, generator=rng).requires_grad_() for _ in range(2))
+    down, up = torch.randn(64, 4, generator=rng) / 8, torch.randn(4, 64, generator=rng)
+    weight = torch.randn(16, 64, generator=rng).requires_grad_()
+    slopes = []
+    for inside in (False, True):
+        residual = laurel_residual(f, x, down=down, up=up, implementation="chunked")
+        y = fp8_linear(residual, weight)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            slopes.append(torch.autograd.grad(y.sum(), (x, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+
+
 def test_shapes_strides_and_nothing_at_all(implementation, rng):
     f, x = (torch.randn(2, DIM, 3, generator=rng).movedim(1, -1) for _ in range(2))
     assert torch.equal(laurel_residual(f, x, alpha=2.0, implementation=implementation), 2 * f + x)

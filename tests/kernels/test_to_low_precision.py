@@ -156,6 +156,9 @@ def test_what_an_inference_left_serves_a_training():
     second = fp8_linear(x, weight, cache=cache)
     second.sum().backward()
     assert torch.equal(first, second)
+    with torch.inference_mode():
+        twice = 2 * weight
+        assert torch.equal(fp8_linear(x, twice, cache=WeightCache()), 2 * first)
     weight.data.mul_(2)  # behind autograd's back
     assert torch.equal(fp8_linear(x, weight, cache=cache), second)
     cache.clear()
