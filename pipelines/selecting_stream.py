@@ -210,7 +210,6 @@ def _round(
         here = slice(start, start + len(part))
         rows = _with_choice(batch, part, marginals[here])
         if here.start <= carry < here.stop:
-            selected[carry] = False
             yield None, (name, probability, rows.slice(carry - start, 1))
         if selected[here].any():
             yield rows.filter(pa.array(selected[here])), None
