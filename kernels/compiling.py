@@ -18,7 +18,8 @@ def not_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
+            apart: Result = torch.compiler.disable(function)(*args, **kwargs)
+            return apart
         return function(*args, **kwargs)
 
     return call

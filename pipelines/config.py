@@ -176,7 +176,9 @@ class WatchSection(_Section):
     idle_s: float | None = Field(None, gt=0, description="seconds without a new file after which the job ends")
     stop_file: str = Field("STOP", min_length=1, description="file in the directory that ends the job")
     budget: int | None = Field(None, ge=1, description="labels to buy in each window; every row is labelled without it")
-    student: str | None = Field(None, description="with a budget: the student that scores, such as run/students/round=003")
+    student: str | None = Field(
+        None, description="with a budget: the student that scores, such as run/students/round=003"
+    )
     wrong_share: float | None = Field(None, ge=0, le=1, description="with a budget: expected share of wrong labels")
     gain: Literal["margin", "entropy", "least_confidence"] = Field(
         "margin", description="with a budget: what the student would learn from an example's label"
