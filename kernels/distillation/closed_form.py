@@ -53,7 +53,7 @@ def bucket_losses_and_gradient(v_BN: Tensor, targets: Targets, out: Tensor | Non
 
 
 def _where_every_bucket_exists(v_BN: Tensor, targets: Targets, out: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Leave out the masks, which take half the time of a small batch; None where a loss then is not finite.
+    """Leave out the masks, a third of a small batch's time; None where a loss then is not finite.
 
     A bucket of logit -inf makes a loss NaN or infinite here, whatever its target; looking at the losses costs less than
     looking at the logits, but would wait for an accelerator.

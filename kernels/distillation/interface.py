@@ -115,7 +115,7 @@ def distill_loss(
 
 
 def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: the fused kernel where it can run, then one sweep, which beats autograd always."""
+    """Order the backends for a call: the fused kernel where it can run, then one sweep, which beat autograd wherever measured."""
     triton = {"triton": lambda: _triton_reasons(logits, terms)}
     pallas = {"pallas": lambda: _pallas_reasons(logits, terms)}
     if logits.device.type == "tpu":

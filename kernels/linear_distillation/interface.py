@@ -115,7 +115,7 @@ def _implementation(name: str) -> Callable[..., Tensor]:
 
 
 def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: the tiled kernels on their devices, else buffers of logits, which beat autograd."""
+    """Order the backends for a call: the tiled kernels on their devices, else buffers of logits."""
     tiled: dict[str, Reasons] = {
         "triton": lambda: triton_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
         "pallas": lambda: pallas_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
