@@ -36,6 +36,8 @@ def test_help_names_every_command() -> None:
         "init",
         "run",
         "select",
+        "plan",
+        "ingest",
         "label",
         "train",
         "evaluate",
@@ -43,6 +45,9 @@ def test_help_names_every_command() -> None:
         "inspect",
         "verify",
         "serve-teacher",
+        "export",
+        "tune",
+        "pareto",
     ):
         assert f" {command} " in out
         assert command in readme, f"README does not mention {command}"
