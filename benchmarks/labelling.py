@@ -32,6 +32,7 @@ from measuring.record import machine, write
 SLOW = {"RunInference + WriteToParquet": 20, "RunInference + WriteToParquetBatched": 5}  # part of the rows: 1 / this
 OVERHEAD = ("plain loop", "distilbeam")
 CHOICE = ("plain loop, 5 % chosen", "distilbeam, 5 % chosen")
+PARTS = ["cheap", "slow", "choice", "growth", "plan"]
 _CELL = ("rows", "files", "features", "layout")
 
 
@@ -182,6 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=8_000_000, help="rows of the main comparison")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measurements to take; all by default")
     parser.add_argument("--scratch", type=Path, help="folder for pools, 3 GB; a temporary one by default")
     parser.add_argument("--json", type=Path, help="write machine, versions, command and figures to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -193,37 +195,41 @@ def main() -> None:
         os._exit(0)  # clusters leave threads behind that would keep the interpreter
     about = machine(("apache-beam", "pyarrow", "torch", "numpy", "dask", "ray"))
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        results = all_figures(Path(scratch), options.quick, 200_000 if options.quick else options.rows, options.repeats)
+        rows = 200_000 if options.quick else options.rows
+        results = figures(options.parts, Path(scratch), options.quick, rows, options.repeats)
     show(results)
     write(options.json, about, results)
 
 
-def all_figures(scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str, Any]:
-    """Take every measurement."""
+def figures(parts: list[str], scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str, Any]:
+    """Take the measurements."""
     from measuring.label_loops import WAYS
 
     ways = [way for way in WAYS if not (quick and ("Dask" in way or "Ray" in way))]
     slow_teacher = {"teacher_batch": 64, "seconds_per_call": 0.005}
     repeats = 1 if quick else repeats
     few = 1 if quick else min(3, repeats)
-    return {
-        "cheap teacher": compare(ways, scratch, rows, repeats),
-        "5 ms per batch of 64": compare(list(OVERHEAD), scratch, 6_400 if quick else 128_000, few, **slow_teacher),
-        "5 % chosen": compare(list(CHOICE), scratch, rows, few),
-        "growth": growth(scratch, quick, few),
-        "plan": forecast(scratch, 51_200 if quick else 1_024_000),
+    takes = {
+        "cheap": lambda: compare(ways, scratch, rows, repeats),
+        "slow": lambda: compare(list(OVERHEAD), scratch, 6_400 if quick else 128_000, few, **slow_teacher),
+        "choice": lambda: compare(list(CHOICE), scratch, rows, few),
+        "growth": lambda: growth(scratch, quick, few),
+        "plan": lambda: [forecast(scratch, 51_200 if quick else 1_024_000)],
     }
+    return {part: takes[part]() for part in parts}
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures."""
-    for name in ("cheap teacher", "5 ms per batch of 64", "5 % chosen", "growth"):
-        print(f"\n{name}")
-        for row in results[name]:
+    for part, table in results.items():
+        print(f"\n{part}")
+        for row in table:
+            if part == "plan":
+                print(", ".join(f"{name} {value:.2f}" for name, value in row.items()))
+                continue
             what = row.get("way") or ", ".join(f"{name} {row[name]}" for name in _CELL if name in row)
             ratio = "" if row["of_limit"] is None else f"{row['of_limit']:6.2f} of the limit"
             print(f"{what:42} {row['rows_per_s'] / 1e6:8.3f} M rows/s {ratio} {row['peak_mb']:8.0f} MB")
-    print("\nplan:", ", ".join(f"{name} {value:.2f}" for name, value in results["plan"].items()))
 
 
 def _rows_written(directory: Path) -> int:
