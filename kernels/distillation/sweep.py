@@ -56,9 +56,9 @@ def _sparse(z_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor)
         loss_B, gradient_BN = bucket_losses_and_gradient(kept_BK, targets)
         z_BC.zero_()
     else:
-        rest_B1, sum_B1 = exponentiate_rest(z_BC, classes_BK, targets.rest_temperature)
+        rest_B1, mass_B1 = replace_by_shares(z_BC, classes_BK, targets.rest_temperature)
         loss_B, gradient_BN = bucket_losses_and_gradient(torch.cat([kept_BK, rest_B1], dim=1), targets)
-        z_BC *= gradient_BN[:, -1:] * scale_B[:, None] / sum_B1
+        z_BC *= gradient_BN[:, -1:] * scale_B[:, None] / mass_B1
     z_BC.scatter_(1, classes_BK, kept_gradient(gradient_BN, targets, scale_B))
     return loss_B
 
@@ -116,23 +116,29 @@ def kept_gradient(gradient_BN: Tensor, targets: Targets, scale_B: Tensor) -> Ten
     return kept_BK if targets.padding is None else torch.where(targets.padding, kept_BK[:, :1], kept_BK)
 
 
-def exponentiate_rest(z_BC: Tensor, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Overwrite logits by exp((z - max) / tau), zero where a class is kept.
+def replace_by_shares(z_BC: Tensor, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Overwrite logits by exp(z / tau) over a sum, by one softmax, which reads a row from memory once.
+
+    In the place of its first kept class a row is given the largest logit of the rest, so that the softmax also says how
+    large the rest's sum is: between 1 and C - 1 times that logit's exponential. Nothing is subtracted from nearly itself.
 
     Args:
-      z_BC: logits, overwritten.
-      classes_BK: the kept classes.
+      z_BC: contiguous logits, overwritten; what is left where a class is kept means nothing.
+      classes_BK: the kept classes, of which a row has one at least.
       tau: temperature of the rest bucket.
 
     Returns:
-      The rest bucket's logit [B, 1], -inf where it is empty, and the sum of the exponentials [B, 1], never zero.
+      The rest bucket's logit [B, 1], -inf where it is empty, and the sum of the rest's shares [B, 1], never zero.
     """
     z_BC.scatter_(1, classes_BK, -torch.inf)
     top_B1 = z_BC.amax(dim=1, keepdim=True)
     empty_B1 = torch.isneginf(top_B1)
-    z_BC -= top_B1.masked_fill(empty_B1, 0)
+    top_B1 = top_B1.masked_fill_(empty_B1, 0)
+    z_BC.scatter_(1, classes_BK[:, :1], top_B1)
     if tau != 1.0:
         z_BC /= tau
-    sum_B1 = z_BC.exp_().sum(dim=1, keepdim=True)
-    rest_B1 = top_B1 + tau * sum_B1.log()
-    return rest_B1, sum_B1.masked_fill(empty_B1, 1)
+    torch.softmax(z_BC, dim=1, out=z_BC)
+    share_B1 = z_BC.gather(1, classes_BK[:, :1])
+    mass_B1 = 1 - share_B1
+    rest_B1 = top_B1 + tau * (mass_B1 / share_B1).log()
+    return rest_B1.masked_fill_(empty_B1, -torch.inf), mass_B1.masked_fill_(empty_B1, 1)

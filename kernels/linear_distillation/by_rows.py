@@ -31,7 +31,7 @@ def sweep_rows(
       weight_CH: weight, in the same dtype.
       bias_C: bias in the same dtype, or None.
       terms: of all rows.
-      sums: zeroed accumulators of the gradients wanted.
+      sums: room for the gradients wanted; written by the first rows, then added to.
       rows_at_once: rows whose logits are held together.
 
     Returns:
@@ -49,10 +49,14 @@ def sweep_rows(
         if sums.hidden is not None:
             torch.mm(z_RC, weight_CH, out=sums.hidden[rows])
         if sums.weight is not None:
-            if start:
-                sums.weight.addmm_(z_RC.T, hidden_RH)
-            else:  # nothing to add to yet: the zeros need not be read
-                torch.mm(z_RC.T, hidden_RH, out=sums.weight)
+            _accumulate(sums.weight, z_RC.T, hidden_RH, first=start == 0)
         if sums.bias is not None:
-            sums.bias.add_(z_RC.sum(dim=0))
+            _accumulate(sums.bias[:, None], z_RC.T, z_RC.new_ones(len(z_RC), 1), first=start == 0)
     return losses_B
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)

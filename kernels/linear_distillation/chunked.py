@@ -46,14 +46,15 @@ def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Se
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
     compute = terms[0].scale.dtype
     hidden_BH, weight_CH, bias_C = operands
-    sums = Gradients.zeros(operands, wanted, compute)
     rows = BUFFER_ELEMENTS // max(1, len(weight_CH))
     rows -= rows % ROW_STEP if rows > ROW_STEP else 0
     dense = any(term.targets.classes is None for term in terms)
     exact = hidden_BH.dtype == weight_CH.dtype == compute
     bias = None if bias_C is None else bias_C.to(compute)
-    if dense or (exact and rows >= min(FEWEST_ROWS, len(hidden_BH))):
+    if len(hidden_BH) and (dense or (exact and rows >= min(FEWEST_ROWS, len(hidden_BH)))):
+        sums = Gradients.empty(operands, wanted, compute)
         losses_B = sweep_rows(hidden_BH.to(compute), weight_CH.to(compute), bias, terms, sums, max(1, rows))
     else:
+        sums = Gradients.zeros(operands, wanted, compute)
         losses_B = sweep_classes(hidden_BH.to(compute), weight_CH, bias, terms, sums, BUFFER_ELEMENTS // 4)
     return losses_B, sums.like(operands)

@@ -34,9 +34,15 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, operands: Operands, wanted: Sequence[bool], dtype: torch.dtype) -> Gradients:
         """Start from zero for the operands that are wanted."""
+        empty = cls.empty(operands, wanted, dtype)
+        return cls(*(None if x is None else x.zero_() for x in empty))
+
+    @classmethod
+    def empty(cls, operands: Operands, wanted: Sequence[bool], dtype: torch.dtype) -> Gradients:
+        """Make room for the operands that are wanted, to be written before it is read."""
         return cls(
             *(
-                torch.zeros(x.shape, dtype=dtype, device=x.device) if want and x is not None else None
+                torch.empty(x.shape, dtype=dtype, device=x.device) if want and x is not None else None
                 for x, want in zip(operands, wanted, strict=True)
             )
         )
