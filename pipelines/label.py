@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import ROW, Labelled, Labelling
-from distilbeam.pipelines.meter import count, timed, timed_items
+from distilbeam.pipelines.meter import count, count_seconds, timed
+from distilbeam.pipelines.reading_ahead import read_ahead
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, Task, read_rows
 from distilbeam.pipelines.units import BATCH_BYTES
-from distilbeam.teacher.softlabels import committed, entry_path, write_shard
+from distilbeam.teacher.softlabels import entry_path, write_shard
+from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 
 _ANSWERED = b"distilbeam.answered"
 
@@ -62,25 +64,26 @@ class Label:
         """
         reader = RowReader(self.columns, self.batch_rows)
         for shard in task.shards:
-            if not self.shard_done(shard):
+            if not entry_path(self.output, shard.key).exists():  # another worker may have been given it too
                 self._label(shard, reader)
 
-    def done(self, task: Task) -> bool:
-        """Tell whether all shards of the task are committed."""
-        return all(self.shard_done(shard) for shard in task.shards)
+    def remaining(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks without their committed shards; one of which nothing remains is left out.
+
+        A shard is committed by its manifest entry, or by dead letters for every one of its rows.
+        """
+        done = _committed_keys(self.output) | self._all_failed()
+        rest = (tuple(shard for shard in task.shards if shard.key not in done) for task in tasks)
+        return [Task(shards) for shards in rest if shards]
 
     def name(self, task: Task) -> str:
-        """Name the task by its first shard that is not committed: key and first rows."""
-        shard = next((shard for shard in task.shards if not self.shard_done(shard)), task.shards[0])
+        """Name the task by its first shard: key and first rows."""
+        shard = task.shards[0]
         return f"shard {shard.key} ({shard.rows:,} rows, from {unit_name(shard.parts[0].unit)})"
 
-    def rows(self, task: Task) -> tuple[int, int]:
-        """Return the rows of the task's committed shards and all its rows."""
-        return sum(shard.rows for shard in task.shards if self.shard_done(shard)), task.rows
-
-    def shard_done(self, shard: Shard) -> bool:
-        """Tell whether a shard is committed: by its manifest entry, or by dead letters for every one of its rows."""
-        return _is_committed(self.output, shard.key) or self._all_failed(shard)
+    def rows(self, task: Task) -> int:
+        """Return the rows of the task's shards."""
+        return task.rows
 
     def _label(self, shard: Shard, reader: RowReader) -> None:
         start = time.perf_counter()
@@ -88,7 +91,8 @@ class Label:
         parts: list[Labelled] = []
         failures: list[dict[str, Any]] = []
         self._require_few(failed_before, failures)
-        for rows in timed_items("read", self._rows(shard, reader)):
+        for rows, seconds in read_ahead(self._rows(shard, reader)):
+            count_seconds("read", seconds)
             parts.append(self.labelling(rows))
             failures += (_located(failure, shard) for failure in parts[-1].failures)
             self._require_few(failed_before, failures)
@@ -144,9 +148,9 @@ class Label:
         table = pa.Table.from_pylist(failures)
         write_parquet(self._dead_letter_file(shard), table.replace_schema_metadata({_ANSWERED: str(answered)}))
 
-    def _all_failed(self, shard: Shard) -> bool:
-        path = self._dead_letter_file(shard)
-        return path.exists() and bool(pq.read_metadata(path).metadata[_ANSWERED] == b"0")
+    def _all_failed(self) -> set[str]:
+        """List the shards of which every row is in the dead letters."""
+        return {path.stem for path in Path(self.dead_letters).glob("*.parquet") if _none_answered(path)}
 
 
 def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
@@ -169,17 +173,20 @@ def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list
     ]
 
 
-def _is_committed(dataset: str, key: str) -> bool:
-    """Look for an entry of its own first, then in the files into which a manifest was compacted."""
-    if entry_path(dataset, key).exists():
-        return True
-    packed = sorted(entry_path(dataset, key).parent.glob("*.jsonl"))
-    return bool(packed) and key in _keys(dataset, tuple(path.stat().st_mtime_ns for path in packed))
+def _none_answered(dead_letters: Path) -> bool:
+    return bool(pq.read_metadata(dead_letters).metadata[_ANSWERED] == b"0")
+
+
+def _committed_keys(dataset: str) -> set[str]:
+    """List the keys of committed shards without reading their entries: `write_shard` names an entry's file by its key."""
+    files = manifest_files(Path(dataset))
+    packed = tuple((file, file.stat().st_mtime_ns) for file in files if file.suffix == ".jsonl")
+    return {file.stem for file in files if file.suffix == ".json"} | _packed_keys(packed)
 
 
 @lru_cache(maxsize=16)
-def _keys(dataset: str, _changed: tuple[int, ...]) -> set[str]:
-    return committed(dataset)
+def _packed_keys(files: tuple[tuple[Path, int], ...]) -> set[str]:
+    return {entry.key for entry in read_entries([file for file, _changed in files])}
 
 
 def _counts(parts: Sequence[Labelled]) -> dict[str, int]:

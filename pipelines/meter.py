@@ -27,6 +27,11 @@ def count(name: str, value: int = 1) -> None:
     _counter(name).inc(value)
 
 
+def count_seconds(name: str, seconds: float) -> None:
+    """Add to the counter `name`_us."""
+    count(name + MICROSECONDS, round(1e6 * seconds))
+
+
 @contextmanager
 def timed(name: str) -> Iterator[None]:
     """Add the time that the block takes to the counter `name`_us."""
@@ -34,7 +39,7 @@ def timed(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        count(name + MICROSECONDS, round(1e6 * (time.perf_counter() - start)))
+        count_seconds(name, time.perf_counter() - start)
 
 
 def timed_items(name: str, items: Iterable[Value]) -> Iterator[Value]:

@@ -42,23 +42,25 @@ from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
-Item_contra = TypeVar("Item_contra", contravariant=True)
 
 
-class Work(Protocol[Item_contra]):
+class Work(Protocol[Item]):
     """What a phase does with one item; picklable, and building models only inside `__call__`."""
 
-    def __call__(self, item: Item_contra, /) -> None:
+    def __call__(self, item: Item, /) -> None:
         """Do the work of `item` and commit its file."""
 
-    def done(self, item: Item_contra, /) -> bool:
-        """Tell whether the file of `item` is committed."""
+    def remaining(self, items: Sequence[Item], /) -> list[Item]:
+        """Return what is not committed of `items`, an item of which a part is without that part.
 
-    def name(self, item: Item_contra, /) -> str:
+        Items are looked up together, so that a folder is listed once however many they are.
+        """
+
+    def name(self, item: Item, /) -> str:
         """Describe `item` for a reader of an error."""
 
-    def rows(self, item: Item_contra, /) -> tuple[int, int]:
-        """Return how many rows of `item` are committed, and how many it has."""
+    def rows(self, item: Item, /) -> int:
+        """Return how many rows `item` has."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def run_phase(
       PhaseError: an item failed in every attempt.
     """
     start, counts, retried = time.perf_counter(), Counter[str](), 0
-    todo = planned = [item for item in items if not work.done(item)]
+    todo = planned = work.remaining(items)
     for attempt in range(1, attempts + 1):
         if not todo:
             break
@@ -181,7 +183,7 @@ def run_phase(
             except WorkerLostError as e:
                 lost = str(e)
                 log.warning("%s: %s", phase, lost)
-        todo = [item for item in todo if not work.done(item)]
+        todo = work.remaining(todo)
         failed = _failures(errors)
         if todo and (
             attempt == attempts
@@ -208,9 +210,8 @@ class _Watch(Generic[Item]):
     def __init__(
         self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
     ) -> None:
-        self._pending = list(items)
-        self._finished = 0
-        self._total = sum(work.rows(item)[1] for item in items) if progress is not None else 0
+        self._pending: Sequence[Item] = items
+        self._total = sum(work.rows(item) for item in items) if progress is not None else 0
         self._work, self._progress, self._poll_s = work, progress, poll_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -231,16 +232,8 @@ class _Watch(Generic[Item]):
             self._report(self._progress)
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
-        pending, partly = [], 0
-        for item in self._pending:
-            done, rows = self._work.rows(item)
-            if done == rows:
-                self._finished += rows
-            else:
-                pending.append(item)
-                partly += done
-        self._pending = pending
-        progress(self._finished + partly, self._total)
+        self._pending = self._work.remaining(self._pending)
+        progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
 
 
 def _failures(errors: Path) -> list[dict[str, Any]]:

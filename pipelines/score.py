@@ -9,7 +9,7 @@ cannot change a choice that was made.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +71,18 @@ class Score:
         with timed("write"):
             write_parquet(self._file(unit), table.replace_schema_metadata(metadata))
 
-    def done(self, unit: Unit) -> bool:
-        """Tell whether the unit's gains are committed."""
-        return self._file(unit).exists()
+    def remaining(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units whose gains are not committed."""
+        there = {file.name for file in Path(self.output).glob("*.parquet")}
+        return [unit for unit in units if self._file(unit).name not in there]
 
     def name(self, unit: Unit) -> str:
         """Name the unit by its file and rows."""
         return unit_name(unit)
 
-    def rows(self, unit: Unit) -> tuple[int, int]:
-        """Return the rows scored and all rows."""
-        return unit.rows if self.done(unit) else 0, unit.rows
+    def rows(self, unit: Unit) -> int:
+        """Return the unit's rows."""
+        return unit.rows
 
     def _file(self, unit: Unit) -> Path:
         return gains_file(self.output, unit)

@@ -160,7 +160,8 @@ def prepare(way: str) -> None:
     if "Ray" in way:
         import ray
 
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        # One more than there are actors: the tasks that read and write wait for ever otherwise.
+        ray.init(num_cpus=3, include_dashboard=False, logging_level="error", log_to_driver=False)
 
 
 def clean_up(task: Task) -> None:

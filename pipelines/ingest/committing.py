@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-Item = TypeVar("Item", contravariant=True)
+Item = TypeVar("Item")
 
 
 class FilePerItem(Generic[Item]):
@@ -15,10 +16,10 @@ class FilePerItem(Generic[Item]):
         """Return the file whose presence commits an item."""
         raise NotImplementedError
 
-    def done(self, item: Item, /) -> bool:
-        """Tell whether the item's file is committed."""
-        return self.file(item).exists()
+    def remaining(self, items: Sequence[Item], /) -> list[Item]:
+        """Return the items whose file is not committed."""
+        return [item for item in items if not self.file(item).exists()]
 
-    def rows(self, item: Item, /) -> tuple[int, int]:
+    def rows(self, _: Item, /) -> int:
         """Count items instead of rows, whose number is not known before they are read."""
-        return int(self.done(item)), 1
+        return 1

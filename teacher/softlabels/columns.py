@@ -84,7 +84,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
         encodings = {path: encoding for path, encoding in encodings.items() if not path.startswith(f"{LOGPROBS}.")}
     return {
         "compression": "zstd",
-        "use_dictionary": [path for path in leaves if path not in encodings],
+        "use_dictionary": [path for path in leaves if path not in encodings and path != "example_id"],  # ids differ
         "column_encoding": encodings,
         "write_statistics": [
             path for path, type_ in leaves.items() if "." not in path and not pa.types.is_binary(type_)

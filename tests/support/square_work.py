@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,11 @@ class Squares:
     def name(self, item: int) -> str:
         return f"number {item}"
 
-    def rows(self, item: int) -> tuple[int, int]:
-        return int(self.done(item)), 1
+    def remaining(self, items: Sequence[int]) -> list[int]:
+        return [item for item in items if not self.done(item)]
+
+    def rows(self, _: int) -> int:
+        return 1
 
     def _file(self, item: int) -> Path:
         return Path(self.directory) / f"{item}.txt"
