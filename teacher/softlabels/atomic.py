@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from distilbeam.teacher.softlabels.places import is_remote, upload
 
 
 @contextlib.contextmanager
@@ -15,14 +18,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file is flushed to the disk before the rename and the folder after it, so that the name never leads to half a
     file, after a crash of the machine either. Writers in any number of processes on one filesystem may use the same
-    path: the last rename wins and each of them is whole.
+    path: the last rename wins and each of them is whole. In an object store the file is uploaded instead, and the last
+    upload wins.
 
     Args:
       path: the final name; its folder is made where it is missing.
 
     Yields:
-      A name in the same folder that begins with a dot, which readers of the folder pass over.
+      A name in the same folder that begins with a dot, which readers of the folder pass over; for an object store one
+      among the system's temporary files.
+
+    Raises:
+      StoreError: an object store did not take the file.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="distilbeam-upload-") as folder:
+            yield Path(folder) / path.name
+            upload(Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:

@@ -14,11 +14,13 @@ from distilbeam.teacher.softlabels.manifest import (
     FOLDER,
     Manifest,
     manifest_files,
+    manifest_of,
     read_entries,
     read_manifest,
     require_same_meaning,
     write_entry,
 )
+from distilbeam.teacher.softlabels.places import identities, is_remote, remove_files, to_path
 
 
 def compact_manifest(path: str | Path) -> Path:
@@ -36,18 +38,17 @@ def compact_manifest(path: str | Path) -> Path:
     Raises:
       ValueError: no manifest, or one that cannot be read.
     """
-    directory = Path(path)
-    read_manifest(directory)
-    files = {file: _identity(file) for file in manifest_files(directory)}
-    entries = sorted(read_entries(list(files)), key=lambda entry: entry.path)
+    directory = to_path(path)
+    files = identities(manifest_files(directory))
+    entries = manifest_of(directory, read_entries(list(files))).entries
     text = "".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in entries)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     target = directory / FOLDER / f"gathered-{digest}.jsonl"
     with replacing(target) as temporary:
         temporary.write_text(text)
-    for file, identity in files.items():
-        if file != target and _identity(file) == identity:  # an entry that was written anew meanwhile stays
-            file.unlink()
+    gathered = [file for file in files if file != target]
+    now = identities(gathered)
+    remove_files([file for file in gathered if now.get(file) == files[file]])  # one that was written anew stays
     return target
 
 
@@ -63,16 +64,16 @@ def merge_manifests(target: str | Path, sources: Sequence[str | Path]) -> Manife
       The manifest of `target`.
 
     Raises:
-      ValueError: the sources do not mean the same, or one has no manifest.
+      ValueError: the sources do not mean the same, one has no manifest, or they are not where the target is: in the same
+        bucket, or all on the file system.
     """
-    directory = Path(target)
+    directory = to_path(target)
     manifests = [read_manifest(source) for source in sources]
     for other in manifests[1:]:
         require_same_meaning(other.directory, manifests[0].entries[0], other.entries[0])
     entries = {entry.key: (entry, manifest.directory) for manifest in manifests for entry in manifest.entries}
     for entry, origin in entries.values():
-        relative = os.path.relpath((origin / entry.path).resolve(), directory.resolve())
-        write_entry(directory, replace(entry, path=Path(relative).as_posix()))
+        write_entry(directory, replace(entry, path=_relative(origin / entry.path, directory)))
     return read_manifest(directory)
 
 
@@ -89,9 +90,11 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
     Raises:
       ValueError: an entry that cannot be read.
     """
-    directory = Path(path)
+    directory = to_path(path)
     removed: list[Path] = []
-    for file in manifest_files(directory):
+    for file in manifest_files(directory) if keys else ():
+        if file.suffix == ".json" and file.stem not in keys:  # `write_entry` names the file by the key
+            continue
         entries = read_entries([file])
         kept = [entry for entry in entries if entry.key not in keys]
         removed += [directory / entry.path for entry in entries if entry.key in keys]
@@ -100,10 +103,14 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
         elif len(kept) < len(entries):
             with replacing(file) as temporary:
                 temporary.write_text("".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in kept))
-    for shard in removed:
-        shard.unlink(missing_ok=True)
+    remove_files(removed)
 
 
-def _identity(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_ino, stat.st_mtime_ns
+def _relative(file: Path, directory: Path) -> str:
+    """Return the path of a shard's file as an entry of the dataset in `directory` names it."""
+    if is_remote(file) == is_remote(directory) and file.anchor == directory.anchor:
+        return Path(os.path.relpath(str(file.resolve()), str(directory.resolve()))).as_posix()
+    raise ValueError(
+        f"datasets must be in one bucket, or all on the file system, to be merged without copying them: {file.parent} and "
+        f"{directory}; copy one beside the other"
+    )

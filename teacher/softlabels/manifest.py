@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.places import joined, read_texts, to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 FOLDER = "_manifest"
@@ -90,12 +91,12 @@ class Manifest:
 
     def paths(self) -> list[Path]:
         """List the shards' files."""
-        return [self.directory / entry.path for entry in self.entries]
+        return [joined(self.directory, entry.path) for entry in self.entries]
 
 
 def entry_path(directory: str | Path, key: str) -> Path:
     """Return the file of the manifest entry that `write_shard` writes for a key."""
-    return Path(directory) / FOLDER / f"{key}.json"
+    return to_path(directory) / FOLDER / f"{key}.json"
 
 
 def write_entry(directory: str | Path, entry: ManifestEntry) -> None:
@@ -117,8 +118,13 @@ def read_manifest(path: str | Path) -> Manifest:
       ValueError: no manifest, an entry that cannot be read, shards that do not mean the same, one file under two keys,
         or an unknown major format version.
     """
-    directory = Path(path)
-    entries = sorted(_entries(directory), key=lambda entry: (entry.path, entry.key))
+    directory = to_path(path)
+    return manifest_of(directory, _entries(directory))
+
+
+def manifest_of(directory: Path, found: Sequence[ManifestEntry]) -> Manifest:
+    """Make the manifest of a dataset of its entries; see `read_manifest`."""
+    entries = sorted(found, key=lambda entry: (entry.path, entry.key))
     if not entries:
         raise ValueError(
             f"{directory} has no soft labels: there is no entry in {directory / FOLDER}; label something first"
@@ -143,7 +149,7 @@ def committed(path: str | Path) -> set[str]:
     Raises:
       ValueError: an entry that cannot be read.
     """
-    return {entry.key for entry in _entries(Path(path))}
+    return {entry.key for entry in _entries(to_path(path))}
 
 
 def read_entries(files: Sequence[Path]) -> list[ManifestEntry]:
@@ -154,8 +160,8 @@ def read_entries(files: Sequence[Path]) -> list[ManifestEntry]:
       FileNotFoundError: another process has removed a file.
     """
     found: dict[str, ManifestEntry] = {}
-    for file in files:
-        for line in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+    for file, text in zip(files, read_texts(files), strict=True):
+        for line in text.splitlines() if file.suffix == ".jsonl" else [text]:
             try:
                 entry = ManifestEntry.from_json(json.loads(line))
             except ValueError as e:

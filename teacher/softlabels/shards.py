@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns, label_schema, parquet_options
 from distilbeam.teacher.softlabels.manifest import ManifestEntry, write_entry
+from distilbeam.teacher.softlabels.places import to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -52,7 +53,7 @@ def write_shard(
             raise ValueError(f"{what} must be letters, digits, '.', '_', '=' and '-', got '{text}'")
     schema, batches = _stream(rows)
     schema = _checked(schema, spec)
-    target = Path(directory) / f"{name}.parquet"
+    target = to_path(directory) / f"{name}.parquet"
     with replacing(target) as temporary:
         count = _write(temporary, schema, batches, name)
         size, checksum = temporary.stat().st_size, file_checksum(temporary)
