@@ -12,12 +12,15 @@ import glob
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from distilbeam.pipelines.remote_pool import list_pool, metadata_of, read_footers
+from distilbeam.teacher.softlabels.places import StoreError, is_remote, readable, to_path
 
 BATCH_BYTES = 16 * 2**20  # of a batch that is worked on; a few of them are held at a time
 
@@ -70,6 +73,36 @@ class Pool:
         return hashlib.blake2b("\n".join(unit.uid for unit in self.units).encode(), digest_size=8).hexdigest()
 
 
+@dataclass(frozen=True)
+class _PoolFile:
+    """A file as it is planned: its name relative to the pool's root, where it is, its footer and a hash of that."""
+
+    name: str
+    path: str
+    metadata: pq.FileMetaData
+    digest: str
+
+
+def plan_pool(where: Path, target_rows: int, what: str = "pool") -> Pool:
+    """Plan the files that a path, a directory or a glob pattern names, on a file system or in an object store.
+
+    Args:
+      where: the files; see `places.to_path`.
+      target_rows: row groups are merged until a unit has this many rows.
+      what: the setting to name in errors.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: nothing is there, or the files make no pool; see `plan_units`.
+      StoreError: an object store cannot be read.
+    """
+    if not is_remote(where):
+        return plan_units(find_files(where, what), target_rows, what, root_of(where))
+    return _planned(_in_store(where, what), target_rows, what)
+
+
 def find_files(pattern: str | Path, what: str = "pool") -> list[Path]:
     """List the Parquet files that a path, a directory or a glob pattern names, sorted.
 
@@ -82,9 +115,7 @@ def find_files(pattern: str | Path, what: str = "pool") -> list[Path]:
     else:
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(pattern), recursive=True)]  # noqa: PTH207  # absolute patterns
     if not found:
-        raise ValueError(
-            f"{what} must name Parquet files, a directory of them or a glob pattern; nothing is at {pattern}"
-        )
+        raise _nothing(what, pattern)
     return sorted(found)
 
 
@@ -114,38 +145,20 @@ def plan_units(files: Sequence[Path], target_rows: int, what: str = "pool", root
       ValueError: a file that is not Parquet, differing columns, or no rows at all.
     """
     root = root or Path(os.path.commonpath([str(f.parent.resolve()) for f in files]))
-    units: list[Unit] = []
-    digests: list[tuple[str, str]] = []
-    schema: pa.Schema | None = None
-    pool_row = 0
-    for path in files:
-        metadata = open_parquet(path, what).metadata
-        schema = _same_columns(schema, metadata.schema.to_arrow_schema(), path, what)
-        name, digest = str(path.resolve().relative_to(root)), _footer_digest(path)
-        digests.append((name, digest))
-        for groups, first_row, sizes in _merge_row_groups(metadata, target_rows):
-            rows = sum(sizes)
-            identity = f"{name}|{digest}|{first_row}|{rows}"
-            uid = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-            units.append(Unit(uid, str(path.resolve()), groups, first_row, pool_row, rows, sizes))
-            pool_row += rows
-    if not units or schema is None:
-        raise ValueError(
-            f"{what} must have at least one row; its {len(files)} file(s), the first {files[0]}, have none"
-        )
-    return Pool(tuple(digests), tuple(units), tuple(schema.names))
+    return _planned((_on_disk(path, root, what) for path in files), target_rows, what)
 
 
 def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
     """Open a Parquet file, or say in a sentence why it cannot be."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
+        # checksums of pages that have one; the chunks of a row group in a store are fetched together
+        return pq.ParquetFile(readable(to_path(path)), page_checksum_verification=True, pre_buffer=is_remote(path))
     except FileNotFoundError as e:
         raise ValueError(f"{what}: no such file: {path}") from e
+    except StoreError:
+        raise
     except (pa.ArrowInvalid, OSError) as e:
-        raise ValueError(
-            f"{what}: {path} cannot be read as Parquet ({_first_line(e)}); write it again or take it out"
-        ) from e
+        raise _not_parquet(what, path, _first_line(e)) from e
 
 
 def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -180,8 +193,68 @@ def read_groups(
         yield from file.iter_batches(
             batch_size=bounded, row_groups=list(row_groups), columns=list(columns), use_threads=False
         )
+    except StoreError:
+        raise
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+
+
+def _planned(files: Iterable[_PoolFile], target_rows: int, what: str) -> Pool:
+    units: list[Unit] = []
+    planned: list[_PoolFile] = []
+    schema: pa.Schema | None = None
+    pool_row = 0
+    for file in files:
+        planned.append(file)
+        schema = _same_columns(schema, file.metadata.schema.to_arrow_schema(), file.path, what)
+        for groups, first_row, sizes in _merge_row_groups(file.metadata, target_rows):
+            rows = sum(sizes)
+            identity = f"{file.name}|{file.digest}|{first_row}|{rows}"
+            uid = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+            units.append(Unit(uid, file.path, groups, first_row, pool_row, rows, sizes))
+            pool_row += rows
+    if not units or schema is None:
+        raise ValueError(
+            f"{what} must have at least one row; its {len(planned)} file(s), the first {planned[0].path}, have none"
+        )
+    return Pool(tuple((file.name, file.digest) for file in planned), tuple(units), tuple(schema.names))
+
+
+def _on_disk(path: Path, root: Path, what: str) -> _PoolFile:
+    metadata = open_parquet(path, what).metadata
+    with path.open("rb") as f:
+        size = f.seek(-8, os.SEEK_END) + 8
+        length = int.from_bytes(f.read(4), "little")
+        f.seek(-8 - length, os.SEEK_END)
+        digest = _digest(f.read(length), size)
+    full = path.resolve()
+    return _PoolFile(str(full.relative_to(root)), str(full), metadata, digest)
+
+
+def _in_store(where: Path, what: str) -> Iterator[_PoolFile]:
+    files = list_pool(where)
+    if not files:
+        raise _nothing(what, where)
+    for file, footer in read_footers(files):
+        try:
+            metadata = metadata_of(footer)
+        except (pa.ArrowException, OSError) as e:
+            raise _not_parquet(
+                what, file.path, _first_line(e) if footer else "it does not end as Parquet files do"
+            ) from e
+        yield _PoolFile(file.name, str(file.path), metadata, _digest(footer, file.bytes))
+
+
+def _digest(footer: bytes, size: int) -> str:
+    return hashlib.blake2b(footer + str(size).encode(), digest_size=16).hexdigest()
+
+
+def _nothing(what: str, where: str | Path) -> ValueError:
+    return ValueError(f"{what} must name Parquet files, a directory of them or a glob pattern; nothing is at {where}")
+
+
+def _not_parquet(what: str, path: str | Path, reason: str) -> ValueError:
+    return ValueError(f"{what}: {path} cannot be read as Parquet ({reason}); write it again or take it out")
 
 
 def _row_bytes(metadata: pq.FileMetaData, row_groups: Sequence[int], columns: Sequence[str]) -> int:
@@ -207,15 +280,7 @@ def _merge_row_groups(
             start, first_row, rows, sizes = group + 1, first_row + rows, 0, []
 
 
-def _footer_digest(path: Path) -> str:
-    with path.open("rb") as f:
-        size = f.seek(-8, os.SEEK_END) + 8
-        length = int.from_bytes(f.read(4), "little")
-        f.seek(-8 - length, os.SEEK_END)
-        return hashlib.blake2b(f.read(length) + str(size).encode(), digest_size=16).hexdigest()
-
-
-def _same_columns(first: pa.Schema | None, schema: pa.Schema, path: Path, what: str) -> pa.Schema:
+def _same_columns(first: pa.Schema | None, schema: pa.Schema, path: str, what: str) -> pa.Schema:
     if first is None:
         return schema
     expected, found = ({field.name: field.type for field in s} for s in (first, schema))
