@@ -1,12 +1,14 @@
 from .calibration import Calibration as Calibration
 from .calibration import expected_calibration_error as expected_calibration_error
 from .calibration import fit_temperature as fit_temperature
+from .capped import capped_marginals as capped_marginals
 from .debias import DebiasEstimator as DebiasEstimator
 from .debias import debias_weight as debias_weight
 from .debias import rescale as rescale
 from .gains import entropy_gain as entropy_gain
 from .gains import least_confidence_gain as least_confidence_gain
 from .gains import margin_gain as margin_gain
+from .local_errors import LocalErrors as LocalErrors
 from .noise import TeacherErrors as TeacherErrors
 from .noise import TeacherNoise as TeacherNoise
 from .noise import teacher_errors as teacher_errors

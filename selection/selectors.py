@@ -7,6 +7,9 @@
 | uniform | chance | nothing | distributes |
 | margin, entropy, least-confidence | the largest gains | logits | distributes |
 | rad | the game against the teacher's mistakes | logits, the number of wrong labels | distributes |
+| rad-loss | the game in which a wrong label also costs | logits, the number of wrong labels | distributes |
+| rad-capped | the game with local bounds of the error rate | logits, local errors and caps | distributes |
+| correct-gain | the largest expected gains of right labels | logits, local errors | distributes |
 | k-center | points that cover the embedding space | embeddings | in memory |
 | cluster-margin | small margins, spread over clusters | logits, embeddings | candidates in memory |
 | badge | large gradients in different directions | logits, embeddings | in memory |
@@ -46,12 +49,16 @@ class CandidatePool:
       logits: float [n, C], the student's, or None.
       embeddings: float [n, d], for instance the student's last hidden layer, or None.
       labelled_embeddings: float [m, d] of the examples that have a label already; None counts as none.
+      errors: float [n] in [0, 1], the teacher's estimated error rate at each example (`LocalErrors`), or None.
+      caps: float [n] in [0, 1], the largest error rate that is believable at each example, or None.
     """
 
     size: int
     logits: npt.NDArray[np.floating] | None = None
     embeddings: npt.NDArray[np.floating] | None = None
     labelled_embeddings: npt.NDArray[np.floating] | None = None
+    errors: npt.NDArray[np.floating] | None = None
+    caps: npt.NDArray[np.floating] | None = None
 
     def require_logits(self, selector: str) -> Floats:
         """Return the logits in float64.
@@ -74,6 +81,20 @@ class CandidatePool:
         if self.embeddings is None:
             raise ValueError(f"embeddings must be given for the selector {selector}, got none")
         return _as_embeddings("embeddings", self.embeddings, self.size)
+
+    def require_rates(self, field: str, selector: str) -> Floats:
+        """Return `errors` or `caps` in float64.
+
+        Raises:
+          ValueError: there are none, their number is not n, or one is outside [0, 1].
+        """
+        rates = getattr(self, field)
+        if rates is None:
+            raise ValueError(f"{field} must be given for the selector {selector}, got none; LocalErrors estimates them")
+        array = np.asarray(rates, np.float64)
+        require_same_length(pool=np.empty(self.size), **{field: array})
+        require_each(field, array, (array >= 0) & (array <= 1), "between 0 and 1")
+        return array
 
     def centres(self, dimension: int) -> Floats:
         """Return the labelled embeddings in float64, [0, dimension] if there are none."""
@@ -216,14 +237,16 @@ def mask(indices: npt.NDArray[np.integer], size: int) -> Bools:
 
 
 def _makers() -> dict[str, Callable[..., Selector]]:
-    from distilbeam.selection.diverse import Badge, ClusterMargin, KCenter  # diverse.py imports this module
+    from distilbeam.selection.diverse import Badge, ClusterMargin, KCenter  # these two import this module
+    from distilbeam.selection.robust import CorrectGain, RadCapped, RadLoss
 
     def top(gain: str) -> Callable[[], Selector]:
         return lambda: TopGain(gain=gain)
 
     gains: dict[str, Callable[..., Selector]] = {gain: top(gain) for gain in GAINS}
     diverse = {"k-center": KCenter, "cluster-margin": ClusterMargin, "badge": Badge}
-    return {"uniform": Uniform, **gains, "rad": Rad, **diverse}
+    robust = {"rad": Rad, "rad-loss": RadLoss, "rad-capped": RadCapped, "correct-gain": CorrectGain}
+    return {"uniform": Uniform, **gains, **robust, **diverse}
 
 
 def _as_embeddings(field: str, embeddings: npt.ArrayLike, size: int) -> Floats:

@@ -11,7 +11,8 @@ from distilbeam.selection.selectors import CandidatePool, distributing, names, s
 
 
 def pool_of(size, rng, classes=4, dimension=5):
-    return CandidatePool(size, rng.normal(size=(size, classes)), rng.normal(size=(size, dimension)))
+    logits, points, errors = rng.normal(size=(size, classes)), rng.normal(size=(size, dimension)), rng.random(size) / 2
+    return CandidatePool(size, logits, points, errors=errors, caps=2 * errors)
 
 
 @pytest.mark.parametrize("name", names())
@@ -26,13 +27,15 @@ def test_exactly_the_budget_and_reproducible(name, budget):
 
 @pytest.mark.parametrize("name", names())
 def test_coincident_points_and_equal_logits(name):
-    pool = CandidatePool(30, np.zeros((30, 3)), np.ones((30, 2)))
+    same = np.full(30, 0.2)
+    pool = CandidatePool(30, np.zeros((30, 3)), np.ones((30, 2)), errors=same, caps=same)
     assert selector(name).select(pool, 11, np.random.default_rng(2)).sum() == 11
 
 
 def test_which_distribute():
-    assert names() == ("uniform", "margin", "entropy", "least-confidence", "rad", "k-center", "cluster-margin", "badge")
-    assert distributing() == ("uniform", "margin", "entropy", "least-confidence", "rad")
+    gains, games = ("margin", "entropy", "least-confidence"), ("rad", "rad-loss", "rad-capped", "correct-gain")
+    assert names() == ("uniform", *gains, *games, "k-center", "cluster-margin", "badge")
+    assert distributing() == ("uniform", *gains, *games)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_refusals():
         selector("uniform").select(pool, 31, rng)
     message = (
         "^pool must hold at most 20 examples for the selector k-center, which compares examples with each other in memory, "
-        "got 30; use uniform, margin, entropy, least-confidence, rad, or a random part of the pool$"
+        "got 30; use uniform, margin, entropy, least-confidence, rad, rad-loss, rad-capped, correct-gain, or a random part of the pool$"
     )
     with pytest.raises(ValueError, match=message):
         selector("k-center", limit=20).select(pool, 5, rng)

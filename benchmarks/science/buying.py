@@ -1,0 +1,173 @@
+"""Rounds of choosing, asking the teacher and training: what a run of the product does, in memory.
+
+Each round the student of the round before is asked about the pool, a selector chooses, the teacher's labels are added, and
+a student is trained from random weights on the human labels and everything bought so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.science.problems import Indices, Problem
+from benchmarks.science.training import SoftRows, accuracy, embeddings_of, fit, logits_of
+from distilbeam.selection.gains import margin_gain
+from distilbeam.selection.local_errors import LocalErrors
+from distilbeam.selection.noise import TeacherNoise, teacher_errors
+from distilbeam.selection.selectors import CandidatePool, selector
+
+# cumulative shares of the pool after each round
+SCHEDULES = {"small": (0.02, 0.05, 0.10), "large": (0.125, 0.25, 0.50)}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known when a round's labels are to be chosen.
+
+    Attributes:
+      problem: the problem; its truth is for nobody but `oracle`.
+      student: of the round before.
+      left: rows of the pool that are not bought.
+      bought: rows that are.
+      number: of the round, from 0.
+    """
+
+    problem: Problem
+    student: nn.Module
+    left: Indices
+    bought: Indices
+    number: int
+
+    def pool(self, embeddings: bool = False, errors: bool = False) -> CandidatePool:
+        """Describe the pool to a selector."""
+        problem, known = self.problem, np.concatenate([self.problem.labelled, self.bought])
+        logits = logits_of(self.student, problem, self.left)
+        more: dict[str, Any] = {}
+        if embeddings:
+            more["embeddings"] = embeddings_of(self.student, problem, self.left)
+            more["labelled_embeddings"] = embeddings_of(self.student, problem, known)
+        if errors:
+            fitted, gains = self.local_errors(), margin_gain(logits)
+            more |= {"errors": fitted.errors(gains), "caps": fitted.caps(gains)}
+        return CandidatePool(len(self.left), logits, **more)
+
+    def local_errors(self) -> LocalErrors:
+        """Fit where the teacher errs, on the validation set and on what was bought."""
+        problem = self.problem
+        rows = np.concatenate([problem.validation, self.bought])
+        noise = TeacherNoise.fit(
+            problem.teacher_logprobs()[problem.validation], problem.truth[problem.validation], floor=0.0
+        )
+        seen = (~problem.right[problem.validation]).astype(float)
+        expected = 1 - noise.accuracy(problem.teacher_logprobs()[self.bought]) if len(self.bought) else np.zeros(0)
+        gains = margin_gain(logits_of(self.student, problem, rows))
+        return LocalErrors.fit(gains, np.concatenate([seen, expected]))
+
+    @property
+    def wrong(self) -> float:
+        """k: how many labels of what is left the teacher is expected to get wrong."""
+        problem = self.problem
+        held_out = problem.validation
+        return teacher_errors(problem.teacher_logprobs()[held_out], problem.truth[held_out], len(self.left)).wrong
+
+
+Chooser = Callable[[Situation, int, np.random.Generator], np.ndarray]
+
+
+def _plain(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    return selector(name).select(situation.pool(), budget, rng)
+
+
+def _game(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    return selector(name, wrong=situation.wrong).select(situation.pool(), budget, rng)
+
+
+def _embedded(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    return selector(name).select(situation.pool(embeddings=True), budget, rng)
+
+
+def _local(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    return selector(name).select(situation.pool(errors=True), budget, rng)
+
+
+def _oracle(situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose the largest margins among the labels that are right: what no method can know."""
+    pool = situation.pool()
+    errors = (~situation.problem.right[situation.left]).astype(float)
+    return selector("correct-gain").select(CandidatePool(pool.size, pool.logits, errors=errors), budget, rng)
+
+
+PUBLISHED: dict[str, Chooser] = {
+    **{name: partial(_plain, name) for name in ("uniform", "margin", "entropy")},
+    **{name: partial(_embedded, name) for name in ("k-center", "cluster-margin", "badge")},
+    **{name: partial(_game, name) for name in ("rad", "rad-loss")},
+}
+OURS: dict[str, Chooser] = {name: partial(_local, name) for name in ("rad-capped", "correct-gain")}
+BOUNDS: dict[str, Chooser] = {"oracle": _oracle}
+METHODS = {**PUBLISHED, **OURS, **BOUNDS}
+
+
+def soft_rows(problem: Problem, rows: Indices, kind: str) -> SoftRows:
+    """Ask the teacher about rows."""
+    index = torch.from_numpy(rows)
+    logprobs = torch.from_numpy(problem.teacher_logprobs(kind)[rows])
+    return SoftRows({"inputs": problem.inputs[index], "teacher_logprobs": logprobs})
+
+
+def first_student(problem: Problem) -> nn.Module:
+    """Train the student of the human labels alone; the same for all methods."""
+    if (student := problem.__dict__.get("_first")) is None:
+        student = fit(problem, None, problem.human(problem.labelled))
+        problem.__dict__["_first"] = student
+    return student
+
+
+def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict[str, Any]]:
+    """Buy in rounds and measure after each.
+
+    Args:
+      problem: what about.
+      method: a key of `METHODS`.
+      schedule: a key of `SCHEDULES`.
+      kind: the labels the student learns from: `calibrated`, `soft` or `hard`.
+
+    Returns:
+      For each round `budget` (share of the pool), `bought` (labels), `accuracy` of the student on the test rows,
+      `teacher_error` among all that was bought, `gain_expected` (mean margin gain of the round's labels times the
+      validation accuracy) and `gain_correct` (the same over the labels that are right), `select_s` (processor seconds of
+      scoring and choosing), `rows` (what was bought in the round).
+    """
+    student, bought, left = first_student(problem), np.zeros(0, np.int64), problem.pool
+    human, figures = problem.human(problem.labelled), []
+    for number, share in enumerate(SCHEDULES[schedule]):
+        budget = round(share * len(problem.pool)) - len(bought)
+        start = time.process_time()
+        situation = Situation(problem, student, left, bought, number)
+        chosen = METHODS[method](situation, budget, problem.rng(number, 1))
+        seconds = time.process_time() - start
+        gains = margin_gain(logits_of(student, problem, left[chosen]))
+        right = problem.right[left[chosen]]
+        bought, new = np.concatenate([bought, left[chosen]]), left[chosen]
+        left = left[~chosen]
+        student = fit(problem, soft_rows(problem, bought, kind), human)
+        figures.append(
+            {
+                "round": number,
+                "budget": share,
+                "bought": len(bought),
+                "accuracy": accuracy(student, problem),
+                "teacher_error": float((~problem.right[bought]).mean()),
+                "gain_expected": float(gains.mean() * problem.right[problem.validation].mean()),
+                "gain_correct": float((gains * right).mean()),
+                "select_s": seconds,
+                "rows": new.tolist(),
+            }
+        )
+    return figures

@@ -1,0 +1,185 @@
+"""What the studies' commands share: arguments, datasets, and the order in which cells are computed."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.science.cells import Cell, Key, Store, run
+from benchmarks.science.cifar import cifar10, cifar10_patches
+from benchmarks.science.clinc import clinc150
+from benchmarks.science.digits import digits
+from benchmarks.science.problems import Dataset, Problem
+from benchmarks.science.synthetic import synthetic
+
+KEPT_ASIDE = "cifar10-patches"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "science"
+QUICK_TEACHERS = {
+    "digits": ("20 labels", "50 labels"),
+    "synthetic": ("error 0.3, correlation 0, random, informative", "error 0.3, correlation 1, runner-up, informative"),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a study was asked to do.
+
+    Attributes:
+      datasets: with the teachers wanted.
+      seeds: the numbers of the seeds.
+      store: the cells' directory.
+      minutes: of this call, or None.
+      out: directory of the results.
+      quick: whether this is the short form.
+      parts: of the study that are wanted.
+    """
+
+    datasets: tuple[Dataset, ...]
+    seeds: range
+    store: Store
+    minutes: float | None
+    out: Path
+    quick: bool
+    parts: tuple[str, ...]
+
+
+def arguments(description: str | None, default: Sequence[str], parts: Sequence[str]) -> Arguments:
+    """Read a study's command line.
+
+    Args:
+      description: the study's module docstring.
+      default: names of the datasets of the full study.
+      parts: names of the study's parts, the most wanted first; --quick is the first of them.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="directory with clinc150.parquet and cifar10-*.parquet")
+    parser.add_argument("--quick", action="store_true", help="digits and synthetic data, two seeds, without --data")
+    parser.add_argument("--work", type=Path, help="directory of the cells; a stopped study goes on there")
+    parser.add_argument(
+        "--minutes", type=float, help="stop computing new cells after so long, and report what is there"
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds (5; 2 for --quick)")
+    parser.add_argument("--datasets", nargs="+", default=list(default), help="which datasets")
+    parser.add_argument("--parts", nargs="+", choices=parts, help="which parts of the study to compute")
+    parser.add_argument("--out", type=Path, help="directory of the results")
+    parser.add_argument("--device", default="cpu", help="for the dataset cifar10")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if not given.quick and given.data is None and set(given.datasets) - {"digits", "synthetic"}:
+        parser.error("--data DIR is needed, or --quick, or --datasets digits synthetic")
+    work = given.work or Path(tempfile.mkdtemp(prefix="science-"))
+    names = [name for name in given.datasets if name in QUICK_TEACHERS] if given.quick else given.datasets
+    datasets = [_dataset(name, given.data, work, given.device, given.quick) for name in names or ["digits"]]
+    seeds = range(given.seeds or (2 if given.quick else 5))
+    out = given.out or (work / "results" if given.quick else RESULTS)
+    wanted = tuple(given.parts or (parts[:1] if given.quick else parts))
+    return Arguments(tuple(datasets), seeds, Store(work / "cells"), given.minutes, out, given.quick, wanted)
+
+
+def _dataset(name: str, data: Path, work: Path, device: str, quick: bool) -> Dataset:
+    makers: dict[str, Callable[[], Dataset]] = {
+        "digits": digits,
+        "synthetic": synthetic,
+        "clinc150": lambda: clinc150(data),
+        "cifar10-patches": lambda: cifar10_patches(data, work),
+        "cifar10": lambda: cifar10(data, device),
+    }
+    if name not in makers:
+        raise SystemExit(f"--datasets must be of {', '.join(makers)}, got {name}")
+    dataset = makers[name]()
+    if not quick:
+        return dataset
+    return replace(dataset, teachers={teacher: dataset.teachers[teacher] for teacher in QUICK_TEACHERS[name]})
+
+
+@lru_cache(maxsize=2)
+def _problem(
+    make: Callable[[dict[str, Any], int], Problem], settings: tuple[tuple[str, Any], ...], seed: int
+) -> Problem:
+    return make(dict(settings), seed)
+
+
+def problem_of(dataset: Dataset, teacher: str, seed: int) -> Problem:
+    """Make a problem, or give the one that was made last."""
+    return _problem(dataset.make, tuple(dataset.teachers[teacher].items()), seed)
+
+
+def make_cells(
+    given: Arguments,
+    study: str,
+    recipe: int,
+    options: Sequence[dict[str, Any]],
+    compute: Callable[[Problem, dict[str, Any]], list[dict[str, Any]]],
+    wanted: Callable[[Dataset, dict[str, Any]], bool] = lambda *_: True,
+) -> list[Cell]:
+    """Make the cells of a study: option by option, so that problems are used while they are there, and seed by seed.
+
+    Args:
+      given: the study's arguments.
+      study: its name.
+      recipe: counted up when `compute` comes to mean something else.
+      options: what distinguishes the cells of one problem, plain data.
+      compute: from a problem and options to rows of figures.
+      wanted: whether a dataset is to have these options.
+    """
+    cells = []
+    for seed in given.seeds:
+        for dataset in given.datasets:
+            for teacher, settings in dataset.teachers.items():
+                for chosen in options:
+                    if not wanted(dataset, chosen):
+                        continue
+                    key = {
+                        "study": study,
+                        "recipe": recipe,
+                        "dataset": dataset.name,
+                        "dataset_recipe": dataset.recipe,
+                        "about": dataset.about,
+                        "teacher": teacher,
+                        "settings": settings,
+                        "seed": seed,
+                        **chosen,
+                    }
+                    cells.append(Cell(key, _computed(compute, dataset, teacher, seed, chosen)))
+    return cells
+
+
+def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Compute and give all rows, each with its cell's key."""
+    return [_flat(key) | row for key, rows in run(given.store, cells, given.minutes, _say) for row in rows]
+
+
+def _computed(
+    compute: Callable[[Problem, dict[str, Any]], list[dict[str, Any]]],
+    dataset: Dataset,
+    teacher: str,
+    seed: int,
+    chosen: dict[str, Any],
+) -> Callable[[], list[dict[str, Any]]]:
+    def rows() -> list[dict[str, Any]]:
+        problem = problem_of(dataset, teacher, seed)
+        calibration = problem.calibration
+        about = {
+            "teacher_accuracy": problem.teacher_accuracy,
+            "temperature": calibration.temperature,
+            "teacher_ece": calibration.ece_before,
+            "teacher_ece_calibrated": calibration.ece_after,
+        }
+        return [about | row for row in compute(problem, chosen)]
+
+    return rows
+
+
+def _flat(key: Key) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name not in ("settings", "recipe", "dataset_recipe", "about")}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

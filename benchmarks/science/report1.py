@@ -1,0 +1,2 @@
+def write_report(given, rows):
+    print(len(rows))
