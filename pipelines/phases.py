@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import sys
 import tempfile
 import threading
@@ -23,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +36,9 @@ from threadpoolctl import ThreadpoolController
 from distilbeam.pipelines.beam_options import spread_over_tasks
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.meter import count, totals
+from distilbeam.pipelines.warm_workers import in_processes, local_runner
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
+from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_folder, to_path
 
 log = logging.getLogger("distilbeam.phases")
 
@@ -100,7 +101,7 @@ class _Run(beam.DoFn, Generic[Item]):
                 "message": str(e),
                 "traceback": traceback.format_exc(),
             }
-            _keep(record, Path(self.errors))
+            _keep(record, to_path(self.errors))
 
 
 def _keep(record: dict[str, Any], errors: Path) -> None:
@@ -175,7 +176,7 @@ def run_phase(
         if not todo:
             break
         for place in (errors, _elsewhere(errors)):
-            shutil.rmtree(place, ignore_errors=True)
+            remove_folder(place)
         lost = ""
         with _Watch(work, items, progress, poll_s):
             try:
@@ -198,7 +199,8 @@ def run_phase(
 
 def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> Counter[str]:
     spread_over_tasks(options)
-    pipeline = beam.Pipeline(options=options)
+    runner, local = local_runner(options) if in_processes(options) else (None, options)
+    pipeline = beam.Pipeline(runner, local)
     run: Any = _Run(phase, work, str(errors))
     _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)
     return totals(run_watched(pipeline, options))
@@ -229,7 +231,8 @@ class _Watch(Generic[Item]):
     def _watch(self) -> None:
         assert self._progress is not None
         while not self._stop.wait(self._poll_s):
-            self._report(self._progress)
+            with suppress(StoreError):  # the next look will tell
+                self._report(self._progress)
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
         self._pending = self._work.remaining(self._pending)
@@ -237,7 +240,7 @@ class _Watch(Generic[Item]):
 
 
 def _failures(errors: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for place in (errors, _elsewhere(errors)) for path in sorted(place.glob("*.json"))]
+    return [read_json(path) for place in (errors, _elsewhere(errors)) for path in sorted(list_files(place, "*.json"))]
 
 
 def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:

@@ -16,9 +16,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import psutil
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions
 
-_WORKER = "sdk_worker_main"
+from distilbeam.pipelines.warm_workers import CLIENT, in_processes
+
 _given_up = threading.Event()
 
 
@@ -42,7 +43,7 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
       WorkerLostError: a worker process died.
       Exception: whatever the pipeline raises.
     """
-    if options.view_as(DirectOptions).direct_running_mode != "multi_processing":
+    if not in_processes(options):
         return _finished(pipeline)
     outcome: Future[Any] = Future()
     threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
@@ -106,7 +107,7 @@ def _workers() -> list[psutil.Process]:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return any(_WORKER in word for word in process.cmdline())
+        return any(CLIENT in word for word in process.cmdline())
     except psutil.Error:
         return False
 

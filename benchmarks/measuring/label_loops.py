@@ -17,11 +17,13 @@ import torch
 from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.config import LabelConfig, parse_label_config
 from distilbeam.pipelines.labelling_job import LabellingJob, opened_job
+from distilbeam.pipelines.warm_workers import local_runner
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.pools import Teacher
 
 BATCH = 16384
+PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,7 @@ WAYS: dict[str, Callable[[Task], None]] = {
     "distilbeam, 2 threads": lambda task: distilbeam(
         task, "--direct_running_mode=multi_threading", "--direct_num_workers=2"
     ),
-    "distilbeam, 2 processes": lambda task: distilbeam(
-        task, "--direct_running_mode=multi_processing", "--direct_num_workers=2"
-    ),
+    "distilbeam, 2 processes": lambda task: distilbeam(task, *PROCESSES),
     "distilbeam, Dask with 2 processes": distilbeam_on_dask,
     "RunInference + WriteToParquet": lambda task: run_inference(task, batched=False),
     "RunInference + WriteToParquetBatched": lambda task: run_inference(task, batched=True),
@@ -154,9 +154,11 @@ WAYS: dict[str, Callable[[Task], None]] = {
 
 
 def prepare(way: str) -> None:
-    """Start what a person would have running already: a Dask or Ray cluster."""
+    """Start what a person would have running already, a Dask or Ray cluster, and import what workers are forked with."""
+    if way == "distilbeam, 2 processes":
+        local_runner(pipeline_options(PROCESSES))
     if "Dask" in way:
-        list(_cluster().get_client().map(_import_parts, range(2), pure=False))
+        _cluster().get_client().run(_imported)  # by every worker
     if "Ray" in way:
         import ray
 
@@ -172,8 +174,8 @@ def clean_up(task: Task) -> None:
     _clusters.clear()
 
 
-def _import_parts(_: int) -> None:
-    pass
+def _imported() -> None:
+    """Nothing: to find this function a worker imports this module, and with it all that labelling needs."""
 
 
 def _label_groups(task: Task, model: torch.nn.Module, groups: list[tuple[Path, int]]) -> None:

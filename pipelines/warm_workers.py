@@ -1,0 +1,107 @@
+"""Worker processes that start at once, for Beam's local runner with `--direct_running_mode=multi_processing`.
+
+`begin` starts the process that workers are forked from (`worker_server`), early, so that it imports while the driver does;
+`local_runner` gives the runner that takes its workers from there. One such process serves all phases of this one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
+
+from distilbeam.pipelines import worker_client
+from distilbeam.pipelines.beam_options import LOCAL_RUNNER
+
+CLIENT = "worker_client.py"  # in the command line of every process that stands for a worker
+_MODULES = (
+    "apache_beam.runners.worker.sdk_worker_main",
+    "distilbeam.pipelines.phases",
+    "distilbeam.pipelines.label",
+    "distilbeam.pipelines.score",
+)
+_lock = threading.Lock()
+_servers: dict[int, _Server] = {}  # by process, because a fork of this one must not use its parent's
+
+
+class _Server:
+    """The server's process, which removes the folder of its socket when it ends."""
+
+    def __init__(self) -> None:
+        self.socket = str(Path(tempfile.mkdtemp(prefix="distilbeam-workers-")) / "socket")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "distilbeam.pipelines.worker_server", self.socket, *_MODULES],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads do not survive a fork
+        )
+        atexit.register(self.end)
+
+    def wait(self) -> None:
+        """Wait until it has imported everything.
+
+        Raises:
+          RuntimeError: it ended.
+        """
+        assert self.process.stdout is not None
+        if not self.process.stdout.closed:
+            ready = self.process.stdout.readline()
+            self.process.stdout.close()
+            if not ready:
+                raise RuntimeError("the process that starts workers ended; what it printed is above")
+
+    def end(self) -> None:
+        """End it and its workers."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def in_processes(options: PipelineOptions) -> bool:
+    """Tell whether the options ask for worker processes on this machine."""
+    several = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
+    return bool(several and options.get_all_options().get("runner") == LOCAL_RUNNER)
+
+
+def begin(options: PipelineOptions) -> None:
+    """Start the process that workers are forked from, if the options ask for worker processes and there is none yet."""
+    if in_processes(options):
+        _server()
+
+
+def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
+    """Return Beam's local runner with workers from the warm process, and the options to run it with.
+
+    Workers log from warnings on, unless the options say otherwise.
+
+    Raises:
+      RuntimeError: the process that workers are forked from does not start.
+    """
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+    server = _server()
+    server.wait()
+    level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "WARNING"
+    command = shlex.join([sys.executable, "-I", "-S", str(Path(worker_client.__file__)), server.socket, level])
+    given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
+    copy = PipelineOptions.from_dictionary(given)
+    # No mode at all: Beam then takes the environment of its runner, and says nothing about the number of workers.
+    copy.view_as(DirectOptions).direct_running_mode = None
+    return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command)), copy
+
+
+def _server() -> _Server:
+    with _lock:
+        server = _servers.get(os.getpid())
+        if server is None or server.process.poll() is not None:
+            server = _servers[os.getpid()] = _Server()
+        return server
