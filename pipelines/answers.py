@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.reuse import known_logprobs
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+from distilbeam.teacher.softlabels.places import list_files, readable
 
 
 def read_answers(dataset: Path, spec: SoftLabelSpec, rows: int) -> npt.NDArray[np.float32]:
@@ -44,4 +45,4 @@ def tally(dataset: Path, failed: int) -> dict[str, Any]:
 
 def count_dead_letters(directory: Path) -> int:
     """Return the number of rows in a directory of dead letters."""
-    return sum(pq.read_metadata(path).num_rows for path in directory.glob("*.parquet"))
+    return sum(pq.read_metadata(readable(path)).num_rows for path in list_files(directory, "*.parquet"))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.places import read_texts
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file of ours; `ValueError` names a damaged one."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_texts([path])[0])
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not the JSON that was written there ({e}); remove it to have it made again") from e
 

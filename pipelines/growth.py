@@ -19,6 +19,7 @@ from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.shards import Part, pieces, range_bytes, shard_key
 from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.teacher.softlabels import ManifestEntry, remove_shards, write_shard
+from distilbeam.teacher.softlabels.places import readable
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def apply(dataset: Path, dead_letters: Path, standing: Standing, pool: Pool) -> 
         key = shard_key([(part.uid, range_bytes(part.start, part.stop)) for part in parts], entry.spec)
         letters = dead_letters / f"{entry.key}.parquet"
         if letters.exists():
-            write_parquet(dead_letters / f"{key}.parquet", _letters_of(pq.read_table(letters), parts, units))
+            write_parquet(dead_letters / f"{key}.parquet", _letters_of(pq.read_table(readable(letters)), parts, units))
         _mend(dataset, entry, key, parts)
     remove_shards(dataset, {entry.key for entry in (*(entry for entry, _ in standing.mended), *standing.dropped)})
 
@@ -128,7 +129,7 @@ def labelled_parts(entry: ManifestEntry) -> list[LabelledPart]:
 
 def _mend(dataset: Path, entry: ManifestEntry, key: str, parts: Sequence[LabelledPart]) -> None:
     """Write the rows that hold as a shard of their own."""
-    table = pq.read_table(dataset / entry.path)
+    table = pq.read_table(readable(dataset / entry.path), partitioning=None)
     first, slices = 0, []
     for part in labelled_parts(entry):
         if part in parts:

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.config import RunConfig
-from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_units, root_of
+from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_pool, plan_units
+from distilbeam.teacher.softlabels.places import within
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def load_inputs(config: RunConfig, base: Path) -> Inputs:
         the pool.
     """
     data = config.data
-    where = base / data.pool
-    pool = plan_units(find_files(where, "data.pool"), config.engine.unit_rows, "data.pool", root_of(where))
+    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool")
     student_columns = tuple(config.student.input.columns)
     teacher_columns = tuple(config.teacher.input.columns)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))

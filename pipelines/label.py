@@ -28,6 +28,7 @@ from distilbeam.pipelines.shards import Shard, Task, read_rows
 from distilbeam.pipelines.units import BATCH_BYTES
 from distilbeam.teacher.softlabels import entry_path, write_shard
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
+from distilbeam.teacher.softlabels.places import list_files, readable, to_path
 
 _ANSWERED = b"distilbeam.answered"
 
@@ -72,7 +73,8 @@ class Label:
 
         A shard is committed by its manifest entry, or by dead letters for every one of its rows.
         """
-        done = _committed_keys(self.output) | self._all_failed()
+        done = _committed_keys(self.output)
+        done |= self._all_failed(done)
         rest = (tuple(shard for shard in task.shards if shard.key not in done) for task in tasks)
         return [Task(shards) for shards in rest if shards]
 
@@ -130,7 +132,8 @@ class Label:
         if self.max_failures is None:
             return 0
         own = self._dead_letter_file(shard)
-        return sum(pq.read_metadata(path).num_rows for path in Path(self.dead_letters).glob("*.parquet") if path != own)
+        others = (path for path in list_files(to_path(self.dead_letters), "*.parquet") if path != own)
+        return sum(pq.read_metadata(readable(path)).num_rows for path in others)
 
     def _require_few(self, failed_before: int, failures: Sequence[dict[str, Any]]) -> None:
         failed = failed_before + len(failures)
@@ -142,15 +145,16 @@ class Label:
             )
 
     def _dead_letter_file(self, shard: Shard) -> Path:
-        return Path(self.dead_letters) / f"{shard.key}.parquet"
+        return to_path(self.dead_letters) / f"{shard.key}.parquet"
 
     def _write_dead_letters(self, shard: Shard, failures: list[dict[str, Any]], answered: int) -> None:
         table = pa.Table.from_pylist(failures)
         write_parquet(self._dead_letter_file(shard), table.replace_schema_metadata({_ANSWERED: str(answered)}))
 
-    def _all_failed(self) -> set[str]:
-        """List the shards of which every row is in the dead letters."""
-        return {path.stem for path in Path(self.dead_letters).glob("*.parquet") if _none_answered(path)}
+    def _all_failed(self, committed: set[str]) -> set[str]:
+        """List the shards of which every row is in the dead letters, `committed` ones apart."""
+        letters = (path for path in list_files(to_path(self.dead_letters), "*.parquet") if path.stem not in committed)
+        return {path.stem for path in letters if _none_answered(path)}
 
 
 def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
@@ -174,12 +178,12 @@ def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list
 
 
 def _none_answered(dead_letters: Path) -> bool:
-    return bool(pq.read_metadata(dead_letters).metadata[_ANSWERED] == b"0")
+    return bool(pq.read_metadata(readable(dead_letters)).metadata[_ANSWERED] == b"0")
 
 
 def _committed_keys(dataset: str) -> set[str]:
     """List the keys of committed shards without reading their entries: `write_shard` names an entry's file by its key."""
-    files = manifest_files(Path(dataset))
+    files = manifest_files(to_path(dataset))
     packed = tuple((file, file.stat().st_mtime_ns) for file in files if file.suffix == ".jsonl")
     return {file.stem for file in files if file.suffix == ".json"} | _packed_keys(packed)
 

@@ -24,6 +24,7 @@ from distilbeam.pipelines.command_options import (
 )
 from distilbeam.pipelines.data_commands import watch_directory
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.warm_workers import begin
 
 console = Console()
 
@@ -45,6 +46,7 @@ def label(
 ) -> None:
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
+    begin(beam_options or [])
     overrides = with_max_failures(overrides, max_failures)
     settings = _settings(config, overrides)
     from distilbeam.pipelines.config import LabelConfig
@@ -88,9 +90,10 @@ def plan(
     from distilbeam.pipelines.labelling_job import LabellingJob
     from distilbeam.pipelines.plans import forecast_labelling, forecast_run
     from distilbeam.pipelines.rundir import RunDirectory
+    from distilbeam.teacher.softlabels.places import within
 
     base, options = config.parent.resolve(), pipeline_options(beam_options or [])
-    directory = RunDirectory((base / settings.run.directory).resolve())
+    directory = RunDirectory(within(base, settings.run.directory).resolve())
     if isinstance(settings, LabelConfig):
         job = LabellingJob(settings, base, directory)
         label_plan = job.plan()

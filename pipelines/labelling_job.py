@@ -27,14 +27,19 @@ from distilbeam.pipelines.inputs import require_columns
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_teacher, teacher_text
+from distilbeam.pipelines.moving import move_folder
 from distilbeam.pipelines.phases import PhaseReport, run_phase
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
-from distilbeam.pipelines.units import Pool, find_files, plan_units, root_of
+from distilbeam.pipelines.units import Pool, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
-from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, read_manifest
+from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.manifest import FOLDER
+from distilbeam.teacher.softlabels.manifest import manifest_files
+from distilbeam.teacher.softlabels.places import is_remote, list_files, remove_files, within
+
+_LISTING_S = 5.0  # between two listings of a store, which cost money
+_GATHERED_FROM = 64  # manifest entries in a store, which are requests for every reader
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,11 @@ class LabellingJob:
           ValueError: a missing file or column, or a dataset that is not a labelling job's.
         """
         config = self.config
-        where = self.base / config.data.pool
-        pool = plan_units(find_files(where, "data.pool"), config.engine.unit_rows, "data.pool", root_of(where))
+        pool = plan_pool(within(self.base, config.data.pool), config.engine.unit_rows, "data.pool")
         require_columns(pool.columns, self.columns, "data.pool")
         entries = self._entries(self.dataset)
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
-        former = self._entries(self._set_aside(self.spec)) if because else entries
+        former = entries if entries and not because else self._entries(self._set_aside(self.spec))
         standing = growth.compare(pool, former, config.engine.shard_rows)
         tasks = plan_pieces(standing.wanted, config.engine.shard_rows, self.spec)
         superseded = sum(entry.rows for entry in entries) if because else 0
@@ -144,10 +148,13 @@ class LabellingJob:
                     f"the {plan.superseded:,} labels in {self.dataset} differ in {', '.join(plan.because)}; --relabel sets "
                     f"them aside and asks for {plan.standing.rows_wanted:,} rows, 'distilbeam plan' says what that costs"
                 )
-            self._supersede()
+            move_folder(self.dataset, self._set_aside(read_manifest(self.dataset).spec), self.directory.root)
+        self._take_up()
         growth.apply(self.dataset, self.dead_letters, plan.standing, plan.pool)
         self._forget_dead_letters(plan)
         done = self._phase(plan, options, report)
+        if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
+            compact_manifest(self.dataset)
         add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))
         write_json(self.directory.root / "pool.json", dict(plan.pool.files))
         with replacing(self.directory.config) as temporary:
@@ -182,6 +189,7 @@ class LabellingJob:
             options=options,
             progress=report,
             attempts=self.config.engine.attempts,
+            poll_s=_LISTING_S if is_remote(self.dataset) else 0.2,
         )
 
     @property
@@ -192,7 +200,7 @@ class LabellingJob:
         return tuple(dict.fromkeys(columns))
 
     def _entries(self, dataset: Path) -> tuple[ManifestEntry, ...]:
-        return read_manifest(dataset).entries if any((dataset / FOLDER).glob("*.json*")) else ()
+        return read_manifest(dataset).entries if manifest_files(dataset) else ()
 
     def _changes(self, pool: Pool) -> dict[str, str]:
         path = self.directory.root / "pool.json"
@@ -205,21 +213,17 @@ class LabellingJob:
         digest = hashlib.blake2b(f"{spec.meaning()} {spec.teacher}".encode(), digest_size=8).hexdigest()
         return self.directory.root / "superseded" / digest
 
-    def _supersede(self) -> None:
-        """Set the dataset aside, and take up the one of this teacher and form if there was one."""
-        aside = self._set_aside(read_manifest(self.dataset).spec)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        self.dataset.rename(aside)
+    def _take_up(self) -> None:
+        """Take up the dataset of this teacher and form that was set aside, where there is none in use."""
         former = self._set_aside(self.spec)
-        if former.exists():
-            former.rename(self.dataset)
+        if not self.dataset.exists() and former.exists():
+            move_folder(former, self.dataset, self.directory.root)
 
     def _forget_dead_letters(self, plan: LabelPlan) -> None:
         """Remove the dead letters of shards that are not in the dataset and not among those to label."""
-        keys = {shard.key for task in plan.tasks for shard in task.shards} | committed(self.dataset)
-        for path in self.dead_letters.glob("*.parquet"):
-            if path.stem not in keys:
-                path.unlink()
+        if letters := list_files(self.dead_letters, "*.parquet"):
+            keys = {shard.key for task in plan.tasks for shard in task.shards} | committed(self.dataset)
+            remove_files([path for path in letters if path.stem not in keys])
 
 
 def _differences(one: SoftLabelSpec, two: SoftLabelSpec) -> list[str]:

@@ -12,9 +12,13 @@ from typing import Any
 
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, write_config
 from distilbeam.pipelines.files import sweep
+from distilbeam.pipelines.lease import FOLDER as LEASE
+from distilbeam.pipelines.lease import leased
+from distilbeam.pipelines.moving import finish_move
 from distilbeam.student.train_config import FREE
 from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.places import is_remote, read_texts, within
 
 # settings that change no file of a run
 _FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
@@ -108,17 +112,28 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
     Raises:
       ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
     """
-    with held((base / config.run.directory).resolve(), "run.directory", "--set run.directory=...") as root:
+    root = within(base, config.run.directory).resolve()
+    if is_remote(root) and isinstance(config, RunConfig):
+        raise ValueError(
+            f"run.directory must be on a file system, a run trains students there; got {root}. Labelling jobs (without "
+            "[selection], [student] and [training]) can be in an object store"
+        )
+    with held(root, "run.directory", "--set run.directory=..."):
         directory = RunDirectory(root)
         _check_config(directory, config)
-        sweep(root)
-        remove_finished(root)
+        if is_remote(root):  # uploads leave nothing under a temporary name
+            finish_move(root)
+        else:
+            sweep(root)
+            remove_finished(root)
         yield directory
 
 
 @contextmanager
 def held(root: Path, setting: str, way_out: str) -> Iterator[Path]:
     """Make a directory and hold it against other processes until the block ends.
+
+    On a file system the lock is the system's and ends with the process; see `lease` for an object store.
 
     Args:
       root: the directory.
@@ -131,6 +146,10 @@ def held(root: Path, setting: str, way_out: str) -> Iterator[Path]:
     Raises:
       ValueError: it cannot be written, or another process holds it.
     """
+    if is_remote(root):
+        with leased(root, setting, way_out):
+            yield root
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / ".lock").open("a+")
@@ -157,7 +176,9 @@ def _hold(lock: Any, root: Path, setting: str) -> None:
 
 def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> None:
     if not directory.config.exists():
-        strangers = [p.name for p in directory.root.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
+        strangers = [
+            p.name for p in directory.root.iterdir() if p.name not in (".lock", LEASE) and not p.name.endswith(".tmp")
+        ]
         if strangers:
             raise ValueError(
                 f"run.directory: {directory.root} holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty or a new directory"
@@ -165,7 +186,7 @@ def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> N
         with replacing(directory.config) as temporary:
             write_config(temporary, config)
         return
-    former = tomllib.loads(directory.config.read_text())
+    former = tomllib.loads(read_texts([directory.config])[0])
     essential = _essential if isinstance(config, RunConfig) else _essential_of_job
     differing = differing_keys(essential(former), essential(config.dump()))
     if differing:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.places import joined, read_texts, to_path
+from distilbeam.teacher.softlabels.places import joined, list_files, read_texts, to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 FOLDER = "_manifest"
@@ -172,7 +172,7 @@ def read_entries(files: Sequence[Path]) -> list[ManifestEntry]:
 
 def manifest_files(directory: Path) -> list[Path]:
     """List the files of a manifest: those with many entries first, so that an entry written later counts."""
-    files = (file for file in (directory / FOLDER).glob("*.json*") if not file.name.startswith("."))
+    files = (file for file in list_files(directory / FOLDER, "*.json*") if not file.name.startswith("."))
     return sorted(files, key=lambda file: (file.suffix != ".jsonl", file.name))
 
 

@@ -11,10 +11,13 @@ what is wanted of many objects is asked at once.
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import os
+import posixpath
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +66,20 @@ def readable(path: Path) -> Any:
     return _RemoteFile(path) if is_remote(path) else path
 
 
+def list_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """List the files of a folder whose names fit a pattern; a folder that is not there has none.
+
+    Raises:
+      StoreError: an object store did not give the listing.
+    """
+    if not is_remote(folder):
+        return list(folder.glob(pattern))
+    store: Any = folder
+    with asking_store(f"{folder} could not be listed"):
+        names = [posixpath.relpath(name, store.path) for name in store.fs.find(store.path)]
+    return [folder / name for name in names if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
+
+
 def upload(file: Path, target: Path) -> None:
     """Copy a local file to an object, which appears whole or not at all.
 
@@ -83,11 +100,11 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     """
     if not files or not is_remote(files[0]):
         return [file.read_text() for file in files]
-    return [data.decode() for data in read_ranges(files, [(None, None)] * len(files))]
+    return [data.decode() for data in read_ranges(files, [(0, None)] * len(files))]
 
 
-def read_ranges(files: Sequence[Path], ranges: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
-    """Read a range of bytes of each of some objects, all at once.
+def read_ranges(files: Sequence[Path], ranges: Sequence[tuple[int, int | None]]) -> list[bytes]:
+    """Read a range of bytes of each of some objects that are not empty, all at once.
 
     Raises:
       FileNotFoundError: one of them is not there.
@@ -120,6 +137,20 @@ def remove_files(files: Sequence[Path]) -> None:
         except FileNotFoundError:  # some are gone: one by one
             for file in remote:
                 file.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all that is in it, if it is there.
+
+    Raises:
+      StoreError: an object store did not remove it.
+    """
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    store: Any = folder
+    with asking_store(f"{folder} could not be removed"), suppress(FileNotFoundError):
+        store.fs.rm(store.path, recursive=True)
 
 
 def identities(files: Sequence[Path]) -> dict[Path, Any]:
