@@ -8,6 +8,7 @@ from .labels import SampledLabels as SampledLabels
 from .labels import TopKLabels as TopKLabels
 from .laurel.interface import laurel_residual as laurel_residual
 from .linear_distillation.interface import linear_distill_loss as linear_distill_loss
+from .linear_distillation.precision import loss_precision as loss_precision
 from .low_precision.interface import fp8_linear as fp8_linear
 from .low_precision.interface import int8_linear as int8_linear
 from .low_precision.weights import WeightCache as WeightCache

@@ -62,13 +62,14 @@ def interpreted(function: Callable[..., Any], *values: Tensor | float) -> tuple[
         return tuple(torch.utils.dlpack.from_dlpack(x.block_until_ready()).clone() for x in made)
 
 
-def buckets_with_gradient(buckets: Any, gradient: Any, differentiable: int) -> None:
+def buckets_with_gradient(buckets: Any, gradient: Any, differentiable: Sequence[int]) -> None:
     """Give the operation that finds the buckets' logits the one that spreads their gradients as its derivative.
 
     Args:
       buckets: from tensors, the last of them the kept classes, and tau, to the kept logits [B, K] and the rest's [B, 1].
-      gradient: from those tensors, the slopes of kept and rest, the rest's logit and tau, to the tensors' gradients.
-      differentiable: how many tensors, from the first, have gradients.
+      gradient: from those tensors, the slopes of kept and rest, the rest's logit and tau, to the gradients of those that
+        have some.
+      differentiable: places of the tensors that have gradients.
     """
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -80,8 +81,10 @@ def buckets_with_gradient(buckets: Any, gradient: Any, differentiable: int) -> N
         rest_B1 = rest_B1.masked_fill(torch.isneginf(rest_B1), torch.inf)  # an empty rest takes no gradient
         slopes = gradient(*tensors, kept_BK.contiguous(), slope_B1.contiguous(), rest_B1, ctx.tau)
         slopes = slopes if isinstance(slopes, (tuple, list)) else (slopes,)
-        found = [slope.to(x.dtype) for slope, x in zip(slopes, tensors, strict=False)]
-        return (*found[:differentiable], *(None for _ in range(len(tensors) + 1 - differentiable)))
+        found: list[Tensor | None] = [None] * (len(tensors) + 1)
+        for place, slope in zip(differentiable, slopes, strict=True):
+            found[place] = slope.to(tensors[place].dtype)
+        return tuple(found)
 
     buckets.register_autograd(backward, setup_context=setup)
 

@@ -39,7 +39,7 @@ def logit_buckets() -> Any:
 
     buckets = register("logit_buckets", find, _find, _find_like)
     gradient = register("logit_gradient", spread, _spread, lambda logits, *_: torch.empty_like(logits))
-    buckets_with_gradient(buckets, gradient, differentiable=1)
+    buckets_with_gradient(buckets, gradient, differentiable=(0,))
     return buckets
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.buckets import solve
 from distilbeam.kernels.linear_distillation.gradients import Gradients
+from distilbeam.kernels.linear_distillation.operands import Operands
 
 MOST_ROWS = 4096
 
@@ -55,20 +56,12 @@ class _Buckets:
         z_BW.scatter_(1, column_BK, self.solved.kept)
 
 
-def sweep_classes(
-    hidden_BH: Tensor,
-    weight_CH: Tensor,
-    bias_C: Tensor | None,
-    terms: Sequence[Term],
-    sums: Gradients,
-    elements: int,
-) -> Tensor:
+def sweep_classes(operands: Operands, terms: Sequence[Term], sums: Gradients, elements: int) -> Tensor:
     """Compute the scaled losses and add up the gradients.
 
     Args:
-      hidden_BH: inputs, in the dtype of the computation.
-      weight_CH: weight of any floating dtype; a tile at a time is brought to that of the computation.
-      bias_C: bias in the dtype of the computation, or None.
+      operands: inputs and bias in the dtype of the computation; of the weight, in any dtype, a tile at a time is brought
+        to it.
       terms: of all rows, with sparse labels.
       sums: zeroed accumulators of the gradients wanted.
       elements: logits held together.
@@ -77,23 +70,18 @@ def sweep_classes(
       The scaled losses, [B].
     """
     losses_B = torch.empty_like(terms[0].scale)
-    for start in range(0, len(hidden_BH), MOST_ROWS):
+    for start in range(0, len(operands.hidden), MOST_ROWS):
         rows = slice(start, start + MOST_ROWS)
         buckets = [_Buckets(term.rows(rows)) for term in terms]
-        losses_B[rows] = _sweep_some_rows(hidden_BH[rows], weight_CH, bias_C, buckets, sums, rows, elements)
+        some = operands._replace(hidden=operands.hidden[rows])
+        losses_B[rows] = _sweep_some_rows(some, buckets, sums, rows, elements)
     return losses_B
 
 
 def _sweep_some_rows(
-    hidden_RH: Tensor,
-    weight_CH: Tensor,
-    bias_C: Tensor | None,
-    buckets: Sequence[_Buckets],
-    sums: Gradients,
-    rows: slice,
-    elements: int,
+    operands: Operands, buckets: Sequence[_Buckets], sums: Gradients, rows: slice, elements: int
 ) -> Tensor:
-    for tile, _, z_RW in _tiles(hidden_RH, weight_CH, bias_C, elements):
+    for tile, _, z_RW in _tiles(operands, elements):
         for bucket in buckets[1:]:
             bucket.add(z_RW.clone(), tile.start)
         buckets[0].add(z_RW, tile.start)
@@ -101,7 +89,7 @@ def _sweep_some_rows(
     assert isinstance(losses_R, Tensor)
     if sums == (None, None, None):
         return losses_R
-    for tile, weight_WH, z_RW in _tiles(hidden_RH, weight_CH, bias_C, elements):
+    for tile, weight_WH, z_RW in _tiles(operands, elements):
         copies = [z_RW.clone() for _ in buckets[1:]]
         buckets[0].spread(z_RW, tile.start)
         for bucket, copy_RW in zip(buckets[1:], copies, strict=True):
@@ -111,25 +99,25 @@ def _sweep_some_rows(
         if sums.hidden is not None:
             sums.hidden[rows].addmm_(gradient_RW, weight_WH)
         if sums.weight is not None:
-            sums.weight[tile].addmm_(gradient_RW.T, hidden_RH)
+            sums.weight[tile].addmm_(gradient_RW.T, operands.hidden)
         if sums.bias is not None:
             sums.bias[tile] += gradient_RW.sum(dim=0)
     return losses_R
 
 
-def _tiles(
-    hidden_RH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, elements: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _tiles(operands: Operands, elements: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Give each tile of classes: where it is, its weight, and its logits with one column of -inf to spare."""
+    hidden_RH, classes = operands.hidden, len(operands.weight)
     width = max(64, elements // max(1, len(hidden_RH)))
-    buffer = hidden_RH.new_empty(len(hidden_RH), min(width, len(weight_CH)) + 1)
-    for start in range(0, len(weight_CH), width):
-        tile = slice(start, min(start + width, len(weight_CH)))
-        weight_WH = weight_CH[tile].to(hidden_RH.dtype)
+    buffer = hidden_RH.new_empty(len(hidden_RH), min(width, classes) + 1)
+    for start in range(0, classes, width):
+        tile = slice(start, min(start + width, classes))
+        part = operands.part(tile)
+        weight_WH = part.wide_weight(hidden_RH.dtype)
         z_RW = buffer[:, : len(weight_WH) + 1]
         torch.mm(hidden_RH, weight_WH.T, out=z_RW[:, :-1])
-        if bias_C is not None:
-            z_RW[:, :-1] += bias_C[tile]
+        if part.bias is not None:
+            z_RW[:, :-1] += part.bias
         z_RW[:, -1] = -torch.inf
         yield tile, weight_WH, z_RW
 

@@ -20,41 +20,43 @@ from torch import Tensor
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.by_classes import sweep_classes
 from distilbeam.kernels.linear_distillation.by_rows import sweep_rows
-from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
+from distilbeam.kernels.linear_distillation.gradients import Gradients, apply_fused
+from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 
 BUFFER_ELEMENTS = 1 << 23
 ROW_STEP = 64  # equal blocks of rows; in paired runs no faster and no slower than a buffer filled to the last row
 FEWEST_ROWS = 96  # below this a product by rows wastes more than the fourth product by classes costs
 
 
-def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
+def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss.
 
     Args:
-      hidden_BH: inputs of the last layer, floating [B, H].
-      weight_CH: its weight, floating [C, H].
-      bias_C: its bias, floating [C], or None.
+      layer: the last layer.
       terms: from `make_terms`.
       reduced: whether to add the rows up.
 
     Returns:
       A scalar, or the rows' losses [B]; differentiable once.
     """
-    return apply_fused(_run, Operands(hidden_BH, weight_CH, bias_C), terms, reduced)
+    return apply_fused(_run, layer, terms, reduced)
 
 
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    compute = terms[0].scale.dtype
-    hidden_BH, weight_CH, bias_C = operands
-    rows = BUFFER_ELEMENTS // max(1, len(weight_CH))
-    rows -= rows % ROW_STEP if rows > ROW_STEP else 0
+    compute, rows = terms[0].scale.dtype, rows_at_once(len(operands.weight))
+    wide = operands._replace(hidden=operands.wide_hidden(compute), hidden_scale=None)
+    if wide.bias is not None:
+        wide = wide._replace(bias=wide.bias.to(compute))
     dense = any(term.targets.classes is None for term in terms)
-    exact = hidden_BH.dtype == weight_CH.dtype == compute
-    bias = None if bias_C is None else bias_C.to(compute)
-    if len(hidden_BH) and (dense or (exact and rows >= min(FEWEST_ROWS, len(hidden_BH)))):
+    exact = operands.hidden.dtype == operands.weight.dtype == compute
+    if len(wide.hidden) and (dense or (exact and rows >= min(FEWEST_ROWS, len(wide.hidden)))):
         sums = Gradients.empty(operands, wanted, compute)
-        losses_B = sweep_rows(hidden_BH.to(compute), weight_CH.to(compute), bias, terms, sums, max(1, rows))
-    else:
-        sums = Gradients.zeros(operands, wanted, compute)
-        losses_B = sweep_classes(hidden_BH.to(compute), weight_CH, bias, terms, sums, BUFFER_ELEMENTS // 4)
-    return losses_B, sums.like(operands)
+        return sweep_rows(wide.hidden, wide.wide_weight(compute), wide.bias, terms, sums, max(1, rows)), sums
+    sums = Gradients.zeros(operands, wanted, compute)
+    return sweep_classes(wide, terms, sums, BUFFER_ELEMENTS // 4), sums
+
+
+def rows_at_once(classes: int) -> int:
+    """Say of how many rows the logits of all classes fit the buffer."""
+    rows = BUFFER_ELEMENTS // max(1, classes)
+    return rows - rows % ROW_STEP if rows > ROW_STEP else rows

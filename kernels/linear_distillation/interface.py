@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +12,16 @@ from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
+from distilbeam.kernels.linear_distillation.operands import Layer, Operands
+from distilbeam.kernels.linear_distillation.precision import Precision, checked, narrowed
+from distilbeam.kernels.quantize.formats import FORMAT_OF, QuantizedRows
+from distilbeam.kernels.quantize.interface import triton_refusals
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 
 def linear_distill_loss(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Tensor | QuantizedRows,
+    weight: Tensor | QuantizedRows,
     bias: Tensor | None,
     labels: Labels | Tensor,
     *,
@@ -32,6 +37,7 @@ def linear_distill_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: Tensor | float | None = None,
+    precision: Precision | Literal["table"] | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute the distillation loss of a linear layer's outputs without holding them.
@@ -39,8 +45,8 @@ def linear_distill_loss(
     The result is `distill_loss(hidden @ weight.T + bias, labels, ...)`, with float32 accumulation whatever the dtypes.
 
     Args:
-      hidden: inputs of the student's last layer, floating [B, H].
-      weight: its weight, floating [C, H].
+      hidden: inputs of the student's last layer, floating [B, H], or their rows in 8 bits.
+      weight: its weight, floating [C, H], or its rows in 8 bits, quantised once for several calls.
       bias: its bias, floating [C], -inf for classes that do not exist; None for 0.
       labels: as for `distill_loss`. Memory is independent of C for all but dense labels, which have C columns already.
       example_weight: factor of each row's loss, floating [B]; `weight` of `distill_loss`.
@@ -55,14 +61,19 @@ def linear_distill_loss(
       ignore_index: as for `distill_loss`.
       reduction: as for `distill_loss`.
       normalizer: as for `distill_loss`.
-      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU) for sparse labels; None chooses by
+      precision: what inputs and weight are rounded to, row by row, before they are multiplied: `bf16`, or `int8` or
+        `fp8` (e4m3) with a scale per row; the rounding is taken for the identity in the gradients, and
+        `linear_distillation/precision.py` bounds what it does to the loss. None leaves them in their own precision;
+        `table` rounds where that is known to pay, which `loss_precision` says and nobody else: print it.
+      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU, no `fp8`) for sparse labels; None chooses by
         device. All but `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
 
     Raises:
-      ValueError: sizes disagree, an argument is out of range, or the objective cannot use these labels.
+      ValueError: sizes disagree, an argument is out of range, the objective cannot use these labels, or rows are given in
+        another precision.
       NotImplementedError: the implementation asked for cannot run here.
 
     Example:
@@ -76,7 +87,9 @@ def linear_distill_loss(
       Hsu et al., arXiv:2410.10989 (gradients made chunk by chunk in the forward pass, "chunked" by rows);
       Wijmans et al., arXiv:2411.09009 (recomputed tiles of classes).
     """
-    _check(hidden, weight, bias)
+    layer = Layer(hidden, weight, bias)
+    _check(layer.operands)
+    rounded = checked(layer, precision)
     options = Options(
         weight=example_weight,
         accuracy=accuracy,
@@ -91,18 +104,26 @@ def linear_distill_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    terms = make_terms(as_labels(labels, ignore_index), len(hidden), len(weight), compute, hidden.device, options)
-    run = _implementation(resolve("linear_distill_loss", implementation, _backends(hidden, weight, bias, terms)))
+    operands = layer.operands
+    (count, device), classes = (len(operands.hidden), operands.hidden.device), len(operands.weight)
+    compute = torch.float64 if operands.hidden.dtype == torch.float64 else torch.float32
+    terms = make_terms(as_labels(labels, ignore_index), count, classes, compute, device, options)
     index = _rows_that_count(terms)
-    if index is None:
-        return run(hidden, weight, bias, terms, reduction != "none")
-    some = [Term(t.targets.rows(index), t.scale[index], None if t.valid is None else t.valid[index]) for t in terms]
-    value = run(hidden[index], weight, bias, some, reduction != "none")
-    return value if reduction != "none" else value.new_zeros(len(hidden)).index_put((index,), value)
+    if index is not None:
+        layer = layer.rows(index)
+        terms = [
+            Term(t.targets.rows(index), t.scale[index], None if t.valid is None else t.valid[index]) for t in terms
+        ]
+    if rounded is not None:
+        layer = narrowed(layer, rounded)
+    name = resolve("linear_distill_loss", implementation, _backends(layer.operands, terms))
+    value = _implementation(name)(layer, terms, reduction != "none")
+    if index is None or reduction != "none":
+        return value
+    return value.new_zeros(count).index_put((index,), value)
 
 
-def _implementation(name: str) -> Callable[..., Tensor]:
+def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor]:
     if name == "triton":
         from distilbeam.kernels.linear_distillation import triton_backend
 
@@ -114,17 +135,32 @@ def _implementation(name: str) -> Callable[..., Tensor]:
     return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
-def _backends(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term]) -> dict[str, Reasons]:
+def _backends(operands: Operands, terms: list[Term]) -> dict[str, Reasons]:
     """Order the backends for a call: the tiled kernels on their devices, else buffers of logits."""
+    hidden, weight = operands[:2]
     tiled: dict[str, Reasons] = {
-        "triton": lambda: triton_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
-        "pallas": lambda: pallas_reasons(hidden, weight, bias) + _tiled_reasons(hidden, weight, terms),
+        "triton": lambda: _triton_reasons(operands) + _tiled_reasons(hidden, weight, terms),
+        "pallas": lambda: _pallas_reasons(operands) + _tiled_reasons(hidden, weight, terms),
     }
     if hidden.device.type == "tpu":
         return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
     if hidden.is_cuda:
         return {"triton": tiled["triton"], "chunked": never, "reference": never, "pallas": tiled["pallas"]}
     return {"chunked": never, "reference": never, **tiled}
+
+
+def _triton_reasons(operands: Operands) -> list[str]:
+    hidden, weight, bias, *_ = operands
+    if hidden.dtype in FORMAT_OF:
+        return triton_refusals(FORMAT_OF[hidden.dtype], hidden, weight)
+    return triton_reasons(hidden, weight, bias)
+
+
+def _pallas_reasons(operands: Operands) -> list[str]:
+    reasons = pallas_reasons(*operands[:3])
+    if operands.hidden.dtype == torch.float8_e4m3fn:
+        reasons.append("TPUs up to v6e have no fp8 products; int8 is theirs")
+    return reasons
 
 
 def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
@@ -144,8 +180,9 @@ def _rows_that_count(terms: list[Term]) -> Tensor | None:
     return torch.stack(masks).any(dim=0).nonzero()[:, 0]
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.ndim != 2 or not hidden.is_floating_point():
+def _check(operands: Operands) -> None:
+    hidden, weight, bias, *_ = operands
+    if hidden.ndim != 2 or not (hidden.is_floating_point() or operands.hidden_scale is not None):
         raise ValueError(f"hidden must be floating [examples, features], got {hidden.dtype} {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be [classes, {hidden.shape[1]}] to fit hidden, got {list(weight.shape)}")

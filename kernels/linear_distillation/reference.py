@@ -12,21 +12,21 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation import reference
 from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.linear_distillation.operands import Layer
 
 
-def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
+def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss.
 
     Args:
-      hidden_BH: inputs of the last layer, floating [B, H].
-      weight_CH: its weight, floating [C, H].
-      bias_C: its bias, floating [C], or None.
+      layer: the last layer; rows in fewer bits stand for the numbers that they hold.
       terms: from `make_terms`.
       reduced: whether to add the rows up.
 
     Returns:
       A scalar, or the rows' losses [B]; differentiable to any order.
     """
+    hidden_BH, weight_CH, bias_C = layer.widened()
     compute = terms[0].scale.dtype
     bias = None if bias_C is None else bias_C.to(compute)
     logits_BC = torch.nn.functional.linear(hidden_BH.to(compute), weight_CH.to(compute), bias)

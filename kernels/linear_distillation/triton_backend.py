@@ -17,7 +17,8 @@ from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.buckets import Solved, solve
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
-from distilbeam.kernels.linear_distillation.gradients import Gradients, Operands, apply_fused
+from distilbeam.kernels.linear_distillation.gradients import Gradients, apply_fused
+from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_tile, kept_logits, rest_of_tiles
 
 BUFFER_ELEMENTS = 1 << 26
@@ -26,24 +27,32 @@ TILE = {"BM": 64, "BN": 128, "BH": 64}
 WARPS = 8
 
 
-def total(hidden_BH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], reduced: bool) -> Tensor:
+def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss; see `chunked.total`."""
-    return apply_fused(_run, Operands(hidden_BH.contiguous(), weight_CH.contiguous(), bias_C), terms, reduced)
+    return apply_fused(_run, layer, terms, reduced)
 
 
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    operands = operands._replace(hidden=operands.hidden.contiguous(), weight=operands.weight.contiguous())
     sums = Gradients.zeros(operands, wanted, torch.float32)
     solved = [_first_pass(operands, term) for term in terms] if len(operands.hidden) else []
     losses_B = sum((one.losses for one in solved), torch.zeros_like(terms[0].scale))
     if not solved or not any(wanted):
-        return losses_B, sums.like(operands)
+        return losses_B, sums
     # beyond the part's classes, a column for the kept classes of other parts
-    buffer_BW = operands.hidden.new_empty(len(operands.hidden), _width(operands) + 16)
-    for part in _parts(operands):
+    shape = len(operands.hidden), _width(operands) + 16
+    buffer_BW = torch.empty(shape, dtype=gradient_dtype(operands.hidden.dtype), device=operands.hidden.device)
+    for classes in _parts(operands):
+        part = operands.part(classes)
         for number, (term, one) in enumerate(zip(terms, solved, strict=True)):
-            _spread(operands, term.targets, one, buffer_BW, part, add=number > 0)
-        _accumulate(operands, buffer_BW[:, : part.stop - part.start], part, sums)
-    return losses_B, sums.like(operands)
+            _spread(part, term.targets, one, buffer_BW, classes.start, add=number > 0)
+        _accumulate(part, buffer_BW[:, : len(part.weight)], classes, sums)
+    return losses_B, sums
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Choose what the logits' gradient is rounded to before it is multiplied: what the layer is in, bfloat16 for 8 bits."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def _first_pass(operands: Operands, term: Term) -> Solved:
@@ -64,35 +73,51 @@ def _parts(operands: Operands) -> list[slice]:
     return [slice(first, min(first + width, classes)) for first in range(0, classes, width)]
 
 
-def _spread(operands: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, part: slice, *, add: bool) -> None:
-    hidden, weight, bias = _part_of(operands, part)
-    rows, size = len(hidden), len(weight)
+def _pointers(operands: Operands) -> tuple[Tensor, ...]:
+    """Give the operands as the kernels take them; what is missing is not looked at there."""
+    hidden, weight, bias, hidden_scale, weight_scale = operands
+    return (
+        hidden,
+        weight,
+        hidden if hidden_scale is None else hidden_scale.contiguous(),
+        weight if weight_scale is None else weight_scale.contiguous(),
+        weight if bias is None else bias,
+    )
+
+
+def _flags(operands: Operands) -> dict[str, bool]:
+    dtype = operands.hidden.dtype
+    return {
+        "BIAS": operands.bias is not None,
+        "SCALED": operands.hidden_scale is not None,
+        "WHOLE": dtype == torch.int8,
+        "EXACT": dtype == torch.float32,
+    }
+
+
+def _spread(part: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, first: int, *, add: bool) -> None:
+    rows, size = len(part.hidden), len(part.weight)
     assert targets.classes is not None
-    bits_BW = kept_bits(targets.classes, part.start, size)
+    bits_BW = kept_bits(targets.classes, first, size)
     grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
-        hidden, weight, weight if bias is None else bias, bits_BW, one.rest, one.slope, buffer_BW, rows, size,
-        hidden.shape[1], bits_BW.shape[1], buffer_BW.shape[1], targets.rest_temperature or 1.0,
-        BIAS=bias is not None, EXACT=hidden.dtype == torch.float32, ADD=add, num_warps=WARPS, **TILE,
+        *_pointers(part), bits_BW, one.rest, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
+        buffer_BW.shape[1], targets.rest_temperature or 1.0, ADD=add, num_warps=WARPS, **_flags(part), **TILE,
     )  # fmt: skip
-    column_BK, _ = columns_of(targets.classes, part.start, size)
+    column_BK, _ = columns_of(targets.classes, first, size)
     kept_BK = one.kept.to(buffer_BW.dtype)
     if add:
         kept_BK = kept_BK + buffer_BW.gather(1, column_BK)
     buffer_BW.scatter_(1, column_BK, kept_BK)
 
 
-def _part_of(operands: Operands, part: slice) -> Operands:
-    return Operands(operands.hidden, operands.weight[part], None if operands.bias is None else operands.bias[part])
-
-
-def _accumulate(operands: Operands, gradient_BW: Tensor, part: slice, sums: Gradients) -> None:
+def _accumulate(part: Operands, gradient_BW: Tensor, classes: slice, sums: Gradients) -> None:
     if sums.hidden is not None:
-        sums.hidden.add_(product(gradient_BW, operands.weight[part]))
+        sums.hidden.add_(product(gradient_BW, part.wide_weight(gradient_BW.dtype)))
     if sums.weight is not None:
-        sums.weight[part] = product(gradient_BW.T, operands.hidden)
+        sums.weight[classes] = product(gradient_BW.T, part.wide_hidden(gradient_BW.dtype))
     if sums.bias is not None:
-        sums.bias[part] = gradient_BW.sum(dim=0, dtype=torch.float32)
+        sums.bias[classes] = gradient_BW.sum(dim=0, dtype=torch.float32)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -103,32 +128,30 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kept(operands: Operands, classes_BK: Tensor) -> Tensor:
-    hidden, weight, bias = operands
     rows, width = classes_BK.shape
-    logits_BK = torch.empty(rows, width, device=hidden.device)
+    logits_BK = torch.empty(rows, width, device=operands.hidden.device)
+    flags = {name: flag for name, flag in _flags(operands).items() if name in ("BIAS", "SCALED")}
     kept_logits[(rows,)](
-        hidden, weight, weight if bias is None else bias, classes_BK.to(torch.int32), logits_BK, hidden.shape[1],
-        K=width, KP=triton.next_power_of_2(width), BH=64, BIAS=bias is not None,
+        *_pointers(operands), classes_BK.to(torch.int32), logits_BK, operands.hidden.shape[1],
+        K=width, KP=triton.next_power_of_2(width), BH=64, **flags,
     )  # fmt: skip
     return logits_BK
 
 
 def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> Tensor:
-    levels = [_rest_of_part(operands, classes_BK, part, tau) for part in _parts(operands)]
+    levels = [_rest_of_part(operands.part(part), classes_BK, part.start, tau) for part in _parts(operands)]
     return tau * torch.logsumexp(torch.cat(levels) / tau, dim=0)
 
 
-def _rest_of_part(operands: Operands, classes_BK: Tensor, part: slice, tau: float) -> Tensor:
-    hidden, weight, bias = _part_of(operands, part)
-    rows, size = len(hidden), len(weight)
-    bits_BW = kept_bits(classes_BK, part.start, size)
+def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) -> Tensor:
+    rows, size = len(part.hidden), len(part.weight)
+    bits_BW = kept_bits(classes_BK, first, size)
     blocks, tiles = triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"])
     split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
     parts = triton.cdiv(tiles, split)
-    tops, totals = torch.empty(2, parts, rows, device=hidden.device).unbind()
+    tops, totals = torch.empty(2, parts, rows, device=part.hidden.device).unbind()
     rest_of_tiles[(blocks, parts)](
-        hidden, weight, weight if bias is None else bias, bits_BW, tops, totals, rows, size, hidden.shape[1],
-        bits_BW.shape[1], tau, SPLIT=split, BIAS=bias is not None, EXACT=hidden.dtype == torch.float32,
-        num_warps=WARPS, **TILE,
+        *_pointers(part), bits_BW, tops, totals, rows, size, part.hidden.shape[1], bits_BW.shape[1], tau,
+        SPLIT=split, num_warps=WARPS, **_flags(part), **TILE,
     )  # fmt: skip
     return tops + tau * totals.log()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import narrow_layer
 import pytest
 import torch
 
@@ -64,6 +65,29 @@ def test_every_objective(objective, kind, dtype, make_labels, rng):
     extra = {"accuracy": 0.7, "candidates": 3} if objective == "slam" else {}
     labels = make_labels(kind, ROWS, CLASSES)
     check(layer(rng, dtype), labels, objective=objective, temperature=1.5, **extra)
+
+
+@needs_jax
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("kl", "none")])
+def test_a_layer_in_fewer_bits(form, objective, reduction, make_labels, rng, monkeypatch):
+    from distilbeam.kernels.linear_distillation import pallas_kernels
+
+    monkeypatch.setattr(pallas_kernels, "PART_CLASSES", 130)
+    monkeypatch.setattr(pallas_kernels, "block_classes", lambda _: 128)  # ragged: 130 is a block and two classes
+    operands, labels = layer(rng, torch.float32), make_labels("top_k", ROWS, CLASSES)
+    upstream = torch.randn(ROWS, generator=rng) if reduction == "none" else None
+    options = {"objective": objective, "temperature": 1.5, "reduction": reduction}
+    truth, slopes, sizes = narrow_layer.exact(operands, form, labels, upstream, **options)
+    leaves = [x.clone().requires_grad_() for x in operands]
+    found = linear_distill_loss(*leaves, labels, precision=form, implementation="pallas", **options)
+    torch.testing.assert_close(found.detach().double(), truth, rtol=1e-5, atol=3e-6)
+    for slope, true, size in zip(torch.autograd.grad(found, leaves, upstream), slopes, sizes, strict=True):
+        assert slope.dtype == torch.float32
+        # bfloat16 holds the logits' gradient and the other factor, each within 2^-8
+        assert ((slope.double() - true).abs() <= (1.01 * 2**-7 + 1e-5) * size + 1e-7).all()
 
 
 @needs_jax
@@ -165,6 +189,8 @@ def test_without_a_tpu_the_reasons_are_given(make_labels, rng, monkeypatch):
         distill_loss(torch.zeros(2, 4), DenseLabels(torch.zeros(2, 4)), implementation="pallas")
     with pytest.raises(NotImplementedError, match="pallas: dense labels hold a value for every class anyway"):
         linear_distill_loss(*operands, DenseLabels(torch.zeros(ROWS, CLASSES)), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="TPUs up to v6e have no fp8 products; int8 is theirs"):
+        linear_distill_loss(*operands, make_labels("top_k", ROWS, CLASSES), precision="fp8", implementation="pallas")
 
 
 @needs_jax
@@ -181,9 +207,11 @@ def test_the_tpu_compiler_accepts_the_kernels_and_holds_no_logits():
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kernels = {(report["chip"], report["function"]): report["kernels"] for report in reports}
     expected = {"first_pass": 1, "gradients": 2, "logit_buckets": 1, "logit_gradient": 1}
+    expected |= {"first_pass-int8": 1, "gradients-int8": 2}
     assert kernels == {(chip, f): n for chip in ("v5e:2x2", "v6e:2x2") for f, n in expected.items()}
     temporary = {report["function"]: report["temporary_bytes"] for report in reports}
     logits_bytes = 4 * rows * classes
-    assert max(temporary["first_pass"], temporary["gradients"]) < logits_bytes / 2
+    layers = [size for function, size in temporary.items() if not function.startswith("logit")]
+    assert max(layers) < logits_bytes / 2
     assert temporary["logit_buckets"] < logits_bytes / 8
     assert temporary["logit_gradient"] <= 1.01 * logits_bytes  # the scatter's copy in float32

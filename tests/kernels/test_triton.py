@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import narrow_layer
 import pytest
 import torch
 
@@ -209,6 +210,32 @@ def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
     check_linear(
         layer(rng, ROWS, 48, 300, dtype), labels, objective=objective, temperature=1.5, example_weight=weight, **extra
     )
+
+
+HAS_FP8 = INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="the GPU has no float8_e4m3fn")
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", pytest.param("fp8", marks=needs_fp8)])
+@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("kl", "none")])
+def test_the_fused_layer_in_fewer_bits(form, objective, reduction, make_labels, rng, monkeypatch):
+    from distilbeam.kernels.linear_distillation import triton_backend
+
+    monkeypatch.setattr(triton_backend, "BUFFER_ELEMENTS", 1)  # tiles of 128 classes
+    operands, labels = layer(rng, ROWS, 80, 150, torch.float32), make_labels("top_k", ROWS, 150)
+    upstream = torch.randn(ROWS, generator=rng) if reduction == "none" else None
+    options = {"objective": objective, "temperature": 1.5, "reduction": reduction}
+    truth, slopes, sizes = narrow_layer.exact(operands, form, labels, upstream, **options)
+    leaves = [x.to(DEVICE).requires_grad_() for x in operands]
+    found = linear_distill_loss(*leaves, moved(labels), precision=form, implementation="triton", **options)
+    # sums of e4m3 differ by their order, and on Hopper by 13 bits within an instruction
+    rtol = 1e-5 if INTERPRETED or form != "fp8" else 2e-3
+    torch.testing.assert_close(found.detach().cpu().double(), truth, rtol=rtol, atol=3e-6)
+    above = None if upstream is None else upstream.to(DEVICE)
+    for slope, true, size in zip(torch.autograd.grad(found, leaves, above), slopes, sizes, strict=True):
+        assert slope.dtype == torch.float32
+        # bfloat16 holds the logits' gradient and the other factor, each within 2^-8
+        assert ((slope.cpu().double() - true).abs() <= (1.01 * 2**-7 + rtol) * size + 1e-7).all()
 
 
 def test_the_fused_layer_in_several_tiles_with_masks_and_true_classes(make_labels, rng, monkeypatch):

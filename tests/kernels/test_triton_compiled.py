@@ -77,29 +77,42 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
 
 LINEAR = {
     **dict.fromkeys(("hidden", "weight", "bias", "gradient"), "*bf16"),
-    **dict.fromkeys(("tops", "totals", "rest", "slope"), "*fp32"),
+    **dict.fromkeys(("row_scale", "class_scale", "tops", "totals", "rest", "slope"), "*fp32"),
     "bits": "*i32",
     **dict.fromkeys(("B", "C", "H", "words", "stride"), "i32"),
     "tau": "fp32",
 }
+LAYERS = [
+    (80, "*bf16", "HMMA.16816.F32.BF16"),
+    (90, "*bf16", "HGMMA"),
+    (80, "*i8", "IMMA.16832.S8.S8"),
+    (90, "*i8", "IGMMA"),
+    (90, "*fp8e4nv", "QGMMA"),
+]
 
 
-@pytest.mark.parametrize(("capability", "product"), [(80, "HMMA.16816.F32.BF16"), (90, "HGMMA")])
+@pytest.mark.parametrize(("capability", "held", "product"), LAYERS)
 @pytest.mark.parametrize("name", ["rest_of_tiles", "gradient_of_tile"])
-def test_the_fused_layer_multiplies_on_the_tensor_cores(capability, product, name):
+def test_the_fused_layer_multiplies_on_the_tensor_cores(capability, held, product, name):
     from triton_ahead_of_time import compile_for
 
     from distilbeam.kernels.linear_distillation import triton_kernels
     from distilbeam.kernels.linear_distillation.triton_backend import TILE, WARPS
 
-    kernel = getattr(triton_kernels, name)
-    constants = {**TILE, "BIAS": True, "EXACT": False, "SPLIT": 8, "ADD": False}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {key: kind for key, kind in LINEAR.items() if key in kernel.arg_names}
+    kernel, narrow = getattr(triton_kernels, name), held != "*bf16"
+    flags = {"BIAS": True, "SCALED": narrow, "WHOLE": held == "*i8", "EXACT": False, "SPLIT": 8, "ADD": False}
+    constants = {key: value for key, value in {**TILE, **flags}.items() if key in kernel.arg_names}
+    kinds = {**LINEAR, "hidden": held, "weight": held}
+    signature = {key: kind for key, kind in kinds.items() if key in kernel.arg_names}
     found = compile_for(capability, kernel, signature, constants, num_warps=WARPS)
-    assert found.count(product) >= 4
+    assert found.count(product) >= (2 if narrow else 4)
     assert found.spills == 0
+    assert found.registers <= (255 if name == "rest_of_tiles" else 168)  # one block of eight warps, or more
     assert found.shared <= 96 * 1024 < SHARED[capability]
-    assert (
-        found.count("LDGSTS.E.BYPASS.128") >= 12
-    )  # operands go to shared memory 16 bytes at a time, ahead of their use
+    # operands go to shared memory 16 bytes at a time, ahead of their use; 8-bit ones are half as many
+    assert found.count("LDGSTS.E.BYPASS.128") >= (6 if narrow else 12)
+
+
+def test_the_fused_layer_has_no_e4m3_on_an_a100():
+    with pytest.raises(Exception, match="type fp8e4nv not supported in this architecture"):
+        test_the_fused_layer_multiplies_on_the_tensor_cores(80, "*fp8e4nv", "", "rest_of_tiles")

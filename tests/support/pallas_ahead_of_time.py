@@ -23,6 +23,8 @@ from distilbeam.kernels.linear_distillation import pallas_kernels as of_layer
 FUNCTIONS = {
     "first_pass": of_layer.first_pass,
     "gradients": of_layer.gradients,
+    "first_pass-int8": of_layer.first_pass,
+    "gradients-int8": of_layer.gradients,
     "logit_buckets": of_logits.logit_buckets,
     "logit_gradient": of_logits.logit_gradient,
 }
@@ -36,18 +38,19 @@ def arguments(
     def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    layer = [
-        array((rows, features), jnp.bfloat16),
-        array((classes, features), jnp.bfloat16),
-        array((classes,), jnp.float32),
-        array((rows, kept), jnp.int32),
-    ]
+    def layer(dtype: object) -> list[jax.ShapeDtypeStruct]:
+        column, row = array((rows, 1), jnp.float32), array((classes,), jnp.float32)
+        values = [array((size, features), dtype) for size in (rows, classes)]
+        return [*values, column, row, row, array((rows, kept), jnp.int32)]
+
     logits = [array((rows, classes), jnp.bfloat16), array((rows, kept), jnp.int32)]
     column = array((rows, 1), jnp.float32)
     slopes = [array((rows, kept), jnp.float32), column, column]
     return {
-        "first_pass": layer,
-        "gradients": [*layer, *slopes],
+        "first_pass": layer(jnp.bfloat16),
+        "gradients": [*layer(jnp.bfloat16), *slopes],
+        "first_pass-int8": layer(jnp.int8),
+        "gradients-int8": [*layer(jnp.int8), *slopes],
         "logit_buckets": logits,
         "logit_gradient": [*logits, *slopes],
     }

@@ -28,11 +28,16 @@ def examples() -> list[torch.Tensor]:
     return [*layer, chosen.to(torch.int32)]
 
 
+def scales() -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the factors of rows, which floating rows have none of."""
+    return torch.ones(ROWS, 1), torch.ones(CLASSES)
+
+
 def check_registration() -> None:
     """Run torch's own checks of schema, shapes under tracing, and gradients, with fixed and with symbolic sizes."""
     hidden, weight, bias, classes = examples()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    torch.library.opcheck(of_layer.layer_buckets(), (*leaves, classes, 1.5))
+    torch.library.opcheck(of_layer.layer_buckets(), (*leaves[:2], *scales(), leaves[2], classes, 1.5))
     logits = torch.randn(ROWS, CLASSES, requires_grad=True)
     torch.library.opcheck(of_logits.logit_buckets(), (logits, classes, 1.0))
 
@@ -41,7 +46,8 @@ def check_shapes_without_data() -> None:
     """Shapes and dtypes of results whose arguments have no data."""
     with FakeTensorMode() as mode:
         hidden, weight, bias, classes = (mode.from_tensor(x) for x in examples())
-        kept, rest = of_layer.layer_buckets()(hidden.bfloat16(), weight.bfloat16(), bias, classes, 1.0)
+        layer = hidden.bfloat16(), weight.bfloat16(), *map(mode.from_tensor, scales()), bias
+        kept, rest = of_layer.layer_buckets()(*layer, classes, 1.0)
         assert (kept.shape, rest.shape, kept.dtype) == ((ROWS, KEPT), (ROWS, 1), torch.float32)
 
 
@@ -57,7 +63,8 @@ def check_a_traced_training_step() -> None:
 
     def step(hidden, weight, bias, inputs):
         features = torch.tanh(inputs @ hidden)
-        loss = scaled_losses(lambda c, tau: of_layer.layer_buckets()(features, weight, bias, c, tau), term).sum()
+        layer = features, weight, *scales(), bias
+        loss = scaled_losses(lambda c, tau: of_layer.layer_buckets()(*layer, c, tau), term).sum()
         return loss, *torch.autograd.grad(loss, (hidden, weight, bias))
 
     arguments = [x.requires_grad_() for x in (hidden, weight, bias)] + [inputs]
