@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
-LOCAL_RUNNER = "FnApiRunner"
+from distilbeam.pipelines.warm_workers import LOCAL_RUNNER
+
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.warm_workers import begin
 
 console = Console()
 errors = Console(stderr=True)
@@ -46,6 +47,7 @@ def run_steps(
 ) -> Path:
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
+    begin(flags or [])
     with Display(console).waiting("loading"):  # Beam and torch take seconds to import
         from distilbeam.pipelines.config import load_config
         from distilbeam.pipelines.steps import run

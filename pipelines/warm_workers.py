@@ -13,14 +13,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
+from typing import TYPE_CHECKING, Any
 
 from distilbeam.pipelines import worker_client
-from distilbeam.pipelines.beam_options import LOCAL_RUNNER
 
+if TYPE_CHECKING:  # Beam takes seconds to import, which `begin` shall not wait for
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+LOCAL_RUNNER = "FnApiRunner"
 CLIENT = "worker_client.py"  # in the command line of every process that stands for a worker
 _MODULES = (
     "apache_beam.runners.worker.sdk_worker_main",
@@ -67,13 +70,21 @@ class _Server:
 
 def in_processes(options: PipelineOptions) -> bool:
     """Tell whether the options ask for worker processes on this machine."""
+    from apache_beam.options.pipeline_options import DirectOptions
+
     several = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
     return bool(several and options.get_all_options().get("runner") == LOCAL_RUNNER)
 
 
-def begin(options: PipelineOptions) -> None:
-    """Start the process that workers are forked from, if the options ask for worker processes and there is none yet."""
-    if in_processes(options):
+def begin(flags: Sequence[str]) -> None:
+    """Start the process that workers are forked from, if Beam's flags ask for worker processes and there is none yet.
+
+    Args:
+      flags: Beam's options as words; nothing is said of wrong ones.
+    """
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    elsewhere = any(word == "--runner" and value != LOCAL_RUNNER for word, value in pairwise(words))
+    if ("--direct_running_mode", "multi_processing") in pairwise(words) and not elsewhere:
         _server()
 
 
@@ -85,13 +96,14 @@ def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
     Raises:
       RuntimeError: the process that workers are forked from does not start.
     """
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     server = _server()
     server.wait()
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "WARNING"
-    command = shlex.join([sys.executable, "-I", "-S", str(Path(worker_client.__file__)), server.socket, level])
+    command = "exec " + shlex.join([sys.executable, "-I", "-S", str(Path(worker_client.__file__)), server.socket, level])
     given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
     copy = PipelineOptions.from_dictionary(given)
     # No mode at all: Beam then takes the environment of its runner, and says nothing about the number of workers.
