@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilbeam.kernels.distillation.sweep import replace_by_gradient, write_gradient
+from distilbeam.kernels.distillation.one_pass import loss_and_gradient
+from distilbeam.kernels.distillation.sweep import replace_by_gradient
 from distilbeam.kernels.distillation.terms import Term
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: a block stays in the last-level cache, and operations are few
@@ -37,16 +38,16 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_BC: Tensor, terms: list[Term], reduced: bool) -> Tensor:
-        gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
         step = max(1, BLOCK_ELEMENTS // max(1, logits_BC.shape[1]))
         if step >= len(logits_BC):
-            losses_B = _sweep(logits_BC, gradient_BC, terms)
+            loss, gradient_BC = _block(logits_BC, terms, reduced, None)
         else:
+            gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
             blocks = [slice(start, start + step) for start in range(0, len(logits_BC), step)]
-            parts = [_sweep(logits_BC[b], gradient_BC[b], [term.rows(b) for term in terms]) for b in blocks]
-            losses_B = torch.cat(parts)
+            parts = [_block(logits_BC[b], [t.rows(b) for t in terms], reduced, gradient_BC[b])[0] for b in blocks]
+            loss = torch.stack(parts).sum() if reduced else torch.cat(parts)
         ctx.save_for_backward(gradient_BC)
-        return losses_B.sum() if reduced else losses_B
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -58,13 +59,24 @@ class _Sweep(torch.autograd.Function):
         return gradient_BC * factor.to(gradient_BC.dtype), None, None
 
 
-def _sweep(logits_BC: Tensor, gradient_BC: Tensor, terms: list[Term]) -> Tensor:
-    """Fill `gradient_BC` and give the rows' losses; logits of another dtype are computed with in a block of their own."""
-    compute = terms[0].scale.dtype
-    if gradient_BC.dtype == compute:
-        losses_B = write_gradient(logits_BC, terms[0], gradient_BC) if len(terms) == 1 else None
-        return replace_by_gradient(gradient_BC.copy_(logits_BC), terms) if losses_B is None else losses_B
-    block_BC = logits_BC.to(compute)
-    losses_B = replace_by_gradient(block_BC, terms)
-    gradient_BC.copy_(block_BC)
-    return losses_B
+def _block(logits_BC: Tensor, terms: list[Term], reduced: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give the loss and the gradient, in `out` where that is given; logits of another dtype are widened here."""
+    compute, dtype = terms[0].scale.dtype, logits_BC.dtype
+    wide_BC = logits_BC if dtype == compute else logits_BC.to(compute)
+    room = out if dtype == compute else None
+    made = loss_and_gradient(wide_BC, terms[0], reduced, room)
+    for term in terms[1:]:
+        more = None if made is None else loss_and_gradient(wide_BC, term, reduced)
+        made = None if made is None or more is None else (made[0] + more[0], made[1].add_(more[1]))
+    if made is None:
+        made = _with_masks(wide_BC, terms, reduced, room)
+    loss, gradient_BC = made
+    if dtype == compute:
+        return made
+    return loss, gradient_BC.to(dtype) if out is None else out.copy_(gradient_BC)
+
+
+def _with_masks(logits_BC: Tensor, terms: list[Term], reduced: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    copy_BC = logits_BC.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(logits_BC)
+    losses_B = replace_by_gradient(copy_BC, terms)
+    return losses_B.sum() if reduced else losses_B, copy_BC

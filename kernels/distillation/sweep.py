@@ -16,8 +16,6 @@ from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradie
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 
-LEAST_MASS = 1e-30  # of a bucket, in a softmax over all classes: what underflows is then too small to matter
-
 
 def replace_by_gradient(z_BC: Tensor, terms: Sequence[Term]) -> Tensor:
     """Compute the scaled losses of a block and overwrite its logits by their gradient.
@@ -51,7 +49,7 @@ def _one_term(z_BC: Tensor, term: Term) -> Tensor:
 
 
 def _sparse(z_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor) -> Tensor:
-    kept_BK = _kept_logits(z_BC, targets, classes_BK)
+    kept_BK = kept_logits(z_BC, targets, classes_BK)
     if targets.rest_temperature is None:
         loss_B, gradient_BN = bucket_losses_and_gradient(kept_BK, targets)
         z_BC.zero_()
@@ -59,60 +57,20 @@ def _sparse(z_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor)
         rest_B1, mass_B1 = replace_by_shares(z_BC, classes_BK, targets.rest_temperature)
         loss_B, gradient_BN = bucket_losses_and_gradient(torch.cat([kept_BK, rest_B1], dim=1), targets)
         z_BC *= gradient_BN[:, -1:] * scale_B[:, None] / mass_B1
-    z_BC.scatter_(1, classes_BK, kept_gradient(gradient_BN, targets, scale_B))
+    z_BC.scatter_(1, classes_BK, kept_gradient(gradient_BN, targets) * scale_B[:, None])
     return loss_B
 
 
-def write_gradient(logits_BC: Tensor, term: Term, gradient_BC: Tensor) -> Tensor | None:
-    """Compute the scaled losses of one term and write the logits' gradient, in fewer operations than in place.
-
-    The student's distribution comes from one softmax over all classes, whose smallest numbers must not be lost.
-
-    Args:
-      logits_BC: float32 or float64 [B, C], of any strides, on a CPU.
-      term: of the same rows.
-      gradient_BC: contiguous, of the same shape and dtype; written.
-
-    Returns:
-      The scaled losses, [B]; None, with nothing of use in `gradient_BC`, where rows do not count, the logits are on an
-      accelerator, which would have to be waited for, or a bucket's probability is below LEAST_MASS.
-    """
-    targets, scale_B1 = term.targets, term.scale[:, None]
-    if term.valid is not None or not logits_BC.is_cpu:
-        return None
-    if targets.classes is None:
-        loss_B, _ = bucket_losses_and_gradient(logits_BC, targets, out=gradient_BC)
-        gradient_BC *= scale_B1
-        return loss_B.mul_(term.scale)
-    if targets.rest_temperature is None:
-        loss_B, slope_BN = bucket_losses_and_gradient(_kept_logits(logits_BC, targets, targets.classes), targets)
-        gradient_BC.zero_()
-    else:
-        tau = targets.rest_temperature
-        torch.softmax(logits_BC if tau == 1 else logits_BC / tau, dim=1, out=gradient_BC)
-        kept_BK = gradient_BC.gather(1, targets.classes)
-        rest_B1 = gradient_BC.scatter_(1, targets.classes, 0).sum(dim=1, keepdim=True)
-        f_BN = torch.cat([kept_BK, rest_B1], dim=1)
-        if not float(f_BN.amin() if len(f_BN) else 1) > LEAST_MASS:
-            return None
-        v_BN = f_BN.log_() if tau == 1 else f_BN.log_().mul_(tau)
-        if targets.padding is not None:
-            v_BN[:, :-1].masked_fill_(targets.padding, -torch.inf)
-        loss_B, slope_BN = bucket_losses_and_gradient(v_BN, targets)
-        gradient_BC *= slope_BN[:, -1:] * scale_B1 / rest_B1
-    gradient_BC.scatter_(1, targets.classes, kept_gradient(slope_BN, targets, term.scale))
-    return loss_B.mul_(term.scale)
-
-
-def _kept_logits(z_BC: Tensor, targets: Targets, classes_BK: Tensor) -> Tensor:
+def kept_logits(z_BC: Tensor, targets: Targets, classes_BK: Tensor) -> Tensor:
+    """Gather the logits of the kept classes, -inf where an entry is padding, [B, k]."""
     kept_BK = z_BC.gather(1, classes_BK)
     return kept_BK if targets.padding is None else kept_BK.masked_fill_(targets.padding, -torch.inf)
 
 
-def kept_gradient(gradient_BN: Tensor, targets: Targets, scale_B: Tensor) -> Tensor:
-    """Give the scaled gradient of the kept classes, padding repeating the row's first class, [B, k]."""
+def kept_gradient(gradient_BN: Tensor, targets: Targets) -> Tensor:
+    """Give the gradient of the kept classes' logits, padding repeating the row's first class, [B, k]."""
     assert targets.classes is not None
-    kept_BK = gradient_BN[:, : targets.classes.shape[1]] * scale_B[:, None]
+    kept_BK = gradient_BN[:, : targets.classes.shape[1]]
     return kept_BK if targets.padding is None else torch.where(targets.padding, kept_BK[:, :1], kept_BK)
 
 

@@ -45,6 +45,7 @@ class Targets:
       flip: SLaM's coefficient of the candidates, (1 - a) / (m - 1) or (1 - a), zero elsewhere, [B, n].
       forward: SLaM's candidates share their own mass instead of the complement's.
       truncated: the target does not sum to one, its tail having no bucket.
+      certain: one class has all of the target, and the rest has none.
     """
 
     logprobs: Tensor
@@ -57,6 +58,7 @@ class Targets:
     flip: Tensor | None = None
     forward: bool = False
     truncated: bool = False
+    certain: bool = False
 
     def rows(self, index: Tensor | slice) -> Targets:
         """Take some rows.
@@ -82,6 +84,7 @@ class Targets:
             take(self.flip),
             self.forward,
             self.truncated,
+            self.certain,
         )
 
 
@@ -137,11 +140,11 @@ def prepare(
 
 def _hard(labels: HardLabels, num_classes: int, dtype: torch.dtype) -> Targets:
     classes_B1 = labels.classes.long().clamp(min=0)[:, None]
-    certain = torch.zeros(classes_B1.shape, dtype=dtype, device=classes_B1.device)
+    of_a_row = [0.0, torch.finfo(dtype).min][: min(2, num_classes)]
+    logprobs = torch.tensor(of_a_row, dtype=dtype, device=classes_B1.device).expand(len(classes_B1), -1)
     if num_classes == 1:
-        return Targets(certain, classes_B1)
-    nothing = torch.full_like(certain, torch.finfo(dtype).min)
-    return Targets(torch.cat([certain, nothing], 1), classes_B1, rest_temperature=1.0, entropy=False)
+        return Targets(logprobs, classes_B1)
+    return Targets(logprobs, classes_B1, rest_temperature=1.0, entropy=False, certain=True)
 
 
 def _buckets(

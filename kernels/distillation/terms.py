@@ -105,8 +105,7 @@ def make_terms(
     valid = None if options.mask is None else _vector("mask", options.mask, num_rows).bool()
     if isinstance(labels, HardLabels):
         valid = _both(valid, labels.classes != labels.ignore_index)
-    if valid is not None and valid.is_cpu and bool(valid.all()):
-        valid = None
+    valid = _unless_all(valid)
     share = 1 / _denominator(options.normalizer, valid, num_rows) if options.reduction == "mean" else 1.0
     if options.weight is not None:
         scale = _vector("weight", options.weight, num_rows).to(dtype) * share
@@ -132,7 +131,7 @@ def make_terms(
     has_truth = known.classes != options.ignore_index
     share = options.hard_share * has_truth
     true_class = Term(
-        prepare(known, num_classes, options.objective, dtype=dtype), scale * share, _both(valid, has_truth)
+        prepare(known, num_classes, options.objective, dtype=dtype), scale * share, _unless_all(_both(valid, has_truth))
     )
     return [Term(prepared, scale * (1 - share), valid), true_class]
 
@@ -141,6 +140,11 @@ def _denominator(normalizer: Tensor | float | None, valid: Tensor | None, num_ro
     if normalizer is not None:
         return normalizer
     return max(num_rows, 1) if valid is None else valid.sum().clamp(min=1)
+
+
+def _unless_all(valid: Tensor | None) -> Tensor | None:
+    """Give None where every row counts and looking would not wait for a device."""
+    return None if valid is not None and valid.is_cpu and bool(valid.all()) else valid
 
 
 def _both(valid: Tensor | None, also: Tensor) -> Tensor:

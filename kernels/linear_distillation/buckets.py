@@ -49,7 +49,7 @@ def solve(kept_BK: Tensor, rest_B1: Tensor | None, term: Term) -> Solved:
         loss_B = loss_B.masked_fill(~term.valid, 0)
         gradient_BN = gradient_BN.masked_fill(~term.valid[:, None], 0)
         scale_B = scale_B.masked_fill(~term.valid, 0)
-    kept = kept_gradient(gradient_BN, targets, scale_B)
+    kept = kept_gradient(gradient_BN, targets) * scale_B[:, None]
     if rest_B1 is None:
         return Solved(
             loss_B * scale_B, kept, torch.zeros_like(kept_BK[:, :1]), torch.full_like(kept_BK[:, :1], torch.inf)
