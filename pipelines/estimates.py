@@ -49,7 +49,8 @@ class Estimates:
           coverage: how often the truth must be among the candidates, in (0, 1).
         """
         noise = TeacherNoise.fit(teacher_logprobs, labels, floor=floor, coverage=coverage)
-        return cls(noise, DebiasEstimator.fit(student_logits, teacher_logprobs, labels))
+        # soft: a student learns from the teacher's probabilities, not from its most probable class
+        return cls(noise, DebiasEstimator.fit(student_logits, teacher_logprobs, labels, soft=True))
 
     def columns(
         self, teacher_logprobs: npt.NDArray[np.float32], student_logits: npt.NDArray[np.float32]

@@ -37,6 +37,7 @@ def train_blind(
     validation: pa.Table | None,
     directory: str | Path,
     seed: int,
+    mixing_weights: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a student in two phases.
@@ -52,6 +53,7 @@ def train_blind(
       validation: labelled examples that choose the epoch of the second phase. The first keeps its last epoch.
       directory: where the student appears; the first phase's stays beside it, with `.blind` after the name.
       seed: as for `train`.
+      mixing_weights: share of each of the pool's datasets in an epoch, as for `train`.
       progress: called after every step of either phase with the steps done, the steps in all, and the loss.
 
     Returns:
@@ -77,6 +79,7 @@ def train_blind(
             validation=None,
             directory=blind,
             seed=seed,
+            mixing_weights=mixing_weights,
             progress=progress,
         )
     return train(

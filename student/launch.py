@@ -19,7 +19,9 @@
     [training]
     epochs = 60
 
-The same command goes on with a training that was killed. A directory that holds the student already is left alone.
+With `finetune` under [training] the distillation is blind: soft labels alone first, then the labelled examples with the
+teacher's answers for them (`labelled_answers` under [data]). The same command goes on with a training that was killed. A
+directory that holds the student already is left alone.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distilbeam.student.blind import train_blind
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import TrainResult, train
 from distilbeam.student.train_config import TrainConfig
@@ -48,6 +51,7 @@ class DataConfig(BaseModel):
     soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
     mixing_weights: tuple[float, ...] | None = Field(None, description="share of each of them in an epoch")
     labelled: str | None = Field(None, description="Parquet file of human-labelled examples")
+    labelled_answers: tuple[str, ...] = Field((), description="soft labels of these examples, for training.finetune")
     validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
     label: str = Field("label", description="column with the true class")
     classes: tuple[str, ...] = Field(description="names of the classes in the order of the logits", min_length=2)
@@ -77,24 +81,35 @@ def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResul
       The metrics and the directory of the student.
 
     Raises:
-      ValueError: as for `train`.
+      ValueError: as for `train` or `train_blind`.
       FileExistsError: the student is there already.
     """
-    data = config.data
+    data, training = config.data, config.training
+    if training.reestimate_epochs is not None:
+        raise ValueError(
+            "training.reestimate_epochs needs the teacher's answers for the validation set, which 'distilbeam run' asks for; "
+            "leave it out here"
+        )
+    student = config.student.model_copy(update={"input": config.student.input.relative_to(base)})
     tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
-    return train(
-        config.student.model_copy(update={"input": config.student.input.relative_to(base)}),
-        config.training,
-        classes=data.classes,
-        labelled=tables[0],
-        label_column=data.label,
-        soft_labels=[base / path for path in data.soft_labels],
-        validation=tables[1],
-        directory=base / data.directory,
-        seed=data.seed,
-        mixing_weights=data.mixing_weights,
-        progress=progress,
-    )
+    soft_labels, answers = ([base / path for path in paths] for paths in (data.soft_labels, data.labelled_answers))
+    common: dict[str, Any] = {
+        "classes": data.classes,
+        "labelled": tables[0],
+        "label_column": data.label,
+        "validation": tables[1],
+        "directory": base / data.directory,
+        "seed": data.seed,
+        "mixing_weights": data.mixing_weights,
+        "progress": progress,
+    }
+    if training.finetune is not None:
+        return train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
+    if answers:
+        raise ValueError(
+            "data.labelled_answers are for the second phase of blind distillation: give training.finetune too"
+        )
+    return train(student, training, soft_labels=soft_labels, **common)
 
 
 def read_config(path: Path, overrides: list[str]) -> LaunchConfig:

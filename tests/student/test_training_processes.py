@@ -16,7 +16,8 @@ import small_trainings
 import tomli_w
 from safetensors.torch import load_file
 
-from distilbeam.student.launch import main, read_config
+from distilbeam.student.checkpoint import load_student
+from distilbeam.student.launch import launch, main, read_config
 from distilbeam.student.processes import Processes, joined_processes
 
 SUPPORT = Path(small_trainings.__file__).parent
@@ -130,6 +131,36 @@ def test_torchrun_launches_a_training(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(tmp_path / "training.toml")
     assert "already holds a student" in capsys.readouterr().err
+
+
+def test_blind_distillation_is_launched(tmp_path):
+    data = small_trainings.write_vectors(tmp_path / "pool", 90)
+    small_trainings.write_vectors(tmp_path / "answers", 30)
+    pq.write_table(data["labelled"], tmp_path / "labelled.parquet")
+    student, _ = small_trainings.settings("vectors")
+    config = {
+        "data": {
+            "soft_labels": ["pool"],
+            "mixing_weights": [1.0],
+            "labelled": "labelled.parquet",
+            "labelled_answers": ["answers"],
+            "classes": list(small_trainings.NAMES),
+        },
+        "student": student.model_dump(mode="json", exclude_defaults=True),
+        "training": {"epochs": 2, "batch_size": 16, "finetune": {"epochs": 1}},
+    }
+    path = tmp_path / "training.toml"
+    path.write_text(tomli_w.dumps(config))
+    result = launch(read_config(path, []), tmp_path)
+    blind = load_student(tmp_path / "student.blind").extra["metrics"]
+    assert (blind["epochs"], blind["soft_rows"], blind["hard_rows"]) == (2, 90, 0)
+    assert [result.metrics[name] for name in ("epochs", "soft_rows", "hard_rows")] == [1, 30, 30]
+    config["training"].pop("finetune")
+    path.write_text(tomli_w.dumps(config))
+    with pytest.raises(ValueError, match=r"data.labelled_answers are for the second phase of blind distillation"):
+        launch(read_config(path, ['data.directory="other"']), tmp_path)
+    with pytest.raises(ValueError, match=r"training.reestimate_epochs needs the teacher's answers"):
+        launch(read_config(path, ["training.reestimate_epochs=1", 'training.objective="weighted"']), tmp_path)
 
 
 def test_settings_of_a_launch_are_checked(tmp_path):
