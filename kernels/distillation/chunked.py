@@ -17,7 +17,7 @@ from distilbeam.kernels.distillation.one_pass import loss_and_gradient
 from distilbeam.kernels.distillation.sweep import replace_by_gradient
 from distilbeam.kernels.distillation.terms import Term
 
-BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: a block stays in the last-level cache, and operations are few
+BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: a block and the few tensors of its size stay in the cache
 
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
