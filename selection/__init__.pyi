@@ -8,10 +8,12 @@ from .debias import rescale as rescale
 from .gains import entropy_gain as entropy_gain
 from .gains import least_confidence_gain as least_confidence_gain
 from .gains import margin_gain as margin_gain
+from .local_errors import ClassErrors as ClassErrors
 from .local_errors import LocalErrors as LocalErrors
 from .noise import TeacherErrors as TeacherErrors
 from .noise import TeacherNoise as TeacherNoise
 from .noise import teacher_errors as teacher_errors
+from .pooling import BeliefPool as BeliefPool
 from .rad import RadSolution as RadSolution
 from .rad import guaranteed_gain as guaranteed_gain
 from .rad import rad_distribution as rad_distribution

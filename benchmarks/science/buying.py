@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.science.problems import Indices, Problem
+from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import SoftRows, accuracy, embeddings_of, fit, logits_of
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.local_errors import LocalErrors
+from distilbeam.selection.local_errors import ClassErrors, LocalErrors
 from distilbeam.selection.noise import TeacherNoise, teacher_errors
+from distilbeam.selection.pooling import BeliefPool
 from distilbeam.selection.selectors import CandidatePool, selector
 
 # cumulative shares of the pool after each round
@@ -45,21 +46,27 @@ class Situation:
     bought: Indices
     number: int
 
-    def pool(self, embeddings: bool = False, errors: bool = False) -> CandidatePool:
-        """Describe the pool to a selector."""
+    def pool(self, embeddings: bool = False, errors: str = "") -> CandidatePool:
+        """Describe the pool to a selector; `errors` by "gain" or by "class"."""
         problem, known = self.problem, np.concatenate([self.problem.labelled, self.bought])
         logits = logits_of(self.student, problem, self.left)
         more: dict[str, Any] = {}
         if embeddings:
             more["embeddings"] = embeddings_of(self.student, problem, self.left)
             more["labelled_embeddings"] = embeddings_of(self.student, problem, known)
-        if errors:
-            fitted, gains = self.local_errors(), margin_gain(logits)
+        if errors == "gain":
+            seen, outcomes = self.outcomes()
+            fitted, gains = LocalErrors.fit(margin_gain(seen), outcomes), margin_gain(logits)
             more |= {"errors": fitted.errors(gains), "caps": fitted.caps(gains)}
+        if errors == "class":
+            more["errors"] = ClassErrors.fit(*self.outcomes()).errors(logits)
         return CandidatePool(len(self.left), logits, **more)
 
-    def local_errors(self) -> LocalErrors:
-        """Fit where the teacher errs, on the validation set and on what was bought."""
+    def outcomes(self) -> tuple[Floats, np.ndarray]:
+        """Say where the teacher is wrong: the student's logits and errors in [0, 1] of what is known about.
+
+        On the validation set it is seen; on what was bought it is expected, from the teacher's margin.
+        """
         problem = self.problem
         rows = np.concatenate([problem.validation, self.bought])
         noise = TeacherNoise.fit(
@@ -67,8 +74,21 @@ class Situation:
         )
         seen = (~problem.right[problem.validation]).astype(float)
         expected = 1 - noise.accuracy(problem.teacher_logprobs()[self.bought]) if len(self.bought) else np.zeros(0)
-        gains = margin_gain(logits_of(self.student, problem, rows))
-        return LocalErrors.fit(gains, np.concatenate([seen, expected]))
+        return logits_of(self.student, problem, rows), np.concatenate([seen, expected])
+
+    def belief(self) -> BeliefPool:
+        """Fit how much to believe the teacher and the student, on the validation set."""
+        problem, held_out = self.problem, self.problem.validation
+        student = logits_of(self.student, problem, held_out)
+        return BeliefPool.fit(problem.teacher_logprobs("soft")[held_out], student, problem.truth[held_out])
+
+    def answers(self, rows: Indices, kind: str) -> Floats:
+        """Ask the teacher about rows; `pooled` joins what the student of the round before believes."""
+        teacher = self.problem.teacher_logprobs("soft" if kind == "pooled" else kind)[rows]
+        if kind != "pooled":
+            return teacher
+        student = logits_of(self.student, self.problem, rows)
+        return self.belief().labels(teacher, student).astype(np.float32)
 
     @property
     def wrong(self) -> float:
@@ -93,8 +113,8 @@ def _embedded(name: str, situation: Situation, budget: int, rng: np.random.Gener
     return selector(name).select(situation.pool(embeddings=True), budget, rng)
 
 
-def _local(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
-    return selector(name).select(situation.pool(errors=True), budget, rng)
+def _local(name: str, errors: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    return selector(name).select(situation.pool(errors=errors), budget, rng)
 
 
 def _oracle(situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
@@ -109,16 +129,17 @@ PUBLISHED: dict[str, Chooser] = {
     **{name: partial(_embedded, name) for name in ("k-center", "cluster-margin", "badge")},
     **{name: partial(_game, name) for name in ("rad", "rad-loss")},
 }
-OURS: dict[str, Chooser] = {name: partial(_local, name) for name in ("rad-capped", "correct-gain")}
+OURS: dict[str, Chooser] = {
+    **{name: partial(_local, name, "gain") for name in ("rad-capped", "correct-gain")},
+    "correct-gain-class": partial(_local, "correct-gain", "class"),
+}
 BOUNDS: dict[str, Chooser] = {"oracle": _oracle}
 METHODS = {**PUBLISHED, **OURS, **BOUNDS}
 
 
-def soft_rows(problem: Problem, rows: Indices, kind: str) -> SoftRows:
-    """Ask the teacher about rows."""
-    index = torch.from_numpy(rows)
-    logprobs = torch.from_numpy(problem.teacher_logprobs(kind)[rows])
-    return SoftRows({"inputs": problem.inputs[index], "teacher_logprobs": logprobs})
+def soft_rows(problem: Problem, rows: Indices, logprobs: Floats) -> SoftRows:
+    """Put rows and their labels together."""
+    return SoftRows({"inputs": problem.inputs[torch.from_numpy(rows)], "teacher_logprobs": torch.from_numpy(logprobs)})
 
 
 def first_student(problem: Problem) -> nn.Module:
@@ -136,7 +157,7 @@ def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict
       problem: what about.
       method: a key of `METHODS`.
       schedule: a key of `SCHEDULES`.
-      kind: the labels the student learns from: `calibrated`, `soft` or `hard`.
+      kind: the labels the student learns from: `calibrated`, `soft`, `hard` or `pooled`.
 
     Returns:
       For each round `budget` (share of the pool), `bought` (labels), `accuracy` of the student on the test rows,
@@ -146,6 +167,7 @@ def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict
     """
     student, bought, left = first_student(problem), np.zeros(0, np.int64), problem.pool
     human, figures = problem.human(problem.labelled), []
+    answers = np.zeros((0, problem.classes), np.float32)
     for number, share in enumerate(SCHEDULES[schedule]):
         budget = round(share * len(problem.pool)) - len(bought)
         start = time.process_time()
@@ -155,8 +177,8 @@ def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict
         gains = margin_gain(logits_of(student, problem, left[chosen]))
         right = problem.right[left[chosen]]
         bought, new = np.concatenate([bought, left[chosen]]), left[chosen]
-        left = left[~chosen]
-        student = fit(problem, soft_rows(problem, bought, kind), human)
+        answers, left = np.concatenate([answers, situation.answers(new, kind)]), left[~chosen]
+        student = fit(problem, soft_rows(problem, bought, answers), human)
         figures.append(
             {
                 "round": number,

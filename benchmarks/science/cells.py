@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Store:
         if not path.exists():
             start = time.process_time()
             rows = cell.compute()
-            record = {"key": cell.key, "rows": rows, "seconds": time.process_time() - start, "machine": self._machine()}
+            record = {"key": cell.key, "rows": rows, "seconds": time.process_time() - start, "machine": about_machine()}
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".part")
             temporary.write_text(json.dumps(record))
@@ -59,18 +60,18 @@ class Store:
         return self._path(cell.key).exists()
 
     def _path(self, key: Key) -> Path:
-        versions = {name: self._machine()["packages"][name] for name in ("torch", "numpy")}
+        versions = {name: about_machine()["packages"][name] for name in ("torch", "numpy")}
         text = json.dumps({**key, "versions": versions}, sort_keys=True)
         return self.directory / str(key["study"]) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
-    @staticmethod
-    def _machine() -> dict[str, Any]:
-        global _MACHINE
-        _MACHINE = _MACHINE or machine(PACKAGES)
-        return _MACHINE
 
-
-_MACHINE: dict[str, Any] = {}
+@cache
+def about_machine() -> dict[str, Any]:
+    """Describe the machine, the versions and the command, as it is to be typed."""
+    found = machine(PACKAGES)
+    script, *arguments = found["command"].split(" ")[1:]
+    module = script.removesuffix(".py").replace("/", ".")
+    return {**found, "command": " ".join(["python -m", module, *arguments])}
 
 
 def run(

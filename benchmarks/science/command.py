@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -106,49 +106,54 @@ def _problem(
     return make(dict(settings), seed)
 
 
-def problem_of(dataset: Dataset, teacher: str, seed: int) -> Problem:
-    """Make a problem, or give the one that was made last."""
-    return _problem(dataset.make, tuple(dataset.teachers[teacher].items()), seed)
+@dataclass(frozen=True)
+class Place:
+    """Where a cell is: a dataset, one of its teachers, a seed."""
+
+    dataset: Dataset
+    teacher: str
+    seed: int
+
+    def problem(self) -> Problem:
+        """Make the problem, or give the one that was made last."""
+        return _problem(self.dataset.make, tuple(self.dataset.teachers[self.teacher].items()), self.seed)
+
+    def cell(self, study: str, recipe: int, options: dict[str, Any], compute: Compute) -> Cell:
+        """Make a cell here.
+
+        Args:
+          study: its study's name.
+          recipe: counted up when `compute` comes to mean something else.
+          options: what distinguishes the cells of one problem, plain data.
+          compute: from this place and the options to rows of figures.
+        """
+        key = {
+            "study": study,
+            "recipe": recipe,
+            "dataset": self.dataset.name,
+            "dataset_recipe": self.dataset.recipe,
+            "about": self.dataset.about,
+            "teacher": self.teacher,
+            "settings": self.dataset.teachers[self.teacher],
+            "seed": self.seed,
+            **options,
+        }
+
+        def rows() -> list[dict[str, Any]]:
+            return [_about(self.problem()) | row for row in compute(self, options)]
+
+        return Cell(key, rows)
 
 
-def make_cells(
-    given: Arguments,
-    study: str,
-    recipe: int,
-    options: Sequence[dict[str, Any]],
-    compute: Callable[[Problem, dict[str, Any]], list[dict[str, Any]]],
-    wanted: Callable[[Dataset, dict[str, Any]], bool] = lambda *_: True,
-) -> list[Cell]:
-    """Make the cells of a study: option by option, so that problems are used while they are there, and seed by seed.
+Compute = Callable[[Place, dict[str, Any]], list[dict[str, Any]]]
 
-    Args:
-      given: the study's arguments.
-      study: its name.
-      recipe: counted up when `compute` comes to mean something else.
-      options: what distinguishes the cells of one problem, plain data.
-      compute: from a problem and options to rows of figures.
-      wanted: whether a dataset is to have these options.
-    """
-    cells = []
+
+def places(given: Arguments) -> Iterator[Place]:
+    """Go through all problems, seed by seed, so that a study that is stopped has all problems at equal seeds."""
     for seed in given.seeds:
         for dataset in given.datasets:
-            for teacher, settings in dataset.teachers.items():
-                for chosen in options:
-                    if not wanted(dataset, chosen):
-                        continue
-                    key = {
-                        "study": study,
-                        "recipe": recipe,
-                        "dataset": dataset.name,
-                        "dataset_recipe": dataset.recipe,
-                        "about": dataset.about,
-                        "teacher": teacher,
-                        "settings": settings,
-                        "seed": seed,
-                        **chosen,
-                    }
-                    cells.append(Cell(key, _computed(compute, dataset, teacher, seed, chosen)))
-    return cells
+            for teacher in dataset.teachers:
+                yield Place(dataset, teacher, seed)
 
 
 def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -156,25 +161,14 @@ def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [_flat(key) | row for key, rows in run(given.store, cells, given.minutes, _say) for row in rows]
 
 
-def _computed(
-    compute: Callable[[Problem, dict[str, Any]], list[dict[str, Any]]],
-    dataset: Dataset,
-    teacher: str,
-    seed: int,
-    chosen: dict[str, Any],
-) -> Callable[[], list[dict[str, Any]]]:
-    def rows() -> list[dict[str, Any]]:
-        problem = problem_of(dataset, teacher, seed)
-        calibration = problem.calibration
-        about = {
-            "teacher_accuracy": problem.teacher_accuracy,
-            "temperature": calibration.temperature,
-            "teacher_ece": calibration.ece_before,
-            "teacher_ece_calibrated": calibration.ece_after,
-        }
-        return [about | row for row in compute(problem, chosen)]
-
-    return rows
+def _about(problem: Problem) -> dict[str, Any]:
+    calibration = problem.calibration
+    return {
+        "teacher_accuracy": problem.teacher_accuracy,
+        "temperature": calibration.temperature,
+        "teacher_ece": calibration.ece_before,
+        "teacher_ece_calibrated": calibration.ece_after,
+    }
 
 
 def _flat(key: Key) -> dict[str, Any]:

@@ -4,21 +4,23 @@
     python -m benchmarks.science.study1 --data DIR --work DIR [--minutes M] [--seeds N] [--datasets NAME ...]
 
 Uniform, margin, entropy, k-center, cluster-margin, BADGE, RAD and RAD-Loss beside our own and an oracle that knows the
-teacher's mistakes. Labels are bought in three rounds, up to 2, 5 and 10 % of the pool (schedule `small`) or 12.5, 25 and 50 % (`large`).
+teacher's mistakes. The student learns from calibrated soft labels, from pooled ones
+(our default) or from hard ones. Labels are bought in three rounds, up to 2, 5 and 10 % of the pool (schedule `small`) or 12.5, 25 and 50 % (`large`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.science.buying import BOUNDS, METHODS, OURS, rounds
-from benchmarks.science.command import Arguments, arguments, collect, make_cells
-from benchmarks.science.problems import Dataset, Problem
+from benchmarks.science.buying import BOUNDS, METHODS, rounds
+from benchmarks.science.cells import Cell
+from benchmarks.science.command import Arguments, Place, arguments, collect, places
 
 DATASETS = ("clinc150", "digits", "synthetic", "cifar10-patches")
 RECIPE = 1
-PARTS = ("small", "large", "hard")
-HARD_METHODS = ("uniform", "margin", "rad", "rad-loss", *OURS, *BOUNDS)
+PARTS = ("small", "pooled", "large", "hard")
+POOLED_METHODS = ("uniform", "margin", "badge", "rad", "correct-gain", *BOUNDS)
+HARD_METHODS = ("uniform", "margin", "rad", "rad-loss", "correct-gain", *BOUNDS)
 COMPARING = ("k-center", "cluster-margin", "badge")  # compare all pairs: minutes for half of a large pool
 LARGE_POOLS = ("clinc150", "cifar10-patches", "cifar10")
 
@@ -32,26 +34,31 @@ def main() -> None:
     write_report(given, rows)
 
 
-def study_cells(given: Arguments) -> list[Any]:
+def study_cells(given: Arguments) -> list[Cell]:
     """List the cells, the most wanted first."""
     parts = {
         "small": ("small", "calibrated", METHODS),
+        "pooled": ("small", "pooled", POOLED_METHODS),
         "large": ("large", "calibrated", METHODS),
         "hard": ("small", "hard", HARD_METHODS),
     }
-    cells = []
-    for schedule, kind, methods in (parts[name] for name in given.parts):
-        options = [{"method": method, "schedule": schedule, "labels": kind} for method in methods]
-        cells += make_cells(given, "study1", RECIPE, options, _compute, _wanted)
-    return cells
+    wanted = [
+        (place, {"method": method, "schedule": schedule, "labels": kind})
+        for schedule, kind, methods in (parts[name] for name in given.parts)
+        for place in places(given)
+        for method in methods
+        if not (schedule == "large" and method in COMPARING and place.dataset.name in LARGE_POOLS)
+    ]
+    return [cell(place, **options) for place, options in wanted]
 
 
-def _wanted(dataset: Dataset, chosen: dict[str, Any]) -> bool:
-    return not (chosen["schedule"] == "large" and chosen["method"] in COMPARING and dataset.name in LARGE_POOLS)
+def cell(place: Place, method: str, schedule: str = "small", labels: str = "calibrated") -> Cell:
+    """Make the cell of a method."""
+    return place.cell("study1", RECIPE, {"method": method, "schedule": schedule, "labels": labels}, _compute)
 
 
-def _compute(problem: Problem, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    return rounds(problem, chosen["method"], chosen["schedule"], chosen["labels"])
+def _compute(place: Place, chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    return rounds(place.problem(), chosen["method"], chosen["schedule"], chosen["labels"])
 
 
 if __name__ == "__main__":
