@@ -14,11 +14,11 @@ processes that start within the same moment may both go on.
 
 from __future__ import annotations
 
-import _thread
 import json
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
 import uuid
@@ -163,7 +163,9 @@ class _Lease:
         self.lost = sentence
         log.error(sentence)
         if not self._stop.is_set():
-            _thread.interrupt_main()
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)  # wakes it up, whatever it waits for
 
 
 def _require_free(path: Path, root: Path, setting: str) -> None:
