@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
+from sklearn.linear_model import Ridge
 
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.local_errors import LocalErrors
+from distilbeam.selection.local_errors import ClassErrors, LocalErrors
 from distilbeam.selection.selectors import CandidatePool, selector
 
 MARGINS = np.array([0.05, 0.3, 0.5, 0.8])
@@ -28,7 +30,7 @@ def test_rad_loss_has_the_games_marginals(frequency_bound):
     # gains .95 .7 .5 .2, median .6, stakes w 1.55 1.3 1.1 .8; F_I = (sum g/w - 1) / sum 1/w is largest at I = 3
     stakes = np.array([1.55, 1.3, 1.1])
     expected = np.array([*(2 / stakes / (1 / stakes).sum()), 0.0])
-    pool, rng, draws = CandidatePool(4, LOGITS), np.random.default_rng(6), 600
+    pool, rng, draws = CandidatePool(4, LOGITS), np.random.default_rng(6), 300
     counts = sum(selector("rad-loss", wrong=1).select(pool, 2, rng).astype(int) for _ in range(draws))
     assert (np.abs(counts / draws - expected) < frequency_bound(expected, draws, 4) + 1e-12).all()
 
@@ -75,3 +77,31 @@ def test_local_errors_refuse(arguments, message):
 
 def test_gain_is_what_the_fit_is_about():
     assert margin_gain(LOGITS) == pytest.approx(1 - MARGINS)
+
+
+def test_class_errors_are_the_ridge_regression_and_learn_classes():
+    rng = np.random.default_rng(8)
+    logits = 4 * rng.standard_normal((2_000, 5))
+    rates = np.array([0.1, 0.1, 0.8, 0.1, 0.5])[logits.argmax(axis=1)]
+    wrong = (rng.random(2_000) < rates).astype(float)
+    fit = ClassErrors.fit(logits, wrong)
+    features = np.column_stack([softmax(logits, axis=1), margin_gain(logits)])
+    expected = Ridge(1.0).fit(features, wrong).predict(features)
+    np.testing.assert_allclose(fit.errors(logits), np.clip(expected, 0, 1), atol=1e-9)
+    sure = fit.errors(12 * np.eye(5))
+    assert sure.argmax() == 2
+    # about 400 labels of each class, a standard error of .025 at most, and five of them beside the ridge's pull
+    assert np.abs(sure - [0.1, 0.1, 0.8, 0.1, 0.5]).max() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1.0, 0.0]], [2.0]), "errors must be between 0 and 1"),
+        (([[1.0, 0.0]], [1.0], 0.0), "ridge must be above 0, got 0"),
+        ((np.zeros((0, 2)), []), "errors must hold at least one example, got none"),
+    ],
+)
+def test_class_errors_refuse(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassErrors.fit(*arguments)

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-MODULES = ["calibration", "capped", "debias", "gains", "local_errors", "noise", "rad", "rounding", "selectors", "sketch"]
+MODULES = [
+    "calibration",
+    "capped",
+    "debias",
+    "gains",
+    "local_errors",
+    "noise",
+    "rad",
+    "rounding",
+    "selectors",
+    "sketch",
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

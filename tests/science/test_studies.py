@@ -1,0 +1,136 @@
+"""The studies over a tiny problem: they run, go on where they stopped, and train as the trainer does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from benchmarks.science import buying, digits, study1, study2, study3, study4, synthetic
+from benchmarks.science.cells import Store
+from benchmarks.science.command import Arguments, collect
+from benchmarks.science.losses import LOSSES, learn
+from benchmarks.science.report1 import write_report as report1
+from benchmarks.science.report2 import write_report as report2
+from benchmarks.science.report_short import write_report as short_report
+from benchmarks.science.training import fit
+from distilbeam.student.checkpoint import load_student
+from distilbeam.student.train import train
+
+STEPS = 12
+
+
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    monkeypatch.setattr(digits, "STEPS", STEPS)
+    monkeypatch.setattr(digits, "SIZES", {"lesson": 150, "labelled": 20, "validation": 60, "pool": 300, "test": 200})
+    dataset = replace(digits.digits(), teachers={"50 labels": {"labels": 50}})
+    return Arguments((dataset,), range(1), Store(tmp_path / "cells"), None, tmp_path / "out", True, ("small",))
+
+
+@pytest.fixture
+def problem(given):
+    return given.datasets[0].make({"labels": 50}, 0)
+
+
+def test_study_1_reports_and_goes_on(given, monkeypatch):
+    cells = study1.study_cells(given)
+    rows = collect(given, cells)
+    assert {row["method"] for row in rows} == set(buying.METHODS)
+    assert sorted({row["bought"] for row in rows}) == [6, 15, 30]
+    report1(given, rows)
+    page = (given.out / "study1.md").read_text()
+    assert all(f"| {method} |" in page for method in buying.METHODS)
+    assert {path.name for path in given.out.iterdir()} >= {"study1.parquet", "study1-digits-small-calibrated.png"}
+    monkeypatch.setattr(study1, "rounds", None)  # computing again would fail
+    assert collect(given, study1.study_cells(given)) == rows
+    stored = json.loads(next((given.store.directory / "study1").iterdir()).read_text())
+    assert stored["key"]["about"]["student"]["kind"] == "mlp"
+
+
+def test_oracle_buys_right_labels_and_all_buy_what_they_were_told(problem):
+    figures = {method: buying.rounds(problem, method, "small", "pooled") for method in ("oracle", "rad", "margin")}
+    for rounds in figures.values():
+        rows = np.concatenate([row["rows"] for row in rounds])
+        assert len(np.unique(rows)) == rounds[-1]["bought"] == 30
+        assert np.isin(rows, problem.pool).all()
+        assert rounds[-1]["teacher_error"] == pytest.approx(1 - problem.right[rows].mean())
+    assert figures["oracle"][-1]["teacher_error"] == 0
+
+
+def test_studies_2_to_4_report(given):
+    second = replace(given, parts=("margin",))
+    rows = collect(second, study2.study_cells(second))
+    assert {row["method"] for row in rows} == set(LOSSES)
+    report2(second, rows)
+    assert "## By the rule" in (given.out / "study2.md").read_text()
+    rows = collect(given, study3.study_cells(given))
+    sizes = {row["method"]: row["parameters"] for row in rows}
+    assert sizes["plain"] == sizes["none"] < sizes["laurel-rw"] < sizes["laurel-rw+lr"] < sizes["one more layer"]
+    fourth = replace(given, parts=("same", "half"))
+    rows = collect(fourth, study4.study_cells(fourth))
+    human = {row["accuracy"] for row in rows if row["method"] == "human"}
+    assert len(human) == 1  # whatever the pool
+    short_report(given, rows, "study4", "Blind", study4.METHODS, ("human",), ("pool",))
+    assert (given.out / "study4.parquet").exists()
+
+
+def test_trained_in_memory_as_by_the_trainer(problem, tmp_path):
+    table = pa.table({"pixels": list(problem.inputs[problem.pool].numpy()), "label": problem.truth[problem.pool]})
+    epochs = round(STEPS / np.ceil(len(problem.pool) / problem.training.batch_size))
+    result = train(
+        problem.student,
+        problem.training.model_copy(update={"epochs": epochs}),
+        classes=[str(digit) for digit in range(10)],
+        labelled=table,
+        label_column="label",
+        soft_labels=[],
+        validation=None,
+        directory=tmp_path / "student",
+        seed=problem.seed,
+    )
+    here = fit(problem, None, problem.human(problem.pool)).state_dict()
+    there = load_student(result.directory).module.state_dict()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def test_partial_labels_have_the_gradient_of_their_loss(problem):
+    bought = problem.pool[:40]
+    soft = LOSSES["partial"](problem, bought).soft
+    student = fit(problem, None, problem.human(problem.labelled))
+    logits = student(soft.columns["inputs"]).detach().requires_grad_()
+    batch = soft.prepare(student, soft.columns)
+    top = soft.columns["teacher_logprobs"].topk(2).indices
+    (-logits.log_softmax(1).gather(1, top).logsumexp(1).sum()).backward()
+    expected = logits.softmax(1).detach() - batch["teacher_logprobs"].exp()  # of the cross-entropy to these labels
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_perfect_teacher_needs_no_mercy(problem):
+    perfect = np.full(problem.teacher_logits.shape, -20.0, np.float32)
+    perfect[np.arange(len(perfect)), problem.truth] = 20.0
+    sure = replace(problem, teacher_logits=perfect)
+    students = [learn(sure, problem.pool, name) for name in ("truth", "hard")]
+    a, b = (student.state_dict() for student in students)
+    # the same labels as rows of the other kind: dealt out in another order, hence near, not equal
+    right = [
+        (s(problem.inputs[problem.test]).argmax(1).numpy() == problem.truth[problem.test]).mean() for s in students
+    ]
+    assert abs(right[0] - right[1]) < 0.15
+    assert a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_synthetic_dials(correlation):
+    dials = {"error": 0.3, "correlation": correlation, "shape": "runner-up", "informative": True}
+    made = synthetic.make(dials, 1)
+    # 6,000 rows: five standard errors of a rate of .3
+    assert abs((~made.right).mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / len(made.truth))
+    scores = np.random.default_rng(0).standard_normal((1_000, 4))
+    rates = synthetic.error_rates(scores, 0.3, correlation)
+    assert rates.mean() == pytest.approx(0.3)
+    assert rates.max() - rates.min() == pytest.approx(correlation)
