@@ -39,6 +39,7 @@ class Arguments:
       out: directory of the results.
       quick: whether this is the short form.
       parts: of the study that are wanted.
+      methods: that are wanted, or None for all of them.
     """
 
     datasets: tuple[Dataset, ...]
@@ -48,6 +49,7 @@ class Arguments:
     out: Path
     quick: bool
     parts: tuple[str, ...]
+    methods: tuple[str, ...] | None = None
 
 
 def arguments(description: str | None, default: Sequence[str], parts: Sequence[str]) -> Arguments:
@@ -68,6 +70,7 @@ def arguments(description: str | None, default: Sequence[str], parts: Sequence[s
     parser.add_argument("--seeds", type=int, help="number of seeds (5; 2 for --quick)")
     parser.add_argument("--datasets", nargs="+", default=list(default), help="which datasets")
     parser.add_argument("--parts", nargs="+", choices=parts, help="which parts of the study to compute")
+    parser.add_argument("--methods", nargs="+", help="which methods to compute")
     parser.add_argument("--out", type=Path, help="directory of the results")
     parser.add_argument("--device", default="cpu", help="for the dataset cifar10")
     given = parser.parse_args()
@@ -79,8 +82,9 @@ def arguments(description: str | None, default: Sequence[str], parts: Sequence[s
     datasets = [_dataset(name, given.data, work, given.device, given.quick) for name in names or ["digits"]]
     seeds = range(given.seeds or (2 if given.quick else 5))
     out = given.out or (work / "results" if given.quick else RESULTS)
+    methods = None if given.methods is None else tuple(given.methods)
     wanted = tuple(given.parts or (parts[:1] if given.quick else parts))
-    return Arguments(tuple(datasets), seeds, Store(work / "cells"), given.minutes, out, given.quick, wanted)
+    return Arguments(tuple(datasets), seeds, Store(work / "cells"), given.minutes, out, given.quick, wanted, methods)
 
 
 def _dataset(name: str, data: Path, work: Path, device: str, quick: bool) -> Dataset:
@@ -157,7 +161,9 @@ def places(given: Arguments) -> Iterator[Place]:
 
 
 def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Compute and give all rows, each with its cell's key."""
+    """Compute the cells of the methods that are wanted; give all their rows, each with its cell's key."""
+    if given.methods is not None:
+        cells = [cell for cell in cells if cell.key["method"] in given.methods]
     return [_flat(key) | row for key, rows in run(given.store, cells, given.minutes, _say) for row in rows]
 
 
