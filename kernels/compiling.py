@@ -1,10 +1,11 @@
-"""Keeping functions out of torch.compile's graphs."""
+"""Keeping functions out of torch.compile's graphs, and their numbers out of autocast's hands."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -23,3 +24,10 @@ def not_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, R
         return function(*args, **kwargs)
 
     return call
+
+
+def not_narrowed(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off, which may narrow nothing that is computed here; where it is off, that costs nothing."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

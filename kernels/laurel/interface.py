@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.compiling import not_compiled
+from distilbeam.kernels.compiling import not_compiled, not_narrowed
 from distilbeam.kernels.laurel import reference
 from distilbeam.kernels.laurel.autograd import LaurelFunction, Plan
 from distilbeam.kernels.laurel.backends import backends, module_of
@@ -124,7 +124,7 @@ def laurel_residual(
     """
     _check(update, residual, down, up, norm_weight, quantize, previous, gamma)
     name = resolve("laurel_residual", implementation, backends(update, down, previous, quantize))
-    with torch.autocast(update.device.type, enabled=False):  # nothing here may be narrowed behind its back
+    with not_narrowed(update.device.type):
         if name == "reference":
             total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
             return total if norm_weight is None else _normed_by_reference(total, norm_weight, quantize)

@@ -30,8 +30,9 @@ def residual_sum(
     dtype = width_of(update.dtype)
     x = residual.to(dtype)
     if down is not None and up is not None:
-        x = x + (x @ down.to(dtype)) @ up.to(dtype)
-    total = _times(alpha, update.to(dtype)) + _times(beta, x)
+        low = x @ down.to(dtype)
+        x = torch.addmm(x, low, up.to(dtype)) if x.ndim == 2 else x + low @ up.to(dtype)
+    total = _plus(_times(beta, x), alpha, update.to(dtype))
     if gamma is not None:
         for coefficient, earlier in zip(gamma.to(dtype).unbind(), previous, strict=True):
             total = total + coefficient * earlier.to(dtype)
@@ -40,9 +41,15 @@ def residual_sum(
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Divide by the root mean square over the last dimension, then multiply by `weight`; float32 or wider."""
-    wide = x.to(width_of(x.dtype))
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPSILON) * weight.to(wide.dtype)
+    dtype = width_of(x.dtype)
+    return torch.nn.functional.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), EPSILON)
 
 
 def _times(factor: Tensor | float | None, x: Tensor) -> Tensor:
     return x if factor is None else factor * x
+
+
+def _plus(total: Tensor, factor: Tensor | float | None, x: Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return torch.addcmul(total, factor.to(x.dtype), x)
+    return torch.add(total, x, alpha=1 if factor is None else factor)

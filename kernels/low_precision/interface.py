@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.compiling import not_compiled
+from distilbeam.kernels.compiling import not_compiled, not_narrowed
 from distilbeam.kernels.low_precision.autograd import Gradients, LinearFunction, Recipe
 from distilbeam.kernels.low_precision.products import named
 from distilbeam.kernels.low_precision.refusals import Call, backends
@@ -115,7 +115,7 @@ def _linear(
     def quantize(x: Tensor) -> QuantizedRows:
         return quantize_rowwise(x, FORMATS[form].dtype, implementation=quantizing)
 
-    with torch.autocast(given.device.type, enabled=False):  # nothing here may be narrowed behind its back
+    with not_narrowed(given.device.type):
         x = rows.flattened() if isinstance(rows, QuantizedRows) else quantize(rows.reshape(-1, rows.shape[-1]))
         w = quantize(weight.detach()) if cache is None else cache.rows_of(weight, quantize)
         straight = x.values.new_zeros((), dtype=call.dtype).expand(x.shape) if x.straight is None else x.straight
