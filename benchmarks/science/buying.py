@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from torch import nn
 
 from benchmarks.science.problems import Floats, Indices, Problem
@@ -24,6 +25,7 @@ from distilbeam.selection.noise import TeacherNoise, teacher_errors
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.selection.selectors import CandidatePool, selector
 
+FLOOR = np.log(1e-4)  # a probability below counts as this much: one example must not outweigh the others
 # cumulative shares of the pool after each round
 SCHEDULES = {"small": (0.02, 0.05, 0.10), "large": (0.125, 0.25, 0.50)}
 
@@ -82,6 +84,21 @@ class Situation:
         student = logits_of(self.student, problem, held_out)
         return BeliefPool.fit(problem.teacher_logprobs("soft")[held_out], student, problem.truth[held_out])
 
+    def worth(self) -> float:
+        """Estimate what a wrong label is worth beside a right one, in [0, 1], on the validation set.
+
+        A label's worth is what it adds to the student's log-probability of the truth, in nats, if the student came to
+        believe it: log y(truth) - log student(truth) with y the pooled label.
+        """
+        problem, held_out = self.problem, self.problem.validation
+        student = log_softmax(logits_of(self.student, problem, held_out).astype(float), axis=1)
+        pooled = self.belief().labels(problem.teacher_logprobs("soft")[held_out], student)
+        rows = np.arange(len(held_out)), problem.truth[held_out]
+        added, right = np.maximum(pooled[rows], FLOOR) - np.maximum(student[rows], FLOOR), problem.right[held_out]
+        if right.all() or not right.any() or added[right].mean() <= 0:
+            return 0.0
+        return float(np.clip(added[~right].mean() / added[right].mean(), 0.0, 1.0))
+
     def answers(self, rows: Indices, kind: str) -> Floats:
         """Ask the teacher about rows; `pooled` joins what the student of the round before believes."""
         teacher = self.problem.teacher_logprobs("soft" if kind == "pooled" else kind)[rows]
@@ -117,6 +134,17 @@ def _local(name: str, errors: str, situation: Situation, budget: int, rng: np.ra
     return selector(name).select(situation.pool(errors=errors), budget, rng)
 
 
+def _worth(situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Play the game in which a wrong label pays the share `worth` of a right one.
+
+    With z' = (1 - worth) z it is the game with caps 1 - worth and (1 - worth) k wrong labels; worth 0 is RAD, 1 is margin.
+    """
+    pool, harm = situation.pool(), 1 - situation.worth()
+    rates = np.full(pool.size, harm)
+    known = CandidatePool(pool.size, pool.logits, errors=rates * situation.wrong / pool.size, caps=rates)
+    return selector("rad-capped").select(known, budget, rng)
+
+
 def _oracle(situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
     """Choose the largest margins among the labels that are right: what no method can know."""
     pool = situation.pool()
@@ -132,6 +160,7 @@ PUBLISHED: dict[str, Chooser] = {
 OURS: dict[str, Chooser] = {
     **{name: partial(_local, name, "gain") for name in ("rad-capped", "correct-gain")},
     "correct-gain-class": partial(_local, "correct-gain", "class"),
+    "rad-worth": _worth,
 }
 BOUNDS: dict[str, Chooser] = {"oracle": _oracle}
 METHODS = {**PUBLISHED, **OURS, **BOUNDS}

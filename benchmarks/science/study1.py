@@ -19,8 +19,8 @@ from benchmarks.science.command import Arguments, Place, arguments, collect, pla
 DATASETS = ("clinc150", "digits", "synthetic", "cifar10-patches")
 RECIPE = 1
 PARTS = ("small", "pooled", "large", "hard")
-POOLED_METHODS = ("uniform", "margin", "badge", "rad", "correct-gain", *BOUNDS)
-HARD_METHODS = ("uniform", "margin", "rad", "rad-loss", "correct-gain", *BOUNDS)
+POOLED_METHODS = ("uniform", "margin", "badge", "rad", "correct-gain", "rad-worth", *BOUNDS)
+HARD_METHODS = ("uniform", "margin", "rad", "rad-loss", "correct-gain", "rad-worth", *BOUNDS)
 COMPARING = ("k-center", "cluster-margin", "badge")  # compare all pairs: minutes for half of a large pool
 LARGE_POOLS = ("clinc150", "cifar10-patches", "cifar10")
 
