@@ -35,7 +35,7 @@ def test_independent_calibrated_witnesses_multiply():
 
 def test_the_fit_is_the_optimum():
     truth, teacher, student = problem(300, seed=1)
-    teacher, student, gain = log_softmax(3 * teacher, axis=1), log_softmax(student, axis=1), None
+    teacher, student = log_softmax(3 * teacher, axis=1), log_softmax(student, axis=1)
     gain = margin_gain(student)[:, None]
     rows = np.arange(len(truth))
 
