@@ -49,7 +49,7 @@ def _where_all_are_finite(x: Tensor, target: Format) -> tuple[Tensor, Tensor] | 
 
     No clamp is needed: the largest number of a row becomes L but for two roundings, and both are rounded away.
     """
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    largest = x.abs().amax(dim=-1, keepdim=True)
     if not math.isfinite(largest.sum()):
         return None
     scale = largest.mul_(target.reciprocal).clamp_(min=SCALE_FLOOR)
