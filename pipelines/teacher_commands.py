@@ -15,6 +15,22 @@ from distilbeam.pipelines.display import configure_logs
 console = Console()
 
 
+def _place(text: str) -> Path:
+    from distilbeam.teacher.softlabels.places import to_path  # with pyarrow, which takes a moment
+
+    return to_path(text)
+
+
+DatasetArgument = Annotated[
+    Path,
+    typer.Argument(
+        parser=_place,
+        metavar="PATH",
+        help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.",
+    ),
+]
+
+
 def serve_teacher(
     config: Annotated[Path, typer.Argument(help="TOML file with a [teacher] section, such as a run's configuration.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8500,
@@ -78,7 +94,7 @@ def _teacher_section(path: Path) -> dict[str, Any]:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A soft-label dataset, such as run/labels/round=000.")],
+    path: DatasetArgument,
     samples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
@@ -90,7 +106,7 @@ def inspect(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A soft-label dataset, such as run/labels/round=000.")],
+    path: DatasetArgument,
     teacher: Annotated[
         Path | None, typer.Option(help="TOML file with a [teacher] section: label a random sample again and compare.")
     ] = None,

@@ -98,7 +98,7 @@ class SoftLabelDataset:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
-        opened = open_datasets([path] if isinstance(path, str | Path) else list(path))
+        opened = open_datasets(list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path])
         self.spec = opened.spec
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.transform, self.workers = transform, workers

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.manifest import ManifestEntry
+from distilbeam.teacher.softlabels.places import is_remote, object_identity, readable
 
 FOOTER_THREADS = 8  # a footer is mostly waiting for the filesystem
 
@@ -30,7 +31,7 @@ class ShardFile:
 
     path: Path
     metadata: pq.FileMetaData
-    identity: tuple[int, int, int]
+    identity: tuple[Any, ...]
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -45,7 +46,8 @@ class ShardFile:
         """
         if _identity(self.path) != self.identity:
             raise ValueError(f"{self.path} was written again after the dataset was opened; open the dataset again")
-        return pq.ParquetFile(self.path, metadata=self.metadata, memory_map=True)
+        remote = is_remote(self.path)
+        return pq.ParquetFile(readable(self.path), metadata=self.metadata, memory_map=not remote, pre_buffer=remote)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def open_datasets(paths: Sequence[str | Path]) -> Datasets:
 def _shard(path: Path, entry: ManifestEntry) -> ShardFile:
     try:
         identity = _identity(path)
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(readable(path))
     except FileNotFoundError as e:
         raise ValueError(f"{path} is missing, its manifest says that it was committed; label its rows again") from e
     for what, found, committed in (("rows", metadata.num_rows, entry.rows), ("bytes", identity[1], entry.bytes)):
@@ -130,7 +132,9 @@ def _shard(path: Path, entry: ManifestEntry) -> ShardFile:
     return ShardFile(path, metadata, identity)
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def _identity(path: Path) -> tuple[Any, ...]:
+    if is_remote(path):
+        return object_identity(path)
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
+from distilbeam.teacher.softlabels.places import StoreError, is_remote, readable
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 _BATCH_ROWS = 16_384
@@ -176,8 +177,10 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path)) as file:
             yield file
+    except StoreError:
+        raise
     except (OSError, pa.ArrowException) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}); 'distilbeam verify' says what else is damaged") from e

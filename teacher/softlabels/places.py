@@ -16,6 +16,7 @@ import io
 import os
 import posixpath
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,6 +65,25 @@ def joined(directory: Path, relative: str) -> Path:
 def readable(path: Path) -> Any:
     """Return what pyarrow opens a file with: its path, or an open file of an object store that reads just what is asked."""
     return _RemoteFile(path) if is_remote(path) else path
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[Path]:
+    """Give a file as one of the file system until the block ends: itself, or a copy of an object.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      StoreError: the store did not give it.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    store: Any = path
+    with tempfile.TemporaryDirectory(prefix="distilbeam-download-") as folder:
+        copy = Path(folder) / path.name
+        with asking_store(f"{path} could not be read"):
+            store.fs.get_file(store.path, str(copy))
+        yield copy
 
 
 def list_files(folder: Path, pattern: str = "*") -> list[Path]:
@@ -166,6 +186,19 @@ def identities(files: Sequence[Path]) -> dict[Path, Any]:
     with asking_store(f"{folder} could not be listed"):
         listed = {info["name"].rpartition("/")[2]: _version(info) for info in folder.fs.ls(folder.path, detail=True)}
     return {file: listed[file.name] for file in files if file.name in listed}
+
+
+def object_identity(path: Path) -> tuple[Any, int]:
+    """Return an object's version and its size in bytes.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      StoreError: the store did not tell.
+    """
+    store: Any = path
+    with asking_store(f"{path} could not be read"):
+        info = store.fs.info(store.path)
+    return _version(info), int(info["size"])
 
 
 @contextmanager

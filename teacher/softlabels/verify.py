@@ -23,6 +23,7 @@ from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
+from distilbeam.teacher.softlabels.places import joined, list_files, on_disk, readable
 from distilbeam.teacher.softlabels.shards import file_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
@@ -124,7 +125,7 @@ def verify_labels(
     problems: list[str] = []
     sound: list[ManifestEntry] = []
     for entry in manifest.entries:
-        found = list(_shard_problems(manifest.directory / entry.path, entry))
+        found = list(_problems_of(joined(manifest.directory, entry.path), entry))
         problems += found
         if not found:
             sound.append(entry)
@@ -137,18 +138,23 @@ def verify_labels(
     return Verification(manifest.directory, len(manifest.entries), manifest.rows, tuple(problems), notes, comparison)
 
 
-def _shard_problems(path: Path, entry: ManifestEntry) -> Iterator[str]:
-    if not path.exists():
+def _problems_of(path: Path, entry: ManifestEntry) -> Iterator[str]:
+    try:
+        with on_disk(path) as copy:
+            yield from _shard_problems(path, copy, entry)
+    except FileNotFoundError:
         yield f"{path} is missing; label its rows again after removing its manifest entry"
-        return
-    if (size := path.stat().st_size) != entry.bytes:
+
+
+def _shard_problems(path: Path, copy: Path, entry: ManifestEntry) -> Iterator[str]:
+    if (size := copy.stat().st_size) != entry.bytes:
         yield f"{path} must have {entry.bytes:,} bytes, it has {size:,}"
         return
-    if (checksum := file_checksum(path)) != entry.checksum:
+    if (checksum := file_checksum(copy)) != entry.checksum:
         yield f"{path} must have the checksum {entry.checksum}, it has {checksum}"
         return
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(copy) as file:
             yield from _content_problems(path, file, entry)
     except (OSError, pa.ArrowException, ValueError) as e:
         yield f"{path}: {str(e).splitlines()[0]}"
@@ -191,7 +197,8 @@ def _is_distribution(labels: SoftLabels) -> npt.NDArray[np.bool_]:
 def _duplicates(directory: Path, entries: list[ManifestEntry]) -> list[str]:
     if not entries:
         return []
-    tables = [pq.read_table(directory / entry.path, columns=["example_id"], partitioning=None) for entry in entries]
+    files = (readable(joined(directory, entry.path)) for entry in entries)
+    tables = [pq.read_table(file, columns=["example_id"], partitioning=None) for file in files]
     ids = pa.concat_tables(table.cast(pa.schema([("example_id", pa.large_binary())])) for table in tables)["example_id"]
     extra = len(ids) - pc.count_distinct(ids).as_py()
     return [f"{extra:,} rows have an example_id that another row has too; label into an empty folder"] if extra else []
@@ -199,7 +206,7 @@ def _duplicates(directory: Path, entries: list[ManifestEntry]) -> list[str]:
 
 def _orphans(manifest: Manifest) -> tuple[str, ...]:
     known = {path.resolve() for path in manifest.paths()}
-    orphans = sorted(p.name for p in manifest.directory.glob("*.parquet") if p.resolve() not in known)
+    orphans = sorted(p.name for p in list_files(manifest.directory, "*.parquet") if p.resolve() not in known)
     if not orphans:
         return ()
     shown = ", ".join(orphans[:3]) + (", …" if len(orphans) > 3 else "")
@@ -244,7 +251,9 @@ def _random_rows(directory: Path, entries: list[ManifestEntry], sample: int, rng
     shard = np.searchsorted(np.cumsum(sizes), chosen, side="right")
     starts = np.cumsum(sizes) - sizes
     tables = [
-        pq.read_table(directory / entries[i].path, partitioning=None).take(chosen[shard == i] - starts[i])
+        pq.read_table(readable(joined(directory, entries[i].path)), partitioning=None).take(
+            chosen[shard == i] - starts[i]
+        )
         for i in np.unique(shard).tolist()
     ]
     return pa.concat_tables(tables, promote_options="default")

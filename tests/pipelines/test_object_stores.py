@@ -29,7 +29,8 @@ from distilbeam.pipelines.labelling_job import opened_job
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.models import forget_models
 from distilbeam.pipelines.phases import PhaseError
-from distilbeam.teacher.softlabels import read_manifest
+from distilbeam.student.data import SoftLabelDataset
+from distilbeam.teacher.softlabels import merge_manifests, read_manifest
 from distilbeam.teacher.softlabels.places import list_files, readable, to_path
 
 Command = Callable[..., str]
@@ -315,6 +316,59 @@ def test_requests_grow_with_the_work_and_a_call_without_work_needs_few(
     with store.counted() as planned:
         command("plan", "--sample", "0")
     assert len(planned) <= 20, planned
+
+
+def test_labels_are_read_where_they_are(
+    bucket: Path, store: ObjectStore, job: Callable[..., None], command: Command
+) -> None:
+    job()
+    command("label")
+    place = f"{bucket}job/labels"
+    dataset = SoftLabelDataset(place, batch_size=50, seed=1)
+    with store.counted() as requests:
+        batches = list(dataset)
+    assert sum(len(batch["teacher_logprobs"]) for batch in batches) == 240
+    assert len(requests) <= 3 * 4, "of a file with one row group: is it the same, how long is it, its columns"
+    assert SoftLabelDataset(bucket / "job" / "labels", batch_size=50, seed=1).rows == 240
+    assert f"Soft labels in {place}" in CliRunner().invoke(app, ["inspect", place], catch_exceptions=False).output
+    verified = CliRunner().invoke(app, ["verify", place, "--teacher", "label.toml"], catch_exceptions=False)
+    assert "everything is as the manifest says" in verified.output
+    first, second, *_ = list_files(bucket / "job" / "labels", "*.parquet")
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1] + b"x")
+    second.unlink()
+    verified = CliRunner().invoke(app, ["verify", place], catch_exceptions=False)
+    assert verified.exit_code == 1
+    said = " ".join(verified.output.split())
+    assert f"{first} must have the checksum" in said
+    assert f"{second} is missing" in said
+    first.write_bytes(whole)
+    with pytest.raises(ValueError, match=rf"{second} is missing"):
+        SoftLabelDataset(place, batch_size=50, seed=1)
+
+
+def test_manifests_of_one_bucket_are_merged(
+    tmp_path: Path, bucket: Path, job: Callable[..., None], command: Command
+) -> None:
+    job()
+    command("label")
+    command(
+        "label",
+        "--set",
+        f"run.directory={bucket}other",
+        "--set",
+        f"data.pool={bucket}pool/1.parquet",
+        "--set",
+        "engine.shard_rows=20",
+    )
+    merge_manifests(bucket / "all", [bucket / "job" / "labels", bucket / "other" / "labels"])
+    merged = read_manifest(bucket / "all")
+    assert merged.rows == 300
+    assert sum(pq.read_metadata(readable(path)).num_rows for path in merged.paths()) == 300
+    with pytest.raises(
+        ValueError, match=r"datasets must be in one bucket, or all on the file system, .* copy one beside the other"
+    ):
+        merge_manifests(tmp_path / "here", [bucket / "job" / "labels"])
 
 
 def test_what_is_not_for_stores_is_refused(tmp_path: Path, bucket: Path, command: Command) -> None:
