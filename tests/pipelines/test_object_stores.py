@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import bz2
 import hashlib
 import itertools
 import os
@@ -15,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
+from job_service import job_service
 from labelling import calls_by_row, pool_ids, start, write_job
 from labelling import shards as shards_on_disk
 from object_store import BUSY, DENIED, ObjectStore, Request, copy_folder, object_store
@@ -369,6 +372,53 @@ def test_manifests_of_one_bucket_are_merged(
         ValueError, match=r"datasets must be in one bucket, or all on the file system, .* copy one beside the other"
     ):
         merge_manifests(tmp_path / "here", [bucket / "job" / "labels"])
+
+
+def require_urls(pipeline: Any, bucket: Path) -> None:
+    """Fail unless a pipeline's proto says where the pool, the labels, the dead letters and the errors are."""
+    from apache_beam.internal import pickler
+    from apache_beam.portability.api import beam_runner_api_pb2
+
+    payloads = [
+        beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload).do_fn.payload
+        for transform in pipeline.components.transforms.values()
+        if transform.spec.urn == "beam:transform:pardo:v1"
+    ]
+    functions = [found[0] if isinstance(found := pickler.loads(payload), tuple) else found for payload in payloads]
+    (run,) = (function for function in functions if hasattr(function, "errors"))
+    job = f"{bucket}job"
+    assert (run.work.output, run.work.dead_letters) == (f"{job}/labels", f"{job}/deadletter/labels")
+    assert run.errors == f"{job}/errors/label"
+    plain = b"".join(bz2.decompress(base64.b64decode(payload)) for payload in payloads)
+    for number in range(4):
+        assert f"{bucket}pool/{number}.parquet".encode() in plain
+
+
+def test_a_runner_somewhere_else_gets_the_urls_and_gives_the_same_labels(
+    tmp_path: Path, bucket: Path, job: Callable[..., None], command: Command
+) -> None:
+    job()
+    with job_service(execute=True) as (endpoint, submitted):
+        command("label", "--", "--runner=PortableRunner", f"--job_endpoint={endpoint}", "--environment_type=LOOPBACK")
+    (one,) = submitted
+    require_urls(one.pipeline, bucket)
+    command("label", "--set", "run.directory=job", "--set", "data.pool=pool")
+    assert shards(bucket) == shards_on_disk(tmp_path)
+
+
+def test_dataflow_gets_the_urls(
+    bucket: Path, job: Callable[..., None], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("apitools", reason="needs the extra gcp")
+    jobs: list[Any] = []
+    monkeypatch.setattr("distilbeam.pipelines.phases.run_watched", lambda pipeline, _: jobs.append(pipeline.run().job))
+    monkeypatch.setattr("distilbeam.pipelines.phases.totals", lambda _: {})
+    job()
+    flags = ["--runner=DataflowRunner", "--project=project", "--region=europe-west1", "--no_auth", "--dry_run=True"]
+    image = ["--sdk_container_image=example.org/distilbeam:1", "--temp_location=gs://bucket/temp"]
+    with pytest.raises(PhaseError, match="although the runner reported success"):
+        command("label", "--", *flags, *image, "--max_num_workers=20")
+    require_urls(jobs[0].proto_pipeline, bucket)
 
 
 def test_what_is_not_for_stores_is_refused(tmp_path: Path, bucket: Path, command: Command) -> None:
