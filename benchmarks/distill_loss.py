@@ -6,12 +6,13 @@
     python benchmarks/distill_loss.py --grid language --device cuda --dtype bfloat16      Liger's own shapes
     python benchmarks/distill_loss.py --grid all --device cuda --dtype bfloat16 --seconds 480 --json FILE
 
-Every candidate takes a step in every round, in changing order; the figure is the median (see measuring/steps.py). Peak memory is what a step needs
-beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over the speed of a large copy and
+Every candidate takes a step in every round, in changing order; the figure is the median (see measuring/steps.py). Peak
+memory is what a step needs beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over the speed of a large copy and
 operations over the speed of a large matrix product, both measured in the same run, over the time taken. Peers that are
 not installed or cannot run are listed with the reason. Some solve neighbouring problems: those that compare with the
 teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also computes the
-teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. The last line of every shape names the
+teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8` round the
+layer, where it is not in bfloat16 already, and compute another loss within a bound. The last line of every shape names the
 fastest of ours and says whether the implementation that is chosen by itself was that.
 """
 
@@ -41,6 +42,7 @@ from distilbeam.kernels.distillation.bench import LogitsProblem, Work
 from distilbeam.kernels.linear_distillation import bench as of_layer
 from distilbeam.kernels.linear_distillation import shapes as layer_shapes
 from distilbeam.kernels.linear_distillation.bench import LayerProblem
+from distilbeam.kernels.linear_distillation.precision import Precision
 
 Problem = LogitsProblem | LayerProblem
 Loss = Callable[[], Tensor]
@@ -75,6 +77,17 @@ def ours(implementation: str | None, *, dense: bool = False) -> Callable[[Proble
         if dense:
             raise NotImplementedError("the label of a layer's problem is sparse")
         return of_layer.step(problem, implementation)
+
+    return build
+
+
+def in_fewer_bits(precision: Precision) -> Callable[[Problem], Loss]:
+    """Make a candidate that rounds inputs and weight of the last layer."""
+
+    def build(problem: Problem) -> Loss:
+        if isinstance(problem, LogitsProblem):
+            raise NotImplementedError("given logits have no layer to round")
+        return of_layer.step(problem, None, precision)
 
     return build
 
@@ -170,6 +183,9 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "distilbeam triton": ours("triton"),
     "distilbeam reference": ours("reference"),
     "distilbeam dense": ours(None, dense=True),
+    "distilbeam bf16": in_fewer_bits("bf16"),
+    "distilbeam int8": in_fewer_bits("int8"),
+    "distilbeam fp8": in_fewer_bits("fp8"),
     "torch dense KL": dense_kl,
     "torch sparse": eager_sparse,
     "torch.compile sparse": compiled_sparse,

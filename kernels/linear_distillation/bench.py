@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation.bench import Work, teacher_answers
 from distilbeam.kernels.linear_distillation.interface import linear_distill_loss
+from distilbeam.kernels.linear_distillation.precision import Precision
 from distilbeam.kernels.linear_distillation.shapes import Shape
 
 
@@ -32,9 +33,9 @@ class LayerProblem:
         self.work = Work(moved, 6 * rows * features * classes)
 
 
-def step(problem: LayerProblem, implementation: str | None) -> Callable[[], Tensor]:
-    """Give a function that computes the loss of an implementation."""
+def step(problem: LayerProblem, implementation: str | None, precision: Precision | None = None) -> Callable[[], Tensor]:
+    """Give a function that computes the loss of an implementation, in its layer's own precision or in fewer bits."""
     hidden, weight = problem.leaves
     return lambda: linear_distill_loss(
-        hidden, weight, None, problem.labels, objective="tail", implementation=implementation
+        hidden, weight, None, problem.labels, objective="tail", precision=precision, implementation=implementation
     )
