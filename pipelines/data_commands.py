@@ -125,7 +125,13 @@ def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]
     from distilbeam.pipelines.beam_options import pipeline_options
     from distilbeam.pipelines.labelling_job import opened_job
     from distilbeam.pipelines.watch.watching import watch
+    from distilbeam.teacher.softlabels.places import is_remote
 
+    if is_remote(settings.run.directory) or directory.parts[:1] in (("gs:",), ("s3:",)):
+        raise ValueError(
+            f"--watch needs a directory that files arrive in and a run.directory on a file system, got {directory} and "
+            f"{settings.run.directory}; label an object store's pool without it, every so often"
+        )
     display, options = Display(console), pipeline_options(flags)
     signal.signal(signal.SIGINT, stop_at_once)
     with opened_job(settings, base) as job:

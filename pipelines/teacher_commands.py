@@ -14,20 +14,8 @@ from distilbeam.pipelines.display import configure_logs
 
 console = Console()
 
-
-def _place(text: str) -> Path:
-    from distilbeam.teacher.softlabels.places import to_path  # with pyarrow, which takes a moment
-
-    return to_path(text)
-
-
 DatasetArgument = Annotated[
-    Path,
-    typer.Argument(
-        parser=_place,
-        metavar="PATH",
-        help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.",
-    ),
+    str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")
 ]
 
 

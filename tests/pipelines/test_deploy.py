@@ -78,7 +78,7 @@ def test_the_streaming_command_exists() -> None:
     assert pipeline_options(flags)
 
 
-@pytest.mark.parametrize("path", ["nightly.toml", "dataflow/job.toml"])
+@pytest.mark.parametrize("path", ["nightly.toml", "dataflow/job.toml", "dataflow/nightly.toml"])
 def test_configurations_are_valid(path: str) -> None:
     config = load_any_config(DEPLOY / path)
     assert isinstance(config, LabelConfig)
