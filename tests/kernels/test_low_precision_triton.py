@@ -1,51 +1,21 @@
 """Triton kernels of low precision against their references: on a CUDA GPU, else in Triton's interpreter.
 
-`test_low_precision_triton_interpreted.py` starts the latter.
+`test_triton_interpreted.py` starts the latter.
 """
 
 from __future__ import annotations
-
-import importlib.util
-import os
 
 import laurel_problem
 import pytest
 import torch
 from laurel_problem import Case
+from triton_device import DEVICE, INTERPRETED, MARKS, needs_fp8
 
 from distilbeam.kernels import fp8_linear, int8_linear, laurel_residual, quantize_rowwise
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="neither a CUDA device nor the interpreter"
-    ),
-    # products with infinities and with what lies in lanes that are masked
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HAS_FP8 = INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="the GPU has no float8_e4m3fn")
+pytestmark = MARKS
 E4M3 = pytest.param(torch.float8_e4m3fn, marks=needs_fp8, id="e4m3")
 DTYPES = [pytest.param(torch.int8, id="int8"), E4M3, pytest.param(torch.float8_e5m2, id="e5m2")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _corrected_interpreter():
-    if INTERPRETED:
-        import triton_interpreter
-
-        triton_interpreter.correct()
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fill what is allocated and not written with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import narrow_layer
 import pytest
 import torch
+from triton_device import DEVICE, INTERPRETED, MARKS, needs_fp8
 
 from distilbeam.kernels import DenseLabels, HardLabels, TopKLabels, distill_loss, linear_distill_loss
 from distilbeam.kernels.distillation.shapes import ODD
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="neither a CUDA device nor the interpreter"
-    ),
-    pytest.mark.filterwarnings(
-        "ignore::RuntimeWarning:triton.runtime.interpreter"
-    ),  # -inf - -inf in lanes that are masked
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 ROWS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _corrected_interpreter():
-    if INTERPRETED:
-        import triton_interpreter
-
-        triton_interpreter.correct()
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Fill what is allocated and not written with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def moved(labels):
@@ -210,10 +181,6 @@ def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
     check_linear(
         layer(rng, ROWS, 48, 300, dtype), labels, objective=objective, temperature=1.5, example_weight=weight, **extra
     )
-
-
-HAS_FP8 = INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="the GPU has no float8_e4m3fn")
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", pytest.param("fp8", marks=needs_fp8)])

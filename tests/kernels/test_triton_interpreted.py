@@ -1,24 +1,16 @@
-"""Run the tests of the Triton kernels in its interpreter: a process that interprets cannot compile, hence one of its own."""
+"""Run the tests of the Triton kernels in its interpreter, in processes of their own."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from triton_device import INTERPRETED, needs_triton, run_interpreted
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets already")
-def test_the_kernels_in_the_interpreter():
-    here = Path(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here.with_name("test_triton.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=here.parents[2], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@pytest.mark.parametrize("tests", ["test_triton.py", "test_low_precision_triton.py"])
+def test_the_kernels_in_the_interpreter(tests):
+    run_interpreted(Path(__file__).with_name(tests))
