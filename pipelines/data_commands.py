@@ -23,7 +23,9 @@ def ingest(
             metavar="SOURCE... [-- BEAM OPTIONS]", help="Files, directories or glob patterns; .gz is unpacked."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory of the pool; must not be there yet.")],
+    out: Annotated[
+        str, typer.Option(help="Directory of the pool, or gs://bucket/pool, s3://...; must not be there yet.")
+    ],
     format_: Annotated[str, typer.Option("--format", help="csv, jsonl, tfrecord, text or images.")],
     id_column: Annotated[
         str | None, typer.Option("--id", help="Column with unique ids; the hash of the content serves without one.")
@@ -63,6 +65,7 @@ def ingest(
         from distilbeam.pipelines.beam_options import pipeline_options
         from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
         from distilbeam.pipelines.ingest.settings import ingest_options
+        from distilbeam.teacher.softlabels.places import to_path
     sources, flags = _split(sources)
     options = ingest_options(
         format=format_,
@@ -73,8 +76,9 @@ def ingest(
         vectors=_vectors(vector or [], shape or []),
         types=dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
     )
-    summary = ingest_sources(sources, out, options, beam=pipeline_options(flags), display=display)
-    for sentence in _sentences(summary, out):
+    place = to_path(out)
+    summary = ingest_sources(sources, place, options, beam=pipeline_options(flags), display=display)
+    for sentence in _sentences(summary, place):
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 

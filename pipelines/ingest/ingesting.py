@@ -1,6 +1,7 @@
 """Ingest: the phases in their order, in a working directory beside the pool.
 
-The pool appears under its name when it is whole, by one rename. Until then everything is in `.<pool>.ingest/`: a killed
+The pool appears under its name when it is whole, by one rename; in an object store its files are uploaded one by one, the
+summary last. Until then everything is in `.<pool>.ingest/`: a killed
 ingest goes on there when the same command is given again.
 """
 
@@ -29,9 +30,11 @@ from distilbeam.pipelines.ingest.write import PoolFile, Write, plan_pool_files
 from distilbeam.pipelines.phases import run_phase
 from distilbeam.pipelines.rundir import held
 from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.places import is_remote, list_files, upload
 
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"
+UPLOADING = "uploading"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def ingest(
 
     Args:
       sources: files, directories or glob patterns.
-      out: directory of the pool; must not be there yet, unless the same call made it.
+      out: directory of the pool, on a file system or in an object store; must not be there yet, unless the same call
+        made it.
       options: how the sources are read.
       beam: Beam's options for the phases.
       display: where to show progress; nothing is shown without one.
@@ -93,17 +97,42 @@ def ingest(
     display = display or Display.silent()
     found = find_sources(sources, options.format)
     digest = _digest(found, options)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    place = _working_directory(out)
+    if _in_use(out, place):
         return _finished(out, digest)
-    with held(out.resolve().parent / f".{out.name}.ingest", "--out", "--out DIRECTORY") as work:
+    with held(place, "--out", "--out DIRECTORY") as work:
         sweep(work)
         _freeze(work, digest, found, options)
         summary = _Ingest(found, options, work, digest, beam, display, attempts).run()
-        if out.exists():
-            out.rmdir()
-        (work / "pool").replace(out)
+        if is_remote(out):
+            with display.step(f"upload to {out}"):
+                _upload(work / "pool", out)
+        else:
+            if out.exists():
+                out.rmdir()
+            (work / "pool").replace(out)
         shutil.rmtree(work)
     return summary
+
+
+def _working_directory(out: Path) -> Path:
+    """Return where the phases work: beside the pool, or in the current directory where the pool is in an object store."""
+    return (Path.cwd() if is_remote(out) else out.resolve().parent) / f".{out.name}.ingest"
+
+
+def _in_use(out: Path, work: Path) -> bool:
+    """Whether something is at `out`; of a pool in an object store whose upload was stopped, what is there does not count."""
+    if is_remote(out):
+        return (out / SUMMARY).exists() or (bool(list_files(out)) and not (work / UPLOADING).exists())
+    return out.exists() and any(out.iterdir() if out.is_dir() else [out])
+
+
+def _upload(pool: Path, out: Path) -> None:
+    """Copy a pool to an object store, the summary last: with it the pool is whole."""
+    with replacing(pool.parent / UPLOADING) as temporary:
+        temporary.write_text(f"{out}\n")
+    for file in sorted(pool.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
+        upload(file, out / file.name)
 
 
 class _Ingest:
@@ -287,7 +316,7 @@ def _digest(sources: list[Source], options: IngestOptions) -> str:
 
 def _finished(out: Path, digest: str) -> Summary:
     path = out / SUMMARY
-    if out.is_dir() and path.exists():
+    if path.exists():
         summary = Summary(**read_json(path))
         if summary.digest == digest:
             return summary

@@ -32,6 +32,7 @@ from distilbeam.pipelines.labelling_job import opened_job
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.models import forget_models
 from distilbeam.pipelines.phases import PhaseError
+from distilbeam.pipelines.units import plan_pool
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.teacher.softlabels import merge_manifests, read_manifest
 from distilbeam.teacher.softlabels.places import list_files, readable, to_path
@@ -419,6 +420,45 @@ def test_dataflow_gets_the_urls(
     with pytest.raises(PhaseError, match="although the runner reported success"):
         command("label", "--", *flags, *image, "--max_num_workers=20")
     require_urls(jobs[0].proto_pipeline, bucket)
+
+
+def test_ingest_puts_the_summary_last(
+    tmp_path: Path, bucket: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("key,a\n" + "".join(f"k{i},{i}.5\n" for i in range(50)))
+    words = ["ingest", "rows.csv", "--format", "csv", "--id", "key", "--out"]
+
+    def ingest(out: str) -> str:
+        result = CliRunner().invoke(app, [*words, out], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    ingest("pool")
+    out = f"{bucket}pool"
+    refused = store.refusing(lambda r: DENIED if r.method == "PUT" and r.key.endswith("_ingest.json") else None)
+    with refused, pytest.raises(OSError, match=r"pool/_ingest.json could not be written"):
+        ingest(out)
+    assert len(list_files(bucket / "pool", "*.parquet")) == 1
+    assert f"50 examples in {out}: 1 file(s)" in ingest(out)
+    assert f"50 examples in {out}: 1 file(s)" in ingest(out), "a second call finds it done"
+    for file in (tmp_path / "pool").iterdir():
+        assert (bucket / "pool" / file.name).read_bytes() == file.read_bytes()
+    assert plan_pool(bucket / "pool", 10).digest == plan_pool(tmp_path / "pool", 10).digest
+    assert not list(tmp_path.glob(".*.ingest"))
+    (bucket / "other" / "stranger").write_text("x")
+    with pytest.raises(ValueError, match=r"--out: s3://\S+/other holds something else already"):
+        ingest(f"{bucket}other")
+
+
+def test_watching_is_refused(job: Callable[..., None], command: Command) -> None:
+    job()
+    with pytest.raises(
+        ValueError, match=r"--watch needs a directory .* and a run.directory on a file system, got incoming"
+    ):
+        command("label", "--watch", "incoming")
+    with pytest.raises(ValueError, match=r"--watch needs a directory that files arrive in"):
+        command("label", "--watch", "s3://b/incoming", "--set", "run.directory=job")
 
 
 def test_what_is_not_for_stores_is_refused(tmp_path: Path, bucket: Path, command: Command) -> None:
