@@ -10,6 +10,7 @@
 | filtered | the calibrated one where the teacher is likelier right than wrong |
 | pp-ssl | pseudo-labels, their bias taken out by the difference to the human labels (arXiv 2510.22586) |
 | pooled | the teacher's and the student's beliefs, pooled as the validation labels say (ours) |
+| pooled+weighted | the same with debiasing weights for the pooled labels |
 | nothing, truth | the human labels alone; the true classes of what was bought: from below and from above |
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.science.buying import Situation, first_student, soft_rows
-from benchmarks.science.problems import Indices, Problem
+from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import SoftRows, fit, logits_of
 from distilbeam.selection.debias import DebiasEstimator, rescale
 from distilbeam.selection.noise import TeacherNoise
@@ -71,9 +72,17 @@ def _nothing(problem: Problem, bought: Indices) -> Lesson:  # noqa: ARG001 - the
     return Lesson(None, problem.human(problem.labelled), problem.training)
 
 
-def weights(problem: Problem, bought: Indices, student: nn.Module) -> Tensor:
-    """Estimate the debiasing weights of the bought rows under a student, float32 [bought], with mean 1."""
+def weights(
+    problem: Problem, bought: Indices, student: nn.Module, answers: Callable[[Indices], Floats] | None = None
+) -> Tensor:
+    """Estimate the debiasing weights of the bought rows under a student, float32 [bought], with mean 1.
+
+    The teacher's labels are the calibrated ones, or what `answers` says of rows.
+    """
     held_out, teacher = problem.validation, problem.teacher_logprobs()
+    if answers is not None:
+        teacher = np.zeros_like(teacher)
+        teacher[held_out], teacher[bought] = answers(held_out), answers(bought)
     estimator = DebiasEstimator.fit(
         logits_of(student, problem, held_out), teacher[held_out], problem.truth[held_out], soft=True
     )
@@ -155,9 +164,15 @@ def _pp_ssl(problem: Problem, bought: Indices) -> Lesson:
     return Lesson(soft, problem.human(known), training)
 
 
-def _pooled(problem: Problem, bought: Indices) -> Lesson:
-    situation = Situation(problem, first_student(problem), bought, bought[:0], 0)
-    soft = soft_rows(problem, bought, situation.answers(bought, "pooled"))
+def _pooled(problem: Problem, bought: Indices, weighted: bool = False) -> Lesson:
+    student = first_student(problem)
+    situation = Situation(problem, student, bought, bought[:0], 0)
+
+    def answers(rows: Indices) -> Floats:
+        return situation.answers(rows, "pooled")
+
+    weight = weights(problem, bought, student, answers) if weighted else None
+    soft = replace(soft_rows(problem, bought, answers(bought)), weight=weight)
     return Lesson(soft, problem.human(problem.labelled), problem.training)
 
 
@@ -185,5 +200,8 @@ PUBLISHED: dict[str, Maker] = {
     "pp-ssl": _pp_ssl,
 }
 BOUNDS: dict[str, Maker] = {"nothing": _nothing, "truth": _truth}
-OURS: dict[str, Maker] = {"pooled": _pooled}
+OURS: dict[str, Maker] = {
+    "pooled": _pooled,
+    "pooled+weighted": lambda problem, bought: _pooled(problem, bought, weighted=True),
+}
 LOSSES = {**PUBLISHED, **OURS, **BOUNDS}

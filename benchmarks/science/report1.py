@@ -43,7 +43,24 @@ def write_report(given: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     groups |= {f"{name}, hard labels": rows for name, rows in hard.groupby("dataset", sort=False)}
     parts += aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study1")
     parts += verdicts(last, SETTING, [*PUBLISHED, *OURS])
+    parts += _joint(given, last)
     write_markdown(given.out / "study1.md", "Study 1: which labels to buy", parts)
+
+
+def _joint(given: Arguments, last: pd.DataFrame) -> list[str]:
+    """Compare selectors together with the labels that the student learns from."""
+    joint = last.assign(method=last["method"] + ", " + last["labels"])
+    names = [f"{method}, {labels}" for method in ORDER for labels in joint["labels"].unique()]
+    pooled = joint[joint["method"].isin(joint.loc[joint["labels"] == "pooled", "method"])]
+    if pooled.empty:
+        return []
+    groups = dict(list(joint.groupby("dataset", sort=False)))
+    setting = ("dataset", "teacher", "budget")
+    fair = [name for name in names if name.partition(",")[0] not in BOUNDS]
+    found = aggregates(
+        groups, setting, names, ("uniform, calibrated", "margin, calibrated"), given.out / "study1-joint"
+    )
+    return ["# Selectors and labels together", *found, *verdicts(joint, setting, fair)]
 
 
 def _bought(end: pd.DataFrame) -> str:
