@@ -205,11 +205,11 @@ def test_the_tpu_compiler_accepts_the_kernels_and_holds_no_logits():
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    kernels = {(report["chip"], report["function"]): report["kernels"] for report in reports}
+    kernels = {(report["chip"], report["work"]): report["kernels"] for report in reports}
     expected = {"first_pass": 1, "gradients": 2, "logit_buckets": 1, "logit_gradient": 1}
     expected |= {"first_pass-int8": 1, "gradients-int8": 2}
     assert kernels == {(chip, f): n for chip in ("v5e:2x2", "v6e:2x2") for f, n in expected.items()}
-    temporary = {report["function"]: report["temporary_bytes"] for report in reports}
+    temporary = {report["work"]: report["temporary_bytes"] for report in reports}
     logits_bytes = 4 * rows * classes
     layers = [size for function, size in temporary.items() if not function.startswith("logit")]
     assert max(layers) < logits_bytes / 2
