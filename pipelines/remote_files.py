@@ -1,4 +1,4 @@
-"""Files in object stores (`gs://`, `s3://`, whatever Beam has a file system for): an object appears whole or not at all."""
+"""Files that a streaming job writes through Beam's file systems, whatever these are: an object appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from distilbeam.pipelines.files import write_parquet
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, entry_path, write_shard
-
-
-def is_remote(path: str) -> bool:
-    """Tell whether a path is in an object store."""
-    return "://" in path
+from distilbeam.teacher.softlabels.places import is_remote
 
 
 def write_shard_anywhere(

@@ -38,7 +38,7 @@ def to_path(place: str | Path) -> Path:
     """Turn text into a path.
 
     Args:
-      place: a path of the file system, or a URL of a store that fsspec has a package for.
+      place: a path of the file system, or a URL of a store that fsspec has a package for; or such a path.
 
     Returns:
       A `pathlib.Path`; for a URL a `upath.UPath`, which keeps no listings, since other processes write there too.
@@ -46,9 +46,9 @@ def to_path(place: str | Path) -> Path:
     Raises:
       ValueError: the store's package is not installed, or there is none.
     """
-    if not isinstance(place, str):
-        return place
-    return _remote_path(place) if is_remote(place) else Path(place)
+    if isinstance(place, str) and is_remote(place):
+        return _remote_path(place)
+    return Path(place) if isinstance(place, (str, os.PathLike)) else _without_listings(place)
 
 
 def within(base: Path, place: str) -> Path:
@@ -244,6 +244,12 @@ def _remote_path(url: str) -> Path:
     except ValueError as e:
         raise ValueError(f"{url} names no object store that fsspec knows; take s3:// or gs://, or a path") from e
     return cast("Path", UPath(url, use_listings_cache=False))
+
+
+def _without_listings(path: Any) -> Path:
+    if path.storage_options.get("use_listings_cache") is not False:
+        path = type(path)(str(path), **{**path.storage_options, "use_listings_cache": False})
+    return cast("Path", path)
 
 
 class _RemoteFile(io.RawIOBase):

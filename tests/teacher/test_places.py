@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from upath import UPath
 
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import (
@@ -57,6 +59,11 @@ def test_what_is_remote() -> None:
     assert isinstance(to_path("a/b"), Path)
     path = to_path("memory://b/x")
     assert to_path(path) is path
+    given: Any = UPath("memory://b/x")
+    assert str(to_path(given)) == "memory://b/x"
+    assert cast("Any", to_path(given)).storage_options == {"use_listings_cache": False}, (
+        "other processes write there too"
+    )
 
 
 def test_a_setting_is_relative_to_its_file_unless_it_is_a_url() -> None:
