@@ -102,6 +102,7 @@ def test_an_empty_rest_takes_no_target(implementation, rng):
     dense, dense_slope = value_and_gradient(logits[:, :4], DenseLabels(teacher), implementation="reference")
     torch.testing.assert_close(value, dense)
     torch.testing.assert_close(slope[:, :4], dense_slope)
+    assert slope[:, 4:].abs().max() == 0
 
 
 def test_rows_that_do_not_count_are_never_touched(implementation, setting, make_labels, rng):
