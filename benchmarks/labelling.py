@@ -31,6 +31,7 @@ from measuring.record import machine, write
 
 SLOW = {"RunInference + WriteToParquet": 20, "RunInference + WriteToParquetBatched": 5}  # part of the rows: 1 / this
 OVERHEAD = ("plain loop", "distilbeam")
+TEACHER = "teacher alone"
 CHOICE = ("plain loop, 5 % chosen", "distilbeam, 5 % chosen")
 PARTS = ["cheap", "slow", "choice", "growth", "plan"]
 _CELL = ("rows", "files", "features", "layout")
@@ -52,7 +53,7 @@ def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
     """Label a pool in this process and time it."""
     import torch
     from measuring.choose_loops import distilbeam_choice, plain_choice
-    from measuring.label_loops import WAYS, Task, clean_up, prepare
+    from measuring.label_loops import WAYS, Task, clean_up, prepare, teacher_alone
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments["scratch"]) as directory:
@@ -66,11 +67,12 @@ def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
         )
         prepare(way)
         start = time.perf_counter()
-        (WAYS | {CHOICE[0]: plain_choice, CHOICE[1]: distilbeam_choice})[way](task)
+        others = {CHOICE[0]: plain_choice, CHOICE[1]: distilbeam_choice, TEACHER: teacher_alone}
+        (WAYS | others)[way](task)
         seconds = time.perf_counter() - start
         rows = _rows_written(task.output)
         clean_up(task)
-    wanted = round(0.05 * arguments["rows"]) if way in CHOICE else arguments["rows"]
+    wanted = {**dict.fromkeys(CHOICE, round(0.05 * arguments["rows"])), TEACHER: 0}.get(way, arguments["rows"])
     assert rows == wanted, f"{way} wrote {rows:,} rows of {wanted:,}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "rows": arguments["rows"], "peak_mb": peak / 1e6}
@@ -99,6 +101,7 @@ def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any
     for row in table:
         several = "processes" in row["way"] or "threads" in row["way"] or "actors" in row["way"]
         limit = CHOICE[0] if row["way"] in CHOICE else "plain loop, 2 processes" if several else "plain loop"
+        limit = TEACHER if TEACHER in ways else limit
         limits = [other["rows_per_s"] for other in table if other["way"] == limit]
         row["of_limit"] = row["rows_per_s"] / limits[0] if limits else None
     return table
@@ -211,7 +214,7 @@ def figures(parts: list[str], scratch: Path, quick: bool, rows: int, repeats: in
     few = 1 if quick else min(3, repeats)
     takes = {
         "cheap": lambda: compare(ways, scratch, rows, repeats),
-        "slow": lambda: compare(list(OVERHEAD), scratch, 6_400 if quick else 128_000, few, **slow_teacher),
+        "slow": lambda: compare([TEACHER, *OVERHEAD], scratch, 6_400 if quick else 256_000, few, **slow_teacher),
         "choice": lambda: compare(list(CHOICE), scratch, rows, few),
         "growth": lambda: growth(scratch, quick, few),
         "plan": lambda: [forecast(scratch, 51_200 if quick else 1_024_000)],

@@ -23,7 +23,9 @@ def machine(packages: Sequence[str], **more: Any) -> dict[str, Any]:
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", _as_typed(sys.argv[0]), *map(shlex.quote, sys.argv[1:])]),
+        "command": " ".join(
+            ["python", _as_typed(sys.argv[0]), *(shlex.quote(_anywhere(word)) for word in sys.argv[1:])]
+        ),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
@@ -61,3 +63,11 @@ def write(path: Path | None, about: Mapping[str, Any], results: Any) -> None:
 def _as_typed(script: str) -> str:
     path = Path(script).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _anywhere(word: str) -> str:
+    """Leave out of an absolute path what only this machine has: a file keeps its name, a folder becomes `DIR`."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return path.name if path.suffix else "DIR"
