@@ -18,7 +18,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,69 +25,14 @@ from measuring.record import machine, write
 from measuring.steps import Step, copy_speed, medians, peak_bytes
 from torch import Tensor
 
-from distilbeam.kernels import QuantizedRows, laurel_residual
+from distilbeam.kernels.laurel import shapes
+from distilbeam.kernels.laurel.bench import FORMS, Problem, backward, step
+from distilbeam.kernels.laurel.shapes import Shape
 
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Rows, their width, and the rank of the maps."""
-
-    rows: int
-    dim: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.dim}r{self.rank}"
-
-
-GRIDS = {
-    "quick": [Shape(256, 128, 4), Shape(1024, 512, 16)],
-    "cpu": [
-        Shape(64, 256, 16),
-        Shape(1024, 256, 4),
-        Shape(1024, 1024, 16),
-        Shape(8192, 1024, 16),
-        Shape(1024, 8192, 64),
-    ],
-    "gpu": [
-        Shape(rows, dim, rank)
-        for rows in (1024, 8192, 65_536)
-        for dim in (256, 1024, 4096, 8192)
-        for rank in (4, 16, 64)
-    ],
-}
-
-
-class Problem:
-    """The operands of a shape, and gradients from above."""
-
-    def __init__(self, shape: Shape, form: str, device: str, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.shape, self.form = shape, form
-
-        def random(*size: int, scale: float = 1.0, kind: torch.dtype = torch.float32) -> Tensor:
-            return (scale * torch.randn(*size, generator=generator)).to(device=device, dtype=kind).requires_grad_()
-
-        rows, dim, rank = shape.rows, shape.dim, shape.rank
-        self.rows = [random(rows, dim, kind=dtype) for _ in range(2)]
-        self.maps = [random(dim, rank, scale=dim**-0.5), random(rank, dim, scale=0.1)]
-        self.scalars = [torch.ones((), device=device).requires_grad_() for _ in range(2)]
-        self.norm = [] if form == "sum" else [torch.ones(dim, device=device).requires_grad_()]
-        self.above = [random(rows, dim, kind=dtype).detach() for _ in range(1 if form == "sum" else 2)]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """All operands with a gradient."""
-        return [*self.rows, *self.scalars, *self.maps, *self.norm]
-
-    def least_bytes(self) -> int:
-        """Bytes of reading every operand and writing every result once, forward and backward."""
-        size = self.rows[0].element_size()
-        forward = 3 * size + {"sum": 0, "norm": size}.get(self.form, 1)
-        backward = (5 if self.form == "sum" else 7) * size  # f, x and gradients; with a norm x' and its gradient too
-        return (forward + backward) * self.shape.rows * self.shape.dim
+GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU}
 
 
 def formula(form: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,25 +67,7 @@ def compiled(problem: Problem) -> Step:
 
 def ours(implementation: str | None) -> Callable[[Problem], Step]:
     """Make a candidate of one of our implementations."""
-
-    def build(problem: Problem) -> Step:
-        names = ("update", "residual", "alpha", "beta", "down", "up", "norm_weight")
-        arguments = dict(zip(names, problem.leaves, strict=False))
-        quantize = problem.form if problem.form in EIGHT_BITS else None
-
-        def step() -> None:
-            out = laurel_residual(**arguments, quantize=quantize, implementation=implementation)
-            found = (out,) if isinstance(out, Tensor) else tuple(out)
-            backward(tuple(x.straight if isinstance(x, QuantizedRows) else x for x in found), problem)
-
-        return step
-
-    return build
-
-
-def backward(outputs: tuple[Tensor, ...], problem: Problem) -> None:
-    """Compute the gradients of all operands."""
-    torch.autograd.grad(outputs[: len(problem.above)], problem.leaves, problem.above)
+    return lambda problem: step(problem, implementation)
 
 
 CANDIDATES: dict[str, Callable[[Problem], Step]] = {
@@ -170,12 +96,12 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
     rows: list[dict[str, object]] = []
     for name, build in CANDIDATES.items():
         try:
-            step = build(problem)
-            step()
+            take = build(problem)
+            take()
         except (ImportError, NotImplementedError, RuntimeError) as e:
             rows.append({"shape": str(shape), "candidate": name, "left out": str(e).splitlines()[0][:110]})
         else:
-            steps[name] = step
+            steps[name] = take
     bound = problem.least_bytes() / bandwidth
     found = []
     for name, taken in medians(steps, arguments.device, arguments.repeats).items():
@@ -191,7 +117,7 @@ def main() -> None:
     """Parse the command line, measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="cpu")
-    parser.add_argument("--form", choices=["sum", "norm", "int8", "fp8"], default="sum")
+    parser.add_argument("--form", choices=FORMS, default="sum")
     parser.add_argument("--quick", action="store_true", help="small shapes, five rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -11,6 +11,7 @@ from laurel_problem import Case
 
 from distilbeam.kernels import dequantize_rowwise, fp8_linear, int8_linear, laurel_residual
 from distilbeam.kernels.laurel import chunked
+from distilbeam.kernels.laurel.shapes import ODD
 
 DIM = 6
 
@@ -87,6 +88,7 @@ CASES = [
     Case(20, 33, 0, 1, norm=True, quantize="int8"),
     Case(20, 33, 3, 1, norm=True, quantize="fp8", dtype=torch.bfloat16),
     Case(9, 17, 5, dtype=torch.float16),
+    *(Case(*shape, norm=True) for shape in ODD),
 ]
 
 

@@ -67,7 +67,7 @@ def final_loss(seed, form=None, gradients="bf16", autocast=False, steps=STEPS):
         return distill_loss(logits.float(), labels)
 
     batches, fresh = torch.randn(STEPS, BATCH, INPUTS), torch.randn(FRESH, INPUTS)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3, fused=True)
     for x in batches[:steps]:
         optimizer.zero_grad()
         loss_of(x).backward()

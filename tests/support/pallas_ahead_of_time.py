@@ -14,7 +14,7 @@ from distilbeam.kernels.linear_distillation import pallas_kernels as of_layer
 def works(array: Array, rows: int, features: int, classes: int, kept: int) -> Works:
     """Name the functions to compile, with the shapes of their arguments."""
 
-    def layer(dtype: object) -> list[object]:
+    def layer(dtype: object, classes: int) -> list[object]:
         values = [array((size, features), dtype) for size in (rows, classes)]
         return [*values, array((rows, 1)), array((classes,)), array((classes,)), chosen]
 
@@ -22,9 +22,10 @@ def works(array: Array, rows: int, features: int, classes: int, kept: int) -> Wo
     logits = [array((rows, classes), jnp.bfloat16), chosen]
     slopes = [array((rows, kept)), array((rows, 1)), array((rows, 1))]
     found: Works = {}
-    for suffix, dtype in (("", jnp.bfloat16), ("-int8", jnp.int8)):
-        found[f"first_pass{suffix}"] = (lambda *a: of_layer.first_pass(*a, 1.0), layer(dtype))
-        found[f"gradients{suffix}"] = (lambda *a: of_layer.gradients(*a, 1.0), [*layer(dtype), *slopes])
+    # every part of the classes is compiled by itself: two of them in one dtype are enough
+    for suffix, operands in (("", layer(jnp.bfloat16, classes)), ("-int8", layer(jnp.int8, classes // 2))):
+        found[f"first_pass{suffix}"] = (lambda *a: of_layer.first_pass(*a, 1.0), operands)
+        found[f"gradients{suffix}"] = (lambda *a: of_layer.gradients(*a, 1.0), [*operands, *slopes])
     found["logit_buckets"] = (lambda *a: of_logits.logit_buckets(*a, 1.0), logits)
     found["logit_gradient"] = (lambda *a: of_logits.logit_gradient(*a, 1.0), [*logits, *slopes])
     return found
