@@ -60,6 +60,10 @@ def step(problem: Problem, implementation: str | None) -> Callable[[], None]:
     def take() -> None:
         out: Any = laurel_residual(**arguments, implementation=implementation)
         found: list[Any] = [out] if isinstance(out, Tensor) else list(out)
-        backward([x.straight if isinstance(x, QuantizedRows) else x for x in found], problem)
+        backward([_in_autograd(x) for x in found], problem)
 
     return take
+
+
+def _in_autograd(x: Any) -> Any:
+    return x.straight if isinstance(x, QuantizedRows) else x
