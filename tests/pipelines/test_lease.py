@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +40,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that are renewed every 0.3 s and end after 2 s: the server's clock has whole seconds."""
     monkeypatch.setattr(lease, "RENEW_S", 0.3)
     monkeypatch.setattr(lease, "EXPIRES_S", 2.0)
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, whatever a command of another test has made of it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def take(folder: Path) -> None:

@@ -82,6 +82,7 @@ class ObjectStore:
 def object_store() -> Iterator[ObjectStore]:
     """Run the server, and lead the store's package to it through the environment, as users do."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from s3fs import S3FileSystem
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):
@@ -98,9 +99,11 @@ def object_store() -> Iterator[ObjectStore]:
     settings = {"AWS_ENDPOINT_URL": store.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     former = {name: os.environ.get(name) for name in (*settings, "AWS_DEFAULT_REGION")}
     os.environ.update(settings, AWS_DEFAULT_REGION="us-east-1")
+    S3FileSystem.clear_instance_cache()  # those of another server
     try:
         yield store
     finally:
+        S3FileSystem.clear_instance_cache()
         server.shutdown()
         thread.join()
         server.server_close()
