@@ -7,13 +7,13 @@
     python benchmarks/distill_loss.py --grid all --device cuda --dtype bfloat16 --seconds 480 --json FILE
 
 Every candidate takes a step in every round, in changing order; the figure is the median (see measuring/steps.py). Peak
-memory is what a step needs beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over the speed of a large copy and
-operations over the speed of a large matrix product, both measured in the same run, over the time taken. Peers that are
-not installed or cannot run are listed with the reason. Some solve neighbouring problems: those that compare with the
-teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also computes the
-teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8` round the
-layer, where it is not in bfloat16 already, and compute another loss within a bound. The last line of every shape names the
-fastest of ours and says whether the implementation that is chosen by itself was that.
+memory is what a step needs beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over
+the speed of a large copy and operations over the speed of a large matrix product, both measured in the same run, over the
+time taken. Peers that are not installed or cannot run are listed with the reason. Some solve neighbouring problems: those
+that compare with the teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also
+computes the teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8`
+round the layer, where it is not in bfloat16 already, and compute another loss within a bound. The last line of every shape
+names the fastest of ours and says whether the implementation that is chosen by itself was that.
 """
 
 from __future__ import annotations
@@ -208,6 +208,17 @@ def training_step(problem: Problem, loss: Loss) -> Step:
     return step
 
 
+def leaving_nothing(step: Step, problem: Problem) -> Step:
+    """Give the step with its gradients forgotten at the end, so that the next one's count as its own."""
+
+    def whole() -> None:
+        step()
+        for leaf in problem.leaves:
+            leaf.grad = None
+
+    return whole
+
+
 def measured_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
     """Measure a candidate's peak memory on a CPU, in a process of its own."""
     options = [f"--{key}={getattr(arguments, key)}" for key in ("device", "dtype", "threads")]
@@ -222,10 +233,7 @@ def one_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
     """Measure a candidate's peak memory in this process."""
     problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
     step = training_step(problem, CANDIDATES[name](problem))
-    step()
-    for leaf in problem.leaves:
-        leaf.grad = None
-    return peak_bytes(step, arguments.device)
+    return peak_bytes(leaving_nothing(step, problem), arguments.device)
 
 
 def candidates(problem: Problem) -> tuple[dict[str, Step], dict[str, str]]:
@@ -268,9 +276,8 @@ def measure(
         figures: dict[str, Any] = {"ms": round(1e3 * taken, 3), "of roofline": round(bound / taken, 3)}
         if not arguments.no_memory:
             on_gpu = arguments.device == "cuda"
-            for leaf in problem.leaves:
-                leaf.grad = None
-            peak = peak_bytes(steps[name], "cuda") if on_gpu else measured_peak(name, shape, arguments)
+            step = leaving_nothing(steps[name], problem)
+            peak = peak_bytes(step, "cuda") if on_gpu else measured_peak(name, shape, arguments)
             figures["peak MiB"] = round(peak / 2**20, 1)
         yield {"shape": str(shape), "candidate": name, **figures}
     for name, reason in left_out.items():
