@@ -26,35 +26,11 @@ from measuring.steps import Step, copy_speed, medians, product_speed
 from torch import nn
 
 from distilbeam.kernels import LowPrecisionPolicy, quantize_rowwise, to_low_precision
+from distilbeam.kernels.low_precision import shapes
+from distilbeam.kernels.low_precision.bench import Problem, step
+from distilbeam.kernels.low_precision.shapes import Shape
 
-Shape = tuple[int, int, int]  # rows, inputs, outputs
-GRIDS: dict[str, list[Shape]] = {
-    "quick": [(256, 128, 128), (512, 256, 256)],
-    "cpu": [(256, 512, 512), (1024, 1024, 1024), (4096, 1024, 1024)],
-    "gpu": [(1024, 2048, 1024)]
-    + [(rows, size, size) for rows in (1024, 4096, 16_384, 65_536) for size in (256, 1024, 2048, 4096, 8192)],
-}
-
-
-def layer_of(shape: Shape, device: str, dtype: torch.dtype) -> nn.Sequential:
-    """Make the layer that every candidate computes."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(shape[1], shape[2])).to(device=device, dtype=dtype)
-
-
-def step_of(layer: nn.Module, shape: Shape, device: str, dtype: torch.dtype) -> Step:
-    """Take a layer forward and backward."""
-    x = torch.randn(shape[:2], device=device, dtype=dtype, requires_grad=True)
-    above = torch.randn(shape[0], shape[2], device=device, dtype=dtype)
-    leaves = [x, *layer.parameters()]
-
-    def step() -> None:
-        for cached in layer.modules():
-            if hasattr(cached, "cache"):
-                cached.cache.clear()  # as after an optimizer's step
-        torch.autograd.grad(layer(x), leaves, above)
-
-    return step
+GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU}
 
 
 def converted(dtype: str, backend: str, gradients: str = "bf16", compiled: bool = False) -> Callable[..., nn.Module]:
@@ -130,13 +106,13 @@ def runnable(builders: dict[str, Callable[[], Step]], shape: str) -> tuple[dict[
     left_out: list[dict[str, object]] = []
     for name, build in builders.items():
         try:
-            step = build()
-            step()
+            take = build()
+            take()
         except (ImportError, NotImplementedError, AssertionError, RuntimeError, ValueError) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0][:110]
             left_out.append({"shape": shape, "candidate": name, "left out": reason})
         else:
-            steps[name] = step
+            steps[name] = take
     return steps, left_out
 
 
@@ -145,19 +121,17 @@ def measure(
 ) -> list[dict[str, object]]:
     """Run all candidates on a shape."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    rows, inputs, outputs = shape
+    rows, inputs, _ = shape
     if arguments.what == "quantize":
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         name = f"{rows}x{inputs}"
         bound = rows * inputs * (x.element_size() + 1) / bandwidth
         builders: dict[str, Callable[[], Step]] = {key: lambda step=step: step for key, step in quantisers(x).items()}
     else:
-        name = f"{rows}x{inputs}x{outputs}"
-        bound = 6 * rows * inputs * outputs / operations
-        plain = layer_of(shape, device, dtype)
+        name, problem = str(shape), Problem(shape, device, dtype)
+        bound = problem.operations / operations
         builders = {
-            key: lambda build=build: step_of(build(copy.deepcopy(plain)), shape, device, dtype)
-            for key, build in LAYERS.items()
+            key: lambda build=build: step(problem, build(copy.deepcopy(problem.layer))) for key, build in LAYERS.items()
         }
     steps, left_out = runnable(builders, name)
     times = medians(steps, device, arguments.repeats)

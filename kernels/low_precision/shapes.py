@@ -1,4 +1,4 @@
-"""Where 8-bit products pay: the smallest sizes for each kind of device.
+"""Where 8-bit products pay: the smallest sizes for each kind of device; and the shapes that are measured for it.
 
 A product in 8 bits also quantises its input, which costs a pass over memory; below some size that costs more than the
 faster product saves. These bounds are not measured: no kernel of this library has run on a GPU or a TPU yet. They are set
@@ -13,17 +13,27 @@ from typing import NamedTuple
 import torch
 
 
-class Smallest(NamedTuple):
-    """The smallest product that is expected to gain: rows M, inputs K, outputs N."""
+class Shape(NamedTuple):
+    """A product: rows M, inputs K, outputs N."""
 
     rows: int
     inputs: int
     outputs: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.inputs}x{self.outputs}"
 
-CUDA = {  # compute capability from which the row holds, latest first
-    "fp8": {(8, 9): Smallest(4096, 4096, 4096)},
-    "int8": {(8, 0): Smallest(4096, 4096, 4096)},
+
+QUICK = (Shape(256, 128, 128), Shape(512, 256, 256))
+CPU = (Shape(256, 512, 512), Shape(1024, 1024, 1024), Shape(4096, 1024, 1024))
+GPU = (
+    Shape(1024, 2048, 1024),
+    *(Shape(rows, size, size) for rows in (1024, 4096, 16_384, 65_536) for size in (256, 1024, 2048, 4096, 8192)),
+)
+
+SMALLEST_ON_CUDA = {  # compute capability from which the row holds, latest first
+    "fp8": {(8, 9): Shape(4096, 4096, 4096)},
+    "int8": {(8, 0): Shape(4096, 4096, 4096)},
 }
 
 
@@ -40,7 +50,7 @@ def why_not(form: str, rows: int, inputs: int, outputs: int, device: torch.devic
     if device.type != "cuda":
         return f"no {form} product is known to pay on {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    bounds = [least for since, least in CUDA[form].items() if capability >= since]
+    bounds = [least for since, least in SMALLEST_ON_CUDA[form].items() if capability >= since]
     if not bounds:
         return f"the GPU has no {form} products (compute capability {capability[0]}.{capability[1]})"
     least = bounds[0]
