@@ -80,13 +80,21 @@ def known(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def accuracy_table(results: Results, methods: Sequence[str], shown: Callable[[str], str] = str) -> str:
-    """Show the mean accuracy and its interval of every method (rows) in every setting (columns)."""
+    """Show the mean accuracy and its interval of every method (rows) in every setting (columns).
+
+    Where a method has fewer seeds than another in the table, their number follows in brackets.
+    """
     settings = [name for name in results if any(method in results[name] for method in methods)]
-    rows = []
-    for method in methods:
-        cells = [known(results[s][method]) if method in results[s] else np.zeros(0) for s in settings]
-        if any(len(cell) for cell in cells):
-            rows.append([method, *(points(interval(cell)) if len(cell) else "" for cell in cells)])
+    found = {
+        method: [known(results[s][method]) if method in results[s] else np.zeros(0) for s in settings]
+        for method in methods
+    }
+    most = max((len(cell) for cells in found.values() for cell in cells), default=0)
+
+    def show(cell: npt.NDArray[np.float64]) -> str:
+        return (points(interval(cell)) + ("" if len(cell) == most else f" ({len(cell)})")) if len(cell) else ""
+
+    rows = [[method, *map(show, cells)] for method, cells in found.items() if any(map(len, cells))]
     return table(["method", *map(shown, settings)], rows)
 
 
