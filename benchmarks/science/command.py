@@ -164,7 +164,10 @@ def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Compute the cells of the methods that are wanted; give all their rows, each with its cell's key."""
     if given.methods is not None:
         cells = [cell for cell in cells if cell.key["method"] in given.methods]
-    return [_flat(key) | row for key, rows in run(given.store, cells, given.minutes, _say) for row in rows]
+    rows = [_flat(key) | row for key, found in run(given.store, cells, given.minutes, _say) for row in found]
+    if not rows:
+        raise SystemExit("there is nothing to report: no cell was computed yet, give --minutes more or leave it out")
+    return rows
 
 
 def _about(problem: Problem) -> dict[str, Any]:
