@@ -46,7 +46,7 @@ def aggregates(
         if not found:
             continue
         shown = [[method, *(signed(found[method].get(group)) for group in groups)] for method in found]
-        path = picture.with_name(f"{picture.name}-minus-{reference.replace(', ', '-')}.png")
+        path = picture.with_name(f"{picture.name}-minus-{reference.replace(',', '').replace(' ', '-')}.png")
         differences(path, found, f"Accuracy minus that of {reference}", "points, with interval")
         parts += [table([f"minus {reference}", *groups], shown), f"![minus {reference}]({path.name})"]
     return parts
