@@ -1,9 +1,10 @@
 """Where 8-bit products pay: the smallest sizes for each kind of device; and the shapes that are measured for it.
 
 A product in 8 bits also quantises its input, which costs a pass over memory; below some size that costs more than the
-faster product saves. These bounds are not measured: no kernel of this library has run on a GPU or a TPU yet. They are set
-well above 1024 x 2048 x 1024, where others report fp8 at 0.80 times the speed of bfloat16 on an H100, and a device that is
-not listed has no shape that pays. `benchmarks/low_precision.py` measures what should stand here.
+faster product saves. The bounds for CUDA are not measured: no kernel of this library has run on a GPU or a TPU yet. They
+are set well above 1024 x 2048 x 1024, where others report fp8 at 0.80 times the speed of bfloat16 on an H100. A device that
+is not listed has no shape that pays: on a CPU that was measured, 0.6 to 0.7 times the speed of float32.
+`benchmarks/low_precision.py` measures what should stand here.
 """
 
 from __future__ import annotations
