@@ -39,9 +39,9 @@ class _Server:
     """The server's process, which removes the folder of its socket when it ends."""
 
     def __init__(self) -> None:
-        self.socket = str(Path(tempfile.mkdtemp(prefix="distilbeam-workers-")) / "socket")
+        self.folder = tempfile.mkdtemp(prefix="distilbeam-workers-")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "distilbeam.pipelines.worker_server", self.socket, *_MODULES],
+            [sys.executable, "-m", "distilbeam.pipelines.worker_server", self.folder, *_MODULES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # threads do not survive a fork
@@ -103,7 +103,9 @@ def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
     server = _server()
     server.wait()
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "WARNING"
-    command = "exec " + shlex.join([sys.executable, "-I", "-S", str(Path(worker_client.__file__)), server.socket, level])
+    command = "exec " + shlex.join(
+        [sys.executable, "-I", "-S", str(Path(worker_client.__file__)), server.folder, level]
+    )
     given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
     copy = PipelineOptions.from_dictionary(given)
     # No mode at all: Beam then takes the environment of its runner, and says nothing about the number of workers.

@@ -1,4 +1,4 @@
-"""What Beam starts in the place of a worker: asks the server at a socket for one and ends when the worker does.
+"""What Beam starts in the place of a worker: asks the server for one and ends when the worker does.
 
 A program of its own that imports nothing of the project, so that it starts in milliseconds.
 """
@@ -11,13 +11,16 @@ import socket
 import sys
 from pathlib import Path
 
+SOCKET = "socket"  # its name in the server's folder
+
 
 def main() -> int:
     """Ask for a worker with this process's environment; return its status."""
-    path, log_level = sys.argv[1:]
+    folder, log_level = sys.argv[1:]
+    request = {"environment": dict(os.environ), "directory": str(Path.cwd()), "log_level": log_level}
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path)
-        request = {"environment": dict(os.environ), "directory": str(Path.cwd()), "log_level": log_level}
+        os.chdir(folder)  # the whole path may be longer than a socket's name can be
+        server.connect(SOCKET)
         server.sendall(json.dumps(request).encode() + b"\n")
         answer = server.recv(1)
     return answer[0] if answer else 1

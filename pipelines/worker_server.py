@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distilbeam.pipelines.worker_client import SOCKET
+
 FAILED = 1
 
 
@@ -142,19 +144,22 @@ def run_worker(environment: dict[str, str], directory: str, log_level: str) -> N
 
 
 def main() -> None:
-    """Listen at the path given as the first argument, import the modules that follow, and serve until input ends."""
-    path, *modules = sys.argv[1:]
+    """Listen in the folder given as the first argument, import the modules that follow, and serve until input ends."""
+    folder, *modules = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver is interrupted too, and ends this
     try:
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path)
+        directory = Path.cwd()
+        os.chdir(folder)  # the whole path may be longer than a socket's name can be
+        listener.bind(SOCKET)
+        os.chdir(directory)
         listener.listen()
         for module in modules:
             __import__(module)
         print("ready", flush=True)
         Server(listener, sys.stdin.fileno()).serve()
     finally:
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

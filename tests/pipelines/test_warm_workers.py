@@ -19,9 +19,14 @@ from distilbeam.pipelines import warm_workers
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
+def temporary(tmp_path: Path) -> Path:
+    """A folder for temporary files whose path is longer than the 107 bytes that a socket's name may have."""
+    return tmp_path / ("long" * 30) / "temporary"
+
+
 def program(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+    folder = temporary(tmp_path)
+    folder.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SUPPORT / "parents_work.py"), str(tmp_path), str(seconds)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -45,7 +50,7 @@ def test_one_process_forks_the_workers_of_all_phases_and_says_nothing(tmp_path: 
     assert not {worker for worker, _ in written[:4]} & {worker for worker, _ in written[4:]}
     assert "INFO" not in said
     assert "sdk_worker" not in said
-    assert not list((tmp_path / "temporary").glob("distilbeam-workers-*"))
+    assert not list(temporary(tmp_path).glob("distilbeam-workers-*"))
 
 
 @pytest.mark.slow
@@ -56,7 +61,7 @@ def test_a_driver_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
         assert len(left) == 5  # the server, two workers, and two processes that stand for them
         driver.send_signal(signal.SIGKILL)
         wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in left), 20)
-    assert not list((tmp_path / "temporary").glob("distilbeam-workers-*"))
+    assert not list(temporary(tmp_path).glob("distilbeam-workers-*"))
     assert not (tmp_path / "5.txt").exists()
 
 
