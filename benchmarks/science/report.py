@@ -21,6 +21,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Results = dict[str, dict[str, npt.NDArray[np.float64]]]
+MARKERS = "osD^v<>"  # seven, so that twenty colours times these are told apart
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
@@ -109,10 +110,14 @@ def curves(path: Path, frame: pd.DataFrame, methods: Sequence[str], panels: Sequ
             if found:
                 x = np.array([share for share, _ in found])
                 bars = [100 * i.half if np.isfinite(i.half) else 0.0 for _, i in found]
-                style = {"color": "black", "ls": "--"} if method == "oracle" else {"color": f"C{index % 10}"}
-                axis.errorbar(
-                    x * 1.02**index, [100 * i.mean for _, i in found], bars, lw=1, capsize=1.5, label=method, **style
-                )
+                style: dict[str, Any] = {
+                    "color": plt.get_cmap("tab20")(index % 20),
+                    "marker": MARKERS[index % len(MARKERS)],
+                }
+                if method == "oracle":
+                    style = {"color": "black", "ls": "--"}
+                means = [100 * i.mean for _, i in found]
+                axis.errorbar(x * 1.012**index, means, bars, lw=1, ms=3, capsize=1.5, label=method, **style)
         error = 100 * here["teacher_accuracy"].mean()
         axis.set(xscale="log", xlabel="labels bought, % of the pool")
         axis.set_title(f"{teacher}\n(teacher {error:.0f} %)", fontsize=8)
@@ -120,9 +125,9 @@ def curves(path: Path, frame: pd.DataFrame, methods: Sequence[str], panels: Sequ
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("student's test accuracy, %")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, y=1.08)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=7, frameon=False)
     save(figure, path)
 
 
