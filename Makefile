@@ -9,7 +9,7 @@ PARTS := kernels pipelines selection student teacher
 SEED ?= 0
 DEMO ?= demo
 
-.PHONY: demo test test-fast lint types dist bench clean
+.PHONY: demo test test-all test-fast lint types dist bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -30,10 +30,13 @@ demo: $(READY)  ## the main job, end to end, on handwritten digits
 	@$(BIN)/distilbeam run $(DEMO)/distilbeam.toml
 
 test: $(DEV)  ## the tests, on two processes with one thread each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not exhaustive"
+
+test-all: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(DEV)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not exhaustive"
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
