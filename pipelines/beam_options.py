@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
 from distilbeam.pipelines.warm_workers import LOCAL_RUNNER
 
+_TASKS_PER_THREAD = 8
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 
@@ -57,15 +61,37 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     return PipelineOptions(flags)
 
 
-def spread_over_tasks(options: PipelineOptions) -> None:
-    """Give each of a pipeline's items a task of its own on Dask, which would put 128 of them into one; elsewhere do nothing."""
+@contextmanager
+def spread_over_tasks(options: PipelineOptions, items: int) -> Iterator[None]:
+    """Cut a pipeline's items into equal tasks on Dask, about eight for each thread of the cluster; elsewhere do nothing.
+
+    Dask itself would put 128 items into one task; one item in each would make thousands of tasks in its graph, and no item
+    could be flushed to the disk while the next one is worked on.
+    """
     if options.get_all_options().get("runner") != DASK_RUNNER:
+        yield
         return
     from apache_beam.runners.dask.dask_runner import DaskOptions
 
     dask = options.view_as(DaskOptions)
-    if dask.npartitions is None and dask.partition_size is None:
-        dask.partition_size = 1
+    if dask.npartitions is not None or dask.partition_size is not None:
+        yield
+        return
+    dask.partition_size = math.ceil(items / (_TASKS_PER_THREAD * _dask_threads(dask.address)))
+    try:
+        yield
+    finally:
+        dask.partition_size = None
+
+
+def _dask_threads(address: str | None) -> int:
+    if address is None:  # the runner starts a cluster of this machine's processors
+        return os.cpu_count() or 1
+    from dask.distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        threads: dict[str, int] = client.nthreads()
+        return sum(threads.values()) or 1
 
 
 def _register_dask_options() -> None:

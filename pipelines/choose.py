@@ -184,13 +184,13 @@ def _pick_columns(
 
 def _write_picks(path: Path, picks: pa.Table) -> int:
     if picks.num_rows:
-        write_parquet(path, picks)
+        write_parquet(path, picks, flushed=False)
     return int(picks.num_rows)
 
 
 def _add_pick(path: Path, pick: pa.Table) -> int:
     picks = pa.concat_tables([pq.read_table(path), pick]) if path.exists() else pick
-    write_parquet(path, picks.sort_by("row"))
+    write_parquet(path, picks.sort_by("row"), flushed=False)
     return 1
 
 

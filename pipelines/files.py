@@ -17,19 +17,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.atomic import flush, move_flushed, replacing
 from distilbeam.teacher.softlabels.places import read_texts
 
 
 @contextmanager
 def committed_directory(path: Path) -> Iterator[Path]:
-    """Yield a new temporary directory beside `path`; rename it to `path` when the block ends well."""
+    """Yield a new temporary directory beside `path`; flush its files and rename it to `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
         yield temporary
-        temporary.replace(path)
+        for file in temporary.rglob("*"):
+            flush(file)
+        move_flushed({temporary: path})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -48,9 +50,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not the JSON that was written there ({e}); remove it to have it made again") from e
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a small table as Parquet, whole or not at all."""
-    with replacing(path) as temporary:
+def write_parquet(path: Path, table: pa.Table, *, flushed: bool = True) -> None:
+    """Write a small table as Parquet, whole or not at all; `flushed` as for `replacing`."""
+    with replacing(path, flushed=flushed) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 

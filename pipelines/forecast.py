@@ -6,6 +6,7 @@ work will have them: read, teacher, encoding, writing. Training and the start of
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
 from rich import box
@@ -21,12 +23,15 @@ from rich.table import Table
 from distilbeam.pipelines.config import PricesSection
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.phases import threads
+from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import Score
-from distilbeam.pipelines.shards import Part, Shard, Task
+from distilbeam.pipelines.shards import Part, Shard, read_rows
 from distilbeam.pipelines.units import Unit
 
 _WARM_UP = 256  # rows: the first calls load and compile
-_SMALL = 8  # a sample this much smaller tells the cost of a shard from that of its rows
+_PARTS = 3  # of a sample, whose median counts
+_SMALL = 8  # a shard this much smaller tells the cost of a shard from that of its rows
+_READING_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,12 @@ class Forecast:
 
 
 def measure_rates(work: Callable[[Path, Path], Label], units: Sequence[Unit], rows: int) -> tuple[Rates, int]:
-    """Label a sample and time it.
+    """Label a sample and time it: reading, asking and writing each by itself, as shards are much larger than the sample.
 
     Args:
       work: makes the label phase's work for an output and a dead-letter directory.
       units: the units to take the sample from.
-      rows: rows to time; some more are labelled first to warm up.
+      rows: most rows to time; some of them are labelled before to warm up.
 
     Returns:
       The rates and the rows asked about. All rates are 0 where `rows` is 0.
@@ -124,25 +129,69 @@ def measure_rates(work: Callable[[Path, Path], Label], units: Sequence[Unit], ro
     if rows == 0 or not units:
         return Rates(), 0
     unit = max(units, key=lambda unit: unit.rows)
-    large = min(rows, unit.rows)
-    small = max(1, large // _SMALL)
     with tempfile.TemporaryDirectory(prefix="distilbeam-plan-") as directory, threads(1):
         label = work(Path(directory) / "labels", Path(directory) / "dead")
-        _timed(label, "warm-up", unit, min(_WARM_UP, unit.rows))
-        few_s, many_s = _timed(label, "small", unit, small), _timed(label, "large", unit, large)
-        files = sorted(Path(label.output).glob("*.parquet"), key=lambda file: file.stem != "large")
-        if not files:
-            raise ValueError(f"the teacher answers none of the {large:,} rows of the sample")
-        row_bytes, shard_bytes = _bytes(files[0])
-    label_s = max(0.0, many_s - few_s) / (large - small) if large > small else many_s / large
-    rates = Rates(label_s, max(0.0, few_s - small * label_s), row_bytes, shard_bytes)
-    return rates, min(_WARM_UP, unit.rows) + small + large
+        sample, read_s = _read(label, unit, min(rows, unit.rows))
+        warm_up = sample.slice(0, _WARM_UP)
+        label.labelling(warm_up)
+        parts = _requests(sample, label.labelling.teacher_batch)
+        labelled, ask_s = zip(*(_asked(label, part) for part in parts), strict=True)
+        answered = pa.concat_tables(labelled)
+        if not answered.num_rows:
+            raise ValueError(f"the teacher answers none of the {sample.num_rows:,} rows of the sample")
+        write_s, shard_s, file = _write(label, unit, answered)
+        row_bytes, shard_bytes = _bytes(file)
+    rates = Rates(read_s + statistics.median(ask_s) + write_s, shard_s, row_bytes, shard_bytes)
+    return rates, warm_up.num_rows + sum(part.num_rows for part in parts)
 
 
-def _timed(label: Label, key: str, unit: Unit, rows: int) -> float:
+def _read(label: Label, unit: Unit, rows: int) -> tuple[pa.Table, float]:
+    """Read at least `rows` rows of a unit, a row group where that does not take long.
+
+    Returns:
+      The rows, and seconds per row; without the first table's, which opening the file is part of, where there are others.
+    """
+    kept: list[pa.Table] = []
+    marks: list[tuple[int, float]] = []  # rows read until then, and when
     start = time.perf_counter()
-    label(Task((Shard(key, (Part(unit, unit.rows - rows, unit.rows),)),)))
-    return time.perf_counter() - start
+    for table in read_rows(RowReader(label.columns, label.batch_rows), Part(unit, 0, unit.rows), None):
+        count = table.num_rows + (marks[-1][0] if marks else 0)
+        marks.append((count, time.perf_counter()))
+        if not kept or marks[-2][0] < rows:
+            kept.append(table)
+        if count >= max(rows, unit.sizes[0]) or (count >= rows and marks[-1][1] - start > _READING_S):
+            break
+    since_rows, since = marks[0] if len(marks) > 1 else (0, start)
+    return pa.concat_tables(kept).slice(0, rows), (marks[-1][1] - since) / (marks[-1][0] - since_rows)
+
+
+def _requests(sample: pa.Table, teacher_batch: int) -> list[pa.Table]:
+    """Cut a sample into parts of whole requests, whose median a moment in which a processor is busy does not change."""
+    rows = sample.num_rows // _PARTS
+    rows -= rows % teacher_batch if rows > teacher_batch else 0
+    return [sample.slice(i * rows, rows) for i in range(_PARTS)] if rows else [sample]
+
+
+def _asked(label: Label, rows: pa.Table) -> tuple[pa.Table, float]:
+    start = time.perf_counter()
+    table = label.labelling(rows).table
+    return table, (time.perf_counter() - start) / rows.num_rows
+
+
+def _write(label: Label, unit: Unit, labelled: pa.Table) -> tuple[float, float, Path]:
+    """Write a large and a small shard; return the seconds of a row, the further ones of a shard, and the large one's file."""
+    sizes = labelled.num_rows, max(1, labelled.num_rows // _SMALL)
+    seconds: list[float] = []
+    for size in sizes:
+        shard = Shard(f"sample-{size}", (Part(unit, 0, unit.rows),))
+        times = []
+        for _ in range(_PARTS):
+            start = time.perf_counter()
+            label.place(shard, labelled.slice(0, size), {})
+            times.append(time.perf_counter() - start)
+        seconds.append(statistics.median(times))
+    row_s = max(0.0, seconds[0] - seconds[1]) / max(1, sizes[0] - sizes[1])
+    return row_s, max(0.0, seconds[1] - sizes[1] * row_s), Path(label.output) / f"sample-{sizes[0]}.parquet"
 
 
 def _bytes(file: Path) -> tuple[float, float]:
@@ -160,7 +209,7 @@ def measure_scoring(score: Callable[[Path], Score], units: Sequence[Unit]) -> fl
         times = []
         for name in ("warm-up", "timed"):
             start = time.perf_counter()
-            score(Path(directory) / name)(unit)
+            list(score(Path(directory) / name)(unit))
             times.append(time.perf_counter() - start)
     return times[-1] / unit.rows
 

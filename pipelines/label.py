@@ -1,8 +1,9 @@
 """Label: the phase that asks the teacher about rows and commits shards of soft labels.
 
-A worker reads the rows of each shard of its task, labels them, and writes the shard and then its manifest entry, which
-is the commit. Rows that the teacher cannot answer go to the dead letters with file, row, stage, error and number of
-attempts, and cost their neighbours nothing.
+A worker reads the rows of each shard of its task, labels them and places the shard; flushing it to the disk and its
+manifest entry, which is the commit, follow while the next one is labelled. A killed process loses no placed shard. Rows
+that the teacher cannot answer go to the dead letters with file, row, stage, error and number of attempts, and cost their
+neighbours nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import pyarrow.parquet as pq
 from distilbeam.pipelines.files import write_parquet
 from distilbeam.pipelines.labelling import ROW, Labelled, Labelling
 from distilbeam.pipelines.meter import count, count_seconds, timed
-from distilbeam.pipelines.reading_ahead import read_ahead
+from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, Task, read_rows
 from distilbeam.pipelines.units import BATCH_BYTES
-from distilbeam.teacher.softlabels import entry_path, write_shard
+from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 from distilbeam.teacher.softlabels.places import list_files, readable, to_path
+from distilbeam.teacher.softlabels.placing import commit_placed, place_shard, placed_entry
 
 _ANSWERED = b"distilbeam.answered"
 
@@ -57,16 +60,18 @@ class Label:
     growing: bool = False
     max_failures: int | None = None
 
-    def __call__(self, task: Task) -> None:
-        """Label the rows of the task's shards and commit one shard after the other.
+    def __call__(self, task: Task) -> Iterator[ManifestEntry]:
+        """Begin to read the rows of the task's shards, where that pays; see `reading_ahead.read_from`.
 
-        Raises:
-          ValueError: more rows failed than `max_failures`.
+        Returns:
+          What labels them, places one shard after the other, and yields the entries to be committed. It raises
+          `ValueError` when more rows failed than `max_failures`.
         """
-        reader = RowReader(self.columns, self.batch_rows)
-        for shard in task.shards:
-            if not entry_path(self.output, shard.key).exists():  # another worker may have been given it too
-                self._label(shard, reader)
+        return self._label_all(read_from(task.shards[0].parts[0].unit.path, self._to_label(task)))
+
+    def settle(self, ends: Sequence[ManifestEntry]) -> None:
+        """Flush placed shards to the disk and commit them."""
+        commit_placed(self.output, ends)
 
     def remaining(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks without their committed shards; one of which nothing remains is left out.
@@ -87,33 +92,56 @@ class Label:
         """Return the rows of the task's shards."""
         return task.rows
 
-    def _label(self, shard: Shard, reader: RowReader) -> None:
+    def _to_label(self, task: Task) -> Iterator[tuple[Shard, pa.Table | ManifestEntry]]:
+        """Read the shards that are to be labelled; one that a killed process had placed comes as its entry."""
+        reader = RowReader(self.columns, self.batch_rows)
+        for shard in task.shards:
+            if entry_path(self.output, shard.key).exists():  # another worker may have been given it too
+                continue
+            if (entry := placed_entry(self.output, shard.key)) is not None:
+                yield shard, entry
+                continue
+            for rows in self._rows(shard, reader):
+                yield shard, rows
+
+    def _label_all(self, read: Iterator[tuple[tuple[Shard, Any], float]]) -> Iterator[ManifestEntry]:
+        for shard, parts in groupby(read, key=lambda part: part[0][0]):
+            entry = self._label(shard, ((found, seconds) for (_, found), seconds in parts))
+            if entry is not None:
+                yield entry
+
+    def _label(self, shard: Shard, read: Iterator[tuple[Any, float]]) -> ManifestEntry | None:
         start = time.perf_counter()
         failed_before = self._failed_elsewhere(shard)
         parts: list[Labelled] = []
         failures: list[dict[str, Any]] = []
         self._require_few(failed_before, failures)
-        for rows, seconds in read_ahead(self._rows(shard, reader)):
+        for found, seconds in read:
+            if isinstance(found, ManifestEntry):
+                return found
             count_seconds("read", seconds)
-            parts.append(self.labelling(rows))
+            parts.append(self.labelling(found))
             failures += (_located(failure, shard) for failure in parts[-1].failures)
             self._require_few(failed_before, failures)
         answered = [part.table for part in parts if part.table.num_rows]
         if failures:
             self._write_dead_letters(shard, failures, sum(table.num_rows for table in answered))
             count("dead_letters", len(failures))
-        if answered:
-            facts = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
-            self._commit(shard, pa.concat_tables(answered), facts)
+        if not answered:
+            return None
+        facts = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
+        return self.place(shard, pa.concat_tables(answered), facts)
 
-    def _commit(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> None:
+    def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
+        """Write a shard of labelled rows; `settle` commits it."""
         if self.growing:
             facts["parts"] = _parts(shard, table[ROW].to_numpy())
             table = table.drop_columns([ROW])
         with timed("write"):
-            entry = write_shard(self.output, shard.key, table, self.labelling.spec, shard.key, facts)
+            entry = place_shard(self.output, table, self.labelling.spec, shard.key, facts)
         count("rows_labelled", entry.rows)
         count("bytes_written", entry.bytes)
+        return entry
 
     def _rows(self, shard: Shard, reader: RowReader) -> Iterator[pa.Table]:
         """Read the shard's rows in tables of about `batch_rows` rows, so that requests to the teacher are full."""
@@ -182,7 +210,7 @@ def _none_answered(dead_letters: Path) -> bool:
 
 
 def _committed_keys(dataset: str) -> set[str]:
-    """List the keys of committed shards without reading their entries: `write_shard` names an entry's file by its key."""
+    """List the keys of committed shards without reading their entries: an entry's file is named by its key."""
     files = manifest_files(to_path(dataset))
     packed = tuple((file, file.stat().st_mtime_ns) for file in files if file.suffix == ".jsonl")
     return {file.stem for file in files if file.suffix == ".json"} | _packed_keys(packed)

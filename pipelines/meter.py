@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from apache_beam.metrics import Metrics, MetricsFilter
 
 NAMESPACE = "distilbeam"
 MICROSECONDS = "_us"
-
-Value = TypeVar("Value")
 
 
 def count(name: str, value: int = 1) -> None:
@@ -40,17 +38,6 @@ def timed(name: str) -> Iterator[None]:
         yield
     finally:
         count_seconds(name, time.perf_counter() - start)
-
-
-def timed_items(name: str, items: Iterable[Value]) -> Iterator[Value]:
-    """Yield items; the time that making each takes goes to the counter `name`_us."""
-    iterator, end = iter(items), object()
-    while True:
-        with timed(name):
-            item: Any = next(iterator, end)
-        if item is end:
-            return
-        yield item
 
 
 def totals(result: Any) -> Counter[str]:

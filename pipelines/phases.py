@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +35,9 @@ from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.beam_options import spread_over_tasks
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.memory import keep_freed_memory
 from distilbeam.pipelines.meter import count, totals
+from distilbeam.pipelines.settling import Settler
 from distilbeam.pipelines.warm_workers import in_processes, local_runner
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
 from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_folder, to_path
@@ -48,8 +50,16 @@ Item = TypeVar("Item")
 class Work(Protocol[Item]):
     """What a phase does with one item; picklable, and building models only inside `__call__`."""
 
-    def __call__(self, item: Item, /) -> None:
-        """Do the work of `item` and commit its file."""
+    def __call__(self, item: Item, /) -> Iterable[Any] | None:
+        """Begin the work of `item`, which may be no more than to read ahead.
+
+        Returns:
+          What does the rest when it is iterated, after the item before is done, and yields what is to be settled. None
+          where everything is done and committed.
+        """
+
+    def settle(self, ends: Sequence[Any], /) -> None:
+        """Flush and commit what the work on several items yielded, while another thread works on the next item."""
 
     def remaining(self, items: Sequence[Item], /) -> list[Item]:
         """Return what is not committed of `items`, an item of which a part is without that part.
@@ -89,14 +99,42 @@ class _Run(beam.DoFn, Generic[Item]):
     def __init__(self, phase: str, work: Work[Item], errors: str) -> None:
         self.phase, self.work, self.errors = phase, work, errors
 
+    def setup(self) -> None:
+        keep_freed_memory()
+
+    def start_bundle(self) -> None:
+        self.settler = Settler(self.work.settle)
+        self.begun: tuple[Item, Iterable[Any]] | None = None
+
     def process(self, item: Item) -> None:
-        try:
-            with threads(1):
-                self.work(item)
+        rest: Iterable[Any] | None = None
+        with self._kept_error(lambda: self.work.name(item)), threads(1):
+            rest = self.work(item) or ()
+        self._do_begun()
+        self.begun = None if rest is None else (item, rest)
+
+    def finish_bundle(self) -> None:
+        self._do_begun()
+        with self._kept_error(lambda: "flushed to the disk"):
+            self.settler.finish()
+
+    def _do_begun(self) -> None:
+        if self.begun is None:
+            return
+        item, rest = self.begun
+        with self._kept_error(lambda: self.work.name(item)), threads(1):
+            for end in rest:
+                self.settler.add(end)
             count(f"{self.phase}_items")
-        except Exception as e:  # noqa: BLE001  # the boundary: the driver reads it and raises it
+
+    @contextmanager
+    def _kept_error(self, name: Callable[[], str]) -> Iterator[None]:
+        """Keep an error for the driver, which reads it and raises it."""
+        try:
+            yield
+        except Exception as e:  # noqa: BLE001  # the boundary
             record = {
-                "item": self.work.name(item),
+                "item": name(),
                 "type": type(e).__name__,
                 "message": str(e),
                 "traceback": traceback.format_exc(),
@@ -198,12 +236,12 @@ def run_phase(
 
 
 def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> Counter[str]:
-    spread_over_tasks(options)
-    runner, local = local_runner(options) if in_processes(options) else (None, options)
-    pipeline = beam.Pipeline(runner, local)
-    run: Any = _Run(phase, work, str(errors))
-    _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)
-    return totals(run_watched(pipeline, options))
+    with spread_over_tasks(options, len(todo)):
+        runner, local = local_runner(options) if in_processes(options) else (None, options)
+        pipeline = beam.Pipeline(runner, local)
+        run: Any = _Run(phase, work, str(errors))
+        _ = pipeline | "Items" >> beam.Create(list(todo)) | beam.Reshuffle() | phase.capitalize() >> beam.ParDo(run)
+        return totals(run_watched(pipeline, options))
 
 
 class _Watch(Generic[Item]):

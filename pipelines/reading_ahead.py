@@ -4,30 +4,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from distilbeam.teacher.softlabels.places import is_remote
 
 Value = TypeVar("Value")
 _END: Any = object()
 
 
 def read_ahead(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
-    """Yield items while the next one is being made, one at a time and at most one ahead.
+    """Begin to make items at once, and yield each while the next one is being made: at most one ahead.
 
     Reading and decoding Parquet drop the interpreter's lock, so a worker with a core to spare labels while it reads.
 
     Args:
-      items: the items; iterated in another thread, which ends with this generator.
+      items: the items; iterated in another thread, which ends with what is returned.
 
-    Yields:
-      An item, and the seconds that making it took.
-
-    Raises:
-      Exception: whatever making an item raises, in the place of the item.
+    Returns:
+      An iterator of the items, each with the seconds that making it took. It raises what making an item raises, in the
+      place of the item.
     """
     iterator = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-        coming = thread.submit(_timed_next, iterator)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    return _handed_over(iterator, thread, thread.submit(_timed_next, iterator))
+
+
+def read_from(path: str, items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
+    """Read ahead from an object store, and in turn from a file system.
+
+    A store's answer takes tens of milliseconds, in which a worker can label. The system reads files ahead by itself, and a
+    second thread takes more from the first, which waits for the interpreter's lock, than reading costs.
+
+    Args:
+      path: where the items are read.
+      items: the items.
+
+    Returns:
+      See `read_ahead`.
+    """
+    return read_ahead(items) if is_remote(path) else read_in_turn(items)
+
+
+def read_in_turn(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
+    """Yield items, each with the seconds that making it took."""
+    iterator = iter(items)
+    while True:
+        item, seconds = _timed_next(iterator)
+        if item is _END:
+            return
+        yield item, seconds
+
+
+def _handed_over(
+    iterator: Iterator[Value], thread: ThreadPoolExecutor, coming: Future[tuple[Any, float]]
+) -> Iterator[tuple[Value, float]]:
+    with thread:
         while True:
             item, seconds = coming.result()
             if item is _END:

@@ -19,6 +19,7 @@ from distilbeam.student.train_config import FREE
 from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import is_remote, read_texts, within
+from distilbeam.teacher.softlabels.placing import commit_all_left
 
 # settings that change no file of a run
 _FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
@@ -125,6 +126,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
             finish_move(root)
         else:
             sweep(root)
+            commit_all_left(root)
             remove_finished(root)
         yield directory
 

@@ -18,12 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.files import write_parquet
-from distilbeam.pipelines.meter import count, timed, timed_items
+from distilbeam.pipelines.meter import count, count_seconds, timed
 from distilbeam.pipelines.models import cached_student
+from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.units import Unit, read_unit
 from distilbeam.selection import gains as gain_functions
 from distilbeam.selection.sketch import GainSketch
+from distilbeam.teacher.softlabels.atomic import move_flushed, temporary_name
 
 GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
     "margin": gain_functions.margin_gain,
@@ -53,12 +54,16 @@ class Score:
     columns: tuple[str, ...]
     batch_rows: int
 
-    def __call__(self, unit: Unit) -> None:
-        """Score the unit's rows and commit its gains."""
+    def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
+        """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
+        return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, self.batch_rows)))
+
+    def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
         student = cached_student(self.student)
         gain = GAINS[self.gain]
         parts = []
-        for batch in timed_items("read", read_unit(unit, self.columns, self.batch_rows)):
+        for batch, seconds in read:
+            count_seconds("read", seconds)
             with timed("score"):
                 parts.append(gain(student.logits(batch)).astype(np.float32))
         count("rows_scored", unit.rows)
@@ -68,8 +73,15 @@ class Score:
         sketch.add(gains)
         table = pa.table({"row": rows, "gain": gains})
         metadata = {_SKETCH_KEY: base64.b64encode(sketch.to_bytes())}
+        file = self._file(unit)
         with timed("write"):
-            write_parquet(self._file(unit), table.replace_schema_metadata(metadata))
+            temporary = temporary_name(file)
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        yield temporary, file
+
+    def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
+        """Flush files of gains to the disk and give them their names."""
+        move_flushed(dict(ends))
 
     def remaining(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units whose gains are not committed."""

@@ -23,6 +23,7 @@ from distilbeam.pipelines.shards import Shard, plan_shards
 from distilbeam.pipelines.units import Pool, plan_units
 from distilbeam.pipelines.watch.windows import Window
 from distilbeam.pipelines.work_log import add_work
+from distilbeam.teacher.softlabels import ManifestEntry
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class WindowLabel(Label):
 
     window: int = 0
 
-    def _commit(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> None:
-        super()._commit(shard, table, {**facts, "window": self.window})
+    def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
+        return super().place(shard, table, {**facts, "window": self.window})
 
 
 class WindowWork:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -41,7 +40,7 @@ def compact_manifest(path: str | Path) -> Path:
     directory = to_path(path)
     files = identities(manifest_files(directory))
     entries = manifest_of(directory, read_entries(list(files))).entries
-    text = "".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in entries)
+    text = "".join(entry.to_text() + "\n" for entry in entries)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     target = directory / FOLDER / f"gathered-{digest}.jsonl"
     with replacing(target) as temporary:
@@ -102,7 +101,7 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
             file.unlink()
         elif len(kept) < len(entries):
             with replacing(file) as temporary:
-                temporary.write_text("".join(json.dumps(entry.to_json(), sort_keys=True) + "\n" for entry in kept))
+                temporary.write_text("".join(entry.to_text() + "\n" for entry in kept))
     remove_files(removed)
 
 

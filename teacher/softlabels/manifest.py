@@ -49,6 +49,10 @@ class ManifestEntry:
         """Return the entry as JSON values."""
         return {**vars(self), "spec": json.loads(self.spec.to_json()), "extra": dict(self.extra)}
 
+    def to_text(self) -> str:
+        """Return the entry as a line of JSON, without its end."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
     @classmethod
     def from_json(cls, data: Any) -> ManifestEntry:
         """Read an entry; fields that a newer minor version added are ignored.
@@ -102,7 +106,7 @@ def entry_path(directory: str | Path, key: str) -> Path:
 def write_entry(directory: str | Path, entry: ManifestEntry) -> None:
     """Commit a shard whose file is in place."""
     with replacing(entry_path(directory, entry.key)) as temporary:
-        temporary.write_text(json.dumps(entry.to_json(), sort_keys=True))
+        temporary.write_text(entry.to_text())
 
 
 def read_manifest(path: str | Path) -> Manifest:

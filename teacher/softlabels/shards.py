@@ -48,18 +48,32 @@ def write_shard(
       ValueError: no rows, a column of the specification is missing or of another type, missing values in a label
         column, or a name that is not a file name.
     """
+    entry = write_file(directory, name, rows, spec, key, extra, flushed=True)
+    write_entry(directory, entry)
+    return entry
+
+
+def write_file(
+    directory: str | Path,
+    name: str,
+    rows: pa.Table | pa.RecordBatch | Iterable[pa.RecordBatch],
+    spec: SoftLabelSpec,
+    key: str,
+    extra: Mapping[str, Any] | None,
+    *,
+    flushed: bool,
+) -> ManifestEntry:
+    """Write a shard's file, see `write_shard`, and return the entry that would commit it."""
     for what, text in (("name", name), ("key", key)):
         if not _NAME.fullmatch(text):
             raise ValueError(f"{what} must be letters, digits, '.', '_', '=' and '-', got '{text}'")
     schema, batches = _stream(rows)
     schema = _checked(schema, spec)
     target = to_path(directory) / f"{name}.parquet"
-    with replacing(target) as temporary:
+    with replacing(target, flushed=flushed) as temporary:
         count = _write(temporary, schema, batches, name)
         size, checksum = temporary.stat().st_size, file_checksum(temporary)
-    entry = ManifestEntry(key, target.name, count, size, checksum, spec, dict(extra or {}))
-    write_entry(directory, entry)
-    return entry
+    return ManifestEntry(key, target.name, count, size, checksum, spec, dict(extra or {}))
 
 
 def file_checksum(path: Path) -> str:

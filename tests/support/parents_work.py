@@ -30,6 +30,9 @@ class Parents:
     def rows(self, _: int) -> int:
         return 1
 
+    def settle(self, _: Sequence[object]) -> None:
+        """Nothing is left to settle."""
+
     def _file(self, item: int) -> Path:
         return Path(self.directory) / f"{item}.txt"
 

@@ -40,6 +40,9 @@ class Squares:
     def rows(self, _: int) -> int:
         return 1
 
+    def settle(self, _: Sequence[object]) -> None:
+        """Nothing is left to settle."""
+
     def _file(self, item: int) -> Path:
         return Path(self.directory) / f"{item}.txt"
 

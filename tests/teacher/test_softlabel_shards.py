@@ -183,9 +183,7 @@ def test_a_failure_at_any_step_commits_nothing(
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    target = {"write": (pq.ParquetWriter, "write_table"), "flush": (atomic, "_flush"), "rename": (Path, "replace")}[
-        step
-    ]
+    target = {"write": (pq.ParquetWriter, "write_table"), "flush": (atomic, "flush"), "rename": (Path, "replace")}[step]
     monkeypatch.setattr(*target, broken)
     with pytest.raises(OSError, match="No space left"):
         write_shard(tmp_path, "s", labelled(np.zeros((3, 4)), SPEC), SPEC, "k")
