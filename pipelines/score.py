@@ -12,6 +12,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
     "entropy": gain_functions.entropy_gain,
     "least_confidence": gain_functions.least_confidence_gain,
 }
+# rows are ascending; gains are noise to a compressor
+_ENCODING: Any = {"compression": "none", "use_dictionary": False, "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
 _SKETCH_KEY = b"distilbeam.sketch"
 
 
@@ -76,7 +79,7 @@ class Score:
         file = self._file(unit)
         with timed("write"):
             temporary = temporary_name(file)
-            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, **_ENCODING)
         yield temporary, file
 
     def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from distilbeam.teacher.preprocess import make_input
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
-FORWARD_ROWS = 256  # every forward pass has this many rows: a row's logits depend on its neighbours by rounding alone
+FORWARD_ROWS = 256  # the last rows are filled up to as many: a row's logits depend on its neighbours by rounding alone
+FORWARD_NUMBERS = 2**18  # of input in one forward pass, where that is more rows
 
 
 class Student:
@@ -77,22 +80,31 @@ class Student:
                 f"inputs must have the shape {list(self.input_shape)} that the student was trained on, "
                 f"got {list(inputs.shape[1:])}"
             )
-        parts = [self._block(inputs[i : i + FORWARD_ROWS]) for i in range(0, len(inputs), FORWARD_ROWS)]
+        numbers = max(1, math.prod(self.input_shape))
+        many = max(1, FORWARD_NUMBERS // (FORWARD_ROWS * numbers)) * FORWARD_ROWS
+        starts = [*range(0, len(inputs) - many + 1, many)]
+        starts += range(len(starts) * many, len(inputs), FORWARD_ROWS)
+        parts = [self._block(inputs[i:j]) for i, j in pairwise([*starts, len(inputs)])]
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
     def zeros(self, rows: int) -> torch.Tensor:
         """Make an input of zeros, of the type that the network takes."""
-        return torch.zeros(rows, *self.input_shape, dtype=torch.int64 if self.config.input.gives_ids else torch.float32)
+        return torch.zeros(rows, *self.input_shape, dtype=self._input_dtype)
 
     def fingerprint(self) -> str:
         """Identify the student by its weights and configuration."""
         return self._fingerprint
 
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        return torch.int64 if self.config.input.gives_ids else torch.float32
+
     def _block(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        padded = self.zeros(FORWARD_ROWS)
-        padded[: len(inputs)] = torch.tensor(inputs)  # copies: Arrow's memory is read-only
+        tensor = torch.tensor(inputs, dtype=self._input_dtype)  # copies: Arrow's memory is read-only
+        if len(inputs) < FORWARD_ROWS:
+            tensor = torch.cat([tensor, self.zeros(FORWARD_ROWS - len(inputs))])
         with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = self.module(padded)[: len(inputs)].float().numpy()
+            logits: npt.NDArray[np.float32] = self.module(tensor)[: len(inputs)].float().numpy()
         return logits
 
 

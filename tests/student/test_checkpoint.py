@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from distilbeam.student.checkpoint import FORWARD_ROWS, load_student, save_student
+from distilbeam.student.checkpoint import FORWARD_NUMBERS, FORWARD_ROWS, load_student, save_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.models import build_student
 
@@ -54,11 +54,12 @@ def test_a_rows_logits_do_not_depend_on_the_rows_around_it(tmp_path, kind):
     config = StudentConfig(kind=kind, width=0.1, hidden=(32, 32), input={"columns": ["x"], "shape": shape})
     torch.manual_seed(1)
     student = load_student(save_student(tmp_path / "s", build_student(config, shape, 5), config, "abcde", shape))
-    x = np.random.default_rng(0).normal(size=(FORWARD_ROWS + 87, 64)).astype(np.float32)
+    many = FORWARD_NUMBERS // 64
+    x = np.random.default_rng(0).normal(size=(many + FORWARD_ROWS + 87, 64)).astype(np.float32)
     batch = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 64)})
     whole = student.logits(batch)
     order = np.random.default_rng(1).permutation(len(x))
-    for size in (7, 100, len(x)):
+    for size in (300, many + 7, len(x)):
         parts = [student.logits(batch.take(pa.array(order[i : i + size]))) for i in range(0, len(x), size)]
         np.testing.assert_allclose(np.concatenate(parts), whole[order], rtol=0, atol=1e-6)
         again = [student.logits(batch.take(pa.array(order[i : i + size]))) for i in range(0, len(x), size)]
