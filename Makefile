@@ -29,8 +29,8 @@ demo: $(READY)  ## the main job, end to end, on handwritten digits
 	@test -f $(DEMO)/distilbeam.toml || $(BIN)/distilbeam init $(DEMO) --example digits --seed $(SEED)
 	@$(BIN)/distilbeam run $(DEMO)/distilbeam.toml
 
-test: $(DEV)  ## the tests, on two processes with one thread each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not exhaustive"
+test: $(DEV)  ## the tests, with one thread each; a third process uses the time in which others wait for theirs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not exhaustive"
 
 test-all: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal

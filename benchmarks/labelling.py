@@ -29,7 +29,11 @@ from typing import Any
 
 from measuring.record import machine, write
 
-SLOW = {"RunInference + WriteToParquet": 20, "RunInference + WriteToParquetBatched": 5}  # part of the rows: 1 / this
+SLOW = {  # part of the rows: 1 / this
+    "RunInference + WriteToParquet": 20,
+    "RunInference + WriteToParquetBatched": 5,
+    "Ray Data, 2 actors": 4,
+}
 OVERHEAD = ("plain loop", "distilbeam")
 TEACHER = "teacher alone"
 CHOICE = ("plain loop, 5 % chosen", "distilbeam, 5 % chosen")
@@ -104,6 +108,8 @@ def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any
         limit = TEACHER if TEACHER in ways else limit
         limits = [other["rows_per_s"] for other in table if other["way"] == limit]
         row["of_limit"] = row["rows_per_s"] / limits[0] if limits else None
+        one = [other["rows_per_s"] for other in table if other["way"] == "plain loop"]
+        row["of_one_process"] = row["rows_per_s"] / one[0] if one else None
     return table
 
 
@@ -149,15 +155,12 @@ def growth(scratch: Path, quick: bool, repeats: int) -> list[dict[str, Any]]:
     return table
 
 
-def forecast(scratch: Path, rows: int) -> dict[str, float]:
-    """Compare what `plan` expects with what the labelling takes, for a teacher of 2 ms a call of 256 rows."""
+def forecast(scratch: Path, rows: int, repeats: int) -> dict[str, float]:
+    """Compare what `plan` expects with what the labelling takes, medians, for a teacher of 2 ms a call of 256 rows."""
     arguments = pool_arguments(scratch, rows, teacher_batch=256, seconds_per_call=0.002)
-    expected = measure("plan", arguments)["seconds"]
-    return {
-        "expected_s": expected,
-        "taken_s": (taken := measure("distilbeam", arguments)["seconds"]),
-        "ratio": expected / taken,
-    }
+    turns = [[measure(way, arguments)["seconds"] for way in ("plan", "distilbeam")] for _ in range(repeats)]
+    expected, taken = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    return {"expected_s": expected, "taken_s": taken, "ratio": expected / taken}
 
 
 def plan_seconds(arguments: dict[str, Any]) -> dict[str, float]:
@@ -184,10 +187,10 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small pools, one repetition, no peers that start clusters"
     )
-    parser.add_argument("--rows", type=int, default=8_000_000, help="rows of the main comparison")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=20_000_000, help="rows of the main comparison")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measurements to take; all by default")
-    parser.add_argument("--scratch", type=Path, help="folder for pools, 3 GB; a temporary one by default")
+    parser.add_argument("--scratch", type=Path, help="folder for pools, 15 GB; a temporary one by default")
     parser.add_argument("--json", type=Path, help="write machine, versions, command and figures to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
@@ -214,10 +217,10 @@ def figures(parts: list[str], scratch: Path, quick: bool, rows: int, repeats: in
     few = 1 if quick else min(3, repeats)
     takes = {
         "cheap": lambda: compare(ways, scratch, rows, repeats),
-        "slow": lambda: compare([TEACHER, *OVERHEAD], scratch, 6_400 if quick else 256_000, few, **slow_teacher),
+        "slow": lambda: compare([TEACHER, *OVERHEAD], scratch, 6_400 if quick else 640_000, few, **slow_teacher),
         "choice": lambda: compare(list(CHOICE), scratch, rows, few),
         "growth": lambda: growth(scratch, quick, few),
-        "plan": lambda: [forecast(scratch, 51_200 if quick else 1_024_000)],
+        "plan": lambda: [forecast(scratch, 51_200 if quick else 1_024_000, few)],
     }
     return {part: takes[part]() for part in parts}
 
@@ -232,7 +235,8 @@ def show(results: dict[str, Any]) -> None:
                 continue
             what = row.get("way") or ", ".join(f"{name} {row[name]}" for name in _CELL if name in row)
             ratio = "" if row["of_limit"] is None else f"{row['of_limit']:6.2f} of the limit"
-            print(f"{what:42} {row['rows_per_s'] / 1e6:8.3f} M rows/s {ratio} {row['peak_mb']:8.0f} MB")
+            alone = f"{row['of_one_process']:6.2f} of one process" if row.get("of_one_process") else ""
+            print(f"{what:42} {row['rows_per_s'] / 1e6:8.3f} M rows/s {ratio} {alone} {row['peak_mb']:8.0f} MB")
 
 
 def _rows_written(directory: Path) -> int:

@@ -51,6 +51,10 @@ class BeamTeacher(LocalTeacher):
         self._handler: Any = handler
         self._model: Any = handler.load_model()
 
+    def prepared(self, batch: pa.RecordBatch) -> npt.NDArray[Any] | None:
+        """Return the input of all rows, unless the handler takes Arrow batches; see `LocalTeacher`."""
+        return None if self._config.examples == "batch" else super().prepared(batch)
+
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Answer a batch; see `Teacher`."""
         if self._config.examples == "batch":

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.halving import Halving, Inputs
+from distilbeam.teacher.inputs.tensors import TensorInput
 from distilbeam.teacher.preprocess import InputConfig, make_input
 from distilbeam.teacher.protocol import NotPickled
 
@@ -40,6 +41,18 @@ class LocalTeacher(NotPickled, ABC):
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Answer a batch; see `Teacher`."""
         return self._forward(self._input(batch))
+
+    def prepared(self, batch: pa.RecordBatch) -> npt.NDArray[Any] | None:
+        """Return the input of all rows where it takes little more memory than they do, for `answer`; else None.
+
+        Raises:
+          InputError: see `make_input`.
+        """
+        return self._input(batch) if isinstance(self._input, TensorInput) else None
+
+    def answer(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Answer rows of what `prepared` returned."""
+        return self._forward(inputs)
 
     def close(self) -> None:
         """Drop the model; see `Teacher`."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilbeam.teacher import TeacherChanged, TeacherUnavailable, ask
+from distilbeam.teacher import TeacherChanged, TeacherUnavailable, ask, load_teacher
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
 
 
@@ -168,3 +168,59 @@ def test_rows_with_bad_input_are_found_by_bisection() -> None:
     assert [(e.row, e.stage) for e in answers.errors] == [(1, "answer"), (3, "input")]
     assert answers.errors[1].error == "column x must not have missing values, got 1"
     np.testing.assert_array_equal(answers.logits[[0, 2, 4]], [[1, 2, 3], [7, 8, 9], [1, 2, 3]])
+
+
+class Prepared:
+    """Doubles the column `x`, whose input is made for all rows at once unless one of them has none."""
+
+    def __init__(self) -> None:
+        self.prepared_rows: list[int] = []
+        self.asked: list[int] = []
+
+    def fingerprint(self) -> str:
+        return "prepared"
+
+    def prepared(self, batch: pa.RecordBatch) -> np.ndarray:
+        self.prepared_rows.append(len(batch))
+        return self._inputs(batch)
+
+    def answer(self, inputs: np.ndarray) -> np.ndarray:
+        self.asked.append(len(inputs))
+        return 2 * inputs
+
+    def logits(self, batch: pa.RecordBatch) -> np.ndarray:
+        return self.answer(self._inputs(batch))
+
+    def close(self) -> None:
+        pass
+
+    def _inputs(self, batch: pa.RecordBatch) -> np.ndarray:
+        if batch["x"].null_count:
+            raise InputError("a row has no x")
+        return np.asarray(batch["x"], np.float32)[:, None] * np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize("missing", [None, 5])
+def test_inputs_that_are_made_together_are_asked_in_requests_of_the_same_size(missing: int | None) -> None:
+    values = [float(i) if i != missing else None for i in range(20)]
+    teacher = Prepared()
+    answers = ask(teacher, pa.record_batch({"x": pa.array(values, pa.float32())}), 3, batch_size=8)
+    assert teacher.prepared_rows == [20]
+    if missing is None:
+        assert teacher.asked == [8, 8, 4]
+        assert answers.calls == 20
+        assert not answers.errors
+    else:
+        assert [(error.row, error.stage) for error in answers.errors] == [(missing, "input")]
+    wanted = np.array([2 * i for i in range(20) if i != missing], np.float32)
+    np.testing.assert_array_equal(answers.logits[answers.ok], np.repeat(wanted[:, None], 3, axis=1))
+
+
+def test_a_local_teacher_says_the_same_however_its_input_is_made() -> None:
+    arguments = {"in_features": 2, "out_features": 3}
+    config = {"kind": "torch", "model": "torch.nn:Linear", "arguments": arguments, "input": {"columns": ["a", "b"]}}
+    teacher: Any = load_teacher(config)
+    batch = pa.record_batch({name: pa.array(np.arange(10) + seed, pa.float32()) for seed, name in enumerate("ab")})
+    prepared = teacher.prepared(batch)
+    np.testing.assert_array_equal(teacher.answer(prepared[3:7]), teacher.logits(batch.slice(3, 4)))
+    np.testing.assert_array_equal(ask(teacher, batch, 3, batch_size=4).logits[4:8], teacher.logits(batch.slice(4, 4)))
