@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-AT_ONCE = 8  # what may wait; also what is flushed together at most
+AT_ONCE = 4  # what may wait; also what is flushed together at most
 _END: Any = object()
 
 
