@@ -37,6 +37,7 @@ from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committe
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import manifest_files
 from distilbeam.teacher.softlabels.places import is_remote, list_files, remove_files, within
+from distilbeam.teacher.softlabels.placing import placed_entries
 
 _LISTING_S = 5.0  # between two listings of a store, which cost money
 _GATHERED_FROM = 64  # manifest entries in a store, which are requests for every reader
@@ -200,7 +201,10 @@ class LabellingJob:
         return tuple(dict.fromkeys(columns))
 
     def _entries(self, dataset: Path) -> tuple[ManifestEntry, ...]:
-        return read_manifest(dataset).entries if manifest_files(dataset) else ()
+        """List the shards that are committed, and those that will be when the directory is held: a killed process placed them."""
+        there = read_manifest(dataset).entries if manifest_files(dataset) else ()
+        keys = {entry.key for entry in there}
+        return there + tuple(entry for entry in placed_entries(dataset) if entry.key not in keys)
 
     def _changes(self, pool: Pool) -> dict[str, str]:
         path = self.directory.root / "pool.json"

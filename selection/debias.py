@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial import cKDTree
 from scipy.special import log_softmax
 
 from distilbeam.selection.checks import (
@@ -162,6 +161,8 @@ class DebiasEstimator:
 
     @cached_property
     def _tree(self) -> Any:
+        from scipy.spatial import cKDTree  # a third of a second, which every worker would pay
+
         return cKDTree(self.points)
 
     def _weights(self, queries: Floats) -> Floats:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from distilbeam.teacher.softlabels.atomic import flush, move_flushed, replacing
 from distilbeam.teacher.softlabels.manifest import FOLDER, ManifestEntry, entry_path
-from distilbeam.teacher.softlabels.places import is_remote, to_path
+from distilbeam.teacher.softlabels.places import is_remote, list_files, to_path
 from distilbeam.teacher.softlabels.shards import file_checksum, write_file, write_shard
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
@@ -83,6 +83,14 @@ def commit_placed(directory: str | Path, entries: Sequence[ManifestEntry]) -> No
         raise
 
 
+def placed_entries(directory: Path) -> list[ManifestEntry]:
+    """List the entries of a dataset's placed shards that are whole."""
+    keys = (
+        sorted(path.stem for path in list_files(directory / FOLDER, f"*{_SUFFIX}")) if not is_remote(directory) else []
+    )
+    return [entry for key in keys if (entry := placed_entry(directory, key)) is not None]
+
+
 def commit_all_left(root: Path) -> int:
     """Commit what a killed process has placed in the datasets in a folder and forget what is not whole.
 
@@ -94,11 +102,10 @@ def commit_all_left(root: Path) -> int:
     """
     count = 0
     for directory in {path.parent.parent for path in root.rglob(f"{FOLDER}/*{_SUFFIX}")}:
-        keys = [path.stem for path in (directory / FOLDER).glob(f"*{_SUFFIX}")]
-        whole = [entry for key in keys if (entry := placed_entry(directory, key)) is not None]
+        whole = placed_entries(directory)
         commit_placed(directory, whole)
-        for key in keys:
-            _placed_path(directory, key).unlink(missing_ok=True)
+        for path in (directory / FOLDER).glob(f"*{_SUFFIX}"):
+            path.unlink()
         count += len(whole)
     return count
 

@@ -16,6 +16,8 @@ from problem import asked, make_table
 from typer.testing import CliRunner
 
 from distilbeam.pipelines.cli import app
+from distilbeam.pipelines.config import load_any_config
+from distilbeam.pipelines.labelling_job import opened_job
 from distilbeam.pipelines.models import forget_models
 from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
 
@@ -39,6 +41,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 def write_file(directory: Path, name: str, rows: int, seed: int) -> None:
     pq.write_table(make_table(rows, seed, labelled=False), directory / "pool" / name, row_group_size=20)
+
+
+def place(directory: Path, tasks: slice) -> int:
+    """Label some tasks of the job and leave their shards unflushed, as a process that is killed then does."""
+    with opened_job(load_any_config(directory / "label.toml"), directory) as job:
+        work, plan = job.work(job.dataset, job.dead_letters), job.plan()
+        return len([entry for task in plan.tasks[tasks] for entry in work(task)])
 
 
 def wanted(output: str) -> int:
@@ -287,3 +296,43 @@ def test_a_mend_that_was_cut_short_is_repeated(
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
     assert len(asked(tmp_path)) == calls
     assert np.unique(labelled_ids(tmp_path)).size == len(labelled_ids(tmp_path))
+
+
+def test_what_a_killed_process_had_placed_is_committed_and_not_asked_again(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    placed = place(tmp_path, slice(0, 5))
+    calls = len(asked(tmp_path))
+    assert calls > 0
+    assert len(shards_there(tmp_path)) == 0
+    assert wanted(command("plan", "--sample", "0")) == 240 - calls, "it will be committed when the job is opened"
+    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path):
+        assert len(shards_there(tmp_path)) == placed
+    command("label")
+    assert len(asked(tmp_path)) == 240
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+
+
+def test_a_worker_takes_a_placed_shard_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a worker process is killed alone and its tasks are given to another."""
+    monkeypatch.chdir(tmp_path)
+    forget_models()
+    write_job(tmp_path)
+    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:
+        work, plan = job.work(job.dataset, job.dead_letters), job.plan()
+        first = [entry for task in plan.tasks for entry in work(task)]
+        calls = len(asked(tmp_path))
+        again = [entry for task in plan.tasks for entry in work(task)]
+        assert [entry.checksum for entry in again] == [entry.checksum for entry in first]
+        assert len(asked(tmp_path)) == calls == 240
+        file = dataset(tmp_path) / first[0].path
+        file.write_bytes(file.read_bytes()[:-100])  # half of it reached the disk
+        third = [entry for task in plan.tasks for entry in work(task)]
+        assert [entry.checksum for entry in third] == [entry.checksum for entry in first]
+        assert len(asked(tmp_path)) == calls + first[0].rows
+        work.settle(again)
+        assert not work.remaining(plan.tasks)
+        assert not [entry for task in plan.tasks for entry in work(task)]
+
+
+def shards_there(directory: Path) -> list[Any]:
+    return shards(directory) if any((dataset(directory) / "_manifest").glob("*.json")) else []

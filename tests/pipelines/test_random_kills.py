@@ -15,10 +15,13 @@ from labelling import calls_by_row, dataset, finish, labelled_ids, pool_ids, sha
 pytestmark = pytest.mark.slow
 
 SHARD_ROWS = 8
-MODES = {
-    "one process": (12, 1, []),
-    "two processes": (8, 2, ["--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]),
-}
+TWO = ["--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+MODES = [  # kills, workers, Beam's options
+    pytest.param(6, 1, [], id="one process"),
+    pytest.param(4, 2, TWO, id="two processes"),
+    pytest.param(12, 1, [], id="one process, more kills", marks=pytest.mark.exhaustive),
+    pytest.param(10, 2, TWO, id="two processes, more kills", marks=pytest.mark.exhaustive),
+]
 
 
 def write(directory: Path) -> None:
@@ -53,10 +56,11 @@ def kill_at_random(directory: Path, rng: random.Random, flags: list[str]) -> boo
     return False
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_killed_at_random_moments_it_pays_once(tmp_path: Path, undisturbed: list[Any], mode: str) -> None:
-    wanted_kills, workers, flags = MODES[mode]
-    rng = random.Random(mode)
+@pytest.mark.parametrize(("wanted_kills", "workers", "flags"), MODES)
+def test_killed_at_random_moments_it_pays_once(
+    tmp_path: Path, undisturbed: list[Any], wanted_kills: int, workers: int, flags: list[str]
+) -> None:
+    rng = random.Random(100 * wanted_kills + workers)
     directory = tmp_path / "d"
     write(directory)
     kills = sum(kill_at_random(directory, rng, flags) for _ in range(wanted_kills))
@@ -72,3 +76,4 @@ def test_killed_at_random_moments_it_pays_once(tmp_path: Path, undisturbed: list
     assert sum(calls.values()) <= len(ids) + kills * workers * SHARD_ROWS, "a kill costs a shard per worker at most"
     assert all(calls[key] == paid_before[key] for key in committed), "what is committed is never asked again"
     assert not list((directory / "job").rglob(".*.tmp"))
+    assert not list((directory / "job").rglob("*.placed"))
