@@ -109,7 +109,7 @@ class _State:
     inputs: npt.NDArray[Any] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.logits = np.full((len(self.batch), self.num_classes), np.nan, np.float32)
+        self.logits = np.empty((len(self.batch), self.num_classes), np.float32)
         if hasattr(self.teacher, "prepared"):
             with suppress(InputError):  # the rows that have none will be named one by one
                 self.inputs = self.teacher.prepared(self.batch)
@@ -159,6 +159,7 @@ class _State:
             self._give_up(start + row, "answer", message, asked)
 
     def _give_up(self, row: int, stage: str, message: str, asked: int) -> None:
+        self.logits[row] = np.nan
         self.errors.append(RowError(row, stage, message[:_MESSAGE_CHARACTERS], asked))
 
 

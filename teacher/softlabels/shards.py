@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distilbeam.teacher.softlabels.places import to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 ROW_GROUP_BYTES = 16 * 2**20
+_HASHES: Mapping[str, Any] = {"sha256": hashlib.sha256, "blake2b": partial(hashlib.blake2b, digest_size=16)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 
 
@@ -76,14 +78,32 @@ def write_file(
     return ManifestEntry(key, target.name, count, size, checksum, spec, dict(extra or {}))
 
 
-def file_checksum(path: Path) -> str:
+def file_checksum(path: Path, algorithm: str = "sha256") -> str:
     """Hash a file.
 
+    Args:
+      path: the file.
+      algorithm: `sha256`, which processors have instructions for, or `blake2b`, which older manifests name.
+
     Returns:
-      `blake2b:` and 32 hexadecimal digits.
+      The algorithm, `:` and hexadecimal digits: 64, or 32 for blake2b.
+
+    Raises:
+      ValueError: another algorithm.
     """
+    if algorithm not in _HASHES:
+        raise ValueError(f"a checksum must be of {' or '.join(_HASHES)}, got '{algorithm}'")
     with path.open("rb") as file:
-        return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return f"{algorithm}:{hashlib.file_digest(file, _HASHES[algorithm]).hexdigest()}"
+
+
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Tell whether a file has a checksum that a manifest names.
+
+    Raises:
+      ValueError: a checksum of an unknown algorithm.
+    """
+    return file_checksum(path, checksum.partition(":")[0]) == checksum
 
 
 def _stream(rows: pa.Table | pa.RecordBatch | Iterable[pa.RecordBatch]) -> tuple[pa.Schema, Iterator[pa.Table]]:

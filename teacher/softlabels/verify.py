@@ -24,7 +24,7 @@ from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
 from distilbeam.teacher.softlabels.places import joined, list_files, on_disk, readable
-from distilbeam.teacher.softlabels.shards import file_checksum
+from distilbeam.teacher.softlabels.shards import has_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 # A class's frequency in sampled labels leaves its probability by more than Bernstein's bound with chance exp(-this).
@@ -150,10 +150,10 @@ def _shard_problems(path: Path, copy: Path, entry: ManifestEntry) -> Iterator[st
     if (size := copy.stat().st_size) != entry.bytes:
         yield f"{path} must have {entry.bytes:,} bytes, it has {size:,}"
         return
-    if (checksum := file_checksum(copy)) != entry.checksum:
-        yield f"{path} must have the checksum {entry.checksum}, it has {checksum}"
-        return
     try:
+        if not has_checksum(copy, entry.checksum):
+            yield f"{path} must have the checksum {entry.checksum}; it was changed after it was committed"
+            return
         with pq.ParquetFile(copy) as file:
             yield from _content_problems(path, file, entry)
     except (OSError, pa.ArrowException, ValueError) as e:

@@ -172,7 +172,7 @@ def rewrite(folder: Path, change: Callable[[pa.Table], pa.Table], **entry: Any) 
     path = folder / "s1.parquet"
     pq.write_table(change(pq.read_table(path)), path)
     data = json.loads(entry_path(folder, "k1").read_text())
-    data.update(bytes=path.stat().st_size, checksum=file_checksum(path), **entry)
+    data |= {"bytes": path.stat().st_size, "checksum": file_checksum(path), **entry}
     entry_path(folder, "k1").write_text(json.dumps(data))
 
 
@@ -189,7 +189,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (f / "s1.parquet").write_bytes(
             (lambda b: b[:99] + bytes([b[99] ^ 1]) + b[100:])((f / "s1.parquet").read_bytes())
         ),
-        "must have the checksum blake2b:",
+        "must have the checksum sha256:",
+    ),
+    "unknown checksum": (
+        lambda f: rewrite(f, lambda t: t, checksum="md4:00"),
+        "a checksum must be of sha256 or blake2b, got 'md4'",
     ),
     "rows": (lambda f: rewrite(f, lambda t: t, rows=99), "s1.parquet must have 99 rows, it has 100"),
     "footer": (

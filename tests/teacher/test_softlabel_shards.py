@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from distilbeam.teacher.softlabels import (
     shards,
     write_shard,
 )
+from distilbeam.teacher.softlabels.verify import verify_labels
 
 SPEC = SoftLabelSpec(4, "top_k", 2, classes=("a", "b", "c", "d"), teacher="torch:t:1")
 Labelled = Callable[..., pa.Table]
@@ -363,3 +365,15 @@ def test_merging_refuses_sources_that_mean_something_else(dataset: Dataset, tmp_
     with pytest.raises(ValueError, match=r"differ in k \(2 and 3\)"):
         merge_manifests(tmp_path / "all", sources)
     assert not (tmp_path / "all").exists()
+
+
+def test_checksums_of_older_manifests_still_hold(tmp_path: Path, labelled: Labelled) -> None:
+    entry = write_shard(tmp_path, "s", labelled(np.zeros((5, 4)), SPEC), SPEC, "k")
+    file = tmp_path / "s.parquet"
+    assert entry.checksum == "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+    old = "blake2b:" + hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    assert file_checksum(file, "blake2b") == old
+    manifest.write_entry(tmp_path, replace(entry, checksum=old))
+    assert verify_labels(tmp_path).ok
+    file.write_bytes(file.read_bytes()[:-1] + b"2")
+    assert "must have the checksum blake2b:" in verify_labels(tmp_path).problems[0]
