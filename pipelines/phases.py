@@ -115,7 +115,7 @@ class _Run(beam.DoFn, Generic[Item]):
 
     def finish_bundle(self) -> None:
         self._do_begun()
-        with self._kept_error(lambda: "flushed to the disk"):
+        with self._kept_error(lambda: "of those that were being flushed to the disk"):
             self.settler.finish()
 
     def _do_begun(self) -> None:

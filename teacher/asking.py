@@ -111,7 +111,7 @@ class _State:
     def __post_init__(self) -> None:
         self.logits = np.empty((len(self.batch), self.num_classes), np.float32)
         if hasattr(self.teacher, "prepared"):
-            with suppress(InputError):  # the rows that have none will be named one by one
+            with suppress(Exception):  # whatever is wrong comes again with each request, which finds the rows it is of
                 self.inputs = self.teacher.prepared(self.batch)
 
     def ask(self, start: int, stop: int, asked: int, alone: int = 0) -> None:

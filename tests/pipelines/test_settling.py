@@ -97,5 +97,7 @@ def test_a_phase_ends_when_everything_is_settled(tmp_path: Path) -> None:
 
 def test_what_cannot_be_settled_ends_the_phase_with_its_reason(tmp_path: Path) -> None:
     work = Later(str(tmp_path), unsettled=(3,))
-    with pytest.raises(PhaseError, match=r"flushed to the disk: OSError: 3 cannot be flushed"):
+    with pytest.raises(
+        PhaseError, match=r"the first of those that were being flushed to the disk: OSError: 3 cannot be flushed"
+    ):
         run_phase("square", work, list(range(6)), errors=tmp_path / "errors", options=pipeline_options())

@@ -173,7 +173,8 @@ def test_rows_with_bad_input_are_found_by_bisection() -> None:
 class Prepared:
     """Doubles the column `x`, whose input is made for all rows at once unless one of them has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: type[Exception] = InputError) -> None:
+        self.error = error
         self.prepared_rows: list[int] = []
         self.asked: list[int] = []
 
@@ -196,14 +197,16 @@ class Prepared:
 
     def _inputs(self, batch: pa.RecordBatch) -> np.ndarray:
         if batch["x"].null_count:
-            raise InputError("a row has no x")
+            raise self.error("a row has no x")
         return np.asarray(batch["x"], np.float32)[:, None] * np.ones(3, np.float32)
 
 
-@pytest.mark.parametrize("missing", [None, 5])
-def test_inputs_that_are_made_together_are_asked_in_requests_of_the_same_size(missing: int | None) -> None:
+@pytest.mark.parametrize(("missing", "error"), [(None, InputError), (5, InputError), (5, RuntimeError)])
+def test_inputs_that_are_made_together_are_asked_in_requests_of_the_same_size(
+    missing: int | None, error: type[Exception]
+) -> None:
     values = [float(i) if i != missing else None for i in range(20)]
-    teacher = Prepared()
+    teacher = Prepared(error)
     answers = ask(teacher, pa.record_batch({"x": pa.array(values, pa.float32())}), 3, batch_size=8)
     assert teacher.prepared_rows == [20]
     if missing is None:
@@ -211,7 +214,9 @@ def test_inputs_that_are_made_together_are_asked_in_requests_of_the_same_size(mi
         assert answers.calls == 20
         assert not answers.errors
     else:
-        assert [(error.row, error.stage) for error in answers.errors] == [(missing, "input")]
+        assert [(error.row, error.stage) for error in answers.errors] == [
+            (missing, "input" if error is InputError else "teacher")
+        ]
     wanted = np.array([2 * i for i in range(20) if i != missing], np.float32)
     np.testing.assert_array_equal(answers.logits[answers.ok], np.repeat(wanted[:, None], 3, axis=1))
 
