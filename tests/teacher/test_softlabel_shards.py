@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +37,7 @@ from distilbeam.teacher.softlabels import (
 from distilbeam.teacher.softlabels.verify import verify_labels
 
 SPEC = SoftLabelSpec(4, "top_k", 2, classes=("a", "b", "c", "d"), teacher="torch:t:1")
+WRITE_SHARDS = Path(__file__).parents[1] / "support" / "write_shards.py"
 Labelled = Callable[..., pa.Table]
 Dataset = Callable[..., Path]
 
@@ -194,25 +195,17 @@ def test_a_failure_at_any_step_commits_nothing(
     assert committed(tmp_path) == set()
 
 
-def _write_until_killed(folder: Path, table: pa.Table, ready: Any) -> None:
-    for i in range(10**6):
-        write_shard(folder, f"s{i}", table, SPEC, f"k{i}")
-        if i == 2:
-            ready.set()
-
-
-def test_kill_leaves_only_whole_shards(tmp_path: Path, labelled: Labelled) -> None:
-    context = multiprocessing.get_context("fork")
-    table = labelled(np.random.default_rng(0).normal(size=(20_000, 4)), SPEC)
-    ready = context.Event()
-    process = context.Process(target=_write_until_killed, args=(tmp_path, table, ready))
-    process.start()
-    assert process.pid is not None
-    assert ready.wait(60)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    found = read_manifest(tmp_path)
-    assert len(found.entries) >= 3
+def test_kill_leaves_only_whole_shards(dataset: Dataset) -> None:
+    folder = dataset(SPEC, rows=(20_000,))
+    program = [sys.executable, str(WRITE_SHARDS), str(folder)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for i in range(3):
+            assert process.stdout.readline() == b"%d\n" % i
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    found = read_manifest(folder)
+    assert len(found.entries) >= 4
     for entry, path in zip(found.entries, found.paths(), strict=True):
         assert file_checksum(path) == entry.checksum
         assert pq.read_table(path).num_rows == 20_000
