@@ -38,9 +38,9 @@ from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
 CASES = {
-    "top 64 of 1,000": (SoftLabelSpec(1_000, "top_k", 64, teacher="benchmark"), 400_000),
+    "top 64 of 1,000": (SoftLabelSpec(1_000, "top_k", 64, teacher="benchmark"), 1_600_000),
     "10 dense": (SoftLabelSpec(10, teacher="benchmark"), 4_000_000),
-    "50 draws of 32,000": (SoftLabelSpec(32_000, "sampled", 50, teacher="benchmark"), 60_000),
+    "50 draws of 32,000": (SoftLabelSpec(32_000, "sampled", 50, teacher="benchmark"), 240_000),
 }
 QUICK_ROWS = {"top 64 of 1,000": 80_000, "10 dense": 800_000}
 SHARDS = 4

@@ -1,7 +1,7 @@
 """Examples per second of a training, against the same loop without our loader and loss.
 
     python benchmarks/training.py --quick                                # about a minute
-    python benchmarks/training.py --json benchmarks/results/training.json
+    python benchmarks/training.py --json benchmarks/results/training.json      # about a quarter of an hour
 
 The limit: tensors in memory, rows taken by a permutation, torch's own KL divergence, and otherwise the same student,
 optimizer, learning rate and clipping, written as plainly as can be. Ours: `train` over a soft-label dataset of Parquet
@@ -16,7 +16,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,29 +175,28 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Lay the results out for reading."""
-    lines = [f"{'':42}{'batch':>6}{'ours /s':>12}{'limit /s':>12}{'ratio':>8}"]
-    lines += [
-        f"{row['case']:42}{row['batch_size']:>6}{row['examples_per_s']:>12,}{row['limit_examples_per_s']:>12,}"
-        f"{row['ratio']:>8.3f}"
-        for row in results
-    ]
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    """Lay a case's result out for reading."""
+    rates = f"{row['examples_per_s']:>12,}{row['limit_examples_per_s']:>12,}"
+    return f"{row['case']:42}{row['batch_size']:>6}{rates}{row['ratio']:>8.3f}"
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the examples, three repetitions")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the examples")
+    parser.add_argument("--repeats", type=int, help="of each case; 9, and 3 for --quick")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = machine(("torch", "numpy", "pyarrow"), threads=options.threads)
-    results = [measure(case, 3 if options.quick else 9) for case in cases(options.quick)]
-    print(table(results))
-    write(options.json, about, results)
+    print(f"{'':42}{'batch':>6}{'ours /s':>12}{'limit /s':>12}{'ratio':>8}")
+    results = []
+    for case in cases(options.quick):
+        results.append(measure(case, options.repeats or (3 if options.quick else 9)))
+        print(line(results[-1]), flush=True)
+        write(options.json, about, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Work on an epoch's batches in threads, ahead of who takes them and in their order.
 
-One thread reads windows, one shuffles them, others make pieces of several batches out of them. What is ready or under
-way at a time is bounded: a piece for each maker and one more, and the windows that these need and the one after.
+Two threads read row groups, one shuffles windows of them, others make pieces of several batches out of these. What is
+ready or under way at a time is bounded: a piece for each maker and one more, and the windows that these need and the one
+after.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from distilbeam.student.order import EpochOrder, Shares
 
+READERS = 2  # decoding one row group keeps less than two processors busy
 Read = TypeVar("Read")
 Shuffled = TypeVar("Shuffled")
 Made = TypeVar("Made")
@@ -26,15 +28,15 @@ class Work(Generic[Read, Shuffled, Made]):
     Attributes:
       order: of the epoch.
       shares: the rank's batches.
-      read: reads a window by its number.
+      read: reads a row group by its number.
       shuffle: puts the rank's rows of a window in the order of their visit.
       make: makes consecutive batches out of slices of shuffled windows, given their sizes and first positions.
     """
 
     order: EpochOrder
     shares: Shares
-    read: Callable[[EpochOrder, int], Read]
-    shuffle: Callable[[EpochOrder, int, Read, Shares], Shuffled]
+    read: Callable[[int], Read]
+    shuffle: Callable[[EpochOrder, int, dict[int, Read], Shares], Shuffled]
     make: Callable[[Sequence[tuple[Shuffled, slice]], Sequence[int], Sequence[int]], list[Made]]
 
 
@@ -50,10 +52,10 @@ def in_background(work: Work[Any, Any, Made], batches_per_piece: int, threads: i
       Each batch with the position at which its step ends.
     """
     shares = work.shares
-    reader, shuffler, makers = ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+    readers, shuffler, makers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
     under_way: deque[tuple[Future[list[Made]], list[int]]] = deque()
     try:
-        windows = _Windows(work, reader, shuffler)
+        windows = _Windows(work, readers, shuffler)
         for first in range(0, len(shares.ends), batches_per_piece):
             steps = slice(first, first + batches_per_piece)
             made = makers.submit(_made, work, windows.of(steps), steps)
@@ -64,7 +66,7 @@ def in_background(work: Work[Any, Any, Made], batches_per_piece: int, threads: i
             yield from _oldest(under_way)
     finally:
         # each pool waits for the one after it in this list: it is joined while that still works
-        for pool in (makers, shuffler, reader):
+        for pool in (makers, shuffler, readers):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -72,9 +74,9 @@ class _Windows(Generic[Read, Shuffled]):
     """The windows that hold rows of the rank, from the one of the last piece on."""
 
     def __init__(
-        self, work: Work[Read, Shuffled, Any], reader: ThreadPoolExecutor, shuffler: ThreadPoolExecutor
+        self, work: Work[Read, Shuffled, Any], readers: ThreadPoolExecutor, shuffler: ThreadPoolExecutor
     ) -> None:
-        self.work, self.reader, self.shuffler = work, reader, shuffler
+        self.work, self.readers, self.shuffler = work, readers, shuffler
         self.ahead = deque(work.shares.windows(work.order))
         self.open: deque[tuple[int, int, Future[Shuffled]]] = deque()
 
@@ -90,11 +92,13 @@ class _Windows(Generic[Read, Shuffled]):
         return [(future, slice(a - begin, b - begin)) for a, b, begin, future in found if a < b]
 
     def _start(self, window: int, begin: int, end: int) -> None:
-        reading = self.reader.submit(self.work.read, self.work.order, window)
+        groups = self.work.order.groups(window)
+        reading = {number: self.readers.submit(self.work.read, number) for number in groups}
         self.open.append((begin, end, self.shuffler.submit(self._shuffled, window, reading)))
 
-    def _shuffled(self, window: int, reading: Future[Read]) -> Shuffled:
-        return self.work.shuffle(self.work.order, window, reading.result(), self.work.shares)
+    def _shuffled(self, window: int, reading: dict[int, Future[Read]]) -> Shuffled:
+        read = {number: reading.pop(number).result() for number in list(reading)}
+        return self.work.shuffle(self.work.order, window, read, self.work.shares)
 
 
 def _made(work: Work[Any, Shuffled, Made], parts: Sequence[tuple[Future[Shuffled], slice]], steps: slice) -> list[Made]:

@@ -17,12 +17,13 @@ from torch import Tensor
 from distilbeam.student.column_types import is_carried_tensor, is_number, lists, numbers
 from distilbeam.student.input_maker import InputMaker
 from distilbeam.student.row_groups import RowGroup
-from distilbeam.student.shuffling import INDEX, GroupColumns, Memory, ShuffledColumns
+from distilbeam.student.shuffling import GroupColumns, Memory, ShuffledColumns
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 
 Batch = dict[str, Tensor]
 INPUTS, ROW = "inputs", "row"
+INDEX = np.dtype(np.int64)  # what torch gathers by; classes are stored and moved in half of it
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class ColumnReader:
     def take(self, shuffled: ShuffledColumns, rows: slice) -> Batch:
         """Give consecutive rows, and make their input; no other rows share their memory."""
         batch = {name: values[rows] for name, values in shuffled.tensors.items()}
+        if CLASSES in batch:
+            narrow = batch[CLASSES]
+            batch[CLASSES] = self.memory.tensor(narrow.shape, INDEX)
+            np.copyto(batch[CLASSES].numpy(), narrow.numpy())  # in this thread alone, as torch would not
         if self.maker is not None and INPUTS not in batch:
             batch[INPUTS] = self._made(shuffled.table.take(pa.array(shuffled.in_table[rows])))
         return batch
@@ -75,9 +80,7 @@ class ColumnReader:
     def whole(self, group: RowGroup, table: pa.Table) -> GroupColumns:
         """Make a row group's table into arrays of their own, its input among them."""
         columns = self.columns(group, table)
-        arrays = {
-            name: array.astype(INDEX if name == CLASSES else array.dtype) for name, array in columns.arrays.items()
-        }
+        arrays = {name: array.copy() for name, array in columns.arrays.items()}
         if self.maker is not None and INPUTS not in arrays:
             arrays[INPUTS] = self._made(columns.table).numpy()
         return GroupColumns(table.num_rows, arrays, table.select([]))
@@ -85,7 +88,8 @@ class ColumnReader:
     def first(self, group: RowGroup) -> Batch:
         """Read the first row of a row group."""
         found = self.whole(group, pa.Table.from_batches([group.first(self.schema.names)]))
-        return {name: torch.from_numpy(values) for name, values in found.arrays.items()}
+        types = {name: INDEX if name == CLASSES else array.dtype for name, array in found.arrays.items()}
+        return {name: torch.from_numpy(values.astype(types[name])) for name, values in found.arrays.items()}
 
     def _made(self, table: pa.Table) -> Tensor:
         assert self.maker is not None

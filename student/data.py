@@ -1,6 +1,6 @@
 """Load soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
 
-One thread reads windows of row groups ahead, others take batches out of them, make the student's input and apply the
+Threads read windows of row groups ahead, others take batches out of them, make the student's input and apply the
 transform; the training's thread only receives. A batch is a function of the dataset, the seed, the epoch and its
 position, whatever the number of threads.
 
@@ -203,10 +203,9 @@ class SoftLabelDataset:
     def _is_cached(self) -> bool:
         return self.rows * self._row_bytes <= self._cache_bytes
 
-    def _read(self, order: EpochOrder, window: int) -> dict[int, pa.Table | GroupColumns]:
-        """Read a window's row groups, or find them in the cache."""
-        groups = sorted({order.units[unit][0] for unit in order.windows[window]})
-        return {number: self._cache.get(number) or self._reader.scan(self._groups[number]) for number in groups}
+    def _read(self, number: int) -> pa.Table | GroupColumns:
+        """Read a row group, or find it in the cache."""
+        return self._cache.get(number) or self._reader.scan(self._groups[number])
 
     def _shuffle(
         self, order: EpochOrder, window: int, read: dict[int, pa.Table | GroupColumns], shares: Shares

@@ -70,6 +70,10 @@ class EpochOrder:
         sizes = [sum(self.units[unit][1] for unit in window) for window in self.windows]
         return [0, *accumulate(sizes)]
 
+    def groups(self, window: int) -> list[int]:
+        """List the row groups of a window."""
+        return sorted({self.units[unit][0] for unit in self.windows[window]})
+
     def drawn(self, unit: int) -> Rows | None:
         """Give the rows of a unit as indices into its row group; None for all in their order."""
         group, count = self.units[unit]

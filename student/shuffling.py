@@ -22,10 +22,7 @@ from torch import Tensor
 
 from distilbeam.student.column_types import Array
 from distilbeam.student.order import Rows
-from distilbeam.teacher.softlabels.columns import CLASSES
 
-INDEX = np.dtype(np.int64)  # what torch gathers by
-WIDENED_ROWS = 1024  # at a time, which stay in the cache
 MOST_FREE = 32  # blocks of memory that are kept for later
 
 
@@ -121,14 +118,13 @@ def shuffle(units: Sequence[UnitRows], places: Rows, count: int, memory: Memory)
     """
     groups = list({id(unit.group): unit.group for unit in units}.values())
     offsets = dict(zip(map(id, groups), accumulate((g.rows for g in groups), initial=0), strict=False))
-    types = {name: INDEX if name == CLASSES else array.dtype for name, array in groups[0].arrays.items()}
-    tensors = {name: memory.tensor((count, *groups[0].arrays[name].shape[1:]), dtype) for name, dtype in types.items()}
+    tensors = {name: memory.tensor((count, *like.shape[1:]), like.dtype) for name, like in groups[0].arrays.items()}
     in_table = np.empty(count if groups[0].table.num_columns else 0, np.int64)
     first = 0
     for unit in units:
         source, target = _moves(unit, places[first : first + len(unit)], all_wanted=count == len(places))
         for name, tensor in tensors.items():
-            _scatter(tensor.numpy(), target, unit.group.arrays[name], source)
+            _put(tensor.numpy(), target, unit.group.arrays[name], source)
         if len(in_table):
             in_table[target] = offsets[id(unit.group)] + (np.arange(len(unit)) if source is None else source)
         first += len(unit)
@@ -142,16 +138,6 @@ def _moves(unit: UnitRows, places: Rows, all_wanted: bool) -> tuple[Rows | None,
         return unit.rows, places
     wanted = np.flatnonzero(places >= 0)
     return wanted if unit.rows is None else unit.rows[wanted], places[wanted]
-
-
-def _scatter(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
-    """Copy rows to their places, widening their numbers where that is wanted."""
-    if array.dtype == out.dtype:
-        _put(out, target, array, source)
-        return
-    for start in range(0, len(target), WIDENED_ROWS):
-        block = slice(start, start + WIDENED_ROWS)
-        _put(out, target[block], (array[block] if source is None else array[source[block]]).astype(out.dtype), None)
 
 
 def _put(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
