@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+from scipy.special import log_softmax
 
-from distilbeam.pipelines.reuse import known_logprobs
+from distilbeam.pipelines.reuse import known_logits
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.places import list_files, readable
 
 
 def read_answers(dataset: Path, spec: SoftLabelSpec, rows: int) -> npt.NDArray[np.float32]:
-    """Read dense soft labels by row of the set that was asked about.
+    """Read dense soft labels of temperature 1 by row of the set that was asked about.
 
     Args:
       dataset: directory of the soft-label dataset.
@@ -25,7 +26,21 @@ def read_answers(dataset: Path, spec: SoftLabelSpec, rows: int) -> npt.NDArray[n
     Returns:
       float32 [rows, classes] log-probabilities; NaN in the rows that the teacher could not answer.
     """
-    return known_logprobs([str(dataset)], spec, np.arange(rows))
+    return known_logits([str(dataset)], spec, np.arange(rows))
+
+
+def calibrated(logprobs: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
+    """Say answers as soft labels of a temperature do.
+
+    Args:
+      logprobs: float [rows, classes], of temperature 1; rows may be NaN.
+      temperature: of the soft labels.
+
+    Returns:
+      float32 [rows, classes] log-probabilities.
+    """
+    divided: npt.NDArray[np.float32] = log_softmax(logprobs / np.float32(temperature), axis=1)
+    return divided
 
 
 def tally(dataset: Path, failed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.search_space import ParetoConfig, TuneConfig
@@ -84,9 +85,7 @@ class LabelDataSection(PoolSection):
         return self
 
 
-class LabelsSection(_Section):
-    """The form in which the teacher's answers are stored."""
-
+class _LabelForm(_Section):
     kind: Literal["dense", "top_k", "sampled"] = Field(
         "dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)"
     )
@@ -102,11 +101,39 @@ class LabelsSection(_Section):
         return self
 
 
+class LabelsSection(_LabelForm):
+    """The form in which the teacher's answers are stored."""
+
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="what the teacher's logits are divided by; 1 keeps its own distribution",
+    )
+
+
+class RunLabelsSection(_LabelForm):
+    """The form in which a run stores the teacher's answers."""
+
+    temperature: float | Literal["calibrated"] = Field(
+        "calibrated",
+        description="what the teacher's logits are divided by: a number, or the one that fits the validation set best",
+    )
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _a_number_or_the_word(cls, temperature: Any) -> Any:
+        number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if temperature != "calibrated" and not (number and 0 < temperature < math.inf):
+            raise ValueError(f"temperature must be a positive number or 'calibrated', got {temperature!r}")
+        return temperature
+
+
 class SelectionSection(_Section):
     """Which examples to buy labels for."""
 
-    method: Literal["rad", "greedy", "uniform"] = Field(
-        "rad", description="the game against the teacher's mistakes, the largest gains, or chance"
+    method: Literal["greedy", "rad", "uniform"] = Field(
+        "greedy", description="the largest gains, the game against the teacher's mistakes, or chance"
     )
     gain: Literal["margin", "entropy", "least_confidence"] = Field(
         "margin", description="what the student would learn from an example's label"
@@ -151,7 +178,7 @@ class RunConfig(_Section):
     run: RunSection = RunSection()
     data: DataSection
     teacher: TeacherConfig
-    labels: LabelsSection = LabelsSection()
+    labels: RunLabelsSection = RunLabelsSection()
     selection: SelectionSection
     student: StudentConfig
     training: TrainConfig = TrainConfig()

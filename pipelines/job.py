@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.answers import count_dead_letters, read_answers, tally
+from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
-from distilbeam.pipelines.config import LabelsSection, RunConfig
+from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
@@ -31,6 +31,7 @@ from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
+from distilbeam.selection.calibration import fit_temperature
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -99,7 +100,7 @@ class Job:
 
     def ask(self, name: str, report: Report) -> None:
         """Ask the teacher about the labelled, the validation or the test set."""
-        labelling = Labelling(self.teacher, self._spec(LabelsSection()), teacher_batch=self.config.engine.teacher_batch)
+        labelling = Labelling(self.teacher, self._asked_spec, teacher_batch=self.config.engine.teacher_batch)
         self._label(self.directory.asked(name), f"ask-{name}", self.labelled_set(name).plan, labelling, None, report)
 
     def select(self, number: int, report: Report) -> None:
@@ -126,10 +127,10 @@ class Job:
         self._train(where.student(1), [where.labels(0)], report)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
-        """Return the label phase's work for any rows of the pool, without estimates, into given directories."""
+        """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
         labelling = Labelling(
             self.teacher,
-            self._spec(self.config.labels),
+            self._spec(self.config.labels, 1.0),
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
         )
@@ -141,7 +142,7 @@ class Job:
 
     def answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
-        return read_answers(self.directory.asked(name), self._spec(LabelsSection()), self.labelled_set(name).plan.rows)
+        return read_answers(self.directory.asked(name), self._asked_spec, self.labelled_set(name).plan.rows)
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
@@ -153,6 +154,30 @@ class Job:
         table = self.labelled_set(name).table.select(self.inputs.student_columns)
         batches = table.to_batches(max_chunksize=self.config.engine.batch_rows)
         return np.concatenate([cached_student(str(student)).logits(batch) for batch in batches])
+
+    @cached_property
+    def temperature(self) -> float:
+        """What the teacher's logits are divided by in soft labels of the pool."""
+        chosen = self.config.labels.temperature
+        return float(self.calibration["temperature"]) if chosen == "calibrated" else chosen
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """The temperature that fits the validation set best, fitted once: another one would be another label.
+
+        Its keys are those of `selection.calibration.Calibration`.
+        """
+        path = self.directory.calibration
+        if not path.exists():
+            answers = self.answers("validation")
+            answered = ~np.isnan(answers).any(axis=1)
+            write_json(path, fit_temperature(answers[answered], self.truth("validation")[answered])._asdict())
+        fitted: dict[str, Any] = read_json(path)
+        return fitted
+
+    def calibrated_answers(self, name: str) -> npt.NDArray[np.float32]:
+        """Return the log-probabilities of `answers` as soft labels of the pool would say them."""
+        return calibrated(self.answers(name), self.temperature)
 
     @property
     def wrong_share(self) -> float:
@@ -179,7 +204,8 @@ class Job:
                 answers = [self.directory.asked("labelled")]
                 train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
                 return
-            teacher = self.answers("validation") if training.reestimate_epochs is not None and soft_labels else None
+            again = training.reestimate_epochs is not None and soft_labels
+            teacher = self.calibrated_answers("validation") if again else None
             training = training.model_copy(update={"finetune": None})
             train(student, training, soft_labels=soft_labels, validation_teacher=teacher, **common)
 
@@ -188,7 +214,7 @@ class Job:
     ) -> None:
         labelling = Labelling(
             teacher=self.teacher,
-            spec=self._spec(self.config.labels),
+            spec=self._spec(self.config.labels, self.temperature),
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
             estimates=self._estimates(output, student),
@@ -273,11 +299,17 @@ class Job:
             digests={"pool": self.inputs.pool.digest, "teacher": self.fingerprint, **digests},
         )
 
-    def _spec(self, labels: LabelsSection) -> SoftLabelSpec:
+    @property
+    def _asked_spec(self) -> SoftLabelSpec:
+        """The form of the answers for labelled examples, which calibration is fitted on."""
+        return self._spec(RunLabelsSection(), 1.0)
+
+    def _spec(self, labels: RunLabelsSection, temperature: float) -> SoftLabelSpec:
         return SoftLabelSpec(
             num_classes=len(self.inputs.classes),
             kind=labels.kind,
             k=labels.k,
+            temperature=temperature,
             storage=labels.storage,
             classes=self.inputs.classes,
             teacher=self.fingerprint,
@@ -293,7 +325,7 @@ class Job:
         """Fit a dataset's estimates once and freeze them beside it."""
         path = output.with_name(f"{output.name}.estimates.json")
         if not path.exists():
-            answers, truth = self.answers("validation"), self.truth("validation")
+            answers, truth = self.calibrated_answers("validation"), self.truth("validation")
             answered = ~np.isnan(answers).any(axis=1)
             logits = self.student_logits(student, "validation")
             selection = self.config.selection

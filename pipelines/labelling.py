@@ -18,7 +18,7 @@ from distilbeam.pipelines.content_ids import ID_BYTES, content_ids
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.meter import count, timed
 from distilbeam.pipelines.models import cached_student, cached_teacher
-from distilbeam.pipelines.reuse import known_logprobs
+from distilbeam.pipelines.reuse import known_logits
 from distilbeam.teacher.asking import RowError, ask
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
@@ -102,7 +102,7 @@ class Labelling:
         return teacher
 
     def _known(self, rows: pa.Table) -> npt.NDArray[np.float32] | None:
-        return known_logprobs(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None
+        return known_logits(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None
 
     def _columns(self, rows: pa.Table, ids: pa.Array, logits: npt.NDArray[np.float32]) -> pa.Table:
         labels = encode(logits, self.spec, rng=_rng(ids, self.spec) if self.spec.kind == "sampled" else None)
@@ -111,7 +111,8 @@ class Labelling:
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
         if self.estimates is not None and self.student is not None:
             student_logits = cached_student(self.student).logits(_batch(rows))
-            columns |= Estimates.from_text(self.estimates).columns(log_softmax(logits, axis=1), student_logits)
+            said = log_softmax(logits / np.float32(self.spec.temperature), axis=1)
+            columns |= Estimates.from_text(self.estimates).columns(said, student_logits)
         fields = {field.name: field for field in (*rows.schema, *labels.schema)}
         schema = pa.schema([fields.get(name, pa.field(name, column.type)) for name, column in columns.items()])
         return pa.table(list(columns.values()), schema=schema)

@@ -104,6 +104,7 @@ class LabellingJob:
             num_classes=data.num_classes or len(data.classes),
             kind=labels.kind,
             k=labels.k,
+            temperature=labels.temperature,
             storage=labels.storage,
             classes=data.classes or None,
             teacher=cached_teacher(self.teacher).fingerprint(),

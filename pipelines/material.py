@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distilbeam.pipelines.answers import read_answers
+from distilbeam.pipelines.answers import calibrated, read_answers
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
@@ -150,7 +150,7 @@ class Material:
                 directory=directory,
                 seed=self.config.run.seed,
                 init=init,
-                validation_teacher=self.answers("validation") if training.reestimate_epochs is not None else None,
+                validation_teacher=self._calibrated_answers() if training.reestimate_epochs is not None else None,
                 progress=progress,
             )
         return result.metrics
@@ -176,6 +176,11 @@ class Material:
         if not self.directory.summary(dataset).exists():
             return None
         return read_answers(dataset, read_manifest(dataset).spec, self._set(name).plan.rows)
+
+    def _calibrated_answers(self) -> npt.NDArray[np.float32] | None:
+        """Return the teacher's answers for the validation set as the run's soft labels would say them."""
+        answers = self.answers("validation")
+        return None if answers is None else calibrated(answers, read_manifest(self.soft_labels[0]).spec.temperature)
 
     def _quality(self, model: Model, name: str) -> dict[str, float]:
         chosen = self._set(name)

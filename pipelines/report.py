@@ -116,7 +116,8 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
     sentences = [
         f"The teacher labelled {calls['labels']:,} of the {pool:,} examples of the pool ({calls['labels'] / pool:.0%}); "
         f"{calls['saved']:,} calls saved.",
-        f"It is wrong on {results['wrong_share']:.1%} of the validation set.",
+        f"It is wrong on {results['wrong_share']:.1%} of the validation set; its labels have the temperature "
+        f"{results.get('temperature', 1):.3g}.",
     ]
     asked = [
         f"{calls[name]:,} for the {what}"

@@ -39,6 +39,7 @@ def write_results(job: Job, report: Report) -> None:
         "human_labels": job.inputs.labelled.plan.rows,
         "pool_rows": job.inputs.pool.rows,
         "wrong_share": job.wrong_share,
+        "temperature": job.temperature,
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
         "work": read_json(where.work),

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, read_manifest
 
 
-def known_logprobs(
+def known_logits(
     datasets: Sequence[str], spec: SoftLabelSpec, pool_rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Look rows up in soft-label datasets of the same pool.
@@ -21,11 +21,12 @@ def known_logprobs(
 
     Args:
       datasets: directories of datasets made from the same frozen pool.
-      spec: the specification wanted; shards of another teacher or form are passed over.
+      spec: the specification wanted; shards of another teacher or form are passed over, of another temperature not.
       pool_rows: int64 [n], rows of the pool.
 
     Returns:
-      float32 [n, classes] log-probabilities; NaN where nothing is known.
+      float32 [n, classes] the teacher's logits, of which a temperature of 1 makes log-probabilities; NaN where nothing
+      is known.
     """
     found = np.full((len(pool_rows), spec.num_classes), np.nan, np.float32)
     if spec.kind != "dense" or not len(pool_rows):
@@ -41,5 +42,5 @@ def known_logprobs(
                 wanted = np.flatnonzero(np.array(here, np.int64) >= 0)
                 if len(wanted):
                     logprobs = decode(table.take(wanted), manifest.spec).logprobs
-                    found[np.array(here)[wanted]] = logprobs
+                    found[np.array(here)[wanted]] = logprobs * np.float32(manifest.spec.temperature)
     return found

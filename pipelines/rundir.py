@@ -66,6 +66,11 @@ class RunDirectory:
         """Directory of the teacher's answers for the validation or the test set."""
         return self.root / "teacher" / name
 
+    @property
+    def calibration(self) -> Path:
+        """The teacher's temperature, fitted on its answers for the validation set."""
+        return self.root / "teacher" / "calibration.json"
+
     def selected(self, number: int) -> Path:
         """Directory of a round's plan, gains and picks."""
         return self.root / "selected" / f"round={number:03d}"

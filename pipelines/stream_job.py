@@ -148,6 +148,7 @@ def _spec(config: LabelConfig, base: Path) -> SoftLabelSpec:
         num_classes=data.num_classes or len(data.classes),
         kind=labels.kind,
         k=labels.k,
+        temperature=labels.temperature,
         storage=labels.storage,
         classes=data.classes or None,
         teacher=cached_teacher(teacher_text(config.teacher, base)).fingerprint(),

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,20 @@ from distilbeam.pipelines import models
 from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.phases import PhaseError
 from distilbeam.pipelines.steps import run
+from distilbeam.selection.calibration import fit_temperature
 from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
 
 
 def labels_of(directory: Path) -> pa.Table:
     manifest = read_manifest(directory)
     return pa.concat_tables(pq.read_table(path) for path in manifest.paths()).sort_by("pool_row")
+
+
+def says(rows: pa.Table, temperature: float) -> np.ndarray:
+    """What the teacher of the problem says of rows: log-probabilities [n, classes]."""
+    x = rows["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
+    logits = 2.5 * x[:, :CLASSES].astype(np.float64) / temperature
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def test_a_run_from_pool_to_report(problem: dict[str, Any], tmp_path: Path) -> None:
@@ -39,14 +48,12 @@ def test_a_run_from_pool_to_report(problem: dict[str, Any], tmp_path: Path) -> N
         labels = labels_of(root / "labels" / f"round={number:03d}")
         assert labels.num_rows == 30
         bought += labels["pool_row"].to_pylist()
-        # the rows are the pool's own, with the teacher's answer rounded to half precision
+        # the rows are the pool's own, with the teacher's calibrated answer rounded to half precision
         rows = pool.take(labels["pool_row"])
         assert labels["example_id"].to_pylist() == rows["key"].to_pylist()
         np.testing.assert_array_equal(labels["x"].combine_chunks().flatten(), rows["x"].combine_chunks().flatten())
-        x = rows["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
-        logits = 2.5 * x[:, :CLASSES]
-        expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         manifest = read_manifest(root / "labels" / f"round={number:03d}")
+        expected = says(rows, manifest.spec.temperature)
         np.testing.assert_allclose(decode(labels, manifest.spec).logprobs, expected, rtol=1e-3, atol=1e-3)
         for name, low, high in (("alpha", 0.5, 1), ("candidates", 1, CLASSES), ("weight", 0, 10), ("gain", 0, 1)):
             assert low <= pc.min(labels[name]).as_py() <= pc.max(labels[name]).as_py() <= high, name
@@ -339,3 +346,43 @@ def test_a_pool_file_damaged_inside_is_named_and_nothing_is_lost(problem: dict[s
     assert len(gains) == 7, "the other units' gains are kept"
     file.write_bytes(whole)
     run(problem, base=tmp_path)
+
+
+def test_labels_have_the_temperature_that_fits_the_validation_set(problem: dict[str, Any], tmp_path: Path) -> None:
+    problem["training"] |= {"objective": "weighted", "reestimate_epochs": 2}
+    root = run(problem, base=tmp_path)
+    asked_about = read_manifest(root / "teacher" / "validation")
+    validation = make_table(60, 3, labelled=True)
+    assert asked_about.spec.temperature == 1
+    expected = fit_temperature(says(validation, 1), validation["label"].to_numpy()).temperature
+    assert not 0.9 < expected < 1.1, "else nothing is shown"
+    frozen = json.loads((root / "teacher" / "calibration.json").read_text())
+    assert frozen["temperature"] == pytest.approx(expected, rel=0.02)  # stored answers are rounded
+    assert frozen["nll_after"] < frozen["nll_before"]
+    assert json.loads((root / "report" / "metrics.json").read_text())["temperature"] == frozen["temperature"]
+    pool = make_table(240, 1, labelled=False)
+    for dataset in (root / "labels" / "round=000", root / "labels" / "round=001", root / "uniform/labels/round=000"):
+        spec, labels = read_manifest(dataset).spec, labels_of(dataset)
+        assert spec.temperature == frozen["temperature"]
+        # those of the uniform choice that were bought before are read, not asked, and mean the same
+        np.testing.assert_allclose(
+            decode(labels, spec).logprobs, says(pool.take(labels["pool_row"]), spec.temperature), rtol=3e-3, atol=3e-3
+        )
+    tally = json.loads((root / "uniform/labels/round=000.summary.json").read_text())
+    assert tally["reused"] > 0
+    # what validation data come back later does not change what a label means
+    (root / "teacher" / "calibration.json").write_text(json.dumps({**frozen, "temperature": 3.0}))
+    shutil.rmtree(root / "labels" / "round=001")
+    (root / "labels" / "round=001.summary.json").unlink()
+    run(problem, base=tmp_path)
+    assert read_manifest(root / "labels" / "round=001").spec.temperature == 3.0
+
+
+def test_a_number_is_the_temperature(problem: dict[str, Any], tmp_path: Path) -> None:
+    problem |= {"labels": {"temperature": 1}, "run": problem["run"] | {"rounds": 1}}
+    root = run(problem, base=tmp_path)
+    labels, spec = labels_of(root / "labels" / "round=000"), read_manifest(root / "labels" / "round=000").spec
+    assert spec.temperature == 1
+    assert not (root / "teacher" / "calibration.json").exists()
+    rows = make_table(240, 1, labelled=False).take(labels["pool_row"])
+    np.testing.assert_allclose(decode(labels, spec).logprobs, says(rows, 1), rtol=1e-3, atol=1e-3)

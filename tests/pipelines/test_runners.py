@@ -56,7 +56,7 @@ def write_run(directory: Path, job: dict[str, Any]) -> None:
         "run": {"rounds": 1, "directory": "run"},
         "data": {"pool": "pool", "id": "key", **sets},
         "teacher": job["teacher"],
-        "selection": {"budget": 30},
+        "selection": {"method": "rad", "budget": 30},
         "student": {"kind": "mlp", "hidden": [8], "input": {"columns": ["x"]}},
         "training": {"epochs": 3},
         "engine": job["engine"],

@@ -41,7 +41,7 @@ def write_problem(directory: Path, pool_rows: int = 240, files: int = 4) -> dict
             "arguments": {"log": str(directory / "asked.log")},
             "input": {"columns": ["x"]},
         },
-        "selection": {"budget": 30},
+        "selection": {"method": "rad", "budget": 30},
         "student": {"kind": "mlp", "hidden": [8], "input": {"columns": ["x"]}},
         "training": {"epochs": 3},
         "engine": {"unit_rows": 40, "shard_rows": 8, "batch_rows": 16, "teacher_batch": 8},
