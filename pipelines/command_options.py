@@ -48,10 +48,14 @@ def run_steps(
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
     begin(flags or [])
-    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
-        from distilbeam.pipelines.config import load_config
-        from distilbeam.pipelines.steps import run
+    from distilbeam.pipelines.config import load_config
+
     settings = load_config(config, overrides or ())
+    with Display(console).waiting("loading"):  # Beam and torch take seconds to import; a wrong word is said before
+        from distilbeam.pipelines.beam_options import pipeline_options
+
+        pipeline_options(flags or ())
+        from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
     return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
 

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json
-from distilbeam.pipelines.plots import draw_pareto, draw_plots
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.student_tables import (
     CLASS_COLUMNS,
@@ -37,6 +36,8 @@ _COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms
 
 def write_report(where: RunDirectory, report: Report) -> None:
     """Draw the plots and write `report/report.html`."""
+    from distilbeam.pipelines.plots import draw_pareto, draw_plots  # Matplotlib, half a second that every start would pay
+
     results = read_json(where.metrics)
     exports, pareto = _exports(where), _optional(where.root / "pareto" / "pareto.json")
     plots = draw_plots(results, where.report)

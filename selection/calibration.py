@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from distilbeam.selection.checks import Floats, as_labels, as_scores
@@ -60,6 +59,8 @@ def fit_temperature(teacher_logprobs: npt.ArrayLike, labels: npt.ArrayLike) -> C
       >>> round(fit_temperature([[2.0, 0.0]] * 3 + [[0.0, 2.0]], [0, 0, 0, 0]).temperature, 3)  # 2 / log 3
       1.82
     """
+    from scipy.optimize import minimize_scalar  # workers use a temperature, they never fit one, and start without it
+
     logits, truth = _labelled(teacher_logprobs, labels)
     temperature, note = 1.0, "the temperature stays 1: the teacher is never wrong on the validation labels"
     if (logits.argmax(axis=1) != truth).any():

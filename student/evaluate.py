@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.special import log_softmax
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from distilbeam.selection.calibration import expected_calibration_error
 from distilbeam.student.checkpoint import Student
@@ -80,6 +79,8 @@ def per_class(logits: Logits, labels: Labels, classes: Sequence[str]) -> list[di
     Raises:
       ValueError: as in `evaluate`, or there are not as many names as logits.
     """
+    from sklearn.metrics import precision_recall_fscore_support  # a second, which every start would pay
+
     predicted = _predicted(logits, labels, classes)
     numbers = np.arange(len(classes))
     precision, recall, f1, examples = precision_recall_fscore_support(
@@ -119,6 +120,8 @@ def worst_classes(
     Raises:
       ValueError: as in `per_class`.
     """
+    from sklearn.metrics import confusion_matrix
+
     predicted = _predicted(logits, labels, classes)
     confusion_CC = confusion_matrix(labels, predicted, labels=np.arange(len(classes)))
     examples, right = confusion_CC.sum(axis=1), confusion_CC.diagonal()
