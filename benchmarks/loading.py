@@ -182,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     repeats = arguments.repeats or (2 if arguments.quick else 5)
     longest_s = arguments.longest or (3 if arguments.quick else 20)
-    about = machine(("numpy", "pyarrow", "torch", "datasets", "grain", "ray"))
+    packages = ("numpy", "pyarrow", "torch", "datasets", "grain", "ray")
+    about = machine(packages, arrow_threads=pa.cpu_count())  # of OMP_NUM_THREADS; they decode, for all loaders alike
     results: dict[str, Any] = {"cases": {}, "ranks": {}}
     with tempfile.TemporaryDirectory() as directory:
         for case, (spec, rows) in CASES.items():
