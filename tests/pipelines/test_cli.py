@@ -104,6 +104,20 @@ def test_wrong_input_is_a_sentence_and_a_status(config: Path, arguments: list[st
     assert "Traceback" not in out.stderr + out.stdout
 
 
+def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(config: Path) -> None:
+    arguments = ["run", str(config), "--set", "selection.budgte=3"]
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "distilbeam", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 2
+    imported = {line.rsplit("|", 1)[1].strip() for line in out.stderr.splitlines() if line.startswith("import time:")}
+    assert "pyarrow" in imported or "pydantic" in imported, "the list is one"
+    assert not imported & {"torch", "apache_beam", "sklearn", "matplotlib"}
+
+
 def test_debug_shows_the_traceback(config: Path) -> None:
     out = distilbeam("run", str(config), "--debug", "--set", "data.pool=nowhere")
     assert out.returncode == 2
