@@ -1,6 +1,6 @@
 """Loading soft labels: rows per second from Parquet to batches of tensors, beside the bare scan and other loaders.
 
-    python benchmarks/loading.py                        # the whole table, about fifteen minutes
+    python benchmarks/loading.py --repeats 3 --longest 3    # the whole table, about a quarter of an hour
     python benchmarks/loading.py --quick                # small shards, about two minutes; too short for loaders to fill up
     python benchmarks/loading.py --data DIR --json benchmarks/results/loading.json    # images of CIFAR-10 for the ranks
 
@@ -8,7 +8,8 @@ Two questions. How fast are soft labels read: all loaders take turns, and the be
 compared with the fastest bare scan of the same columns by pyarrow, which makes nothing of them, and with the best
 peer. A loader that would take longer than --longest seconds is stopped there. A peer that is not installed is left out.
 Two threads or processes share two processors as they do in a training: what a loader costs its own processors is given
-beside the clock, except for Ray, whose work is done by others.
+beside the clock, except for Ray, whose work is done by others. Arrow decodes with OMP_NUM_THREADS threads, for every loader
+alike; with as many as there are processors the scan alone takes them all and leaves none to a shuffle.
 
 What does it cost that every rank reads every window: an epoch of rank 0 of 1, 2, 4 and 8, without and with images to
 decode. If reading dominated, the time would stay the same; if a rank's own rows did, it would fall as 1 / ranks.

@@ -100,7 +100,7 @@ class Job:
 
     def ask(self, name: str, report: Report) -> None:
         """Ask the teacher about the labelled, the validation or the test set."""
-        labelling = Labelling(self.teacher, self._asked_spec, teacher_batch=self.config.engine.teacher_batch)
+        labelling = Labelling(self.teacher, self._asked_spec(name), teacher_batch=self.config.engine.teacher_batch)
         self._label(self.directory.asked(name), f"ask-{name}", self.labelled_set(name).plan, labelling, None, report)
 
     def select(self, number: int, report: Report) -> None:
@@ -141,8 +141,12 @@ class Job:
         return self._score_work(student, gains, ())
 
     def answers(self, name: str) -> npt.NDArray[np.float32]:
-        """Return the teacher's log-probabilities for a labelled set, float32 [rows, classes], NaN where it had no answer."""
-        return read_answers(self.directory.asked(name), self._asked_spec, self.labelled_set(name).plan.rows)
+        """Return the teacher's log-probabilities for the validation or the test set.
+
+        Returns:
+          float32 [rows, classes], NaN where it had no answer.
+        """
+        return read_answers(self.directory.asked(name), self._asked_spec(name), self.labelled_set(name).plan.rows)
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
@@ -299,10 +303,9 @@ class Job:
             digests={"pool": self.inputs.pool.digest, "teacher": self.fingerprint, **digests},
         )
 
-    @property
-    def _asked_spec(self) -> SoftLabelSpec:
-        """The form of the answers for labelled examples, which calibration is fitted on."""
-        return self._spec(RunLabelsSection(), 1.0)
+    def _asked_spec(self, name: str) -> SoftLabelSpec:
+        """The form of the answers for a labelled set: calibration is fitted on them, but the labelled one's are learned."""
+        return self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
 
     def _spec(self, labels: RunLabelsSection, temperature: float) -> SoftLabelSpec:
         return SoftLabelSpec(

@@ -36,10 +36,8 @@ _COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms
 
 def write_report(where: RunDirectory, report: Report) -> None:
     """Draw the plots and write `report/report.html`."""
-    from distilbeam.pipelines.plots import (
-        draw_pareto,
-        draw_plots,
-    )  # Matplotlib, half a second that every start would pay
+    # with Matplotlib, half a second that every start would pay
+    from distilbeam.pipelines.plots import draw_pareto, draw_plots
 
     results = read_json(where.metrics)
     exports, pareto = _exports(where), _optional(where.root / "pareto" / "pareto.json")

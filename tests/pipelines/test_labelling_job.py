@@ -156,7 +156,12 @@ def test_another_teacher_needs_a_word_and_the_former_labels_come_back(tmp_path: 
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("labels.kind=top_k", "kind"), ("data.carry=[]", "carried"), ("data.num_classes=2", "num_classes")],
+    [
+        ("labels.kind=top_k", "kind"),
+        ("labels.temperature=2", "temperature"),
+        ("data.carry=[]", "carried"),
+        ("data.num_classes=2", "num_classes"),
+    ],
 )
 def test_another_form_of_labels_is_not_mixed_in(tmp_path: Path, command: Command, override: str, named: str) -> None:
     write_job(tmp_path)

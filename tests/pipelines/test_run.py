@@ -24,6 +24,8 @@ from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.phases import PhaseError
 from distilbeam.pipelines.steps import run
 from distilbeam.selection.calibration import fit_temperature
+from distilbeam.selection.debias import DebiasEstimator
+from distilbeam.student.checkpoint import load_student
 from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
 
 
@@ -370,6 +372,20 @@ def test_labels_have_the_temperature_that_fits_the_validation_set(problem: dict[
         )
     tally = json.loads((root / "uniform/labels/round=000.summary.json").read_text())
     assert tally["reused"] > 0
+    # the weights are of the labels as they are learned
+    student, x = load_student(root / "students" / "round=000"), validation.select(["x"]).combine_chunks()
+    fitted = DebiasEstimator.fit(
+        student.logits(x.to_batches()[0]),
+        says(validation, frozen["temperature"]),
+        validation["label"].to_numpy(),
+        soft=True,
+    )
+    labels = labels_of(root / "labels" / "round=000")
+    rows = pool.take(labels["pool_row"])
+    logits = student.logits(rows.select(["x"]).combine_chunks().to_batches()[0])
+    right, raw = (fitted.weights(logits, says(rows, t)) for t in (frozen["temperature"], 1.0))
+    weights = labels["weight"].to_numpy()
+    assert np.abs(weights - right).max() < 0.01 < np.abs(weights - raw).max()
     # what validation data come back later does not change what a label means
     (root / "teacher" / "calibration.json").write_text(json.dumps({**frozen, "temperature": 3.0}))
     shutil.rmtree(root / "labels" / "round=001")

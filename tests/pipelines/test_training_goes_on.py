@@ -12,6 +12,7 @@ from problem import write_problem
 from distilbeam.pipelines.steps import run
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.training_directory import TrainingDirectory
+from distilbeam.teacher.softlabels import read_manifest
 
 
 class CutOff(Exception):  # noqa: N818 - no error
@@ -71,3 +72,5 @@ def test_a_run_estimates_weights_again_and_fine_tunes_blind_students(tmp_path):
     assert (found["round=001.blind"]["soft_rows"], found["round=001.blind"]["hard_rows"]) == (30, 0)
     assert (found["round=001"]["soft_rows"], found["round=001"]["hard_rows"]) == (15, 15)
     assert found["round=001"]["epochs"] == 2
+    temperatures = [read_manifest(root / name).spec.temperature for name in ("labels/round=000", "teacher/labelled")]
+    assert temperatures[0] == temperatures[1] != 1, "both phases learn from the same teacher"
