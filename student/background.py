@@ -1,8 +1,8 @@
 """Work on an epoch's batches in threads, ahead of who takes them and in their order.
 
 Two threads read row groups, one shuffles windows of them, others make pieces of several batches out of these. What is
-ready or under way at a time is bounded: a piece for each maker and one more, and the windows that these need and the one
-after.
+ready or under way at a time is bounded: a piece for each maker and one more, and the windows that these need and the two
+after: with one, whoever reads waited for the shuffle of the window before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from distilbeam.student.order import EpochOrder, Shares
 
 READERS = 2  # decoding one row group keeps less than two processors busy
+AHEAD = 2  # windows more than the steps under way need
 Read = TypeVar("Read")
 Shuffled = TypeVar("Shuffled")
 Made = TypeVar("Made")
@@ -86,8 +87,8 @@ class _Windows(Generic[Read, Shuffled]):
         first, last = int(before[steps.start]), int(before[min(steps.stop, len(before) - 1)])
         while self.open and self.open[0][1] <= first:
             self.open.popleft()  # pieces under way still hold it
-        while self.ahead and (not self.open or self.open[-1][0] < last):
-            self._start(*self.ahead.popleft())  # one window more than the steps need
+        while self.ahead and (len(self.open) < AHEAD or self.open[-AHEAD][0] < last):
+            self._start(*self.ahead.popleft())
         found = [(max(first, begin), min(last, end), begin, future) for begin, end, future in self.open]
         return [(future, slice(a - begin, b - begin)) for a, b, begin, future in found if a < b]
 

@@ -35,7 +35,7 @@ from distilbeam.student.shuffling import GroupColumns, Memory, ShuffledColumns, 
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 Transform = Callable[[Batch, Place], Batch]
 PIECE_BYTES = 2**22  # of rows taken at once: large enough to cost no Python, small enough to stay in the cache
 
@@ -56,7 +56,7 @@ class SoftLabelDataset:
       rank: this process's number.
       world_size: number of processes that share the datasets.
       input: how columns become the student's input.
-      buffer_rows: rows that are held and shuffled together; at most three such windows are in memory.
+      buffer_rows: rows that are held and shuffled together; at most four such windows are in memory.
       columns: scalar columns to read; None for all.
       mixing_weights: share of each dataset in an epoch, up to a common factor; None for their numbers of rows. An epoch
         has as many rows as there are; each row of a dataset is visited equally often, give or take one visit.

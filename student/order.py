@@ -79,12 +79,11 @@ class EpochOrder:
         group, count = self.units[unit]
         if count == self.group_rows[group]:
             return None
-        return np.random.default_rng([self.seed, self.epoch, group, count]).permutation(self.group_rows[group])[:count]
+        return _permutation(self.group_rows[group], self.seed, self.epoch, group, count)[:count]
 
     def places(self, window: int) -> Rows:
         """Give each of a window's rows, one unit after another, its place in the order of the window."""
-        rows = self.starts[window + 1] - self.starts[window]
-        return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
+        return _permutation(self.starts[window + 1] - self.starts[window], self.seed, self.epoch, window)
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,18 @@ class Shares:
         """
         begin, end = order.starts[window : window + 2]
         everywhere = order.places(window)
+        if self._all_mine(begin, end):
+            return everywhere, len(everywhere)
         mine = self.positions(begin, end)
-        if len(mine) == len(everywhere):
-            return everywhere, len(mine)
         among_mine = np.full(len(everywhere), -1, np.int64)
         among_mine[mine - begin] = np.arange(len(mine))
         return among_mine[everywhere], len(mine)
+
+    def _all_mine(self, begin: int, end: int) -> bool:
+        """Whether the rank has every position from begin to end."""
+        first, last = np.searchsorted(self.stops, begin, side="right"), np.searchsorted(self.starts, end)
+        starts, stops = self.starts[first:last], self.stops[first:last]
+        return bool(first < last and starts[0] <= begin and stops[-1] >= end and (starts[1:] == stops[:-1]).all())
 
     def windows(self, order: EpochOrder) -> list[tuple[int, int, int]]:
         """List the windows that hold rows of the rank, which are not all where a step is larger than a window.
@@ -158,6 +163,11 @@ class Shares:
         within = np.maximum(borders - np.append(self.starts, borders[-1])[step], 0)
         upto = (self.before[step] + within).tolist()
         return [(window, a, b) for window, (a, b) in enumerate(pairwise(upto)) if a < b]
+
+
+def _permutation(rows: int, *seed: int) -> Rows:
+    # of NumPy's generators the one that permutes fastest
+    return np.random.Generator(np.random.SFC64(seed)).permutation(rows)
 
 
 def mixed_visits(datasets: Sequence[Sequence[int]], weights: Sequence[float]) -> list[int]:

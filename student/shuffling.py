@@ -141,8 +141,11 @@ def _moves(unit: UnitRows, places: Rows, all_wanted: bool) -> tuple[Rows | None,
 
 
 def _put(out: Array, target: Rows, array: Array, source: Rows | None) -> None:
-    """Copy rows to their places, each as one opaque value, which NumPy moves fastest."""
+    """Copy rows to their places: numbers as such, longer rows as one opaque value each, which NumPy moves fastest."""
     row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+    if array.ndim == 1:
+        out[target] = array if source is None else array[source]
+        return
     if not row_bytes:
         return
     opaque = np.ascontiguousarray(array).reshape(len(array), -1).view(f"V{row_bytes}").ravel()

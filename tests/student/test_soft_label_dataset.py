@@ -205,7 +205,7 @@ def test_each_mistake_is_named(write_labels, tmp_path):
     for change, message in (
         ({"seed": 1}, "the state's seed must be that of this dataset, 0, got 1"),
         ({"dataset": "x"}, "the state's dataset must be that of this dataset"),
-        ({"version": 1}, "the state's version must be that of this dataset, 2, got 1"),
+        ({"version": 1}, "the state's version must be that of this dataset, 3, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             SoftLabelDataset(path, 4, 0).load_state_dict({**state, **change})
