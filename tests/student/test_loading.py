@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from distilbeam.student.background import AHEAD, Work, in_background
 from distilbeam.student.data import SoftLabelDataset
-from distilbeam.student.order import EpochOrder, mixed_visits
+from distilbeam.student.order import EpochOrder, Shares, mixed_visits
 from distilbeam.student.place import Place
 from distilbeam.student.shuffling import Memory
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
@@ -337,6 +339,30 @@ def test_an_error_in_the_background_reaches_the_training_and_ends_its_threads(tm
     next(iterator)
     iterator.close()
     assert threading.active_count() == before
+
+
+def test_two_windows_are_read_ahead_and_no_more():
+    order, read = EpochOrder([4] * 12, 1, 0, 0), []
+
+    def shuffle(_order, window, found, _shares):
+        return [(window, found)]
+
+    work = Work(order, Shares.of(0, 48, 4, 0, 1), read.append, shuffle, lambda parts, _sizes, _starts: [parts])
+    batches = in_background(work, 1, 1)
+    for taken in range(12):
+        next(batches)
+        # of one piece that is taken, one that is made, and the windows ahead
+        wanted = min(12, taken + 2 + AHEAD)
+        _wait_until(lambda wanted=wanted: len(read) >= wanted)
+        assert len(read) == wanted
+    assert sorted(read) == list(range(12))
+    assert next(batches, None) is None
+
+
+def _wait_until(true):
+    give_up = time.monotonic() + 60
+    while not true() and time.monotonic() < give_up:
+        time.sleep(0.001)
 
 
 def test_rounds_may_have_columns_of_their_own_and_other_number_types(tmp_path):
