@@ -182,9 +182,9 @@ def report(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do what is left of a run and draw its report again."""
-    from distilbeam.pipelines.steps import redraw_report
-
     directory = run_steps(config, beam_options, overrides, log_level, None)
+    from distilbeam.pipelines.steps import redraw_report  # with all that `run_steps` checks before it imports it
+
     redraw_report(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -49,8 +49,10 @@ def run_steps(
     configure_logs(log_level, console)
     begin(flags or [])
     from distilbeam.pipelines.config import load_config
+    from distilbeam.pipelines.rundir import check_former
 
     settings = load_config(config, overrides or ())
+    check_former(settings, config.parent.resolve())
     with Display(console).waiting("loading"):  # Beam and torch take seconds to import; a wrong word is said before
         from distilbeam.pipelines.beam_options import pipeline_options
 

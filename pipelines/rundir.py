@@ -16,7 +16,6 @@ from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
 from distilbeam.student.train_config import FREE
-from distilbeam.student.training_directory import remove_finished
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import is_remote, read_texts, within
 from distilbeam.teacher.softlabels.placing import commit_all_left
@@ -130,10 +129,25 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
         if is_remote(root):  # uploads leave nothing under a temporary name
             finish_move(root)
         else:
+            from distilbeam.student.training_directory import remove_finished  # takes torch's seconds to import
+
             sweep(root)
             commit_all_left(root)
             remove_finished(root)
         yield directory
+
+
+def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
+    """Say at once, without holding or making anything, that a run directory belongs to another configuration.
+
+    Of an object store nothing is asked yet.
+
+    Raises:
+      ValueError: it does.
+    """
+    directory = RunDirectory(within(base, config.run.directory))
+    if not is_remote(directory.root) and directory.config.exists():
+        _check_config(directory, config)
 
 
 @contextmanager

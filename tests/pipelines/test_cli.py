@@ -15,6 +15,8 @@ import pytest
 import tomli_w
 from problem import SUPPORT, asked
 
+from distilbeam.pipelines.config import load_config, write_config
+
 
 def distilbeam(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -104,8 +106,19 @@ def test_wrong_input_is_a_sentence_and_a_status(config: Path, arguments: list[st
     assert "Traceback" not in out.stderr + out.stdout
 
 
-def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(config: Path) -> None:
-    arguments = ["run", str(config), "--set", "selection.budgte=3"]
+@pytest.mark.parametrize(
+    ("command", "setting", "sentence"),
+    [
+        ("run", "selection.budgte=3", "selection.budgte is not a setting"),
+        ("report", "selection.budget=29", "run was made by another configuration; it differs in selection.budget"),
+    ],
+)
+def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(
+    config: Path, tmp_path: Path, command: str, setting: str, sentence: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run" / "config.toml", load_config(config))
+    arguments = [command, str(config), "--set", setting]
     out = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "distilbeam", *arguments],
         capture_output=True,
@@ -113,6 +126,7 @@ def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(config: Path) -
         check=False,
     )
     assert out.returncode == 2
+    assert sentence in out.stderr
     imported = {line.rsplit("|", 1)[1].strip() for line in out.stderr.splitlines() if line.startswith("import time:")}
     assert "pyarrow" in imported or "pydantic" in imported, "the list is one"
     assert not imported & {"torch", "apache_beam", "sklearn", "matplotlib"}
