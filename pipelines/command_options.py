@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from distilbeam.pipelines.display import Display, configure_logs
 from distilbeam.pipelines.warm_workers import begin
+
+if TYPE_CHECKING:
+    from distilbeam.pipelines.config import LabelConfig, RunConfig
 
 console = Console()
 errors = Console(stderr=True)
@@ -49,17 +53,28 @@ def run_steps(
     configure_logs(log_level, console)
     begin(flags or [])
     from distilbeam.pipelines.config import load_config
-    from distilbeam.pipelines.rundir import check_former
 
     settings = load_config(config, overrides or ())
-    check_former(settings, config.parent.resolve())
-    with Display(console).waiting("loading"):  # Beam and torch take seconds to import; a wrong word is said before
-        from distilbeam.pipelines.beam_options import pipeline_options
-
-        pipeline_options(flags or ())
+    check_early(settings, config.parent.resolve(), flags or ())
+    with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
     return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+
+
+def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:
+    """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
+
+    Raises:
+      ValueError: the run directory belongs to another configuration, or Beam does not know a flag.
+    """
+    from distilbeam.pipelines.rundir import check_former
+
+    check_former(settings, base)
+    with Display(console).waiting("loading"):
+        from distilbeam.pipelines.beam_options import pipeline_options
+
+        pipeline_options(flags)
 
 
 def stop_at_once(*_: object) -> None:

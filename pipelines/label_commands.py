@@ -18,6 +18,7 @@ from distilbeam.pipelines.command_options import (
     MaxFailuresOption,
     RoundOption,
     SetOption,
+    check_early,
     run_steps,
     stop_at_once,
     with_max_failures,
@@ -83,16 +84,18 @@ def plan(
 ) -> None:
     """Say what is left of a run or a labelling job and what it will cost, before anything is spent."""
     configure_logs(log_level, console)
-    settings = _settings(config, overrides)
-    from distilbeam.pipelines.beam_options import pipeline_options
-    from distilbeam.pipelines.config import LabelConfig
-    from distilbeam.pipelines.job import Job
-    from distilbeam.pipelines.labelling_job import LabellingJob
-    from distilbeam.pipelines.plans import forecast_labelling, forecast_run
-    from distilbeam.pipelines.rundir import RunDirectory
-    from distilbeam.teacher.softlabels.places import within
+    settings, base, flags = _settings(config, overrides), config.parent.resolve(), beam_options or []
+    check_early(settings, base, flags)
+    with Display(console).waiting("loading"):
+        from distilbeam.pipelines.beam_options import pipeline_options
+        from distilbeam.pipelines.config import LabelConfig
+        from distilbeam.pipelines.job import Job
+        from distilbeam.pipelines.labelling_job import LabellingJob
+        from distilbeam.pipelines.plans import forecast_labelling, forecast_run
+        from distilbeam.pipelines.rundir import RunDirectory
+        from distilbeam.teacher.softlabels.places import within
 
-    base, options = config.parent.resolve(), pipeline_options(beam_options or [])
+    options = pipeline_options(flags)
     directory = RunDirectory(within(base, settings.run.directory).resolve())
     if isinstance(settings, LabelConfig):
         job = LabellingJob(settings, base, directory)
@@ -131,15 +134,17 @@ def plan_sentences(plan: Any) -> list[str]:
 
 
 def _settings(config: Path, overrides: list[str] | None) -> Any:
-    with Display(console).waiting("loading"):  # Beam and torch take seconds to import
-        from distilbeam.pipelines.config import load_any_config
+    from distilbeam.pipelines.config import load_any_config
+
     return load_any_config(config, overrides or ())
 
 
 def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> None:
-    from distilbeam.pipelines.beam_options import pipeline_options
-    from distilbeam.pipelines.labelling_job import opened_job, write_metrics
-    from distilbeam.pipelines.work_log import work_table
+    check_early(settings, base, flags)
+    with Display(console).waiting("loading"):
+        from distilbeam.pipelines.beam_options import pipeline_options
+        from distilbeam.pipelines.labelling_job import opened_job, write_metrics
+        from distilbeam.pipelines.work_log import work_table
 
     display, options = Display(console), pipeline_options(flags)
     signal.signal(signal.SIGINT, stop_at_once)
