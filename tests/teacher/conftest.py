@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from served_linear import CLASSES, Linear, client
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
@@ -42,3 +44,28 @@ def dataset(tmp_path: Path, labelled: Callable[..., pa.Table]) -> Callable[..., 
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Any]]:
+    """Make clients that are closed at the end."""
+    made: list[Any] = []
+
+    def make(*addresses: str, **settings: Any) -> Any:
+        made.append(client(*addresses, **settings))
+        return made[-1]
+
+    yield make
+    for teacher in made:
+        teacher.close()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """An exported torch program with a Linear's weights."""
+    layer = torch.nn.Linear(4, CLASSES, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(Linear.weights.T))
+    shapes = ({0: torch.export.Dim("rows")},)
+    torch.export.save(torch.export.export(layer, (torch.zeros(2, 4),), dynamic_shapes=shapes), tmp_path / "net.pt2")
+    return tmp_path / "net.pt2"
