@@ -9,8 +9,9 @@ compared with the fastest bare scan of the same columns by pyarrow, which makes 
 peer. A turn of ours is another epoch of one dataset, as in a training, so that from the second on it has its memory. A
 loader that would take longer than --longest seconds is stopped there. A peer that is not installed is left out.
 Two threads or processes share two processors as they do in a training: what a loader costs its own processors is given
-beside the clock, except for Ray, whose work is done by others. Arrow decodes with OMP_NUM_THREADS threads, for every loader
-alike; with as many as there are processors the scan alone takes them all and leaves none to a shuffle.
+beside the clock, except for Ray, whose work is done by others. Scans and peers decode with Arrow's own threads, which
+OMP_NUM_THREADS numbers; ours decodes in the two threads in which it reads. With as many of Arrow's as there are processors the
+scan alone takes them all and leaves none to a shuffle.
 
 What does it cost that every rank reads every window: an epoch of rank 0 of 1, 2, 4 and 8, without and with images to
 decode. If reading dominated, the time would stay the same; if a rank's own rows did, it would fall as 1 / ranks.

@@ -119,6 +119,11 @@ class RunLabelsSection(_LabelForm):
         "calibrated",
         description="what the teacher's logits are divided by: a number, or the one that fits the validation set best",
     )
+    pooled: bool = Field(
+        False,
+        description="learn the teacher's beliefs pooled with those of the student that chose the examples, each weighted "
+        "as fits the validation set best; for teachers that may be no better than their student",
+    )
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -186,6 +191,22 @@ class RunConfig(_Section):
     prices: PricesSection = PricesSection()
     tune: TuneConfig = TuneConfig()
     pareto: ParetoConfig = ParetoConfig()
+
+    @model_validator(mode="after")
+    def _can_pool(self) -> Self:
+        if self.labels.pooled:
+            for name, needed, given in (
+                ("labels.kind", "dense", self.labels.kind),
+                ("training.objective", "distill", self.training.objective),
+            ):
+                if given != needed:
+                    raise ValueError(
+                        f"{name} must be {needed!r} with labels.pooled, whose weights are for whole distributions of their "
+                        f"own, got {given!r}"
+                    )
+            if self.training.finetune is not None:
+                raise ValueError("training.finetune must be left out with labels.pooled: no student chose its examples")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Return the configuration as plain data, without the settings that are unset."""
@@ -388,7 +409,7 @@ def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> st
     first = message.split(" ", 1)[0]
     if names and first == names[-1]:
         return ".".join([*names[:-1], message])
-    if any(first in model.model_fields for model in models):
+    if not names or any(first in model.model_fields for model in models):
         return ".".join([*names, message])
     return f"{'.'.join(names)}: {message}"
 

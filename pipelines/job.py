@@ -26,12 +26,14 @@ from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
+from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.selection.calibration import fit_temperature
+from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -96,7 +98,9 @@ class Job:
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
-        self._train(self.directory.student(number), [self.directory.labels(r) for r in range(number)], report)
+        where = self.directory
+        datasets = [self._to_learn(where, r, where.student(r)) for r in range(number)]
+        self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
         """Ask the teacher about the labelled, the validation or the test set."""
@@ -124,7 +128,7 @@ class Job:
         choose(choice)
         bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
         self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
-        self._train(where.student(1), [where.labels(0)], report)
+        self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
@@ -190,6 +194,18 @@ class Job:
         answered = ~np.isnan(answers).any(axis=1)
         wrong = answers[answered].argmax(axis=1) != self.truth("validation")[answered]
         return float(wrong.mean())
+
+    def _to_learn(self, where: RunDirectory, number: int, student: Path) -> Path:
+        """Give the labels of a round that a student is to learn: the stored ones, or those pooled with its chooser's."""
+        if not self.config.labels.pooled:
+            return where.labels(number)
+        if not is_pooled(where.pooled(number)):
+            answers, truth = self.calibrated_answers("validation"), self.truth("validation")
+            answered = ~np.isnan(answers).any(axis=1)
+            logits = self.student_logits(student, "validation")
+            beliefs = BeliefPool.fit(answers[answered], logits[answered], truth[answered])
+            pool_labels(where.labels(number), where.pooled(number), student, beliefs)
+        return where.pooled(number)
 
     def _train(self, directory: Path, soft_labels: list[Path], report: Report) -> None:
         student, training = self.config.student, self.config.training

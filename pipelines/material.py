@@ -18,6 +18,7 @@ from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.judging import Model, cost, load_model, pool_examples, quality
 from distilbeam.pipelines.phases import threads
+from distilbeam.pipelines.pooled_labels import is_pooled
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
@@ -46,9 +47,10 @@ class Material:
     @cached_property
     def soft_labels(self) -> list[Path]:
         """Soft-label datasets of the rounds that are labelled."""
-        where = self.directory
-        datasets = [where.labels(number) for number in range(self.config.run.rounds)]
-        return [dataset for dataset in datasets if where.summary(dataset).exists()]
+        where, numbers = self.directory, range(self.config.run.rounds)
+        if self.config.labels.pooled:
+            return [where.pooled(number) for number in numbers if is_pooled(where.pooled(number))]
+        return [where.labels(number) for number in numbers if where.summary(where.labels(number)).exists()]
 
     @cached_property
     def digest(self) -> str:

@@ -78,6 +78,10 @@ class RunDirectory:
         """Soft-label dataset of a round."""
         return self.root / "labels" / f"round={number:03d}"
 
+    def pooled(self, number: int) -> Path:
+        """A round's labels pooled with the beliefs of the student that chose, where a run learns such."""
+        return self.root / "pooled" / f"round={number:03d}"
+
     def summary(self, dataset: Path) -> Path:
         """Totals of a dataset; written when all its shards are committed."""
         return dataset.with_name(f"{dataset.name}.summary.json")

@@ -1,8 +1,8 @@
 """Work on an epoch's batches in threads, ahead of who takes them and in their order.
 
-Two threads read row groups, one shuffles windows of them, others make pieces of several batches out of these. What is
-ready or under way at a time is bounded: a piece for each maker and one more, and the windows that these need and the two
-after: with one, whoever reads waited for the shuffle of the window before.
+Two threads or more read row groups and decode them, one shuffles windows of them, others make pieces of several batches
+out of these. What is ready or under way at a time is bounded: a piece for each maker and one more, the windows that these
+need, and as many more as there are readers: with fewer, readers waited for the shuffle of a window before.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from distilbeam.student.order import EpochOrder, Shares
 
-READERS = 2  # decoding one row group keeps less than two processors busy
-AHEAD = 2  # windows more than the steps under way need
+READERS = 2  # at least: decoding takes longer than everything else together
 Read = TypeVar("Read")
 Shuffled = TypeVar("Shuffled")
 Made = TypeVar("Made")
@@ -47,16 +46,17 @@ def in_background(work: Work[Any, Any, Made], batches_per_piece: int, threads: i
     Args:
       work: what is to be done.
       batches_per_piece: how many batches are made at once.
-      threads: how many make batches.
+      threads: how many make batches; as many read, or `READERS` if that is more.
 
     Yields:
       Each batch with the position at which its step ends.
     """
     shares = work.shares
-    readers, shuffler, makers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+    ahead = max(READERS, threads)
+    readers, shuffler, makers = ThreadPoolExecutor(ahead), ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
     under_way: deque[tuple[Future[list[Made]], list[int]]] = deque()
     try:
-        windows = _Windows(work, readers, shuffler)
+        windows = _Windows(work, readers, shuffler, ahead)
         for first in range(0, len(shares.ends), batches_per_piece):
             steps = slice(first, first + batches_per_piece)
             made = makers.submit(_made, work, windows.of(steps), steps)
@@ -75,10 +75,10 @@ class _Windows(Generic[Read, Shuffled]):
     """The windows that hold rows of the rank, from the one of the last piece on."""
 
     def __init__(
-        self, work: Work[Read, Shuffled, Any], readers: ThreadPoolExecutor, shuffler: ThreadPoolExecutor
+        self, work: Work[Read, Shuffled, Any], readers: ThreadPoolExecutor, shuffler: ThreadPoolExecutor, ahead: int
     ) -> None:
-        self.work, self.readers, self.shuffler = work, readers, shuffler
-        self.ahead = deque(work.shares.windows(work.order))
+        self.work, self.readers, self.shuffler, self.ahead = work, readers, shuffler, ahead
+        self.to_come = deque(work.shares.windows(work.order))
         self.open: deque[tuple[int, int, Future[Shuffled]]] = deque()
 
     def of(self, steps: slice) -> list[tuple[Future[Shuffled], slice]]:
@@ -87,8 +87,8 @@ class _Windows(Generic[Read, Shuffled]):
         first, last = int(before[steps.start]), int(before[min(steps.stop, len(before) - 1)])
         while self.open and self.open[0][1] <= first:
             self.open.popleft()  # pieces under way still hold it
-        while self.ahead and (len(self.open) < AHEAD or self.open[-AHEAD][0] < last):
-            self._start(*self.ahead.popleft())
+        while self.to_come and (len(self.open) < self.ahead or self.open[-self.ahead][0] < last):
+            self._start(*self.to_come.popleft())
         found = [(max(first, begin), min(last, end), begin, future) for begin, end, future in self.open]
         return [(future, slice(a - begin, b - begin)) for a, b, begin, future in found if a < b]
 

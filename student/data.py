@@ -56,12 +56,13 @@ class SoftLabelDataset:
       rank: this process's number.
       world_size: number of processes that share the datasets.
       input: how columns become the student's input.
-      buffer_rows: rows that are held and shuffled together; at most four such windows are in memory.
+      buffer_rows: rows that are held and shuffled together; at most four such windows are in memory, two more than workers
+        where those are more than two.
       columns: scalar columns to read; None for all.
       mixing_weights: share of each dataset in an epoch, up to a common factor; None for their numbers of rows. An epoch
         has as many rows as there are; each row of a dataset is visited equally often, give or take one visit.
       transform: changes a batch in the background; what it draws must come from the place it is given.
-      workers: threads that make batches; they change nothing but the time.
+      workers: threads that make batches, and as many, two at least, that read; they change nothing but the time.
       cache_bytes: when all rows as tensors take no more memory than this, they are read once and kept.
       pin_memory: make tensors in page-locked memory, from which a GPU copies while the processor goes on.
 

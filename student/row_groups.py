@@ -67,9 +67,9 @@ class RowGroup:
     first_row: int
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read columns."""
+        """Read columns, and decode them in the calling thread: of which there may be more than Arrow has of its own."""
         with self.file.opened() as file:
-            return file.read_row_group(self.number, columns=list(columns))
+            return file.read_row_group(self.number, columns=list(columns), use_threads=False)
 
     def first(self, columns: Sequence[str]) -> pa.RecordBatch:
         """Read columns of the first row."""

@@ -74,7 +74,9 @@ class TrainConfig(BaseModel):
     )
     compile: bool = Field(False, description="run the student through torch.compile")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
-    loader_workers: int = Field(1, ge=1, description="threads that make batches of soft-labelled rows")
+    loader_workers: int = Field(
+        1, ge=1, description="threads that make batches of soft-labelled rows; as many, two at least, read"
+    )
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
     keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from problem import CLASSES, asked, make_table
+from problem import CLASSES, asked, labels_of, make_table
 from rich.console import Console
 
 from distilbeam.pipelines import models
@@ -27,11 +27,6 @@ from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.debias import DebiasEstimator
 from distilbeam.student.checkpoint import load_student
 from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
-
-
-def labels_of(directory: Path) -> pa.Table:
-    manifest = read_manifest(directory)
-    return pa.concat_tables(pq.read_table(path) for path in manifest.paths()).sort_by("pool_row")
 
 
 def says(rows: pa.Table, temperature: float) -> np.ndarray:

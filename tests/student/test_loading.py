@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distilbeam.student.background import AHEAD, Work, in_background
+from distilbeam.student.background import Work, in_background
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.order import EpochOrder, Shares, mixed_visits
 from distilbeam.student.place import Place
@@ -341,18 +341,19 @@ def test_an_error_in_the_background_reaches_the_training_and_ends_its_threads(tm
     assert threading.active_count() == before
 
 
-def test_two_windows_are_read_ahead_and_no_more():
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 2), (3, 3)])
+def test_as_many_windows_are_read_ahead_as_there_are_readers(threads, ahead):
     order, read = EpochOrder([4] * 12, 1, 0, 0), []
 
     def shuffle(_order, window, found, _shares):
         return [(window, found)]
 
     work = Work(order, Shares.of(0, 48, 4, 0, 1), read.append, shuffle, lambda parts, _sizes, _starts: [parts])
-    batches = in_background(work, 1, 1)
+    batches = in_background(work, 1, threads)
     for taken in range(12):
         next(batches)
-        # of one piece that is taken, one that is made, and the windows ahead
-        wanted = min(12, taken + 2 + AHEAD)
+        # of one piece that is taken, one for each thread that makes some, and the windows ahead
+        wanted = min(12, taken + 1 + threads + ahead)
         _wait_until(lambda wanted=wanted: len(read) >= wanted)
         assert len(read) == wanted
     assert sorted(read) == list(range(12))

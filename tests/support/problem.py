@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distilbeam.teacher.softlabels import read_manifest
+
 SUPPORT = Path(__file__).resolve().parent
 CLASSES, FEATURES = 3, 4
 
@@ -52,3 +54,9 @@ def asked(directory: Path) -> list[str]:
     """The rows that the teacher was asked about, in order."""
     log = directory / "asked.log"
     return log.read_text().splitlines() if log.exists() else []
+
+
+def labels_of(directory: Path) -> pa.Table:
+    """The rows of a soft-label dataset of a run, in the order of the pool."""
+    manifest = read_manifest(directory)
+    return pa.concat_tables(pq.read_table(path) for path in manifest.paths()).sort_by("pool_row")
