@@ -126,13 +126,13 @@ def judge(
 def aggregate(
     settings: dict[str, dict[str, npt.NDArray[np.float64]]], method: str, other: str, level: float = LEVEL
 ) -> Interval | None:
-    """Average method - other over the settings, seed by seed; None where fewer than two seeds have all settings."""
+    """Average method - other over the settings, seed by seed; None where fewer than `LEAST_SEEDS` seeds have all settings."""
     parts = [results[method] - results[other] for results in settings.values() if {method, other} <= set(results)]
     if not parts:
         return None
     length = max(map(len, parts))
     table = np.stack([np.pad(part, (0, length - len(part)), constant_values=np.nan) for part in parts])
     complete = table[:, np.isfinite(table).all(axis=0)]
-    if complete.shape[1] < 2:
+    if complete.shape[1] < LEAST_SEEDS:
         return None
     return interval(complete.mean(axis=0), level)

@@ -48,11 +48,13 @@ def test_judge_finds_the_setting_where_a_method_is_worse():
 
 def test_aggregate_takes_the_seeds_that_have_every_setting():
     settings = {
-        "one": {"a": np.array([0.3, 0.4, 0.9]), "b": np.array([0.1, 0.1, 0.1])},
-        "two": {"a": np.array([0.1, 0.2, np.nan]), "b": np.array([0.1, 0.1, 0.1])},
+        "one": {"a": np.array([0.3, 0.4, 0.5, 0.9]), "b": np.full(4, 0.1)},
+        "two": {"a": np.array([0.1, 0.2, 0.3, np.nan]), "b": np.full(4, 0.1)},
     }
     found = aggregate(settings, "a", "b")
     assert found is not None
-    assert found.count == 2
-    assert found.mean == pytest.approx((0.1 + 0.2) / 2)
+    assert found.count == 3
+    assert found.mean == pytest.approx((0.1 + 0.2 + 0.3) / 3)
     assert aggregate(settings, "a", "c") is None
+    settings["two"]["b"][0] = np.nan
+    assert aggregate(settings, "a", "b") is None, "two seeds say nothing"
