@@ -126,11 +126,14 @@ def test_estimated_weights_come_back_in_the_middle_of_an_epoch(tmp_path, vectors
 def test_the_best_epoch_is_remembered(tmp_path, vectors):
     """A learning rate that does harm: the best epoch is over when the training is cut off."""
     harmful = {"lr": 1.0, "schedule": "constant", "ema": None, "epochs": 4}
-    undisturbed = run(tmp_path, vectors, "undisturbed", changes=harmful)
-    steps = int(undisturbed.metrics["steps"] / 4)
+    for seed in range(20):  # in which epoch it did least harm is anyone's guess
+        undisturbed = run(tmp_path, vectors, f"undisturbed-{seed}", changes=harmful, seed=seed)
+        if undisturbed.metrics["best_epoch"] < 4:
+            break
     assert undisturbed.metrics["best_epoch"] < 4
-    run(tmp_path, vectors, step=4 * steps - 1, changes=harmful)
-    result = run(tmp_path, vectors, changes=harmful)
+    steps = int(undisturbed.metrics["steps"] / 4)
+    run(tmp_path, vectors, step=4 * steps - 1, changes=harmful, seed=seed)
+    result = run(tmp_path, vectors, changes=harmful, seed=seed)
     assert small_trainings.weights(result.directory) == small_trainings.weights(undisturbed.directory)
 
 
