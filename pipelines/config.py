@@ -200,10 +200,7 @@ class RunConfig(_Section):
                 ("training.objective", "distill", self.training.objective),
             ):
                 if given != needed:
-                    raise ValueError(
-                        f"{name} must be {needed!r} with labels.pooled, whose weights are for whole distributions of their "
-                        f"own, got {given!r}"
-                    )
+                    raise ValueError(f"{name} must be {needed!r} with labels.pooled, got {given!r}")
             if self.training.finetune is not None:
                 raise ValueError("training.finetune must be left out with labels.pooled: no student chose its examples")
         return self

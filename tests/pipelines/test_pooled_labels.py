@@ -93,7 +93,7 @@ def test_a_run_learns_pooled_labels_and_pays_for_the_teachers(
     for number in range(2):
         name = f"round={number:03d}"
         beliefs = json.loads((root / "pooled" / f"{name}.beliefs.json").read_text())
-        assert beliefs == {key: beliefs[key] for key in ("teacher", "doubt", "student")}
+        assert set(beliefs) == {"teacher", "doubt", "student"}
         assert labels_of(root / "pooled" / name)["pool_row"].equals(labels_of(root / "labels" / name)["pool_row"])
     first = labels_of(root / "labels" / "round=000")
     assert first.equals(labels_of(plain / "labels" / "round=000")), "the teacher's labels are stored as ever"
