@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, _BeamArgumentParser
 
 from distilbeam.pipelines.warm_workers import LOCAL_RUNNER
 
@@ -82,6 +82,17 @@ def spread_over_tasks(options: PipelineOptions, items: int) -> Iterator[None]:
         yield
     finally:
         dask.partition_size = None
+
+
+def spares_processor(options: PipelineOptions) -> bool:
+    """Tell whether a pipeline's workers leave a processor of this machine idle; of other machines nothing is known."""
+    if options.get_all_options().get("runner") != LOCAL_RUNNER:
+        return False
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    direct = options.view_as(DirectOptions)
+    several = direct.direct_running_mode != "in_memory"
+    workers = (direct.direct_num_workers or processors) if several else 1  # 0 is as many as there are processors
+    return bool(workers < processors)
 
 
 def _dask_threads(address: str | None) -> int:

@@ -77,8 +77,9 @@ class Labelling:
         teacher = self._checked_teacher()
         known = self._known(rows)
         wanted = _rows_with_nan(known) if known is not None else np.arange(rows.num_rows)
+        asked = rows if len(wanted) == rows.num_rows else rows.take(wanted)
         with timed("teacher"):
-            answers = ask(teacher, _batch(_take(rows, wanted)), self.spec.num_classes, batch_size=self.teacher_batch)
+            answers = ask(teacher, _batch(asked), self.spec.num_classes, batch_size=self.teacher_batch)
         count("teacher_calls", answers.calls)
         count("teacher_requests", answers.requests)
         logits = answers.logits
@@ -86,10 +87,13 @@ class Labelling:
             known[wanted], logits = answers.logits, known
         ids = self._ids(rows)
         failures = [_failure(rows, ids, int(wanted[error.row]), error) for error in answers.errors]
-        good = np.delete(np.arange(rows.num_rows), wanted[~answers.ok])
+        reused = rows.num_rows - len(wanted)
+        if failures:
+            good = np.delete(np.arange(rows.num_rows), wanted[~answers.ok])
+            rows, ids, logits = rows.take(good), ids.take(good), logits[good]
         with timed("encode"):
-            table = self._columns(_take(rows, good), _take(ids, good), _take(logits, good))
-        return Labelled(table, failures, answers.calls, answers.requests, rows.num_rows - len(wanted))
+            table = self._columns(rows, ids, logits)
+        return Labelled(table, failures, answers.calls, answers.requests, reused)
 
     def _checked_teacher(self) -> Teacher:
         teacher = cached_teacher(self.teacher)
@@ -120,7 +124,8 @@ class Labelling:
     def _ids(self, rows: pa.Table) -> pa.Array:
         if self.id_column is None:
             return pa.array(content_ids(rows.select(self.spec.carried)), pa.binary(ID_BYTES))
-        ids = rows[self.id_column].combine_chunks()
+        column = rows[self.id_column]
+        ids = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if ids.null_count:
             raise ValueError(
                 f"data.id: column {self.id_column} must have a value in every row, {ids.null_count:,} have none"
@@ -130,11 +135,6 @@ class Labelling:
 
 def _rows_with_nan(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isnan(values).any(axis=1))
-
-
-def _take(values: Any, rows: npt.NDArray[np.int64]) -> Any:
-    """Take rows of a table, an Arrow array or an array; without a copy when they are all of them."""
-    return values if len(rows) == len(values) else values.take(rows, *([0] if isinstance(values, np.ndarray) else []))
 
 
 def _batch(rows: pa.Table) -> pa.RecordBatch:

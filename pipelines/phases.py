@@ -33,10 +33,11 @@ import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
-from distilbeam.pipelines.beam_options import spread_over_tasks
+from distilbeam.pipelines.beam_options import spares_processor, spread_over_tasks
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.memory import keep_freed_memory
 from distilbeam.pipelines.meter import count, totals
+from distilbeam.pipelines.reading_ahead import sparing
 from distilbeam.pipelines.settling import Settler
 from distilbeam.pipelines.warm_workers import in_processes, local_runner
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
@@ -96,8 +97,8 @@ class PhaseError(RuntimeError):
 
 
 class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str) -> None:
-        self.phase, self.work, self.errors = phase, work, errors
+    def __init__(self, phase: str, work: Work[Item], errors: str, spare: bool = False) -> None:
+        self.phase, self.work, self.errors, self.spare = phase, work, errors, spare
 
     def setup(self) -> None:
         keep_freed_memory()
@@ -108,13 +109,15 @@ class _Run(beam.DoFn, Generic[Item]):
 
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
-        with self._kept_error(lambda: self.work.name(item)), threads(1):
-            rest = self.work(item) or ()
-        self._do_begun()
+        with threads(1):
+            with self._kept_error(lambda: self.work.name(item)), sparing(self.spare):
+                rest = self.work(item) or ()
+            self._do_begun()
         self.begun = None if rest is None else (item, rest)
 
     def finish_bundle(self) -> None:
-        self._do_begun()
+        with threads(1):
+            self._do_begun()
         with self._kept_error(lambda: "of those that were being flushed to the disk"):
             self.settler.finish()
 
@@ -122,7 +125,7 @@ class _Run(beam.DoFn, Generic[Item]):
         if self.begun is None:
             return
         item, rest = self.begun
-        with self._kept_error(lambda: self.work.name(item)), threads(1):
+        with self._kept_error(lambda: self.work.name(item)):
             for end in rest:
                 self.settler.add(end)
             count(f"{self.phase}_items")
@@ -239,7 +242,7 @@ def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, op
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
-        run: Any = _Run(phase, work, str(errors))
+        run: Any = _Run(phase, work, str(errors), spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
             pipeline

@@ -5,12 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from distilbeam.teacher.softlabels.places import is_remote
 
 Value = TypeVar("Value")
 _END: Any = object()
+_spare: ContextVar[bool] = ContextVar("spare", default=False)
+
+
+@contextmanager
+def sparing(processor: bool) -> Iterator[None]:
+    """Say whether `read_from` has a processor of its own to read with inside the block; without a word it has none."""
+    token = _spare.set(processor)
+    try:
+        yield
+    finally:
+        _spare.reset(token)
 
 
 def read_ahead(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
@@ -31,10 +44,10 @@ def read_ahead(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
 
 
 def read_from(path: str, items: Iterable[Value]) -> Iterator[tuple[Value, float]]:
-    """Read ahead from an object store, and in turn from a file system.
+    """Read ahead from an object store, and from a file system where a processor is to spare (`sparing`); else in turn.
 
-    A store's answer takes tens of milliseconds, in which a worker can label. The system reads files ahead by itself, and a
-    second thread takes more from the first, which waits for the interpreter's lock, than reading costs.
+    A store's answer takes tens of milliseconds, in which a worker can label. Reading a file is copying, which gains time
+    on a processor that would be idle and takes it from a worker's neighbour otherwise.
 
     Args:
       path: where the items are read.
@@ -43,7 +56,7 @@ def read_from(path: str, items: Iterable[Value]) -> Iterator[tuple[Value, float]
     Returns:
       See `read_ahead`.
     """
-    return read_ahead(items) if is_remote(path) else read_in_turn(items)
+    return read_ahead(items) if _spare.get() or is_remote(path) else read_in_turn(items)
 
 
 def read_in_turn(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:

@@ -27,7 +27,7 @@ class WorkerLostError(RuntimeError):
     """A worker process ended while the pipeline needed it."""
 
 
-def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0, poll_s: float = 0.2) -> Any:
+def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0, poll_s: float = 0.5) -> Any:
     """Run a pipeline to its end.
 
     Args:
