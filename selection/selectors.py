@@ -12,6 +12,7 @@
 | correct-gain | the largest expected gains of right labels | logits, local errors | distributes |
 | k-center | points that cover the embedding space | embeddings | in memory |
 | cluster-margin | small margins, spread over clusters | logits, embeddings | candidates in memory |
+| herding | what covers the uncertain examples | logits, embeddings | in memory |
 | badge | large gradients in different directions | logits, embeddings | in memory |
 
 Those that distribute are functions of each point's own gain and one threshold (`distilbeam.selection.sketch`); this module
@@ -237,14 +238,15 @@ def mask(indices: npt.NDArray[np.integer], size: int) -> Bools:
 
 
 def _makers() -> dict[str, Callable[..., Selector]]:
-    from distilbeam.selection.diverse import Badge, ClusterMargin, KCenter  # these two import this module
+    from distilbeam.selection.diverse import Badge, ClusterMargin, KCenter  # these three import this module
+    from distilbeam.selection.herding import Herding
     from distilbeam.selection.robust import CorrectGain, RadCapped, RadLoss
 
     def top(gain: str) -> Callable[[], Selector]:
         return lambda: TopGain(gain=gain)
 
     gains: dict[str, Callable[..., Selector]] = {gain: top(gain) for gain in GAINS}
-    diverse = {"k-center": KCenter, "cluster-margin": ClusterMargin, "badge": Badge}
+    diverse = {"k-center": KCenter, "cluster-margin": ClusterMargin, "badge": Badge, "herding": Herding}
     robust = {"rad": Rad, "rad-loss": RadLoss, "rad-capped": RadCapped, "correct-gain": CorrectGain}
     return {"uniform": Uniform, **gains, **robust, **diverse}
 

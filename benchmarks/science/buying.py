@@ -154,7 +154,7 @@ def _oracle(situation: Situation, budget: int, rng: np.random.Generator) -> np.n
 
 PUBLISHED: dict[str, Chooser] = {
     **{name: partial(_plain, name) for name in ("uniform", "margin", "entropy")},
-    **{name: partial(_embedded, name) for name in ("k-center", "cluster-margin", "badge")},
+    **{name: partial(_embedded, name) for name in ("k-center", "cluster-margin", "badge", "herding")},
     **{name: partial(_game, name) for name in ("rad", "rad-loss")},
 }
 OURS: dict[str, Chooser] = {

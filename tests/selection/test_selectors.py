@@ -34,7 +34,7 @@ def test_coincident_points_and_equal_logits(name):
 
 def test_which_distribute():
     gains, games = ("margin", "entropy", "least-confidence"), ("rad", "rad-loss", "rad-capped", "correct-gain")
-    assert names() == ("uniform", *gains, *games, "k-center", "cluster-margin", "badge")
+    assert names() == ("uniform", *gains, *games, "k-center", "cluster-margin", "badge", "herding")
     assert distributing() == ("uniform", *gains, *games)
 
 
@@ -134,7 +134,7 @@ def test_spread_draws_each_point_once():
 def test_refusals():
     rng = np.random.default_rng(0)
     pool = pool_of(30, rng)
-    with pytest.raises(ValueError, match=r"^selector must be one of uniform, margin, .*, badge, got bald$"):
+    with pytest.raises(ValueError, match=r"^selector must be one of uniform, margin, .*, badge, herding, got bald$"):
         selector("bald")
     with pytest.raises(ValueError, match=r"^the selector k-center does not take all of the options wrong$"):
         selector("k-center", wrong=3)
