@@ -16,6 +16,7 @@ from benchmarks.science.cells import Cell, Key, Store, run
 from benchmarks.science.cifar import cifar10, cifar10_patches
 from benchmarks.science.clinc import clinc150
 from benchmarks.science.digits import digits
+from benchmarks.science.keeping import Row, basis, beside_former, named
 from benchmarks.science.problems import Dataset, Problem
 from benchmarks.science.synthetic import synthetic
 
@@ -40,6 +41,7 @@ class Arguments:
       quick: whether this is the short form.
       parts: of the study that are wanted.
       methods: that are wanted, or None for all of them.
+      keep: whether the former report's rows of other cells are kept.
     """
 
     datasets: tuple[Dataset, ...]
@@ -50,6 +52,7 @@ class Arguments:
     quick: bool
     parts: tuple[str, ...]
     methods: tuple[str, ...] | None = None
+    keep: bool = False
 
 
 def arguments(description: str | None, default: Sequence[str], parts: Sequence[str]) -> Arguments:
@@ -72,6 +75,7 @@ def arguments(description: str | None, default: Sequence[str], parts: Sequence[s
     parser.add_argument("--parts", nargs="+", choices=parts, help="which parts of the study to compute")
     parser.add_argument("--methods", nargs="+", help="which methods to compute")
     parser.add_argument("--out", type=Path, help="directory of the results")
+    parser.add_argument("--keep", action="store_true", help="keep what the report in --out has of other cells")
     parser.add_argument("--device", default="cpu", help="for the dataset cifar10")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,7 +88,8 @@ def arguments(description: str | None, default: Sequence[str], parts: Sequence[s
     out = given.out or (work / "results" if given.quick else RESULTS)
     methods = None if given.methods is None else tuple(given.methods)
     wanted = tuple(given.parts or (parts[:1] if given.quick else parts))
-    return Arguments(tuple(datasets), seeds, Store(work / "cells"), given.minutes, out, given.quick, wanted, methods)
+    store = Store(work / "cells")
+    return Arguments(tuple(datasets), seeds, store, given.minutes, out, given.quick, wanted, methods, given.keep)
 
 
 def _dataset(name: str, data: Path, work: Path, device: str, quick: bool) -> Dataset:
@@ -160,14 +165,34 @@ def places(given: Arguments) -> Iterator[Place]:
                 yield Place(dataset, teacher, seed)
 
 
-def collect(given: Arguments, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Compute the cells of the methods that are wanted; give all their rows, each with its cell's key."""
+def collect(
+    given: Arguments, cells: Sequence[Cell], shown: Callable[[Row], Row] = lambda row: row
+) -> list[dict[str, Any]]:
+    """Compute the cells of the methods that are wanted; give all rows of the report, each with its cell's key.
+
+    Args:
+      given: the study's arguments.
+      cells: the study's.
+      shown: changes a row into what the report has.
+    """
     if given.methods is not None:
         cells = [cell for cell in cells if cell.key["method"] in given.methods]
-    rows = [_flat(key) | row for key, found in run(given.store, cells, given.minutes, _say) for row in found]
+    found = run(given.store, cells, given.minutes, _say)
+    rows = [shown(named(key) | {"basis": basis(key)} | row) for key, figures in found for row in figures]
+    if given.keep and cells:
+        some = cells[0].key
+        names = [name for name in named(some) if not name.endswith("recipe")]
+        rows = beside_former(given.out / f"{some['study']}.parquet", rows, names, lambda row: _today(some, row))
     if not rows:
         raise SystemExit("there is nothing to report: no cell was computed yet, give --minutes more or leave it out")
     return rows
+
+
+def _today(some: Key, row: Row) -> Key:
+    """Give the key of a former row's cell, from that of some cell of its study: what their names leave out."""
+    dataset = _dataset(row["dataset"], Path(), Path(), "cpu", quick=False)  # to describe one needs no data
+    settings = dataset.teachers.get(row["teacher"])
+    return some | {"dataset_recipe": dataset.recipe, "about": dataset.about, "settings": settings}
 
 
 def _about(problem: Problem) -> dict[str, Any]:
@@ -178,10 +203,6 @@ def _about(problem: Problem) -> dict[str, Any]:
         "teacher_ece": calibration.ece_before,
         "teacher_ece_calibrated": calibration.ece_after,
     }
-
-
-def _flat(key: Key) -> dict[str, Any]:
-    return {name: value for name, value in key.items() if name not in ("settings", "recipe", "dataset_recipe", "about")}
 
 
 def _say(line: str) -> None:

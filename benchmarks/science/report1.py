@@ -20,7 +20,7 @@ SETTING = ("dataset", "teacher", "budget", "labels")
 def write_report(given: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     """Write study1.parquet, study1.md and the plots."""
     frame = pd.DataFrame(rows)
-    write_parquet(given.out / "study1.parquet", frame.drop(columns="rows"))
+    write_parquet(given.out / "study1.parquet", frame.drop(columns="rows", errors="ignore"))
     parts = []
     last = frame[frame["budget"].isin((0.1, 0.5))]
     for (name, schedule, labels), here in frame.groupby(["dataset", "schedule", "labels"], sort=False):

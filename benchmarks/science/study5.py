@@ -37,11 +37,9 @@ RECIPE = 1
 def main() -> None:
     """Compute and report."""
     given = arguments(__doc__, DATASETS, ("widths",))
-    rows = collect(given, study_cells(given))
+    rows = collect(given, study_cells(given), lambda row: row | {"method": f"{row['method']}, {row['bits']}"})
     from benchmarks.science.report_short import pareto, write_report
 
-    for row in rows:
-        row["method"] = f"{row['method']}, {row['bits']}"
     methods = tuple(f"{lesson}, {bits}" for lesson in LESSONS for bits in ("float32", "int8"))
     references = ("hard, float32", "distilled, float32")
     write_report(given, rows, "study5", "Study 5: width and 8 bits", methods, references, ("width",))
