@@ -4,12 +4,13 @@ The driver adds the units' sketches, solves the game of Robust Active Distillati
 expected number of wrong teacher labels, makes the solution exact with one light pass over the gains and writes the plan;
 from then on the plan is read, never made again. Each unit then rounds its own marginals with a generator derived from
 (seed, round, unit) down to at most one fractional carry, and one last step rounds the carries, so that exactly the budget
-is chosen, each example with exactly its marginal.
+is chosen, each example with exactly its marginal. Uncertainty herding (`herding_choice`) compares examples instead and chooses
+without chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import committed_directory, read_json, write_json, write_parquet
+from distilbeam.pipelines.herding_choice import herded
 from distilbeam.pipelines.score import picks_file, read_gains, read_sketches, unbought_rows
 from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
@@ -43,13 +45,14 @@ class Choice:
     Attributes:
       pool: the frozen pool.
       directory: `selected/round=NNN`: `plan.json`, `gains/`, `picks/`.
-      method: "rad", "greedy" (largest gains: the game with no wrong label) or "uniform".
+      method: "rad", "greedy" (largest gains: the game with no wrong label), "herding" or "uniform".
       budget: labels to buy.
       wrong_share: expected share of wrong teacher labels, in [0, 1].
       bought: picks directories of earlier rounds.
       seed: the run's seed.
       round: number of the round; part of every generator's seed.
       digests: hashes of the pool, student and teacher that the plan belongs to.
+      labelled: for "herding", gives the embeddings of what has a label, float32 [m, d].
     """
 
     pool: Pool
@@ -61,6 +64,12 @@ class Choice:
     seed: int
     round: int
     digests: dict[str, str]
+    labelled: Callable[[], npt.NDArray[np.float32]] | None = None
+
+    @property
+    def embeddings(self) -> Path:
+        """Directory of the embeddings of the candidates of "herding"."""
+        return self.directory / "embeddings"
 
     @property
     def gains(self) -> Path:
@@ -85,7 +94,7 @@ def choose(choice: Choice) -> dict[str, Any]:
     plan = _frozen_plan(choice)
     if not choice.picks.exists():
         with committed_directory(choice.picks) as picks:
-            _pick(choice, plan, picks)
+            (_pick_herded if choice.method == "herding" else _pick)(choice, plan, picks)
     return plan
 
 
@@ -116,6 +125,8 @@ def _solve(choice: Choice) -> dict[str, Any]:
         return {**plan, "examples": left, "probability": choice.budget / left}
     sketch = reduce(_merged, read_sketches(choice.gains, choice.pool.units), GainSketch())
     _check_budget(choice.budget, sketch.count)
+    if choice.method == "herding":
+        return {**plan, "examples": sketch.count}
     wrong = 0.0 if choice.method == "greedy" else sketch.count * choice.wrong_share
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)
     return {
@@ -146,6 +157,14 @@ def _check_budget(budget: int, left: int) -> None:
         raise ValueError(
             f"selection.budget must be at most the {left:,} examples that are left in the pool, got {budget:,}"
         )
+
+
+def _pick_herded(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
+    assert choice.labelled is not None
+    rng = _rng(choice, "herding")
+    found = herded(choice.pool.units, choice.gains, choice.embeddings, choice.labelled(), plan["budget"], rng)
+    for unit, rows, gains in found:
+        _write_picks(picks_file(directory, unit), _pick_columns(rows, gains, np.ones(len(rows))))
 
 
 def _pick(choice: Choice, plan: dict[str, Any], directory: Path) -> None:

@@ -6,12 +6,14 @@ else is state.
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -21,6 +23,7 @@ from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.herding_choice import candidates_share
 from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling import Labelling
@@ -28,7 +31,7 @@ from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_
 from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
-from distilbeam.pipelines.score import Score
+from distilbeam.pipelines.score import Candidates, Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
@@ -36,7 +39,7 @@ from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
-from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
 
@@ -112,6 +115,11 @@ class Job:
         choice = self._choice_of_round(number)
         if choice.method != "uniform":
             score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
+            if choice.method == "herding":
+                left = self.inputs.pool.rows - choice.budget * number
+                share = candidates_share(left, choice.budget)
+                candidates = Candidates(share, choice.seed, choice.round, str(choice.embeddings))
+                score = replace(score, candidates=candidates)
             done = self._phase("score", score, self.inputs.pool.units, report)
             add_work(self.directory.work, "score", done)
         choose(choice)
@@ -296,7 +304,20 @@ class Job:
         bought = tuple(str(self.directory.picks(r)) for r in range(number))
         student = cached_student(str(self.directory.student(number))).fingerprint()
         method, budget = self.config.selection.method, self.config.selection.budget
-        return self._choice(self.directory.selected(number), method, budget, bought, number, {"student": student})
+        choice = self._choice(self.directory.selected(number), method, budget, bought, number, {"student": student})
+        return replace(choice, labelled=partial(self._labelled_embeddings, number))
+
+    def _labelled_embeddings(self, number: int) -> npt.NDArray[np.float32]:
+        """Compute what the student of a round sees of all that has a label: the labelled set and what was bought before."""
+        student, columns = cached_student(str(self.directory.student(number))), list(self.inputs.student_columns)
+        shards = [path for r in range(number) for path in read_manifest(self.directory.labels(r)).paths()]
+        tables = [
+            self.inputs.labelled.table.select(columns),
+            *(pq.read_table(path, columns=columns) for path in shards),
+        ]
+        size = self.config.engine.batch_rows
+        batches = [batch for table in tables for batch in table.to_batches(max_chunksize=size)]
+        return np.concatenate([student.logits_and_embeddings(batch)[1] for batch in batches])
 
     def _choice(
         self,

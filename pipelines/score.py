@@ -4,6 +4,9 @@ A unit's file `gains/<uid>.parquet` has the columns `row` (int64, row of the uni
 that were not bought in an earlier round, and the unit's `GainSketch` in its footer. The driver reads footers to solve the
 game and reads gains again only to refine and to round; it never scores a unit twice, so that another processor's rounding
 cannot change a choice that was made.
+
+Where examples will be compared with each other, `embeddings/<uid>.parquet` beside it has `row` and `embedding` (float32 [d],
+what the student's last layer sees) of a random part of these rows.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.units import Unit, read_unit
 from distilbeam.selection import gains as gain_functions
+from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.sketch import GainSketch
 from distilbeam.teacher.softlabels.atomic import move_flushed, temporary_name
+from distilbeam.teacher.softlabels.columns import flat_values
 
 GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
     "margin": gain_functions.margin_gain,
@@ -35,6 +40,30 @@ GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
 # rows are ascending; gains are noise to a compressor
 _ENCODING: Any = {"compression": "none", "use_dictionary": False, "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
 _SKETCH_KEY = b"distilbeam.sketch"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which rows are candidates of a choice that compares them.
+
+    Attributes:
+      share: of the rows, in (0, 1].
+      seed: the run's seed.
+      round: number of the round.
+      output: directory of the embeddings.
+    """
+
+    share: float
+    seed: int
+    round: int
+    output: str
+
+    def drawn(self, uid: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Draw the candidates among a unit's rows, the same ones each time."""
+        if self.share >= 1:
+            return rows
+        rng: np.random.Generator = shard_rng(self.seed, self.round, f"candidates {uid}")
+        return rows[rng.random(len(rows)) < self.share]
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,7 @@ class Score:
       bought: directories with the picks of earlier rounds.
       columns: pool columns that the student reads.
       batch_rows: rows scored at a time.
+      candidates: whose embeddings to keep, or None.
     """
 
     student: str
@@ -56,34 +86,48 @@ class Score:
     bought: tuple[str, ...]
     columns: tuple[str, ...]
     batch_rows: int
+    candidates: Candidates | None = None
 
     def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
         """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
         return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, self.batch_rows)))
 
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
-        student = cached_student(self.student)
-        gain = GAINS[self.gain]
-        parts = []
+        rows = unbought_rows(unit, self.bought)
+        wanted = self.candidates.drawn(unit.uid, rows) if self.candidates is not None else rows[:0]
+        parts, seen, first = [], [], 0
         for batch, seconds in read:
             count_seconds("read", seconds)
             with timed("score"):
-                parts.append(gain(student.logits(batch)).astype(np.float32))
+                gains, embeddings = self._scored(batch, wanted - first)
+            parts.append(gains)
+            seen += embeddings
+            first += len(batch)
         count("rows_scored", unit.rows)
-        rows = unbought_rows(unit, self.bought)
+        if self.candidates is not None:
+            with timed("write"):
+                yield _written(embeddings_file(self.candidates.output, unit), _embedded(wanted, np.concatenate(seen)))
         gains = np.concatenate(parts)[rows]
         sketch = GainSketch()
         sketch.add(gains)
         table = pa.table({"row": rows, "gain": gains})
         metadata = {_SKETCH_KEY: base64.b64encode(sketch.to_bytes())}
-        file = self._file(unit)
         with timed("write"):
-            temporary = temporary_name(file)
-            pq.write_table(table.replace_schema_metadata(metadata), temporary, **_ENCODING)
-        yield temporary, file
+            yield _written(self._file(unit), table.replace_schema_metadata(metadata))
+
+    def _scored(
+        self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+        """Compute a batch's gains, and the embeddings of those of its rows that are wanted."""
+        student, gain = cached_student(self.student), GAINS[self.gain]
+        if self.candidates is None:
+            return gain(student.logits(batch)).astype(np.float32), []
+        logits, embeddings = student.logits_and_embeddings(batch)
+        here = wanted[(wanted >= 0) & (wanted < len(batch))]
+        return gain(logits).astype(np.float32), [embeddings[here]]
 
     def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
-        """Flush files of gains to the disk and give them their names."""
+        """Flush files to the disk and give them their names, in the order in which they were written."""
         move_flushed(dict(ends))
 
     def remaining(self, units: Sequence[Unit]) -> list[Unit]:
@@ -113,6 +157,11 @@ def gains_file(directory: str | Path, unit: Unit) -> Path:
     return Path(directory) / f"{unit.uid}.parquet"
 
 
+def embeddings_file(directory: str | Path, unit: Unit) -> Path:
+    """Return the path of the embeddings of a unit's candidates."""
+    return Path(directory) / f"{unit.uid}.parquet"
+
+
 def picks_file(directory: str | Path, unit: Unit) -> Path:
     """Return the path of what was chosen of a unit; a unit of which nothing was chosen has none."""
     return Path(directory) / f"{unit.uid}.parquet"
@@ -139,3 +188,21 @@ def read_sketches(directory: str | Path, units: tuple[Unit, ...]) -> Iterator[Ga
     for unit in units:
         metadata = pq.read_metadata(gains_file(directory, unit)).metadata
         yield GainSketch.from_bytes(base64.b64decode(metadata[_SKETCH_KEY]))
+
+
+def read_embeddings(directory: str | Path, unit: Unit) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Read the rows of a unit's candidates, ascending, and their embeddings, float32 [candidates, d]."""
+    table = pq.read_table(embeddings_file(directory, unit))
+    column = table["embedding"].combine_chunks()
+    return table["row"].to_numpy(), flat_values(column, column.type.list_size)
+
+
+def _embedded(rows: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> pa.Table:
+    values = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+    return pa.table({"row": rows, "embedding": values})
+
+
+def _written(file: Path, table: pa.Table) -> tuple[Path, Path]:
+    temporary = temporary_name(file)
+    pq.write_table(table, temporary, **_ENCODING)
+    return temporary, file

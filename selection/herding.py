@@ -35,6 +35,7 @@ Floats32 = npt.NDArray[np.float32]
 
 _BLOCK_VALUES = 2**22  # similarities computed at a time
 _AT_ONCE = 16  # bounds that are made tight together
+_LEAST_RADIUS = 1e-6  # float32 does not tell nearer points of length 1 apart
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def herd(
     drawn = np.sort(rng.choice(size, references, replace=False)) if sampled else np.arange(size)
     centres = labelled if len(labelled) else points[rng.integers(size)][None]
     nearest = _nearest(points[drawn], centres)
-    radius = max(float(np.median(nearest)), float(np.finfo(np.float32).tiny))
+    radius = max(float(np.median(nearest)), _LEAST_RADIUS)
     weights = gains[drawn] * (size / len(drawn))
     cover = np.exp(-nearest / radius) if len(labelled) else np.zeros(len(nearest), np.float32)
     covered = _Covered(points, points[drawn], weights.astype(np.float32), cover, radius)
@@ -101,22 +102,22 @@ class _Covered:
     def __init__(
         self, points: Floats32, references: Floats32, weights: Floats32, cover: Floats32, radius: float
     ) -> None:
-        self.points, self.references, self.weights, self.cover, self.radius = points, references, weights, cover, radius
+        self.weights, self.cover = weights, cover
+        self.left, self.right = _factors(points, radius)[0], _factors(references, radius)[1].T
         self.step = max(1, _BLOCK_VALUES // len(references))
 
     def added(self, candidates: Indices) -> Floats:
         """Compute the weight that each candidate would add, float64 [len(candidates)]."""
         parts = []
         for start in range(0, len(candidates), self.step):
-            near = _similarities(self.points[candidates[start : start + self.step]], self.references, self.radius)
+            near = _similarities(self.left[candidates[start : start + self.step]], self.right)
             near -= self.cover
             parts.append(np.maximum(near, 0, out=near) @ self.weights)
         return np.concatenate(parts).astype(np.float64)
 
     def choose(self, candidate: int) -> None:
         """Cover what a candidate covers."""
-        near = _similarities(self.points[candidate][None], self.references, self.radius)[0]
-        np.maximum(self.cover, near, out=self.cover)
+        np.maximum(self.cover, _similarities(self.left[[candidate]], self.right)[0], out=self.cover)
 
 
 class _Own:
@@ -138,7 +139,8 @@ class _Own:
         if self.count:
             near = np.exp(-_nearest(self.points[candidates], self.chosen[: self.count]) / self.radius)
             cover = np.maximum(cover, near)
-        return self.gains[candidates] * (1.0 - cover)
+        left: Floats = self.gains[candidates] * (1.0 - cover)
+        return left
 
     def choose(self, candidate: int) -> None:
         """Cover what is near a candidate."""
@@ -154,7 +156,7 @@ def _greedy(objective: Sequence[_Covered | _Own], budget: int, order: Indices) -
     """
 
     def added(candidates: Indices) -> Floats:
-        return np.sum([part.added(candidates) for part in objective], axis=0)
+        return sum((part.added(candidates) for part in objective), np.zeros(len(candidates)))
 
     heap = [(-value, rank, 0) for rank, value in enumerate(added(order).tolist())]
     heapq.heapify(heap)
@@ -176,14 +178,23 @@ def _greedy(objective: Sequence[_Covered | _Own], budget: int, order: Indices) -
 
 def _of_length_one(points: npt.NDArray[np.floating]) -> Floats32:
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
-    return (points / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+    scaled: Floats32 = (points / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+    return scaled
 
 
-def _similarities(points: Floats32, others: Floats32, radius: float) -> Floats32:
-    """Compute exp(-|x - y|^2 / radius), float32 [points, others]."""
-    near = _squared_distances(points, others)
-    near /= -radius
-    return np.exp(near, out=near)
+def _factors(points: Floats32, radius: float) -> tuple[Floats32, Floats32]:
+    """Give the factors whose product is -|x - y|^2 / radius: (s x, -|s x|^2 / 2, 1) and (s y, 1, -|s y|^2 / 2), s^2 = 2 / radius."""
+    scaled = np.float32(np.sqrt(2 / radius)) * points
+    halves = -(scaled**2).sum(axis=1, keepdims=True) / 2
+    ones = np.ones_like(halves)
+    return np.hstack([scaled, halves, ones]), np.hstack([scaled, ones, halves])
+
+
+def _similarities(left: Floats32, right: Floats32) -> Floats32:
+    """Compute exp(-|x - y|^2 / radius), float32 [points, others], from their factors; `right` is transposed."""
+    exponents: Floats32 = left @ right
+    np.minimum(exponents, 0, out=exponents)
+    return np.exp(exponents, out=exponents)
 
 
 def _nearest(points: Floats32, others: Floats32) -> Floats32:

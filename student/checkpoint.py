@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.models import build_student, count_parameters
 from distilbeam.teacher.preprocess import make_input
 
@@ -72,6 +73,24 @@ class Student:
           ValueError: a column is missing or of another width.
         """
         return self.logits_of_inputs(self._make_input(batch))
+
+    def logits_and_embeddings(self, batch: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Compute the logits of a batch, and in the same pass what the last linear layer sees.
+
+        Args:
+          batch: with the columns that the student reads.
+
+        Returns:
+          Logits float32 [rows, C], see `logits`, and embeddings float32 [rows, d].
+
+        Raises:
+          ValueError: see `logits`; or the student does not end in a linear layer.
+        """
+        with seen_by_head(self.module, len(self.classes)) as seen:
+            logits = self.logits(batch)
+        if not seen:
+            return logits, np.empty((0, 1), np.float32)
+        return logits, np.concatenate([part.numpy() for part in seen])[: len(logits)]  # the last block was filled up
 
     def logits_of_inputs(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Compute the logits of inputs that are arrays already, [rows, *input_shape]."""

@@ -3,7 +3,7 @@
     python -m benchmarks.science.study1 --quick
     python -m benchmarks.science.study1 --data DIR --work DIR [--minutes M] [--seeds N] [--datasets NAME ...]
 
-Uniform, margin, entropy, k-center, cluster-margin, BADGE, RAD and RAD-Loss beside our own and an oracle that knows the
+Uniform, margin, entropy, k-center, cluster-margin, BADGE, uncertainty herding, RAD and RAD-Loss beside our own and an oracle that knows the
 teacher's mistakes. The student learns from calibrated soft labels, from pooled ones
 (our default) or from hard ones. Labels are bought in three rounds, up to 2, 5 and 10 % of the pool (schedule `small`) or 12.5, 25 and 50 % (`large`).
 """
@@ -19,8 +19,8 @@ from benchmarks.science.command import Arguments, Place, arguments, collect, pla
 DATASETS = ("clinc150", "digits", "synthetic", "cifar10-patches")
 RECIPE = 1
 PARTS = ("small", "pooled", "large", "hard")
-POOLED_METHODS = ("uniform", "margin", "badge", "rad", "correct-gain", "rad-worth", *BOUNDS)
-HARD_METHODS = ("uniform", "margin", "rad", "rad-loss", "correct-gain", "rad-worth", *BOUNDS)
+POOLED_METHODS = ("uniform", "margin", "badge", "herding", "rad", "correct-gain", "rad-worth", *BOUNDS)
+HARD_METHODS = ("uniform", "margin", "herding", "rad", "rad-loss", "correct-gain", "rad-worth", *BOUNDS)
 COMPARING = ("k-center", "cluster-margin", "badge")  # compare all pairs: minutes for half of a large pool
 LARGE_POOLS = ("clinc150", "cifar10-patches", "cifar10")
 

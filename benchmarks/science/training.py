@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.science.problems import Floats, Problem
 from distilbeam.student.data import Batch
 from distilbeam.student.debiasing import forward
+from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.generators import own_generators
 from distilbeam.student.labelled import Examples
 from distilbeam.student.models import build_student
@@ -108,13 +109,8 @@ def logits_of(module: nn.Module, problem: Problem, rows: npt.NDArray[np.int64]) 
 
 def embeddings_of(module: nn.Module, problem: Problem, rows: npt.NDArray[np.int64]) -> Floats:
     """Compute what the last linear layer sees of rows, float32 [rows, d]."""
-    head = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach().float().cpu()))
-    try:
+    with seen_by_head(module, problem.classes) as seen:
         logits_of(module, problem, rows)
-    finally:
-        hook.remove()
     return torch.cat(seen).numpy()
 
 
