@@ -132,14 +132,20 @@ def curves(path: Path, frame: pd.DataFrame, methods: Sequence[str], panels: Sequ
 
 
 def differences(path: Path, rows: dict[str, dict[str, Interval]], title: str, label: str) -> None:
-    """Draw differences with their intervals: a group of dots per row, one dot per series."""
+    """Draw differences with their intervals: a group of dots per row, one dot per series, from above as in the legend."""
     series = list(dict.fromkeys(name for found in rows.values() for name in found))
-    figure, axis = plt.subplots(figsize=(6.5, 0.8 + 0.32 * len(rows)))
+    colours, room = plt.get_cmap("tab10" if len(series) <= 10 else "tab20"), max(0.32, 0.055 * len(series))
+    figure, axis = plt.subplots(figsize=(6.5, 0.8 + room * len(rows)))
     for index, name in enumerate(series):
         places = [(place, found[name]) for place, found in enumerate(rows.values()) if name in found]
-        y = [-place + 0.12 * (index - (len(series) - 1) / 2) for place, _ in places]
+        step = min(0.12, 0.8 / len(series))  # no dot among those of the next row
+        y = [-place - step * (index - (len(series) - 1) / 2) for place, _ in places]
         bars = [100 * i.half if np.isfinite(i.half) else 0.0 for _, i in places]
-        axis.errorbar([100 * i.mean for _, i in places], y, xerr=bars, fmt="o", ms=3, lw=1, capsize=1.5, label=name)
+        style: dict[str, Any] = {"color": colours(index), "ms": 3, "lw": 1, "capsize": 1.5}
+        axis.errorbar([100 * i.mean for _, i in places], y, xerr=bars, fmt="o", label=name, **style)
+    for place in range(1, len(rows)):
+        axis.axhline(0.5 - place, color="0.9", lw=0.5, zorder=0)
+    axis.set_ylim(0.5 - len(rows), 0.5)
     axis.axvline(0, color="grey", lw=0.7)
     axis.set_yticks([-place for place in range(len(rows))], list(rows), fontsize=8)
     axis.set_xlabel(label, fontsize=8)
