@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
+# compiling every module of every package takes as long as the rest; Python compiles what it imports
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 EXTRAS := dev,dask,hf,onnx,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
 SEED ?= 0
@@ -17,12 +19,12 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@$(INSTALL) -e .
 	@touch $@
 
 $(DEV): $(READY)
 	@echo "Adding what the tests need to $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits
