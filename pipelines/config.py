@@ -160,7 +160,9 @@ class EngineSection(_Section):
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
     shard_rows: int = Field(65_536, ge=1, description="most rows of a shard of soft labels")
-    batch_rows: int = Field(65_536, ge=1, description="most rows read and scored at a time; fewer where rows are large")
+    batch_rows: int = Field(
+        65_536, ge=1, description="most rows read and scored at a time; fewer where rows are large or classes many"
+    )
     teacher_batch: int = Field(256, ge=1, description="most rows in one request to the teacher")
     threads: int | None = Field(None, ge=1, description="threads that training uses; torch's own choice without it")
     attempts: int = Field(2, ge=1, le=100, description="times that failed items are tried")

@@ -154,7 +154,7 @@ def _read(label: Label, unit: Unit, rows: int) -> tuple[pa.Table, float]:
     kept: list[pa.Table] = []
     marks: list[tuple[int, float]] = []  # rows read until then, and when
     start = time.perf_counter()
-    for table in read_rows(RowReader(label.columns, label.batch_rows), Part(unit, 0, unit.rows), None):
+    for table in read_rows(RowReader(label.columns, label.rows_at_once), Part(unit, 0, unit.rows), None):
         count = table.num_rows + (marks[-1][0] if marks else 0)
         marks.append((count, time.perf_counter()))
         if not kept or marks[-2][0] < rows:

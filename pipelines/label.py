@@ -27,7 +27,7 @@ from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, Task, read_rows
-from distilbeam.pipelines.units import BATCH_BYTES
+from distilbeam.pipelines.units import BATCH_BYTES, answered_rows
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 from distilbeam.teacher.softlabels.places import list_files, readable, to_path
@@ -46,7 +46,7 @@ class Label:
       dead_letters: directory for rows that could not be labelled.
       columns: pool columns to read.
       picks: directory of the picks, or None to label every row.
-      batch_rows: rows read and asked at a time.
+      batch_rows: rows read and asked at a time; fewer where they are large or of many classes, but a whole request.
       growing: the pool may grow: shards keep no `pool_row`, and their manifest entries list the parts they were made of.
       max_failures: rows in the dead letters at which nothing more is asked; None for no limit.
     """
@@ -92,9 +92,15 @@ class Label:
         """Return the rows of the task's shards."""
         return task.rows
 
+    @property
+    def rows_at_once(self) -> int:
+        """Most rows that are read and asked about at a time."""
+        rows = answered_rows(self.batch_rows, self.labelling.spec.num_classes)
+        return max(rows, min(self.batch_rows, self.labelling.teacher_batch))
+
     def _to_label(self, task: Task) -> Iterator[tuple[Shard, pa.Table | ManifestEntry]]:
         """Read the shards that are to be labelled; one that a killed process had placed comes as its entry."""
-        reader = RowReader(self.columns, self.batch_rows)
+        reader = RowReader(self.columns, self.rows_at_once)
         for shard in task.shards:
             if entry_path(self.output, shard.key).exists():  # another worker may have been given it too
                 continue
@@ -149,7 +155,7 @@ class Label:
         for part in shard.parts:
             for table in read_rows(reader, part, self.picks):
                 waiting.append(table)
-                if _full(waiting, self.batch_rows):
+                if _full(waiting, self.rows_at_once):
                     yield pa.concat_tables(waiting)
                     waiting = []
         if waiting:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from distilbeam.pipelines.meter import count, count_seconds, timed
 from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.reading_ahead import read_from
-from distilbeam.pipelines.units import Unit, read_unit
+from distilbeam.pipelines.units import Unit, answered_rows, read_unit
 from distilbeam.selection import gains as gain_functions
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.sketch import GainSketch
@@ -76,7 +76,7 @@ class Score:
       output: directory of the gains files.
       bought: directories with the picks of earlier rounds.
       columns: pool columns that the student reads.
-      batch_rows: rows scored at a time.
+      batch_rows: rows scored at a time; fewer where they are large or of many classes.
       candidates: whose embeddings to keep, or None.
     """
 
@@ -90,7 +90,8 @@ class Score:
 
     def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
         """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
-        return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, self.batch_rows)))
+        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student).classes))
+        return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, batch_rows)))
 
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
         rows = unbought_rows(unit, self.bought)

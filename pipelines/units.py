@@ -23,6 +23,7 @@ from distilbeam.pipelines.remote_pool import list_pool, metadata_of, read_footer
 from distilbeam.teacher.softlabels.places import StoreError, is_remote, readable, to_path
 
 BATCH_BYTES = 16 * 2**20  # of a batch that is worked on; a few of them are held at a time
+ANSWER_BYTES = 64 * 2**20  # of a model's answers to a batch
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,11 @@ def read_groups(
         raise
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+
+
+def answered_rows(batch_rows: int, num_classes: int) -> int:
+    """Return how many of `batch_rows` rows to work on at a time, so that float32 answers take at most `ANSWER_BYTES`."""
+    return min(batch_rows, max(1, ANSWER_BYTES // (4 * num_classes)))
 
 
 def _planned(files: Iterable[_PoolFile], target_rows: int, what: str) -> Pool:

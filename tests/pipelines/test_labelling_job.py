@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from labelling import calls_by_row, dataset, labelled_ids, pool_ids, shards, write_job
@@ -55,6 +56,35 @@ def wanted(output: str) -> int:
     match = re.search(r"([\d,]+) are labelled, ([\d,]+) are not", output)
     assert match, output
     return int(match[2].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("answer_bytes", "batch_rows", "teacher_batch", "expected"),
+    [
+        (2**20, 16, 8, 16),
+        (10 * 3 * 4, 16, 8, 10),  # ten answers of three float32
+        (1, 16, 8, 8),  # but a request is never cut
+        (1, 5, 8, 5),
+    ],
+)
+def test_answers_bound_what_is_asked_at_a_time(
+    answer_bytes: int,
+    batch_rows: int,
+    teacher_batch: int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distilbeam.pipelines.units.ANSWER_BYTES", answer_bytes)
+    write_job(
+        tmp_path, engine={"unit_rows": 40, "shard_rows": 30, "batch_rows": batch_rows, "teacher_batch": teacher_batch}
+    )
+    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:
+        work, plan = job.work(job.dataset, job.dead_letters), job.plan()
+        assert work.rows_at_once == expected
+        seen = [found.num_rows for _, found in work._to_label(plan.tasks[0]) if isinstance(found, pa.Table)]
+    assert max(seen) == expected
+    assert sum(seen) == plan.tasks[0].rows
 
 
 def test_every_row_is_labelled_once(tmp_path: Path, command: Command) -> None:

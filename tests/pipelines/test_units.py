@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distilbeam.pipelines.units import find_files, plan_units, read_unit
+from distilbeam.pipelines.units import answered_rows, find_files, plan_units, read_unit
 
 
 def write(path: Path, rows: int, group: int = 10, first: int = 0) -> Path:
@@ -108,3 +108,10 @@ def test_files_of_another_schema_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"b.parquet differs from the first file in column\(s\) x, y; all files must have one schema"
     ):
         plan_units(find_files(tmp_path), 10)
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "classes", "rows"), [(65_536, 10, 65_536), (65_536, 1000, 16_777), (65_536, 10**9, 1), (7, 1000, 7)]
+)
+def test_answers_take_at_most_64_mib(batch_rows: int, classes: int, rows: int) -> None:
+    assert answered_rows(batch_rows, classes) == rows
