@@ -137,9 +137,10 @@ class RunLabelsSection(_LabelForm):
 class SelectionSection(_Section):
     """Which examples to buy labels for."""
 
-    method: Literal["greedy", "herding", "rad", "uniform"] = Field(
-        "greedy",
-        description="the largest gains, what covers the largest gains best, the game against the teacher's mistakes, or chance",
+    method: Literal["herding", "greedy", "rad", "uniform"] = Field(
+        "herding",
+        description="what covers best what the student is unsure of (`gain`), the largest gains, the game against the "
+        "teacher's mistakes, or chance",
     )
     gain: Literal["margin", "entropy", "least_confidence"] = Field(
         "margin", description="what the student would learn from an example's label"

@@ -43,8 +43,16 @@ def write_report(given: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     groups |= {f"{name}, hard labels": rows for name, rows in hard.groupby("dataset", sort=False)}
     parts += aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study1")
     parts += verdicts(last, SETTING, [*PUBLISHED, *OURS])
+    parts += _all_budgets(given, frame[frame["labels"] == "calibrated"])
     parts += _joint(given, last)
     write_markdown(given.out / "study1.md", "Study 1: which labels to buy", parts)
+
+
+def _all_budgets(given: Arguments, frame: pd.DataFrame) -> list[str]:
+    """Compare selectors over every dataset, teacher and budget, the earlier rounds' too, and over all of them together."""
+    groups = dict(list(frame.groupby("dataset", sort=False))) | {"all together": frame}
+    found = aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study1-all-budgets")
+    return ["# All budgets, calibrated labels", *found, *verdicts(frame, SETTING, [*PUBLISHED, *OURS])]
 
 
 def _joint(given: Arguments, last: pd.DataFrame) -> list[str]:

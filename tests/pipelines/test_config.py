@@ -32,7 +32,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 def test_defaults() -> None:
     config = parse_config(SETTINGS)
     assert (config.run.rounds, config.run.seed, config.run.directory) == (3, 0, "run")
-    assert (config.selection.method, config.selection.gain, config.labels.kind) == ("greedy", "margin", "dense")
+    assert (config.selection.method, config.selection.gain, config.labels.kind) == ("herding", "margin", "dense")
     assert config.labels.temperature == "calibrated"
 
 
@@ -57,7 +57,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("selection.budget", 0, "selection.budget: must be greater than or equal to 1, got 0"),
         ("run.rounds", 2.5, "run.rounds: must be a valid integer, got 2.5"),
         ("run.seed", -1, "run.seed: must be greater than or equal to 0, got -1"),
-        ("selection.method", "radd", "selection.method: must be 'greedy', 'herding', 'rad' or 'uniform', got 'radd'"),
+        ("selection.method", "radd", "selection.method: must be 'herding', 'greedy', 'rad' or 'uniform', got 'radd'"),
         ("labels.k", 3, "labels.k must be given for top_k and sampled labels, and only for them"),
         ("labels.temperature", 0, "labels.temperature must be a positive number or 'calibrated', got 0"),
         ("labels.temperature", "hot", "labels.temperature must be a positive number or 'calibrated', got 'hot'"),
