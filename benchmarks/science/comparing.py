@@ -34,7 +34,7 @@ def aggregates(
     parts = [
         "## In the aggregate",
         "Mean over the settings of the difference in accuracy, points, ± half the interval over the seeds "
-        f"({100 * (1 - level):g} %: {len(references)} comparisons); bold where 0 is outside.",
+        f"({100 * (1 - level):g} %: {len(references)} comparison{'s'[: len(references) - 1]}); bold where 0 is outside.",
     ]
     for reference in references:
         found: dict[str, dict[str, Interval]] = {}

@@ -11,6 +11,7 @@ from benchmarks.science.command import KEPT_ASIDE, Arguments
 from benchmarks.science.comparing import aggregates, verdicts
 from benchmarks.science.losses import BOUNDS, OURS, PUBLISHED
 from benchmarks.science.report import accuracy_table, by_setting, write_markdown, write_parquet
+from benchmarks.science.synthetic import synthetic
 
 ORDER = (*PUBLISHED, *OURS, *BOUNDS)
 REFERENCES = ("calibrated", "hard")
@@ -39,7 +40,20 @@ def write_report(given: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     }
     parts += aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study2")
     parts += verdicts(frame, SETTING, [*PUBLISHED, *OURS])
+    parts += _shapes(given, frame)
     write_markdown(given.out / "study2.md", "Study 2: learning from labels that are sometimes wrong", parts)
+
+
+def _shapes(given: Arguments, frame: pd.DataFrame) -> list[str]:
+    """Compare over the teachers of the synthetic family whose wrong labels name the same kind of class."""
+    here, dials = frame[frame["dataset"] == "synthetic"], synthetic().teachers
+    if here.empty:
+        return []
+    shapes = here["teacher"].map(lambda name: dials[name]["shape"])
+    found = aggregates(
+        dict(list(here.groupby(shapes, sort=False))), SETTING, ORDER, REFERENCES[:1], given.out / "study2-synthetic"
+    )
+    return ["# The synthetic family by what a wrong label names", *found]
 
 
 def _calibration(frame: pd.DataFrame) -> str:

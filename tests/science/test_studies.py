@@ -79,6 +79,28 @@ def test_studies_2_to_4_report(given):
     assert (given.out / "study4.parquet").exists()
 
 
+def test_study_2_compares_by_what_a_wrong_label_names(given):
+    about = {"dataset": "synthetic", "buyer": "rad", "teacher_accuracy": 0.7, "teacher_error": 0.3}
+    about |= dict.fromkeys(("temperature", "teacher_ece", "teacher_ece_calibrated"), 1.0)
+    gain = {"runner-up": -0.02, "random": 0.01, "next": 0.03}
+    rows = [
+        about
+        | {
+            "teacher": name,
+            "seed": seed,
+            "method": method,
+            "accuracy": 0.5 + gain[dials["shape"]] * (method == "pooled"),
+        }
+        for name, dials in synthetic.synthetic().teachers.items()
+        for seed in range(3)
+        for method in ("calibrated", "pooled")
+    ]
+    report2(given, rows)
+    page = (given.out / "study2.md").read_text().partition("# The synthetic family by what a wrong label names")[2]
+    assert "| minus calibrated | random | runner-up | next |" in page
+    assert "| pooled | **+1.0 ± 0.0** | **-2.0 ± 0.0** | **+3.0 ± 0.0** |" in page
+
+
 def test_trained_in_memory_as_by_the_trainer(problem, tmp_path):
     table = pa.table({"pixels": list(problem.inputs[problem.pool].numpy()), "label": problem.truth[problem.pool]})
     epochs = round(STEPS / np.ceil(len(problem.pool) / problem.training.batch_size))
