@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
-# compiling every module of every package takes as long as the rest; Python compiles what it imports
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 EXTRAS := dev,dask,hf,onnx,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
 SEED ?= 0
@@ -19,12 +17,12 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@$(INSTALL) -e .
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 $(DEV): $(READY)
 	@echo "Adding what the tests need to $(VENV) ..."
-	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits
