@@ -9,9 +9,9 @@ and the start of a Dask or Ray cluster, which a person would have running, are n
 turn, and ratios are ratios of medians. The pool is float32 normal noise with ids (64 features and 10 classes unless said
 otherwise), 62,500 rows in a row group, uncompressed, read before so that it lies in the page cache. The plain loop
 encodes with distilbeam's codec, so that what is compared is the engine, and writes the same columns, a row group at a time,
-without checksums, manifest and flushing. distilbeam with one worker reads the next batch in a thread of its own where a processor is
-idle; with as many workers as processors it does not. Ways that are far slower are given the first rows only. Memory is the process's peak resident set
-(for several processes the driver's alone).
+without checksums, manifest and flushing. distilbeam with one worker reads the next batch in a thread of its own where a
+processor is idle; with as many workers as processors it does not. Ways that are far slower are given the first rows only.
+Memory is the process's peak resident set (for several processes the driver's alone).
 """
 
 from __future__ import annotations
