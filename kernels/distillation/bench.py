@@ -12,7 +12,7 @@ from distilbeam.kernels.distillation.interface import distill_loss
 from distilbeam.kernels.distillation.shapes import Shape
 from distilbeam.kernels.labels import DenseLabels, TopKLabels
 
-MOST_DENSE = 1 << 28  # numbers of a teacher's full distribution that are held beside its label
+MOST_DENSE = {"cpu": 1 << 28, "cuda": 1 << 30}  # numbers of a teacher's full distribution that are held beside its label
 
 
 class Work(NamedTuple):
@@ -46,9 +46,9 @@ class LogitsProblem:
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         """Draw the tensors of a shape from a fixed seed."""
         rows, classes, kept = self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(rows, classes, generator=generator).to(device, dtype).requires_grad_()
-        teacher = 3 * torch.randn(rows, classes, generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        logits = torch.randn(rows, classes, generator=generator, device=device).to(dtype).requires_grad_()
+        teacher = 3 * torch.randn(rows, classes, generator=generator, device=device)
         self.leaves = [logits]
         self.labels, self.dense, self.hard = teacher_answers(teacher, kept)
         self.work = Work(2 * logits.element_size() * rows * classes, 0)  # logits read, gradients written
@@ -59,7 +59,7 @@ def teacher_answers(logits_BC: Tensor, kept: int) -> tuple[TopKLabels, Tensor | 
     logprobs = logits_BC.float().log_softmax(1)
     top = logprobs.topk(kept, dim=1)
     tail = torch.log1p(-top.values.exp().sum(1).clamp(max=1 - 1e-6))
-    dense = logprobs if logprobs.numel() <= MOST_DENSE else None
+    dense = logprobs if logprobs.numel() <= MOST_DENSE[logprobs.device.type] else None
     return TopKLabels(top.values, top.indices, tail), dense, top.indices[:, 0].contiguous()
 
 

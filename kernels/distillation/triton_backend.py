@@ -10,10 +10,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilbeam.kernels.distillation.kept_bits import kept_bits
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_kernels import dense_rows, sparse_rows
+from distilbeam.kernels.distillation.triton_kernels import dense_rows, mark_rows, sparse_rows
 
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
@@ -75,15 +74,40 @@ def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     padding_BK = torch.zeros_like(kept_BK) if targets.padding is None else targets.padding
     logy_BK, logy_rest_B = _split(targets)
     flip_BK = logy_BK if targets.flip is None else targets.flip[:, : kept_BK.shape[1]].contiguous()
-    bits_BW = kept_bits(targets.classes, 0, classes)
-    width = kept_BK.shape[1]
+    width, words = kept_BK.shape[1], words_of(classes)
+    bits_BW = torch.empty(rows, words, dtype=torch.int32, device=logits_BC.device)
     sparse_rows[(rows,)](
         logits_BC, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
-        valid_B, losses_B, gradient_BC, classes, *strides, bits_BW.shape[1], targets.temperature,
+        valid_B, losses_B, gradient_BC, classes, *strides, words, targets.temperature,
         1.0 if targets.rest_temperature is None else targets.rest_temperature,
         K=width, KP=triton.next_power_of_2(width), REST=targets.rest_temperature is not None, **flags,
         **sparse_block(classes),
     )  # fmt: skip
+
+
+def words_of(size: int) -> int:
+    """Count the words that hold a row's bits: rows begin 128 bytes apart, so that no two share a line of a cache."""
+    return 32 * triton.cdiv(size, 1024)
+
+
+def kept_bits(classes_BK: Tensor, first: int, size: int) -> Tensor:
+    """Mark the kept classes among some of all: what a kernel reads beside the logits, 1/16 of their size.
+
+    Args:
+      classes_BK: the kept classes, integers [B, k]; padding repeats one of the row.
+      first: first class of the part.
+      size: classes of the part.
+
+    Returns:
+      int32 [B, words]; bit j mod 32 of word j // 32 is set when class first + j is kept.
+    """
+    (rows, width), words = classes_BK.shape, words_of(size)
+    bits_BW = torch.empty(rows, words, dtype=torch.int32, device=classes_BK.device)
+    mark_rows[(rows,)](
+        classes_BK.to(torch.int32).contiguous(), bits_BW, first, size, words,
+        K=width, KP=triton.next_power_of_2(width), BLOCK=512,
+    )  # fmt: skip
+    return bits_BW
 
 
 def dense_warps(block: int) -> int:

@@ -1,9 +1,11 @@
 """The distillation losses as Triton kernels: value and gradient of a row by one program.
 
-Sparse labels: a bit per class says which classes are kept. A first sweep over the row sums up the exponentials of all
-others, without ever subtracting the kept part from the whole; the problem over the buckets is solved in registers; a
-second sweep, whose reads come from the cache, writes the others' gradient, and after a barrier the kept classes' is
-written over it, so that both sweeps move 16 bytes at a time. Dense labels: the row stays in registers.
+Sparse labels: a bit per class says which classes are kept; the program sets its row's. A first sweep over the row sums
+up the exponentials of all others, without ever subtracting the kept part from the whole; the problem over the buckets is
+solved in registers; a second sweep, whose reads come from the cache, writes the others' gradient, and after a barrier the
+kept classes' is written over it, so that both sweeps move 16 bytes at a time. Sums are kept for every OCTET of
+neighbouring classes, which one thread reads at once: an exponential a class, and one more where a maximum moves. Dense
+labels: the row stays in registers.
 
 Everything is float32 from the moment it is loaded; the losses are those of reference.py, the gradients of
 closed_form.py.
@@ -14,6 +16,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+OCTET = tl.constexpr(8)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -70,6 +75,38 @@ def _bucket_problem(
 
 
 @triton.jit
+def mark_row(words_row, ids, there, words, BLOCK: tl.constexpr):
+    """Set a row's bits of the classes `ids` where they are `there`, and clear all others; ends with a barrier."""
+    for start in range(0, words, BLOCK):
+        word = start + tl.arange(0, BLOCK)
+        tl.store(words_row + word, tl.zeros([BLOCK], tl.int32), mask=word < words)
+    tl.debug_barrier()
+    bit = tl.full(ids.shape, 1, tl.int32) << (ids % 32)
+    tl.atomic_or(words_row + ids // 32, bit, mask=there, sem="relaxed")
+    tl.debug_barrier()
+
+
+@triton.jit
+def mark_rows(classes, bits, first, size, words, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
+    """Set the bits of the kept classes first to first + size, counted from the first of them."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, KP)
+    ids = tl.load(classes + row * K + k, mask=k < K, other=-1) - first
+    mark_row(bits + row * words, ids, (k < K) & (ids >= 0) & (ids < size), words, BLOCK)
+
+
+@triton.jit
+def _others(z_row, words_row, start, C, column_stride, counts, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+    """Logits of a block of octets, float32 [BLOCK / 8, 8], -inf where a class is kept or does not exist."""
+    octet, lane = tl.arange(0, BLOCK // OCTET)[:, None], tl.arange(0, OCTET)[None, :]
+    j = start + octet * OCTET + lane
+    word = (start + octet * OCTET) // 32
+    marks = tl.load(words_row + word, mask=start + octet * OCTET < C, other=0) >> (octet * OCTET % 32)
+    z = tl.load(z_row + j * column_stride, mask=j < C, other=-float("inf"), eviction_policy=POLICY).to(tl.float32)
+    return tl.where((((marks >> lane) & 1) == 0) & counts, z, -float("inf")), j
+
+
+@triton.jit
 def sparse_rows(
     logits, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid, losses, gradient,
     C, row_stride, column_stride, words, T, tau,
@@ -79,7 +116,7 @@ def sparse_rows(
     """One row of [B, C] logits with k kept classes; `classes` repeats the row's first where `padding` is set."""
     NOTHING = -float("inf")
     row = tl.program_id(0).to(tl.int64)
-    z_row, g_row = logits + row * row_stride, gradient + row * C
+    z_row, g_row, words_row = logits + row * row_stride, gradient + row * C, bits + row * words
     counts = tl.load(valid + row) != 0
     k = tl.arange(0, KP)
     here = k < K
@@ -93,24 +130,20 @@ def sparse_rows(
         flips = tl.load(flip + row * K + k, mask=here, other=0.0)
         a = tl.load(accuracy + row)
     rest, target_rest = NOTHING, NOTHING
-    word, bit = tl.arange(0, BLOCK // 32)[:, None], tl.arange(0, 32)[None, :]
+    by_tau = LOG2_E / tau  # exponentials are powers of two, which the hardware has
     if REST:
-        top = tl.full([BLOCK // 32, 32], NOTHING, tl.float32)
-        total = tl.zeros([BLOCK // 32, 32], tl.float32)
-        for start in range(0, C, BLOCK):  # a maximum and a sum in every lane: one reduction at the end
-            j = start + word * 32 + bit
-            kept = (
-                tl.load(bits + row * words + start // 32 + word, mask=start // 32 + word < words, other=0) >> bit
-            ) & 1
-            z = tl.load(z_row + j * column_stride, mask=j < C, other=NOTHING).to(tl.float32)
-            z = tl.where((kept == 0) & counts, z, NOTHING)
-            higher = tl.maximum(top, z)
+        mark_row(words_row, ids, here, words, BLOCK // 8)
+        top = tl.full([BLOCK // OCTET], NOTHING, tl.float32)
+        total = tl.zeros([BLOCK // OCTET], tl.float32)
+        for start in range(0, C, BLOCK):  # a maximum and a sum in every octet: one reduction over all at the end
+            z, _ = _others(z_row, words_row, start, C, column_stride, counts, BLOCK, "evict_last")
+            higher = tl.maximum(top, tl.max(z, axis=1))
             safe = tl.where(higher == NOTHING, 0.0, higher)
-            total = total * tl.exp((top - safe) / tau) + tl.exp((z - safe) / tau)
+            total = total * tl.exp2((top - safe) * by_tau) + tl.sum(tl.exp2((z - safe[:, None]) * by_tau), axis=1)
             top = higher
-        best = tl.max(tl.max(top, axis=1), axis=0)
+        best = tl.max(top, axis=0)
         safe_best = tl.where(best == NOTHING, 0.0, best)
-        rest = best + tau * tl.log(tl.sum(tl.sum(total * tl.exp((top - safe_best) / tau), axis=1), axis=0))
+        rest = best + tau * tl.log(tl.sum(total * tl.exp2((top - safe_best) * by_tau), axis=0))
         rest = tl.where(best == NOTHING, NOTHING, rest)
         target_rest = tl.load(logy_rest + row)
     loss, g, g_rest = _bucket_problem(v, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
@@ -122,18 +155,15 @@ def sparse_rows(
     tl.store(losses + row, loss)
     shift = tl.where(rest == NOTHING, float("inf"), rest)
     for start in range(0, C, BLOCK):
-        j = start + word * 32 + bit
-        slope = tl.zeros([BLOCK // 32, 32], tl.float32)
         if REST:
-            kept = (
-                tl.load(bits + row * words + start // 32 + word, mask=start // 32 + word < words, other=0) >> bit
-            ) & 1
-            z = tl.load(z_row + j * column_stride, mask=j < C, other=NOTHING).to(tl.float32)
-            z = tl.where((kept == 0) & counts, z, NOTHING)
-            slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp((z - shift) / tau))
+            z, j = _others(z_row, words_row, start, C, column_stride, counts, BLOCK, "evict_first")
+            slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp2((z - shift) * by_tau))
+        else:
+            j = start + tl.arange(0, BLOCK // OCTET)[:, None] * OCTET + tl.arange(0, OCTET)[None, :]
+            slope = tl.zeros([BLOCK // OCTET, OCTET], tl.float32)
         if ADD:
             slope += tl.load(g_row + j, mask=j < C, other=0.0).to(tl.float32)
-        tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C)
+        tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C, eviction_policy="evict_first")
     tl.debug_barrier()  # the kept classes are stored over the zeros that the sweep left in their places
     if ADD:
         g += tl.load(g_row + ids, mask=~absent, other=0.0).to(tl.float32)

@@ -20,11 +20,11 @@ class Problem:
 
     def __init__(self, shape: Shape, form: str, device: str, dtype: torch.dtype) -> None:
         """Draw the tensors of a shape from a fixed seed."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.shape, self.form = shape, form
 
         def random(*size: int, scale: float = 1.0, kind: torch.dtype = torch.float32) -> Tensor:
-            return (scale * torch.randn(*size, generator=generator)).to(device=device, dtype=kind).requires_grad_()
+            return (scale * torch.randn(*size, generator=generator, device=device)).to(kind).requires_grad_()
 
         rows, dim, rank = shape.rows, shape.dim, shape.rank
         self.rows = [random(rows, dim, kind=dtype) for _ in range(2)]

@@ -19,11 +19,11 @@ class LayerProblem:
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         """Draw the tensors of a shape from a fixed seed."""
         rows, features, classes, kept = self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         scale = features**-0.5
 
         def random(size: int, factor: float) -> Tensor:
-            return (factor * torch.randn(size, features, generator=generator)).to(device, dtype)
+            return (factor * torch.randn(size, features, generator=generator, device=device)).to(dtype)
 
         self.leaves = [random(rows, 1.0).requires_grad_(), random(classes, scale).requires_grad_()]
         self.teacher = [random(rows, 1.0), random(classes, 3 * scale)]

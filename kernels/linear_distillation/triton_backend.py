@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from distilbeam.kernels.distillation.kept_bits import kept_bits
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
+from distilbeam.kernels.distillation.triton_backend import kept_bits
 from distilbeam.kernels.linear_distillation.buckets import Solved, solve
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
 from distilbeam.kernels.linear_distillation.gradients import Gradients, apply_fused
@@ -24,7 +24,7 @@ from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_ti
 BUFFER_ELEMENTS = 1 << 26
 PROGRAMS = 512  # enough to fill a GPU: classes are split until there are as many
 TILE = {"BM": 64, "BN": 128, "BH": 64}
-WARPS = 8
+WARPS, STAGES = 8, 3
 
 
 def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
@@ -102,7 +102,7 @@ def _spread(part: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, fi
     grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
         *_pointers(part), bits_BW, one.rest, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
-        buffer_BW.shape[1], targets.rest_temperature or 1.0, ADD=add, num_warps=WARPS, **_flags(part), **TILE,
+        buffer_BW.shape[1], targets.rest_temperature or 1.0, ADD=add, num_warps=WARPS, num_stages=STAGES, **_flags(part), **TILE,
     )  # fmt: skip
     column_BK, _ = columns_of(targets.classes, first, size)
     kept_BK = one.kept.to(buffer_BW.dtype)
@@ -152,6 +152,6 @@ def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) ->
     tops, totals = torch.empty(2, parts, rows, device=part.hidden.device).unbind()
     rest_of_tiles[(blocks, parts)](
         *_pointers(part), bits_BW, tops, totals, rows, size, part.hidden.shape[1], bits_BW.shape[1], tau,
-        SPLIT=split, num_warps=WARPS, **_flags(part), **TILE,
+        SPLIT=split, num_warps=WARPS, num_stages=STAGES, **_flags(part), **TILE,
     )  # fmt: skip
     return tops + tau * totals.log()

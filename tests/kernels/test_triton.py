@@ -133,6 +133,33 @@ def test_nothing_is_written_outside_the_gradient(make_labels, rng):
         assert bool(torch.isnan(around[-margin:]).all())
 
 
+def unpacked(words, size):
+    bits = (words.cpu()[:, :, None] >> torch.arange(32)) & 1
+    return bits.flatten(1).bool()[:, :size], bits.flatten(1).bool()[:, size:]
+
+
+def test_kept_classes_as_bits_by_hand():
+    from distilbeam.kernels.distillation.triton_backend import kept_bits
+
+    classes = torch.tensor([[0, 31, 32], [5, 5, 5]], device=DEVICE)  # the second row repeats its first class: padding
+    assert kept_bits(classes, 0, 40)[:, :2].tolist() == [[1 - 2**31, 1], [1 << 5, 0]]
+    assert kept_bits(classes, 31, 9)[:, 0].tolist() == [0b11, 0]
+
+
+@pytest.mark.parametrize("width", [7, 32, 100, 1500, 3000])
+def test_kept_classes_of_parts_tile_the_whole(width, rng):
+    from distilbeam.kernels.distillation.triton_backend import kept_bits
+
+    size = 3000
+    classes = torch.stack([torch.randperm(size, generator=rng)[:40] for _ in range(5)])
+    expected = torch.zeros(5, size, dtype=torch.bool).scatter_(1, classes, True)
+    for first in range(0, size, width):
+        part = min(width, size - first)
+        found, beyond = unpacked(kept_bits(classes.to(DEVICE), first, part), part)
+        assert torch.equal(found, expected[:, first : first + part])
+        assert not beyond.any()
+
+
 def layer(rng, rows, features, classes, dtype):
     shapes = (rows, features), (classes, features), (classes,)
     return [torch.randn(shape, generator=rng).mul(features**-0.25).to(dtype) for shape in shapes]
