@@ -11,7 +11,7 @@ from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_l
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
-MOST_DENSE_CLASSES = 4_096  # the kernel keeps a dense row in registers
+MOST_MIXED_CLASSES = 4_096  # the kernel keeps a dense row in registers where SLaM mixes it
 MOST_KEPT = 1_024  # and the kept classes of a sparse one
 
 
@@ -120,8 +120,9 @@ def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
     pallas = {"pallas": lambda: _pallas_reasons(logits, terms)}
     if logits.device.type == "tpu":
         return {**pallas, "reference": never, "chunked": never, **triton}
-    chunked_first: dict[str, Reasons] = {"chunked": never, "reference": never}
-    return {**triton, **chunked_first, **pallas} if logits.is_cuda else {**chunked_first, **triton, **pallas}
+    if logits.is_cuda:  # blocks that fit a processor's cache leave a GPU idle
+        return {**triton, "reference": never, "chunked": never, **pallas}
+    return {"chunked": never, "reference": never, **triton, **pallas}
 
 
 def _pallas_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
@@ -137,8 +138,11 @@ def _triton_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
     reasons = triton_reasons(logits)
     if logits.dtype == torch.float64:
         reasons.append("it computes in float32, the logits are float64")
-    if any(term.targets.classes is None for term in terms) and logits.shape[1] > MOST_DENSE_CLASSES:
-        reasons.append(f"dense labels have at most {MOST_DENSE_CLASSES:,} classes there, got {logits.shape[1]:,}")
+    mixed = any(term.targets.classes is None and term.targets.flip is not None for term in terms)
+    if mixed and logits.shape[1] > MOST_MIXED_CLASSES:
+        reasons.append(
+            f"dense labels of slam have at most {MOST_MIXED_CLASSES:,} classes there, got {logits.shape[1]:,}"
+        )
     if any(term.targets.classes is not None and term.targets.classes.shape[1] > MOST_KEPT for term in terms):
         reasons.append(f"sparse labels keep at most {MOST_KEPT:,} classes there")
     return reasons

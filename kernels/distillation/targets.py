@@ -140,8 +140,9 @@ def prepare(
 
 def _hard(labels: HardLabels, num_classes: int, dtype: torch.dtype) -> Targets:
     classes_B1 = labels.classes.long().clamp(min=0)[:, None]
-    of_a_row = [0.0, torch.finfo(dtype).min][: min(2, num_classes)]
-    logprobs = torch.tensor(of_a_row, dtype=dtype, device=classes_B1.device).expand(len(classes_B1), -1)
+    of_a_row = torch.zeros(min(2, num_classes), dtype=dtype, device=classes_B1.device)
+    of_a_row[1:] = torch.finfo(dtype).min
+    logprobs = of_a_row.expand(len(classes_B1), -1)
     if num_classes == 1:
         return Targets(logprobs, classes_B1)
     return Targets(logprobs, classes_B1, rest_temperature=1.0, entropy=False, certain=True)
@@ -190,7 +191,10 @@ def _tail(labels: TopKLabels | SampledLabels, logprobs: Tensor, num_classes: int
 
 
 def _per_row(name: str, value: Tensor | float | None, rows: torch.Size, like: Tensor) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if isinstance(value, Tensor):
+        tensor = value.to(dtype=like.dtype, device=like.device)
+    else:
+        tensor = torch.full((), 0.0 if value is None else value, dtype=like.dtype, device=like.device)
     if tensor.ndim and tensor.shape != rows:
         raise ValueError(f"{name} must be a number or have one value per row, {list(rows)}, got {list(tensor.shape)}")
     return tensor.expand(rows)[:, None]

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_kernels import dense_rows, mark_rows, sparse_rows
+from distilbeam.kernels.distillation.triton_kernels import dense_rows, dense_sweeps, mark_rows, sparse_rows
+from distilbeam.kernels.sizes import cdiv, next_power_of_2
+
+MOST_IN_REGISTERS = 4_096  # classes of a dense row
+LONG = 48_000  # classes of a row that is worth a whole multiprocessor
+LOOK = 1 << 24  # numbers of a gradient from which it is worth to look whether its factor is one
 
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
@@ -35,20 +39,25 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
         (gradient_BC,) = ctx.saved_tensors
-        if bool((upstream_B == 1).all()):  # waits for the device, which is cheaper than another pass over the logits
+        # looking waits for the device, which is cheaper than another pass over many logits, and dearer than one over few
+        if gradient_BC.numel() > LOOK and bool((upstream_B == 1).all()):
             return gradient_BC, None
         return gradient_BC * upstream_B[:, None].to(gradient_BC.dtype), None
 
 
-def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, *, add: bool) -> None:
+def launch(
+    logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, *, add: bool, bias_C: Tensor | None = None
+) -> None:
     """Run one term's kernel over all rows.
 
     Args:
       logits_BC: of any strides.
       term: the term.
       losses_B: float32, written or, with `add`, added to.
-      gradient_BC: contiguous, likewise.
+      gradient_BC: rows that are dense, likewise; for sparse labels and the only term of the call it may begin, row by
+        row, where dense logits do, and be as wide or narrower.
       add: whether to add.
+      bias_C: added to the logits of sparse labels; None for 0.
     """
     rows, classes = logits_BC.shape
     if not rows:
@@ -63,8 +72,14 @@ def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
     if targets.classes is None:
         logy_BC = targets.logprobs.contiguous()
+        if classes > MOST_IN_REGISTERS:
+            dense_sweeps[(rows,)](
+                logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, *strides, targets.temperature,
+                ENTROPY=targets.entropy, ADD=add, **sparse_block(classes),
+            )  # fmt: skip
+            return
         flip_BC = logy_BC if targets.flip is None else targets.flip
-        block = triton.next_power_of_2(classes)
+        block = next_power_of_2(classes)
         dense_rows[(rows,)](
             logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
             classes, *strides, targets.temperature, BLOCK=block, num_warps=dense_warps(block), **flags,
@@ -77,17 +92,19 @@ def launch(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     width, words = kept_BK.shape[1], words_of(classes)
     bits_BW = torch.empty(rows, words, dtype=torch.int32, device=logits_BC.device)
     sparse_rows[(rows,)](
-        logits_BC, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
-        valid_B, losses_B, gradient_BC, classes, *strides, words, targets.temperature,
+        logits_BC, logits_BC if bias_C is None else bias_C, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
+        valid_B, losses_B, gradient_BC, classes, *strides, gradient_BC.stride(0), words, targets.temperature,
         1.0 if targets.rest_temperature is None else targets.rest_temperature,
-        K=width, KP=triton.next_power_of_2(width), REST=targets.rest_temperature is not None, **flags,
+        K=width, KP=next_power_of_2(width), BIAS=bias_C is not None,
+        IN_PLACE=gradient_BC.data_ptr() == logits_BC.data_ptr(),
+        REST=targets.rest_temperature is not None, **flags,
         **sparse_block(classes),
     )  # fmt: skip
 
 
 def words_of(size: int) -> int:
     """Count the words that hold a row's bits: rows begin 128 bytes apart, so that no two share a line of a cache."""
-    return 32 * triton.cdiv(size, 1024)
+    return 32 * cdiv(size, 1024)
 
 
 def kept_bits(classes_BK: Tensor, first: int, size: int) -> Tensor:
@@ -105,7 +122,7 @@ def kept_bits(classes_BK: Tensor, first: int, size: int) -> Tensor:
     bits_BW = torch.empty(rows, words, dtype=torch.int32, device=classes_BK.device)
     mark_rows[(rows,)](
         classes_BK.to(torch.int32).contiguous(), bits_BW, first, size, words,
-        K=width, KP=triton.next_power_of_2(width), BLOCK=512,
+        K=width, KP=next_power_of_2(width), BLOCK=512,
     )  # fmt: skip
     return bits_BW
 
@@ -116,9 +133,13 @@ def dense_warps(block: int) -> int:
 
 
 def sparse_block(num_classes: int) -> dict[str, int]:
-    """Size of a sweep's block and its warps, found by ahead-of-time compilation to use few registers."""
-    block = min(4096, max(128, triton.next_power_of_2(num_classes)))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    """Size of a sweep's block, its warps and registers: for long rows so many that a multiprocessor holds one row at a
+    time, and the cache those of all.
+    """
+    block = max(128, next_power_of_2(num_classes))
+    if num_classes >= LONG:
+        return {"BLOCK": min(16_384, block), "num_warps": 32, "maxnreg": 64}
+    return {"BLOCK": min(4096, block), "num_warps": max(1, min(8, block // 512))}
 
 
 def _split(targets: Targets) -> tuple[Tensor, Tensor]:

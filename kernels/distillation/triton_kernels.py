@@ -5,7 +5,7 @@ up the exponentials of all others, without ever subtracting the kept part from t
 solved in registers; a second sweep, whose reads come from the cache, writes the others' gradient, and after a barrier the
 kept classes' is written over it, so that both sweeps move 16 bytes at a time. Sums are kept for every OCTET of
 neighbouring classes, which one thread reads at once: an exponential a class, and one more where a maximum moves. Dense
-labels: the row stays in registers.
+labels: the row stays in registers where it fits, else it is swept twice, too.
 
 Everything is float32 from the moment it is loaded; the losses are those of reference.py, the gradients of
 closed_form.py.
@@ -96,33 +96,44 @@ def mark_rows(classes, bits, first, size, words, K: tl.constexpr, KP: tl.constex
 
 
 @triton.jit
-def _others(z_row, words_row, start, C, column_stride, counts, BLOCK: tl.constexpr, POLICY: tl.constexpr):
+def _others(
+    z_row, bias, words_row, start, C, column_stride, counts,
+    BLOCK: tl.constexpr, BIAS: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
     """Logits of a block of octets, float32 [BLOCK / 8, 8], -inf where a class is kept or does not exist."""
     octet, lane = tl.arange(0, BLOCK // OCTET)[:, None], tl.arange(0, OCTET)[None, :]
     j = start + octet * OCTET + lane
     word = (start + octet * OCTET) // 32
     marks = tl.load(words_row + word, mask=start + octet * OCTET < C, other=0) >> (octet * OCTET % 32)
     z = tl.load(z_row + j * column_stride, mask=j < C, other=-float("inf"), eviction_policy=POLICY).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias + j, mask=j < C, other=0.0).to(tl.float32)
     return tl.where((((marks >> lane) & 1) == 0) & counts, z, -float("inf")), j
 
 
 @triton.jit
 def sparse_rows(
-    logits, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid, losses, gradient,
-    C, row_stride, column_stride, words, T, tau,
-    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid, losses, gradient,
+    C, row_stride, column_stride, gradient_stride, words, T, tau,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, IN_PLACE: tl.constexpr,
     REST: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One row of [B, C] logits with k kept classes; `classes` repeats the row's first where `padding` is set."""
+    """One row of [B, C] logits with k kept classes; `classes` repeats the row's first where `padding` is set.
+
+    IN_PLACE: the gradient takes the place of dense logits, in their dtype or in a narrower one from the row's beginning
+    on; a block is read before it, or what lies before it, is written.
+    """
     NOTHING = -float("inf")
     row = tl.program_id(0).to(tl.int64)
-    z_row, g_row, words_row = logits + row * row_stride, gradient + row * C, bits + row * words
+    z_row, g_row, words_row = logits + row * row_stride, gradient + row * gradient_stride, bits + row * words
     counts = tl.load(valid + row) != 0
     k = tl.arange(0, KP)
     here = k < K
     ids = tl.load(classes + row * K + k, mask=here, other=0)
     absent = (tl.load(padding + row * K + k, mask=here, other=1) != 0) | (k >= K)
     v = tl.load(z_row + ids * column_stride, mask=here & counts, other=0.0).to(tl.float32)
+    if BIAS:
+        v += tl.load(bias + ids, mask=here, other=0.0).to(tl.float32)
     v = tl.where(absent, NOTHING, v)
     target = tl.load(logy + row * K + k, mask=here, other=NOTHING)
     flips, a = tl.zeros([KP], tl.float32), 1.0
@@ -136,7 +147,7 @@ def sparse_rows(
         top = tl.full([BLOCK // OCTET], NOTHING, tl.float32)
         total = tl.zeros([BLOCK // OCTET], tl.float32)
         for start in range(0, C, BLOCK):  # a maximum and a sum in every octet: one reduction over all at the end
-            z, _ = _others(z_row, words_row, start, C, column_stride, counts, BLOCK, "evict_last")
+            z, _ = _others(z_row, bias, words_row, start, C, column_stride, counts, BLOCK, BIAS, "evict_last")
             higher = tl.maximum(top, tl.max(z, axis=1))
             safe = tl.where(higher == NOTHING, 0.0, higher)
             total = total * tl.exp2((top - safe) * by_tau) + tl.sum(tl.exp2((z - safe[:, None]) * by_tau), axis=1)
@@ -156,13 +167,15 @@ def sparse_rows(
     shift = tl.where(rest == NOTHING, float("inf"), rest)
     for start in range(0, C, BLOCK):
         if REST:
-            z, j = _others(z_row, words_row, start, C, column_stride, counts, BLOCK, "evict_first")
+            z, j = _others(z_row, bias, words_row, start, C, column_stride, counts, BLOCK, BIAS, "evict_first")
             slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp2((z - shift) * by_tau))
         else:
             j = start + tl.arange(0, BLOCK // OCTET)[:, None] * OCTET + tl.arange(0, OCTET)[None, :]
             slope = tl.zeros([BLOCK // OCTET, OCTET], tl.float32)
         if ADD:
             slope += tl.load(g_row + j, mask=j < C, other=0.0).to(tl.float32)
+        if IN_PLACE:
+            tl.debug_barrier()
         tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C, eviction_policy="evict_first")
     tl.debug_barrier()  # the kept classes are stored over the zeros that the sweep left in their places
     if ADD:
@@ -197,3 +210,54 @@ def dense_rows(
         g += tl.load(gradient + row * C + j, mask=here, other=0.0).to(tl.float32)
     tl.store(losses + row, loss)
     tl.store(gradient + row * C + j, g.to(gradient.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def dense_sweeps(
+    logits, logy, scale, valid, losses, gradient, C, row_stride, column_stride, T,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One row of [B, C] logits with a target for every class, of any length, without SLaM's mixing."""
+    NOTHING = -float("inf")
+    row = tl.program_id(0).to(tl.int64)
+    z_row, y_row, g_row = logits + row * row_stride, logy + row * C, gradient + row * C
+    counts = tl.load(valid + row) != 0
+    by_t = LOG2_E / T
+    octets = tl.arange(0, BLOCK // OCTET)[:, None] * OCTET + tl.arange(0, OCTET)[None, :]
+    top = tl.full([BLOCK // OCTET], NOTHING, tl.float32)
+    total, mass = tl.zeros([BLOCK // OCTET], tl.float32), tl.zeros([BLOCK // OCTET], tl.float32)
+    for start in range(0, C, BLOCK):
+        j = start + octets
+        here = (j < C) & counts
+        z = tl.load(z_row + j * column_stride, mask=here, other=NOTHING, eviction_policy="evict_last").to(tl.float32)
+        target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_last")
+        higher = tl.maximum(top, tl.max(z, axis=1))
+        safe = tl.where(higher == NOTHING, 0.0, higher)
+        total = total * tl.exp2((top - safe) * by_t) + tl.sum(tl.exp2((z - safe[:, None]) * by_t), axis=1)
+        mass += tl.sum(tl.where(z == NOTHING, 0.0, tl.exp(target)), axis=1)
+        top = higher
+    best = tl.max(top, axis=0)
+    best = tl.where(best == NOTHING, 0.0, best)
+    whole = tl.log(tl.sum(total * tl.exp2((top - best) * by_t), axis=0))
+    of_row = tl.sum(mass, axis=0)
+    factor = tl.where(counts, tl.load(scale + row), 0.0)
+    loss = tl.zeros([BLOCK // OCTET], tl.float32)
+    for start in range(0, C, BLOCK):
+        j = start + octets
+        here = (j < C) & counts
+        z = tl.load(z_row + j * column_stride, mask=here, other=NOTHING, eviction_policy="evict_first").to(tl.float32)
+        target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_first")
+        logf = tl.where(z == NOTHING, NOTHING, (z - best) / T - whole)
+        y = tl.where(z == NOTHING, 0.0, tl.exp(target))
+        value = -logf
+        if ENTROPY:
+            value += target
+        loss += tl.sum(tl.where(y > 0, y * value, 0.0), axis=1)
+        slope = tl.where(counts, T * factor * (tl.exp(logf) * of_row - y), 0.0)
+        if ADD:
+            slope += tl.load(g_row + j, mask=j < C, other=0.0).to(tl.float32)
+        tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C, eviction_policy="evict_first")
+    sum_of_row = tl.where(counts, T * T * factor * tl.sum(loss, axis=0), 0.0)
+    if ADD:
+        sum_of_row += tl.load(losses + row)
+    tl.store(losses + row, sum_of_row)

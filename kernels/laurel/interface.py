@@ -163,7 +163,12 @@ def _coefficients(
 ) -> Tensor:
     """Put alpha, beta and the gammas into one tensor, through which autograd reaches each."""
     dtype, device = width_of(update.dtype), update.device
-    parts = [torch.as_tensor(1.0 if x is None else x, dtype=dtype, device=device).reshape(1) for x in (alpha, beta)]
+    parts = [
+        x.to(device=device, dtype=dtype).reshape(1)
+        if isinstance(x, Tensor)
+        else torch.full((1,), 1.0 if x is None else x, dtype=dtype, device=device)  # copies nothing to a GPU
+        for x in (alpha, beta)
+    ]
     return torch.cat(parts if gamma is None else [*parts, gamma.to(dtype)])
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from distilbeam.kernels.laurel.operands import Gradients, Kept, Made, Operands, Slopes, Wanted
 from distilbeam.kernels.laurel.triton_kernels import column_sums, residual_rows, slope_rows
 from distilbeam.kernels.quantize.formats import Format
 from distilbeam.kernels.quantize.triton_backend import constants
+from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 ARGUMENTS = 4  # earlier residuals
 PROGRAMS = 512  # of the sums over rows: enough to fill a GPU
@@ -38,7 +38,7 @@ def forward(operands: Operands, target: Format | None) -> Made:
     formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if target is None else constants(target)
     given = [_or(one, f) for one in (coefficients, _dense(down), _dense(up), norm_weight)]
     results = [_or(one, f) for one in (made.total, made.low, made.inverse)]
-    residual_rows[(triton.cdiv(rows, tile["BM"]),)](
+    residual_rows[(cdiv(rows, tile["BM"]),)](
         f, x, *given, *_padded(previous, f), *results,
         _or(made.normed if made.values is None else made.values, f), _or(made.scale, f), rows, dim, rank,
         RANK=padded_rank(rank), COUNT=len(previous), PRECISION=precision(f), NORM=norm_weight is not None,
@@ -76,7 +76,7 @@ def row_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
     Returns:
       The tile, found by ahead-of-time compilation to leave nothing over that does not fit the registers.
     """
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, next_power_of_2(dim))
     if not rank:
         return {"BM": 4, "BD": min(512, width), "num_warps": 4, "num_stages": 2}
     tall = 64 if rows >= 16_384 and rank <= 32 else 32 if rows >= 4096 else 16
@@ -86,15 +86,15 @@ def row_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
 
 def column_tile(rows: int, dim: int, rank: int, exact: bool) -> dict[str, int]:
     """Choose the tile of the sums over rows, and how many blocks of rows a program adds up."""
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, next_power_of_2(dim))
     tile = {"BM": 16 if exact else 32, "BD": min(64 if rank <= 32 else 32, width), "num_warps": 8, "num_stages": 2}
-    blocks, columns = triton.cdiv(rows, tile["BM"]), triton.cdiv(dim, tile["BD"])
-    return {**tile, "SPLIT": max(1, triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // columns))))}
+    blocks, columns = cdiv(rows, tile["BM"]), cdiv(dim, tile["BD"])
+    return {**tile, "SPLIT": max(1, cdiv(blocks, max(1, min(blocks, PROGRAMS // columns))))}
 
 
 def padded_rank(rank: int) -> int:
     """Bring the rank to what the matrix instructions take; 0 stays 0."""
-    return max(16, triton.next_power_of_2(rank)) if rank else 0
+    return max(16, next_power_of_2(rank)) if rank else 0
 
 
 def precision(x: Tensor) -> str:
@@ -116,7 +116,7 @@ def _slopes(
     d_update, d_residual, d_previous = out
     operands = [_or(x, given) for x in (slopes.total, slopes.normed, kept.total, kept.inverse, kept.norm_weight)]
     maps = [_or(_dense(x), given) for x in (kept.down, kept.up)]
-    slope_rows[(triton.cdiv(rows, tile["BM"]),)](
+    slope_rows[(cdiv(rows, tile["BM"]),)](
         *operands, kept.coefficients, *maps, _or(d_update, given), _or(d_residual, given),
         *_padded(d_previous, given), low, means, rows, dim, rank,
         RANK=padded_rank(rank), PRECISION=precision(given), DIRECT=slopes.total is not None,
@@ -136,34 +136,33 @@ def _sums(
     if not (maps or weight or learned):
         return None, None, None, None
     tile: dict[str, Any] = column_tile(rows, dim, rank, given.dtype == torch.float32)
-    columns, parts = triton.cdiv(dim, tile["BD"]), triton.cdiv(triton.cdiv(rows, tile["BM"]), tile["SPLIT"])
+    columns, parts = cdiv(dim, tile["BD"]), cdiv(cdiv(rows, tile["BM"]), tile["SPLIT"])
 
-    def zeros(*shape: int) -> Tensor:
-        return given.new_zeros(parts, *shape, dtype=torch.float32)
-
-    d_down, d_up = zeros(dim, rank if maps else 0), zeros(rank if maps else 0, dim)
-    d_weight, d_coefficients = zeros(dim if weight else 0), zeros(columns, 2 + count)
+    # one buffer, one sum over the parts: A's gradient, B's, the norm weight's, the coefficients'
+    of_map, of_weight = dim * rank if maps else 0, dim if weight else 0
+    width = 2 * of_map + of_weight + columns * (2 + count)
+    sums_PW = given.new_empty(parts, width, dtype=torch.float32) if given.numel() else given.new_zeros(1, width).float()
     slopes_and_norm = (slopes.total, slopes.normed, kept.total, kept.inverse, means, kept.norm_weight)
     operands = [_or(_dense(x), given) for x in (*slopes_and_norm, kept.update, kept.residual)]
-    lows = [_or(kept.low, given), slope_low]
     if given.numel():
+        first_W = sums_PW[0]
         column_sums[(columns, parts)](
-            *operands, *_padded([_dense(p) for p in kept.previous[:count]], given), *lows,
-            d_down, d_up, d_weight, d_coefficients, rows, dim, rank,
+            *operands, *_padded([_dense(p) for p in kept.previous[:count]], given), _or(kept.low, given), slope_low,
+            first_W, first_W[of_map:], first_W[2 * of_map :], first_W[2 * of_map + of_weight :], rows, dim, rank, width,
             RANK=padded_rank(rank) or 16, PRECISION=precision(given), DIRECT=slopes.total is not None,
             NORM=slopes.normed is not None, MAPS=maps, WEIGHT=weight, ALPHA=wanted.alpha, BETA=wanted.beta,
-            COUNT=count, **tile,
+            INNER=wanted.beta and rank > 0, COUNT=count, **tile,
         )  # fmt: skip
-    factors = d_coefficients.sum(dim=(0, 1))
-    if wanted.beta and rank:
-        assert kept.low is not None
-        factors[1] += (kept.low * slope_low).sum()
-    beta = kept.coefficients[1]
+    total_W = sums_PW.sum(dim=0)
+    of_maps = kept.coefficients[1] * total_W[: 2 * of_map] if maps else total_W
+    factors = total_W[2 * of_map + of_weight :].view(columns, 2 + count).sum(dim=0) if learned else None
+    if factors is not None and len(factors) < len(kept.coefficients):
+        factors = torch.nn.functional.pad(factors, (0, len(kept.coefficients) - len(factors)))
     return (
-        torch.nn.functional.pad(factors, (0, len(kept.coefficients) - len(factors))) if learned else None,
-        beta * d_down.sum(dim=0) if maps else None,
-        beta * d_up.sum(dim=0) if maps else None,
-        d_weight.sum(dim=0) if weight else None,
+        factors,
+        of_maps[:of_map].view(dim, rank) if maps else None,
+        of_maps[of_map:].view(rank, dim) if maps else None,
+        total_W[2 * of_map : 2 * of_map + of_weight] if weight else None,
     )
 
 

@@ -179,14 +179,19 @@ def slope_rows(
 @triton.jit
 def column_sums(
     d_total, d_normed, total, inverse, means, norm_weight, f, x, p0, p1, p2, p3, low, slope_low,
-    d_down, d_up, d_weight, d_coefficients, M, D, R,
+    d_down, d_up, d_weight, d_coefficients, M, D, R, stride,
     SPLIT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     DIRECT: tl.constexpr, NORM: tl.constexpr, MAPS: tl.constexpr, WEIGHT: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, COUNT: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, INNER: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Sum up BD columns over SPLIT blocks of BM rows; the results of all programs are added up afterwards."""
+    """Sum up BD columns over SPLIT blocks of BM rows; the results of all parts, `stride` apart, are added up afterwards.
+
+    INNER: the gradient of beta has the product of `low` and `slope_low`, which the first columns' programs add to theirs.
+    """
     j = tl.program_id(0) * BD + tl.arange(0, BD)
     part = tl.program_id(1)
+    from_part = part.to(tl.int64) * stride
+    inner = tl.zeros([BM], tl.float32)
     sum_down, sum_up = tl.zeros([BD, RANK], tl.float32), tl.zeros([RANK, BD], tl.float32)
     # sums of single numbers stay spread over the tile: one reduction at the end
     of_weight, of_alpha, of_beta = (
@@ -213,11 +218,13 @@ def column_sums(
             tile = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
             if BETA:
                 of_beta += g * tile
+            if MAPS or INNER:
+                v, u = _low_tile(slope_low, row, M, R, RANK), _low_tile(low, row, M, R, RANK)
             if MAPS:
-                v = _low_tile(slope_low, row, M, R, RANK)
                 sum_down = tl.dot(tl.trans(tile), v, sum_down, input_precision=PRECISION)
-                u = _low_tile(low, row, M, R, RANK)
                 sum_up = tl.dot(tl.trans(u), g, sum_up, input_precision=PRECISION)
+            if INNER:
+                inner += tl.sum(u * v, axis=1)
         if COUNT > 0:
             of_0 += g * tl.load(p0 + place, mask=there, other=0.0).to(tl.float32)
         if COUNT > 1:
@@ -228,14 +235,14 @@ def column_sums(
             of_3 += g * tl.load(p3 + place, mask=there, other=0.0).to(tl.float32)
     if MAPS:
         column, rank = j[:, None], tl.arange(0, RANK)[None, :]
-        tl.store(d_down + (part * D + column) * R + rank, sum_down, mask=(column < D) & (rank < R))
+        tl.store(d_down + from_part + column * R + rank, sum_down, mask=(column < D) & (rank < R))
         column, rank = j[None, :], tl.arange(0, RANK)[:, None]
-        tl.store(d_up + (part * R + rank) * D + column, sum_up, mask=(column < D) & (rank < R))
+        tl.store(d_up + from_part + rank * D + column, sum_up, mask=(column < D) & (rank < R))
     if WEIGHT:
-        tl.store(d_weight + part * D + j, tl.sum(of_weight, axis=0), mask=j < D)
-    sums = d_coefficients + (part * tl.num_programs(0) + tl.program_id(0)) * (2 + COUNT)
+        tl.store(d_weight + from_part + j, tl.sum(of_weight, axis=0), mask=j < D)
+    sums = d_coefficients + from_part + tl.program_id(0) * (2 + COUNT)
     tl.store(sums, tl.sum(of_alpha))
-    tl.store(sums + 1, tl.sum(of_beta))
+    tl.store(sums + 1, tl.sum(of_beta) + tl.where(tl.program_id(0) == 0, tl.sum(inner), 0.0))
     if COUNT > 0:
         tl.store(sums + 2, tl.sum(of_0))
     if COUNT > 1:

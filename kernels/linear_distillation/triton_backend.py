@@ -1,7 +1,10 @@
-"""The fused last layer and loss with Triton: logits are made in tiles, summed up, made again, and never all held.
+"""The fused last layer and loss with Triton, in one of two orders; imported when it is chosen.
 
-A tile's gradient is stored in the dtype of the layer, in a buffer of some classes of all rows, from which the library's
-matrix products bring it to hidden and weight with float32 sums. Imported when it is chosen.
+* by rows: the library's product makes the float32 logits of some rows, whose gradient takes their place in the dtype of
+  the layer, and two products bring it to hidden and weight. Three products of 2 B H C operations in all, at the library's
+  speed.
+* by classes, for 8-bit layers: logits are made in tiles, summed up and made again, and never all held. A tile's gradient is
+  stored in a buffer of some classes of all rows. Four products.
 """
 
 from __future__ import annotations
@@ -9,19 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_backend import kept_bits
+from distilbeam.kernels.distillation.triton_backend import kept_bits, launch
 from distilbeam.kernels.linear_distillation.buckets import Solved, solve
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
 from distilbeam.kernels.linear_distillation.gradients import Gradients, apply_fused
 from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 from distilbeam.kernels.linear_distillation.triton_kernels import gradient_of_tile, kept_logits, rest_of_tiles
+from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
-BUFFER_ELEMENTS = 1 << 26
+ROWS_BYTES = 1 << 30  # of the logits that are held together by rows
+BUFFER_ELEMENTS = 1 << 26  # numbers of the gradient that are held together by classes
 PROGRAMS = 512  # enough to fill a GPU: classes are split until there are as many
 TILE = {"BM": 64, "BN": 128, "BH": 64}
 WARPS, STAGES = 8, 3
@@ -33,6 +37,56 @@ def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
 
 
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    if operands.hidden_scale is None:
+        return _by_rows(operands, terms, wanted)
+    return _by_classes(operands, terms, wanted)
+
+
+def _by_rows(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    (count, classes), dtype = (len(operands.hidden), len(operands.weight)), operands.hidden.dtype
+    at_once = rows_at_once(count, classes, len(terms))
+    in_parts = Gradients.empty(operands, (False, wanted[1], wanted[2]), torch.float32)
+    sums = Gradients.empty(operands, (wanted[0], wanted[1] and at_once == count, False), dtype)
+    sums = sums._replace(weight=in_parts.weight if sums.weight is None else sums.weight, bias=in_parts.bias)
+    losses_B = torch.empty_like(terms[0].scale)
+    if not count:
+        return losses_B, Gradients.zeros(operands, wanted, torch.float32)
+    logits_RC = operands.hidden.new_empty(at_once, classes, dtype=torch.float32)
+    apart_RC = operands.hidden.new_empty(at_once, classes) if len(terms) > 1 else None
+    for start in range(0, count, at_once):
+        rows = slice(start, min(start + at_once, count))
+        hidden_RH = operands.hidden[rows]
+        z_RC = product(hidden_RH, operands.weight.T, out=logits_RC[: len(hidden_RH)])
+        slope_RC = z_RC.view(dtype)[:, :classes] if apart_RC is None else apart_RC[: len(hidden_RH)]
+        for number, term in enumerate(terms):
+            launch(z_RC, term.rows(rows), losses_B[rows], slope_RC, add=number > 0, bias_C=operands.bias)
+        if sums.hidden is not None:
+            product(slope_RC, operands.weight, out=sums.hidden[rows])
+        if sums.weight is not None:
+            _add_product(sums.weight, slope_RC.T, hidden_RH, first=start == 0)
+        if sums.bias is not None:
+            of_rows = slope_RC.sum(dim=0, dtype=torch.float32)
+            sums.bias.copy_(of_rows if start == 0 else sums.bias + of_rows)
+    return losses_B, sums
+
+
+def rows_at_once(count: int, classes: int, terms: int) -> int:
+    """Say of how many of `count` rows all logits are held together: equal parts of the fewest that fit."""
+    bytes_of_row = classes * (4 if terms == 1 else 8)
+    parts = cdiv(count, max(1, ROWS_BYTES // bytes_of_row)) if count else 1
+    return min(count, 16 * cdiv(cdiv(count, parts), 16))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    if first:
+        product(a, b, out=total)
+    elif a.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _by_classes(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
     operands = operands._replace(hidden=operands.hidden.contiguous(), weight=operands.weight.contiguous())
     sums = Gradients.zeros(operands, wanted, torch.float32)
     solved = [_first_pass(operands, term) for term in terms] if len(operands.hidden) else []
@@ -99,7 +153,7 @@ def _spread(part: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, fi
     rows, size = len(part.hidden), len(part.weight)
     assert targets.classes is not None
     bits_BW = kept_bits(targets.classes, first, size)
-    grid = (triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"]))
+    grid = (cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
         *_pointers(part), bits_BW, one.rest, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
         buffer_BW.shape[1], targets.rest_temperature or 1.0, ADD=add, num_warps=WARPS, num_stages=STAGES, **_flags(part), **TILE,
@@ -120,10 +174,13 @@ def _accumulate(part: Operands, gradient_BW: Tensor, classes: slice, sums: Gradi
         sums.bias[classes] = gradient_BW.sum(dim=0, dtype=torch.float32)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices of the same dtype into float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply matrices of the same dtype with float32 sums, into float32 or the dtype of `out`."""
+    dtype = torch.float32 if out is None else out.dtype
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+    if out is not None:
+        return torch.mm(a, b, out=out) if a.dtype == dtype else out.copy_(a.to(dtype) @ b.to(dtype))
     return a.float() @ b.float()
 
 
@@ -133,7 +190,7 @@ def _kept(operands: Operands, classes_BK: Tensor) -> Tensor:
     flags = {name: flag for name, flag in _flags(operands).items() if name in ("BIAS", "SCALED")}
     kept_logits[(rows,)](
         *_pointers(operands), classes_BK.to(torch.int32), logits_BK, operands.hidden.shape[1],
-        K=width, KP=triton.next_power_of_2(width), BH=64, **flags,
+        K=width, KP=next_power_of_2(width), BH=64, **flags,
     )  # fmt: skip
     return logits_BK
 
@@ -146,9 +203,9 @@ def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> Tensor:
 def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) -> Tensor:
     rows, size = len(part.hidden), len(part.weight)
     bits_BW = kept_bits(classes_BK, first, size)
-    blocks, tiles = triton.cdiv(rows, TILE["BM"]), triton.cdiv(size, TILE["BN"])
-    split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
-    parts = triton.cdiv(tiles, split)
+    blocks, tiles = cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"])
+    split = cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
+    parts = cdiv(tiles, split)
     tops, totals = torch.empty(2, parts, rows, device=part.hidden.device).unbind()
     rest_of_tiles[(blocks, parts)](
         *_pointers(part), bits_BW, tops, totals, rows, size, part.hidden.shape[1], bits_BW.shape[1], tau,

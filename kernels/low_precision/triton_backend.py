@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from distilbeam.kernels.low_precision.triton_kernels import scaled_product
+from distilbeam.kernels.sizes import cdiv
 
 TILE = {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}
 SMALL_TILE = {"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}
@@ -22,7 +22,7 @@ def product(
     (rows, inner), outputs = a_MK.shape, len(b_NK)
     y_MN = torch.empty(rows, outputs, dtype=dtype, device=a_MK.device)
     tile = tile_of(rows, outputs)
-    grid = (triton.cdiv(rows, tile["BM"]) * triton.cdiv(outputs, tile["BN"]),)
+    grid = (cdiv(rows, tile["BM"]) * cdiv(outputs, tile["BN"]),)
     scaled_product[grid](
         a_MK, b_NK, scale_a.contiguous(), scale_b.contiguous(), scale_b if bias_N is None else bias_N, y_MN,
         rows, outputs, inner, WHOLE=a_MK.dtype == torch.int8, BIAS=bias_N is not None, **tile, **LAUNCH,
@@ -32,5 +32,5 @@ def product(
 
 def tile_of(rows: int, outputs: int) -> dict[str, int]:
     """Choose the tile of a product."""
-    blocks = triton.cdiv(rows, TILE["BM"]) * triton.cdiv(outputs, TILE["BN"])
+    blocks = cdiv(rows, TILE["BM"]) * cdiv(outputs, TILE["BN"])
     return TILE if blocks >= SMALL_TILE_BLOCKS else SMALL_TILE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from distilbeam.kernels.quantize.formats import Format
 from distilbeam.kernels.quantize.triton_kernels import quantize_rows
+from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 
 def quantize(x: Tensor, target: Format) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def quantize(x: Tensor, target: Format) -> tuple[Tensor, Tensor]:
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     tile = tile_of(dim)
     if count:
-        quantize_rows[(triton.cdiv(count, tile["ROWS"]),)](
+        quantize_rows[(cdiv(count, tile["ROWS"]),)](
             rows_MD, values, scale, count, dim, rows_MD.stride(0), **tile, **constants(target)
         )
     return values, scale
@@ -28,7 +28,7 @@ def quantize(x: Tensor, target: Format) -> tuple[Tensor, Tensor]:
 
 def tile_of(dim: int) -> dict[str, int | bool]:
     """Choose the tile for rows of a length: a row in registers where it fits, several where it is short."""
-    block = min(8192, max(16, triton.next_power_of_2(dim)))
+    block = min(8192, max(16, next_power_of_2(dim)))
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "ONCE": dim <= block, "num_warps": max(1, min(8, rows * block // 512))}
 

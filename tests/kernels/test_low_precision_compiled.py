@@ -38,7 +38,7 @@ ROWS = (
     "d2",
     "d3",
 )
-SIZES = ("M", "N", "K", "D", "R", "row_stride")
+SIZES = ("M", "N", "K", "D", "R", "row_stride", "stride")
 
 
 def signature(kernel, constants, rows="*bf16", **special):
@@ -153,6 +153,7 @@ def test_residuals_fit_their_registers(capability, shape, form, rows):
         "RANK": triton_backend.padded_rank(rank) or 16,
     }
     sums |= {"COUNT": 0, "DIRECT": True, "MAPS": rank > 0, "WEIGHT": form is not None, "ALPHA": True, "BETA": True}
+    sums |= {"INNER": rank > 0}
     normed = HELD[form] if form or not exact else "*fp32"
     found = {
         "forward": compiled(capability, triton_kernels.residual_rows, forward, rows=rows, normed=normed),

@@ -65,6 +65,22 @@ def test_odd_shapes(shape, rng):
     check(torch.randn(rows, classes, generator=rng), TopKLabels(top.values, top.indices), objective="tail")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("objective", "temperature"), [("kl", 1.0), ("kl", 2.5), ("ce", 1.0)])
+def test_long_dense_rows(dtype, objective, temperature, rng):
+    rows, classes = 4, 5003
+    teacher = (3 * torch.randn(rows, classes, generator=rng, dtype=torch.float64)).log_softmax(1)
+    teacher[1, 40:] = -torch.inf
+    logits = (4 * torch.randn(rows, classes, generator=rng)).to(dtype)
+    logits[2, :7] = -torch.inf  # classes that do not exist
+    mask = torch.tensor([True, True, True, False])
+    logits[3] = torch.nan
+    hard = torch.tensor([3, -100, 5000, 6])  # a second term, added to the first
+    options = {"objective": objective, "temperature": temperature, "mask": mask}
+    check(logits, DenseLabels(teacher), **options)
+    check(logits, DenseLabels(teacher), hard=hard, hard_share=0.4, **options)
+
+
 def test_rows_that_do_not_count_and_true_classes(make_labels, rng):
     logits = torch.randn(ROWS, 70, generator=rng)
     mask = torch.tensor([True, False, True, True, False, True])
@@ -131,6 +147,33 @@ def test_nothing_is_written_outside_the_gradient(make_labels, rng):
         assert bool(torch.isfinite(inner).all())
         assert bool(torch.isnan(around[:margin]).all())
         assert bool(torch.isnan(around[-margin:]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [45, 9000])
+def test_the_gradient_may_take_the_place_of_the_logits(dtype, classes, rng):
+    from distilbeam.kernels.distillation.terms import Options, make_terms
+    from distilbeam.kernels.distillation.triton_backend import launch
+
+    rows = 5
+    logits = torch.randn(rows, classes, generator=rng).to(DEVICE)
+    bias = torch.randn(classes, generator=rng).to(DEVICE, dtype)
+    top = torch.randn(rows, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(4, dim=1)
+    labels = moved(TopKLabels(top.values, top.indices))
+    (term,) = make_terms(labels, rows, classes, torch.float32, logits.device, Options(objective="tail"))
+    losses, again = torch.empty(2, rows, device=DEVICE).unbind()
+    apart = torch.empty(rows, classes, dtype=dtype, device=DEVICE)
+    launch(logits, term, losses, apart, add=False, bias_C=bias)
+    exact = (logits + bias.float()).double().requires_grad_()
+    truth = distill_loss(exact, labels, objective="tail", reduction="none", implementation="reference")
+    torch.testing.assert_close(losses * rows, truth.detach().float(), rtol=3e-5, atol=3e-6)
+    rtol = max(6e-6, 2 * torch.finfo(dtype).eps)
+    slope = rows * apart.double()
+    torch.testing.assert_close(slope, torch.autograd.grad(truth.sum(), exact)[0], rtol=rtol, atol=2e-6)
+    taken = logits.view(dtype)[:, :classes]
+    launch(logits, term, again, taken, add=False, bias_C=bias)
+    assert torch.equal(losses, again)
+    assert torch.equal(taken, apart)
 
 
 def unpacked(words, size):
@@ -216,6 +259,7 @@ def test_the_fused_layer_in_fewer_bits(form, objective, reduction, make_labels, 
     from distilbeam.kernels.linear_distillation import triton_backend
 
     monkeypatch.setattr(triton_backend, "BUFFER_ELEMENTS", 1)  # tiles of 128 classes
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 2)  # several tiles to a program
     operands, labels = layer(rng, ROWS, 80, 150, torch.float32), make_labels("top_k", ROWS, 150)
     upstream = torch.randn(ROWS, generator=rng) if reduction == "none" else None
     options = {"objective": objective, "temperature": 1.5, "reduction": reduction}
@@ -232,19 +276,28 @@ def test_the_fused_layer_in_fewer_bits(form, objective, reduction, make_labels, 
         assert ((slope.cpu().double() - true).abs() <= (1.01 * 2**-7 + rtol) * size + 1e-7).all()
 
 
-def test_the_fused_layer_in_several_tiles_with_masks_and_true_classes(make_labels, rng, monkeypatch):
+def test_the_fused_layer_in_several_parts_with_masks_and_true_classes(make_labels, rng, monkeypatch):
     from distilbeam.kernels.linear_distillation import triton_backend
 
-    monkeypatch.setattr(triton_backend, "BUFFER_ELEMENTS", 1)  # tiles of 128 classes
-    monkeypatch.setattr(triton_backend, "PROGRAMS", 2)  # several tiles to a program
-    operands = layer(rng, ROWS, 33, 333, torch.float32)
-    mask = torch.tensor([True, True, False, True, True, True])
+    monkeypatch.setattr(triton_backend, "ROWS_BYTES", 1)  # as few rows at once as there can be: 16
+    rows = 40
+    operands = layer(rng, rows, 33, 333, torch.float32)
+    mask = torch.arange(rows) % 3 != 2
     operands[0][2] = torch.nan
     operands[2][320:] = -torch.inf
-    hard = torch.tensor([3, -100, 5, 130, 7, -100])
-    labels = make_labels("top_k", ROWS, 300)
-    upstream = torch.randn(ROWS, generator=rng)
+    hard = torch.tensor([3, -100, 5, 130, 7, -100, 300, 2]).repeat(5)
+    labels = make_labels("top_k", rows, 300)
+    upstream = torch.randn(rows, generator=rng)
     check_linear(operands, labels, upstream, objective="tail", mask=mask, hard=hard, hard_share=0.4)
+    check_linear(operands, labels, objective="tail", mask=mask, temperature=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_layer_in_several_parts_adds_up_in_float32(dtype, make_labels, rng, monkeypatch):
+    from distilbeam.kernels.linear_distillation import triton_backend
+
+    monkeypatch.setattr(triton_backend, "ROWS_BYTES", 1)
+    check_linear(layer(rng, 70, 48, 300, dtype), make_labels("top_k", 70, 300), objective="tail")
 
 
 def test_the_fused_layer_without_bias_or_rows(make_labels, rng):
@@ -270,6 +323,6 @@ def test_what_the_kernels_cannot_do_is_said(make_labels):
     operands = [x.to(DEVICE) for x in layer(torch.Generator(), ROWS, 4, 9, torch.float32)]
     with pytest.raises(NotImplementedError, match="triton: dense labels hold a value for every class anyway"):
         linear_distill_loss(*operands, moved(make_labels("dense", ROWS, 9)), implementation="triton")
-    wide = DenseLabels(torch.zeros(1, 5000, device=DEVICE))
-    with pytest.raises(NotImplementedError, match="dense labels have at most 4,096 classes there, got 5,000"):
-        distill_loss(torch.zeros(1, 5000, device=DEVICE), wide, implementation="triton")
+    wide, mixed = DenseLabels(torch.zeros(1, 5000, device=DEVICE)), {"objective": "slam", "accuracy": 0.7}
+    with pytest.raises(NotImplementedError, match="dense labels of slam have at most 4,096 classes there, got 5,000"):
+        distill_loss(torch.zeros(1, 5000, device=DEVICE), wide, implementation="triton", **mixed)
