@@ -15,6 +15,7 @@ from distilbeam.kernels.distillation.triton_kernels import dense_rows, dense_swe
 from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 MOST_IN_REGISTERS = 4_096  # classes of a dense row
+LONG_DENSE = {"BLOCK": 8192, "num_warps": 32, "maxnreg": 64}
 LONG = 48_000  # classes of a row that is worth a whole multiprocessor
 LOOK = 1 << 24  # numbers of a gradient from which it is worth to look whether its factor is one
 
@@ -75,7 +76,7 @@ def launch(
         if classes > MOST_IN_REGISTERS:
             dense_sweeps[(rows,)](
                 logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, *strides, targets.temperature,
-                ENTROPY=targets.entropy, ADD=add, **sparse_block(classes),
+                ENTROPY=targets.entropy, ADD=add, **LONG_DENSE,
             )  # fmt: skip
             return
         flip_BC = logy_BC if targets.flip is None else targets.flip
@@ -133,13 +134,13 @@ def dense_warps(block: int) -> int:
 
 
 def sparse_block(num_classes: int) -> dict[str, int]:
-    """Size of a sweep's block, its warps and registers: for long rows so many that a multiprocessor holds one row at a
-    time, and the cache those of all.
+    """Size of a sweep's block, its warps and registers, measured: so many for long rows that few of these are on their way
+    at a time, and the cache holds more of each until it is read again.
     """
     block = max(128, next_power_of_2(num_classes))
     if num_classes >= LONG:
-        return {"BLOCK": min(16_384, block), "num_warps": 32, "maxnreg": 64}
-    return {"BLOCK": min(4096, block), "num_warps": max(1, min(8, block // 512))}
+        return {"BLOCK": min(32_768, block), "num_warps": 32, "maxnreg": 64}
+    return {"BLOCK": min(8192, block), "num_warps": max(1, min(16, block // 512)), "maxnreg": 32 if block > 4096 else 64}
 
 
 def _split(targets: Targets) -> tuple[Tensor, Tensor]:

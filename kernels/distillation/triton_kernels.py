@@ -2,8 +2,8 @@
 
 Sparse labels: a bit per class says which classes are kept; the program sets its row's. A first sweep over the row sums
 up the exponentials of all others, without ever subtracting the kept part from the whole; the problem over the buckets is
-solved in registers; a second sweep, whose reads come from the cache, writes the others' gradient, and after a barrier the
-kept classes' is written over it, so that both sweeps move 16 bytes at a time. Sums are kept for every OCTET of
+solved in registers; a second sweep, backwards through what the cache still holds, writes the others' gradient, and after
+a barrier the kept classes' is written over it, so that both sweeps move 16 bytes at a time. Sums are kept for every OCTET of
 neighbouring classes, which one thread reads at once: an exponential a class, and one more where a maximum moves. Dense
 labels: the row stays in registers where it fits, else it is swept twice, too.
 
@@ -165,7 +165,10 @@ def sparse_rows(
         loss += tl.load(losses + row)
     tl.store(losses + row, loss)
     shift = tl.where(rest == NOTHING, float("inf"), rest)
-    for start in range(0, C, BLOCK):
+    last = (C - 1) // BLOCK * BLOCK
+    for passed in range(0, C, BLOCK):
+        # backwards, from what was read last and is in the cache yet
+        start = passed if IN_PLACE else last - passed
         if REST:
             z, j = _others(z_row, bias, words_row, start, C, column_stride, counts, BLOCK, BIAS, "evict_first")
             slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp2((z - shift) * by_tau))
@@ -242,8 +245,9 @@ def dense_sweeps(
     of_row = tl.sum(mass, axis=0)
     factor = tl.where(counts, tl.load(scale + row), 0.0)
     loss = tl.zeros([BLOCK // OCTET], tl.float32)
-    for start in range(0, C, BLOCK):
-        j = start + octets
+    last = (C - 1) // BLOCK * BLOCK
+    for passed in range(0, C, BLOCK):
+        j = last - passed + octets
         here = (j < C) & counts
         z = tl.load(z_row + j * column_stride, mask=here, other=NOTHING, eviction_policy="evict_first").to(tl.float32)
         target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_first")

@@ -3,8 +3,9 @@
 * by rows: the library's product makes the float32 logits of some rows, whose gradient takes their place in the dtype of
   the layer, and two products bring it to hidden and weight. Three products of 2 B H C operations in all, at the library's
   speed.
-* by classes, for 8-bit layers: logits are made in tiles, summed up and made again, and never all held. A tile's gradient is
-  stored in a buffer of some classes of all rows. Four products.
+* by classes, for 8-bit layers and for few features, where moving the logits takes longer than making them again: logits
+  are made in tiles, summed up and made again, and never held. A tile's gradient is stored in the dtype of the layer, in a
+  buffer of some classes of all rows, from which the library's products bring it on. Four products.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ BUFFER_ELEMENTS = 1 << 26  # numbers of the gradient that are held together by c
 PROGRAMS = 512  # enough to fill a GPU: classes are split until there are as many
 TILE = {"BM": 64, "BN": 128, "BH": 64}
 WARPS, STAGES = 8, 3
+FEWEST_FEATURES = 512  # by rows: below, 12 bytes more a logit cost more than one more product (4.2 TB/s, 430 TFLOP/s)
 
 
 def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
@@ -37,7 +39,7 @@ def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
 
 
 def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    if operands.hidden_scale is None:
+    if operands.hidden_scale is None and operands.hidden.shape[1] >= FEWEST_FEATURES:
         return _by_rows(operands, terms, wanted)
     return _by_classes(operands, terms, wanted)
 

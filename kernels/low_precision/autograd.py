@@ -13,6 +13,7 @@ coarse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilbeam.kernels.low_precision.products import Product
-from distilbeam.kernels.quantize import reference as quantizing
-from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows
+from distilbeam.kernels.quantize.formats import QuantizedRows
 
 Gradients = Literal["bf16", "fp8"]
 
@@ -31,6 +31,7 @@ class Recipe(NamedTuple):
 
     product: Product
     gradients: Gradients
+    quantize: Callable[[Tensor], QuantizedRows]
 
 
 class LinearFunction(torch.autograd.Function):
@@ -75,9 +76,9 @@ def _back(slope_PQ: Tensor, values_QR: Tensor, recipe: Recipe, dtype: torch.dtyp
     if not values_QR.numel() or not slope_PQ.numel():
         return slope_PQ.new_zeros(len(slope_PQ), values_QR.shape[1], dtype=dtype)
     if recipe.gradients == "fp8":
-        values, scale = quantizing.quantize(slope_PQ, FORMATS["fp8"])
-        ones = scale.new_ones(values_QR.shape[1], 1)
-        return recipe.product(values, scale, values_QR.T, ones, None, dtype)
+        rows = recipe.quantize(slope_PQ)
+        ones = rows.scale.new_ones(values_QR.shape[1], 1)
+        return recipe.product(rows.values, rows.scale, values_QR.T, ones, None, dtype)
     if slope_PQ.is_cuda:
         return torch.mm(slope_PQ.bfloat16(), values_QR.bfloat16(), out_dtype=torch.float32).to(dtype)
     return (slope_PQ.bfloat16().float() @ values_QR.float()).to(dtype)

@@ -119,7 +119,7 @@ def _linear(
         x = rows.flattened() if isinstance(rows, QuantizedRows) else quantize(rows.reshape(-1, rows.shape[-1]))
         w = quantize(weight.detach()) if cache is None else cache.rows_of(weight, quantize)
         straight = x.values.new_zeros((), dtype=call.dtype).expand(x.shape) if x.straight is None else x.straight
-        recipe = Recipe(named(name), gradients)
+        recipe = Recipe(named(name), gradients, quantize)
         y_MN: Tensor = LinearFunction.apply(straight, weight, bias, x, w, recipe)
     return y_MN.reshape(*given.shape[:-1], len(weight))
 

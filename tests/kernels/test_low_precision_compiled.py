@@ -136,7 +136,7 @@ def test_residuals_fit_their_registers(capability, shape, form, rows):
     count, dim, rank = shape
     exact = rows == "*fp32"
     formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if form is None else constants(FORMATS[form])
-    tile = triton_backend.row_tile(count, dim, rank, exact)
+    tile = triton_backend.row_tile(count, dim, rank, exact, form is not None)
     shared = {"PRECISION": "tf32x3" if exact else "tf32", "NORM": form is not None}
     forward = {
         **tile,
@@ -148,7 +148,7 @@ def test_residuals_fit_their_registers(capability, shape, form, rows):
     }
     slope = {**tile, **shared, "RANK": triton_backend.padded_rank(rank), "COUNT": 0, "DIRECT": True, "UPDATE": True}
     sums = {
-        **triton_backend.column_tile(count, dim, rank, exact),
+        **triton_backend.column_tile(count, dim, rank, exact, form is not None),
         **shared,
         "RANK": triton_backend.padded_rank(rank) or 16,
     }

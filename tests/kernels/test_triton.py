@@ -232,6 +232,25 @@ def check_linear(operands, labels, upstream=None, **options):
         assert error <= (simple.double() - true).abs().max() + rounding + 1e-8
 
 
+@pytest.fixture(params=["rows", "classes"])
+def order(request, monkeypatch):
+    """The order in which the fused layer works, whatever its sizes."""
+    from distilbeam.kernels.linear_distillation import triton_backend
+
+    monkeypatch.setattr(triton_backend, "FEWEST_FEATURES", 0 if request.param == "rows" else 1 << 20)
+    return request.param
+
+
+@pytest.fixture
+def in_parts(order, monkeypatch):
+    from distilbeam.kernels.linear_distillation import triton_backend
+
+    monkeypatch.setattr(triton_backend, "ROWS_BYTES", 1)  # as few rows at once as there can be: 16
+    monkeypatch.setattr(triton_backend, "BUFFER_ELEMENTS", 1)  # tiles of 128 classes
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 2)  # several tiles to a program
+    return order
+
+
 SPARSE = [
     ("kl", "top_k"),
     ("tail", "top_k"),
@@ -244,6 +263,7 @@ SPARSE = [
 
 @pytest.mark.parametrize(("objective", "kind"), SPARSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("order")
 def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
     extra = {"accuracy": 0.7, "candidates": 3, "mixing": "forward"} if objective == "slam" else {}
     weight = torch.rand(ROWS, generator=rng)
@@ -276,10 +296,8 @@ def test_the_fused_layer_in_fewer_bits(form, objective, reduction, make_labels, 
         assert ((slope.cpu().double() - true).abs() <= (1.01 * 2**-7 + rtol) * size + 1e-7).all()
 
 
-def test_the_fused_layer_in_several_parts_with_masks_and_true_classes(make_labels, rng, monkeypatch):
-    from distilbeam.kernels.linear_distillation import triton_backend
-
-    monkeypatch.setattr(triton_backend, "ROWS_BYTES", 1)  # as few rows at once as there can be: 16
+@pytest.mark.usefixtures("in_parts")
+def test_the_fused_layer_in_several_parts_with_masks_and_true_classes(make_labels, rng):
     rows = 40
     operands = layer(rng, rows, 33, 333, torch.float32)
     mask = torch.arange(rows) % 3 != 2
@@ -293,13 +311,12 @@ def test_the_fused_layer_in_several_parts_with_masks_and_true_classes(make_label
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fused_layer_in_several_parts_adds_up_in_float32(dtype, make_labels, rng, monkeypatch):
-    from distilbeam.kernels.linear_distillation import triton_backend
-
-    monkeypatch.setattr(triton_backend, "ROWS_BYTES", 1)
+@pytest.mark.usefixtures("in_parts")
+def test_the_fused_layer_in_several_parts_adds_up_in_float32(dtype, make_labels, rng):
     check_linear(layer(rng, 70, 48, 300, dtype), make_labels("top_k", 70, 300), objective="tail")
 
 
+@pytest.mark.usefixtures("order")
 def test_the_fused_layer_without_bias_or_rows(make_labels, rng):
     hidden, weight, _ = (x.to(DEVICE).requires_grad_() for x in layer(rng, ROWS, 16, 50, torch.float32))
     labels = moved(make_labels("top_k", ROWS, 50))

@@ -83,10 +83,10 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
 def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_nothing(capability):
     from triton_ahead_of_time import compile_for
 
-    from distilbeam.kernels.distillation.triton_backend import sparse_block
+    from distilbeam.kernels.distillation.triton_backend import LONG_DENSE
     from distilbeam.kernels.distillation.triton_kernels import dense_sweeps
 
-    block = sparse_block(128_256)
+    block = dict(LONG_DENSE)
     constants = {"column_stride": 1, "BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
     found = compile_for(capability, dense_sweeps, for_kernel(dense_sweeps), constants, **block)
     assert found.spills == 0
@@ -117,14 +117,14 @@ def test_the_fused_layer_multiplies_on_the_tensor_cores(capability, held, produc
     from triton_ahead_of_time import compile_for
 
     from distilbeam.kernels.linear_distillation import triton_kernels
-    from distilbeam.kernels.linear_distillation.triton_backend import TILE, WARPS
+    from distilbeam.kernels.linear_distillation.triton_backend import STAGES, TILE, WARPS
 
     kernel, narrow = getattr(triton_kernels, name), held != "*bf16"
     flags = {"BIAS": True, "SCALED": narrow, "WHOLE": held == "*i8", "EXACT": False, "SPLIT": 8, "ADD": False}
     constants = {key: value for key, value in {**TILE, **flags}.items() if key in kernel.arg_names}
     kinds = {**LINEAR, "hidden": held, "weight": held}
     signature = {key: kind for key, kind in kinds.items() if key in kernel.arg_names}
-    found = compile_for(capability, kernel, signature, constants, num_warps=WARPS)
+    found = compile_for(capability, kernel, signature, constants, num_warps=WARPS, num_stages=STAGES)
     assert found.count(product) >= (2 if narrow else 4)
     assert found.spills == 0
     assert found.registers <= (255 if name == "rest_of_tiles" else 168)  # one block of eight warps, or more
