@@ -9,7 +9,7 @@
 Every candidate takes a step in every round, in changing order; the figure is the median (see measuring/steps.py). Peak
 memory is what a step needs beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over
 the speed of a large copy and operations over the speed of a large matrix product, both measured in the same run, over the
-time taken. Peers that are not installed or cannot run are listed with the reason. Some solve neighbouring problems: those
+time taken; on a GPU `host ms` is how long Python takes to issue the step. Peers that are not installed or cannot run are listed with the reason. Some solve neighbouring problems: those
 that compare with the teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also
 computes the teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8`
 round the layer, where it is not in bfloat16 already, and compute another loss within a bound. The last line of every shape
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from measuring.record import machine, write
-from measuring.steps import Step, copy_speed, peak_bytes, product_speed, seconds
+from measuring.steps import Step, copy_speed, host_seconds, peak_bytes, product_speed, seconds
 from torch import Tensor
 from torch.nn import functional
 
@@ -129,7 +129,7 @@ def compiled_sparse(problem: Problem) -> Loss:
     """torch.compile of the same."""
     labels = problem.labels
     compiled = torch.compile(
-        lambda: sparse_tail(logits_of(problem), labels.logprobs, labels.classes, labels.tail_logmass)
+        lambda: sparse_tail(logits_of(problem), labels.logprobs, labels.classes, labels.tail_logmass), dynamic=False
     )
     return lambda: compiled()
 
@@ -268,14 +268,17 @@ def measure(
     shape: Shape, arguments: argparse.Namespace, bandwidth: float, operations: float
 ) -> Iterator[dict[str, Any]]:
     """Run all candidates on a shape."""
+    torch.compiler.reset()  # many recompilations would end in eager execution
     problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
     steps, left_out = candidates(problem)
     times = medians_in_any_order(steps, arguments.device, arguments.repeats)
     bound = bound_s(problem.work, bandwidth, operations)
     for name, taken in times.items():
         figures: dict[str, Any] = {"ms": round(1e3 * taken, 3), "of roofline": round(bound / taken, 3)}
+        on_gpu = arguments.device == "cuda"
+        if on_gpu:
+            figures["host ms"] = round(1e3 * host_seconds(steps[name]), 3)
         if not arguments.no_memory:
-            on_gpu = arguments.device == "cuda"
             step = leaving_nothing(steps[name], problem)
             peak = peak_bytes(step, "cuda") if on_gpu else measured_peak(name, shape, arguments)
             figures["peak MiB"] = round(peak / 2**20, 1)

@@ -6,7 +6,8 @@
 
 Every candidate computes alpha f + beta (x + (x A) B), its norm and its 8-bit values where the form asks for them, and the
 gradients of everything. `of roofline` is the time that reading each operand and writing each result once would take at
-the speed of a large copy, over the time taken; `peak MiB` is what a step needs beyond its operands, results included.
+the speed of a large copy, over the time taken; `peak MiB` is what a step needs beyond its operands, results included; on a
+GPU `host ms` is how long Python takes to issue it.
 `measuring/steps.py` says how it is timed.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from measuring.record import machine, write
-from measuring.steps import Step, copy_speed, medians, peak_bytes
+from measuring.steps import Step, copy_speed, host_seconds, medians, peak_bytes
 from torch import Tensor
 
 from distilbeam.kernels.laurel import shapes
@@ -32,7 +33,7 @@ from distilbeam.kernels.laurel.shapes import Shape
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 
 
-GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU}
+GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU, "gpu-all": shapes.GPU_ALL}
 
 
 def formula(form: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -61,7 +62,7 @@ def eager(problem: Problem) -> Step:
 
 def compiled(problem: Problem) -> Step:
     """Compile the formula."""
-    compute = torch.compile(formula(problem.form))
+    compute = torch.compile(formula(problem.form), dynamic=False)
     return lambda: backward(compute(*problem.leaves), problem)
 
 
@@ -91,6 +92,7 @@ def measured_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int
 
 def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> list[dict[str, object]]:
     """Run all candidates on a shape."""
+    torch.compiler.reset()  # many recompilations would end in eager execution
     problem = Problem(shape, arguments.form, arguments.device, getattr(torch, arguments.dtype))
     steps: dict[str, Step] = {}
     rows: list[dict[str, object]] = []
@@ -107,8 +109,12 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
     for name, taken in medians(steps, arguments.device, arguments.repeats).items():
         figures: dict[str, object] = {"ms": round(1e3 * taken, 3), "of roofline": round(bound / taken, 3)}
         figures["least MiB moved"] = round(problem.least_bytes() / 2**20, 1)
+        on_gpu = arguments.device == "cuda"
+        if on_gpu:
+            figures["host ms"] = round(1e3 * host_seconds(steps[name]), 3)
         if not arguments.no_memory:
-            figures["peak MiB"] = round(measured_peak(name, shape, arguments) / 2**20, 1)
+            peak = peak_bytes(steps[name], "cuda") if on_gpu else measured_peak(name, shape, arguments)
+            figures["peak MiB"] = round(peak / 2**20, 1)
         found.append({"shape": str(shape), "candidate": name, **figures})
     return found + rows
 
@@ -150,7 +156,7 @@ def main() -> None:
         for row in measure(shape, arguments, bandwidth):
             print(" | ".join(str(v) if k in ("shape", "candidate") else f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
-    write(arguments.json, about, rows)
+        write(arguments.json, about, rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from measuring.record import machine, write
-from measuring.steps import Step, copy_speed, medians, product_speed
+from measuring.steps import Step, copy_speed, host_seconds, medians, product_speed
 from torch import nn
 
 from distilbeam.kernels import LowPrecisionPolicy, quantize_rowwise, to_low_precision
@@ -42,7 +42,7 @@ def converted(dtype: str, backend: str, gradients: str = "bf16", compiled: bool 
     def build(layer: nn.Sequential) -> nn.Module:
         if to_low_precision(layer, policy).converted != 1:
             raise NotImplementedError("the layer was not converted")
-        return torch.compile(layer) if compiled else layer
+        return torch.compile(layer, dynamic=False) if compiled else layer
 
     return build
 
@@ -69,7 +69,7 @@ def transformer_engine(layer: nn.Sequential) -> nn.Module:
 PLAIN = "torch"
 LAYERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     PLAIN: lambda layer: layer,
-    "torch.compile": torch.compile,
+    "torch.compile": lambda layer: torch.compile(layer, dynamic=False),
     "distilbeam fp8": converted("fp8", "distilbeam"),
     "distilbeam fp8, fp8 gradients": converted("fp8", "distilbeam", "fp8"),
     "distilbeam int8": converted("int8", "distilbeam"),
@@ -120,6 +120,7 @@ def measure(
     shape: Shape, arguments: argparse.Namespace, bandwidth: float, operations: float
 ) -> list[dict[str, object]]:
     """Run all candidates on a shape."""
+    torch.compiler.reset()  # many recompilations would end in eager execution
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     rows, inputs, _ = shape
     if arguments.what == "quantize":
@@ -140,6 +141,8 @@ def measure(
     for key, taken in times.items():
         row: dict[str, object] = {"shape": name, "candidate": key, "ms": round(1e3 * taken, 3)}
         row["of roofline"] = round(bound / taken, 3)
+        if device == "cuda":
+            row["host ms"] = round(1e3 * host_seconds(steps[key]), 3)
         if base is not None:
             row["times torch's speed"] = round(base / taken, 2)
         found.append(row)
@@ -187,9 +190,9 @@ def main() -> None:
         for row in measure(shape, arguments, bandwidth, operations):
             print(" | ".join(str(v) if k in ("shape", "candidate") else f"{k} {v}" for k, v in row.items()), flush=True)
             rows.append(row)
+        write(arguments.json, about, rows)
     if arguments.what == "linear":
         print("\n".join(gains(rows)))
-    write(arguments.json, about, rows)
 
 
 if __name__ == "__main__":

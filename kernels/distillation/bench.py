@@ -12,7 +12,10 @@ from distilbeam.kernels.distillation.interface import distill_loss
 from distilbeam.kernels.distillation.shapes import Shape
 from distilbeam.kernels.labels import DenseLabels, TopKLabels
 
-MOST_DENSE = {"cpu": 1 << 28, "cuda": 1 << 30}  # numbers of a teacher's full distribution that are held beside its label
+MOST_DENSE = {
+    "cpu": 1 << 28,
+    "cuda": 1 << 30,
+}  # numbers of a teacher's full distribution that are held beside its label
 
 
 class Work(NamedTuple):

@@ -140,7 +140,11 @@ def sparse_block(num_classes: int) -> dict[str, int]:
     block = max(128, next_power_of_2(num_classes))
     if num_classes >= LONG:
         return {"BLOCK": min(32_768, block), "num_warps": 32, "maxnreg": 64}
-    return {"BLOCK": min(8192, block), "num_warps": max(1, min(16, block // 512)), "maxnreg": 32 if block > 4096 else 64}
+    return {
+        "BLOCK": min(8192, block),
+        "num_warps": max(1, min(16, block // 512)),
+        "maxnreg": 32 if block > 4096 else 64,
+    }
 
 
 def _split(targets: Targets) -> tuple[Tensor, Tensor]:
