@@ -9,11 +9,12 @@
 Every candidate takes a step in every round, in changing order; the figure is the median (see measuring/steps.py). Peak
 memory is what a step needs beyond its inputs, on a CPU in a process of its own. `of roofline` is the larger of bytes over
 the speed of a large copy and operations over the speed of a large matrix product, both measured in the same run, over the
-time taken; on a GPU `host ms` is how long Python takes to issue the step. Peers that are not installed or cannot run are listed with the reason. Some solve neighbouring problems: those
-that compare with the teacher's full distribution need C numbers per example where a label has k; Liger's chunked loss also
-computes the teacher's last layer, which it has no way around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8`
-round the layer, where it is not in bfloat16 already, and compute another loss within a bound. The last line of every shape
-names the fastest of ours and says whether the implementation that is chosen by itself was that.
+time taken; on a GPU `host ms` is how long Python takes to issue the step. Peers that are not installed or cannot run are
+listed with the reason. Some solve neighbouring problems: those that compare with the teacher's full distribution need C
+numbers per example where a label has k; Liger's chunked loss also computes the teacher's last layer, which it has no way
+around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8` round the layer, where it is not in bfloat16 already,
+and compute another loss within a bound. The last line of every shape names the fastest of ours and says whether the
+implementation that is chosen by itself was that.
 """
 
 from __future__ import annotations

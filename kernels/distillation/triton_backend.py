@@ -17,7 +17,7 @@ from distilbeam.kernels.sizes import cdiv, next_power_of_2
 MOST_IN_REGISTERS = 4_096  # classes of a dense row
 LONG_DENSE = {"BLOCK": 8192, "num_warps": 32, "maxnreg": 64}
 LONG = 48_000  # classes of a row that is worth a whole multiprocessor
-LOOK = 1 << 24  # numbers of a gradient from which it is worth to look whether its factor is one
+LOOK = 1 << 28  # numbers of a gradient from which it is worth to look whether its factor is one
 
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
@@ -93,8 +93,9 @@ def launch(
     width, words = kept_BK.shape[1], words_of(classes)
     bits_BW = torch.empty(rows, words, dtype=torch.int32, device=logits_BC.device)
     sparse_rows[(rows,)](
-        logits_BC, logits_BC if bias_C is None else bias_C, bits_BW, kept_BK, padding_BK.to(torch.int8), logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale,
-        valid_B, losses_B, gradient_BC, classes, *strides, gradient_BC.stride(0), words, targets.temperature,
+        logits_BC, logits_BC if bias_C is None else bias_C, bits_BW, kept_BK, padding_BK.to(torch.int8),
+        logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
+        classes, *strides, gradient_BC.stride(0), words, targets.temperature,
         1.0 if targets.rest_temperature is None else targets.rest_temperature,
         K=width, KP=next_power_of_2(width), BIAS=bias_C is not None,
         IN_PLACE=gradient_BC.data_ptr() == logits_BC.data_ptr(),

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,21 +36,27 @@ FEWEST_FEATURES = 512  # by rows: below, 12 bytes more a logit cost more than on
 
 def total(layer: Layer, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss; see `chunked.total`."""
-    return apply_fused(_run, layer, terms, reduced)
-
-
-def _run(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    operands = layer.operands
     if operands.hidden_scale is None and operands.hidden.shape[1] >= FEWEST_FEATURES:
-        return _by_rows(operands, terms, wanted)
-    return _by_classes(operands, terms, wanted)
+        of_hidden, of_weight, _ = layer.leaves
+        return apply_fused(partial(_by_rows, (of_hidden.dtype, of_weight.dtype)), layer, terms, reduced)
+    return apply_fused(_by_classes, layer, terms, reduced)
 
 
-def _by_rows(operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]) -> tuple[Tensor, Gradients]:
+def _by_rows(
+    dtypes: tuple[torch.dtype, torch.dtype], operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]
+) -> tuple[Tensor, Gradients]:
+    """Compute losses and gradients, those of hidden and weight in dtypes that may be wider than the products'."""
     (count, classes), dtype = (len(operands.hidden), len(operands.weight)), operands.hidden.dtype
     at_once = rows_at_once(count, classes, len(terms))
-    in_parts = Gradients.empty(operands, (False, wanted[1], wanted[2]), torch.float32)
-    sums = Gradients.empty(operands, (wanted[0], wanted[1] and at_once == count, False), dtype)
-    sums = sums._replace(weight=in_parts.weight if sums.weight is None else sums.weight, bias=in_parts.bias)
+    # a weight's gradient that is made in one piece needs no sum in float32 beside it
+    kinds = (dtypes[0], dtypes[1] if at_once == count else torch.float32, torch.float32)
+    sums = Gradients(
+        *(
+            x.new_empty(x.shape, dtype=kind) if want and x is not None else None
+            for x, kind, want in zip(operands[:3], kinds, wanted, strict=True)
+        )
+    )
     losses_B = torch.empty_like(terms[0].scale)
     if not count:
         return losses_B, Gradients.zeros(operands, wanted, torch.float32)

@@ -275,6 +275,7 @@ def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
 
 @pytest.mark.parametrize("form", ["bf16", "int8", pytest.param("fp8", marks=needs_fp8)])
 @pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("kl", "none")])
+@pytest.mark.usefixtures("order")
 def test_the_fused_layer_in_fewer_bits(form, objective, reduction, make_labels, rng, monkeypatch):
     from distilbeam.kernels.linear_distillation import triton_backend
 
