@@ -86,6 +86,7 @@ def ask(
     step = batch_size * max(1, getattr(teacher, "parallel", 1))
     for start in range(0, len(batch), step):
         state.ask(start, min(start + step, len(batch)), 0)
+    state.check()
     errors = sorted(state.errors, key=lambda error: error.row)
     ok = np.ones(len(batch), bool)
     ok[[error.row for error in errors]] = False
@@ -135,7 +136,7 @@ class _State:
         expected = (stop - start, self.num_classes)
         if answer.shape != expected:
             raise _Refused(f"the teacher must answer with shape {list(expected)}, got {list(answer.shape)}")
-        return answer.astype(np.float32, copy=False)
+        return answer
 
     def _failed(self, start: int, stop: int, asked: int, alone: int, error: Exception) -> None:
         if stop - start > 1:
@@ -148,15 +149,25 @@ class _State:
             self._give_up(start, _stage(error), _message(error), asked)
 
     def _take(self, start: int, answer: npt.NDArray[np.float32], asked: int) -> None:
-        if np.isfinite(answer).all():
-            self.logits[start : start + len(answer)] = answer
+        self.logits[start : start + len(answer)] = answer
+        if asked > 1:
+            self._refuse_infinite(start, start + len(answer), asked)
+
+    def check(self) -> None:
+        """Look at the answers of the requests that went well at once: many small requests would pay for it one by one."""
+        self._refuse_infinite(0, len(self.logits), 1)
+
+    def _refuse_infinite(self, start: int, stop: int, asked: int) -> None:
+        logits = self.logits[start:stop]
+        if np.isfinite(logits).all():
             return
-        finite = np.isfinite(answer).all(axis=1)
-        self.logits[start : start + len(answer)][finite] = answer[finite]
-        for row in np.flatnonzero(~finite).tolist():
-            count, total = int((~np.isfinite(answer[row])).sum()), self.num_classes
+        known = {error.row for error in self.errors}
+        for row in (start + np.flatnonzero(~np.isfinite(logits).all(axis=1))).tolist():
+            if row in known:
+                continue
+            count, total = int((~np.isfinite(self.logits[row])).sum()), self.num_classes
             message = f"the teacher's logits must be finite, {count:,} of {total:,} are NaN or infinite"
-            self._give_up(start + row, "answer", message, asked)
+            self._give_up(row, "answer", message, asked)
 
     def _give_up(self, row: int, stage: str, message: str, asked: int) -> None:
         self.logits[row] = np.nan

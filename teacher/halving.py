@@ -46,9 +46,13 @@ class Halving:
         Raises:
           Exception: whatever the function raises; out of memory only when a single row does not fit.
         """
+        total = count_rows(inputs)
+        if self.rows is None or total <= self.rows:
+            whole = self._try(inputs)
+            if whole is not None:
+                return whole
         parts: list[npt.NDArray[np.float32]] = []
         start = 0
-        total = count_rows(inputs)
         while start < total or not parts:
             piece = _cut(inputs, start, start + (self.rows or total or 1))
             part = self._try(piece)
@@ -73,10 +77,10 @@ class Halving:
 
 def count_rows(inputs: Inputs) -> int:
     """Count the rows of an array or of a mapping of names to arrays."""
-    return len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+    return len(inputs) if isinstance(inputs, np.ndarray) else len(next(iter(inputs.values())))
 
 
 def _cut(inputs: Inputs, start: int, stop: int) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: array[start:stop] for name, array in inputs.items()}
-    return inputs[start:stop]
+    if isinstance(inputs, np.ndarray):
+        return inputs[start:stop]
+    return {name: array[start:stop] for name, array in inputs.items()}

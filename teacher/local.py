@@ -92,6 +92,8 @@ def select_output(outputs: Any, output: str | int | None) -> Any:
     Raises:
       ValueError: there is no such output.
     """
+    if hasattr(outputs, "shape"):  # a tensor, as nearly always: the question is asked at every call of a model
+        return outputs
     if isinstance(outputs, Mapping):
         names = list(outputs)
         name = output if output is not None else names[0] if len(names) == 1 else "logits"

@@ -63,18 +63,17 @@ class TorchTeacher(LocalTeacher):
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         model = self._require_open()
-        if isinstance(inputs, Mapping):
-            outputs = model(**{name: self._tensor(array) for name, array in inputs.items()})
-        else:
+        if isinstance(inputs, np.ndarray):
             outputs = model(self._tensor(inputs))
+        else:
+            outputs = model(**{name: self._tensor(array) for name, array in inputs.items()})
         answer: npt.NDArray[np.float32] = select_output(outputs, self._config.output).float().cpu().numpy()
-        rows = count_rows(inputs)
-        return answer[:rows] if self._fixed_rows is not None else answer
+        return answer if self._fixed_rows is None else answer[: count_rows(inputs)]
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         padded = _padded(array, self._fixed_rows)
-        tensor = torch.from_numpy(np.require(padded, requirements="W")).to(self._device)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        tensor = torch.from_numpy(padded if padded.flags.writeable else padded.copy())
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
     def _out_of_memory(self, error: Exception) -> bool:
         return torch_out_of_memory(error)
