@@ -1,9 +1,13 @@
-"""Launch the Triton kernels of the distillation losses; imported when they are chosen."""
+"""Launch the Triton kernels of the distillation losses; imported when they are chosen.
+
+Sparse labels are solved in the forward pass and spread in the backward pass, which reads the logits again. Dense ones, which
+would have to be read again as well, have their gradient made in the forward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +15,86 @@ from torch.autograd.function import once_differentiable
 
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_kernels import dense_rows, dense_sweeps, mark_rows, sparse_rows
+from distilbeam.kernels.distillation.triton_kernels import (
+    dense_rows,
+    dense_sweeps,
+    mark_rows,
+    solve_rows,
+    spread_rows,
+)
 from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 MOST_IN_REGISTERS = 4_096  # classes of a dense row
 LONG_DENSE = {"BLOCK": 8192, "num_warps": 32, "maxnreg": 64}
 LONG = 48_000  # classes of a row that is worth a whole multiprocessor
-LOOK = 1 << 28  # numbers of a gradient from which it is worth to look whether its factor is one
+SPAN = 16_384  # classes of a row whose gradient one program makes
+LOOK = 1 << 28  # numbers of a dense gradient from which it is worth to look whether its factor is one
 
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss; see `chunked.total`."""
-    rows_B: Tensor = _Rows.apply(logits_BC, list(terms))
+    sparse = all(term.targets.classes is not None for term in terms)
+    rows_B: Tensor = (_SparseRows if sparse else _Rows).apply(logits_BC, list(terms))
     return rows_B.sum() if reduced else rows_B
+
+
+class Kept(NamedTuple):
+    """A term's kept classes as the kernels take them, and which rows count."""
+
+    classes: Tensor
+    padding: Tensor | None
+    valid: Tensor | None
+
+    @classmethod
+    def of(cls, term: Term) -> Kept:
+        """Take them from a term with sparse labels."""
+        targets = term.targets
+        assert targets.classes is not None
+        return cls(
+            targets.classes.to(torch.int32).contiguous(),
+            None if targets.padding is None else targets.padding.to(torch.int8),
+            None if term.valid is None else term.valid.to(torch.int8),
+        )
+
+    def flags(self) -> dict[str, Any]:
+        """Give what the kernels are compiled for."""
+        width = self.classes.shape[1]
+        return {
+            "K": width,
+            "KP": next_power_of_2(width),
+            "PADDED": self.padding is not None,
+            "MASKED": self.valid is not None,
+        }
+
+
+class Solved(NamedTuple):
+    """What is left of a term's problem: the rest's logit and gradient [B], and the kept classes' gradients [B, k]."""
+
+    rests: Tensor
+    rest_slopes: Tensor
+    kept_slopes: Tensor
+
+
+class _SparseRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term]) -> Tensor:
+        losses_B = torch.empty_like(terms[0].scale)
+        ctx.kept, ctx.taus = [Kept.of(term) for term in terms], [term.targets.rest_temperature for term in terms]
+        solved: list[Tensor] = []
+        for number, (term, kept) in enumerate(zip(terms, ctx.kept, strict=True)):
+            solved += solve(logits_BC, term, kept, losses_B, add=number > 0)[0]
+        ctx.save_for_backward(logits_BC, *solved)
+        return losses_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
+        logits_BC, *solved = ctx.saved_tensors
+        gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
+        for number, (kept, tau) in enumerate(zip(ctx.kept, ctx.taus, strict=True)):
+            one = Solved(*solved[3 * number : 3 * number + 3])
+            spread(logits_BC, kept, one, tau, gradient_BC, upstream_B=upstream_B, add=number > 0)
+        return gradient_BC, None
 
 
 class _Rows(torch.autograd.Function):
@@ -49,7 +120,7 @@ class _Rows(torch.autograd.Function):
 def launch(
     logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, *, add: bool, bias_C: Tensor | None = None
 ) -> None:
-    """Run one term's kernel over all rows.
+    """Compute one term's losses and their gradient.
 
     Args:
       logits_BC: of any strides.
@@ -60,48 +131,121 @@ def launch(
       add: whether to add.
       bias_C: added to the logits of sparse labels; None for 0.
     """
-    rows, classes = logits_BC.shape
-    if not rows:
+    if not len(logits_BC):
         return
-    targets = term.targets
+    if term.targets.classes is None:
+        _dense(logits_BC, term, losses_B, gradient_BC, add)
+        return
+    kept = Kept.of(term)
+    solved, bits_BW = solve(logits_BC, term, kept, losses_B, add=add, bias_C=bias_C)
+    tau = term.targets.rest_temperature
+    spread(logits_BC, kept, solved, tau, gradient_BC, add=add, bias_C=bias_C, bits_BW=bits_BW)
+
+
+def _dense(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, add: bool) -> None:
+    (rows, classes), strides, targets = logits_BC.shape, logits_BC.stride(), term.targets
     valid_B = (
         torch.ones(rows, dtype=torch.int8, device=logits_BC.device) if term.valid is None else term.valid.to(torch.int8)
     )
-    strides = logits_BC.stride()
-    slam = targets.flip is not None
-    flags = {"ENTROPY": targets.entropy, "SLAM": slam, "FORWARD": targets.forward, "ADD": add}
-    accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
-    if targets.classes is None:
-        logy_BC = targets.logprobs.contiguous()
-        if classes > MOST_IN_REGISTERS:
-            dense_sweeps[(rows,)](
-                logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, *strides, targets.temperature,
-                ENTROPY=targets.entropy, ADD=add, **LONG_DENSE,
-            )  # fmt: skip
-            return
-        flip_BC = logy_BC if targets.flip is None else targets.flip
-        block = next_power_of_2(classes)
-        dense_rows[(rows,)](
-            logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
-            classes, *strides, targets.temperature, BLOCK=block, num_warps=dense_warps(block), **flags,
+    logy_BC = targets.logprobs.contiguous()
+    if classes > MOST_IN_REGISTERS:
+        dense_sweeps[(rows,)](
+            logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, *strides, targets.temperature,
+            ENTROPY=targets.entropy, ADD=add, **LONG_DENSE,
         )  # fmt: skip
         return
-    kept_BK = targets.classes.to(torch.int32)
-    padding_BK = torch.zeros_like(kept_BK) if targets.padding is None else targets.padding
-    logy_BK, logy_rest_B = _split(targets)
-    flip_BK = logy_BK if targets.flip is None else targets.flip[:, : kept_BK.shape[1]].contiguous()
-    width, words = kept_BK.shape[1], words_of(classes)
-    bits_BW = torch.empty(rows, words, dtype=torch.int32, device=logits_BC.device)
-    sparse_rows[(rows,)](
-        logits_BC, logits_BC if bias_C is None else bias_C, bits_BW, kept_BK, padding_BK.to(torch.int8),
-        logy_BK, logy_rest_B, flip_BK, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
-        classes, *strides, gradient_BC.stride(0), words, targets.temperature,
-        1.0 if targets.rest_temperature is None else targets.rest_temperature,
-        K=width, KP=next_power_of_2(width), BIAS=bias_C is not None,
-        IN_PLACE=gradient_BC.data_ptr() == logits_BC.data_ptr(),
-        REST=targets.rest_temperature is not None, **flags,
-        **sparse_block(classes),
+    accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
+    flip_BC = logy_BC if targets.flip is None else targets.flip
+    block = next_power_of_2(classes)
+    dense_rows[(rows,)](
+        logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
+        classes, *strides, targets.temperature, BLOCK=block, num_warps=dense_warps(block),
+        ENTROPY=targets.entropy, SLAM=targets.flip is not None, FORWARD=targets.forward, ADD=add,
     )  # fmt: skip
+
+
+def solve(
+    logits_BC: Tensor, term: Term, kept: Kept, losses_B: Tensor, *, add: bool, bias_C: Tensor | None = None
+) -> tuple[Solved, Tensor]:
+    """Compute one term's losses, and what the gradient needs of its problem.
+
+    Args:
+      logits_BC: of any strides.
+      term: the term, with sparse labels.
+      kept: its kept classes.
+      losses_B: float32, written or, with `add`, added to.
+      add: whether to add.
+      bias_C: added to the logits; None for 0.
+
+    Returns:
+      What is left of the problem, and the bits of the kept classes, int32 [B, words].
+    """
+    (rows, classes), targets = logits_BC.shape, term.targets
+    words, width = words_of(classes), kept.classes.shape[1]
+    bits_BW = torch.empty(rows, words, dtype=torch.int32, device=logits_BC.device)
+    rests, rest_slopes = torch.empty(2, rows, device=logits_BC.device).unbind()
+    solved = Solved(rests, rest_slopes, torch.empty(rows, width, device=logits_BC.device))
+    if not rows:
+        return solved, bits_BW
+    logy_BK, logy_rest_B = _split(targets)
+    flip_BK = logy_BK if targets.flip is None else targets.flip[:, :width].contiguous()
+    accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
+    solve_rows[(rows,)](
+        logits_BC, _or(bias_C, logits_BC), bits_BW, kept.classes, _or(kept.padding, bits_BW), logy_BK, logy_rest_B,
+        flip_BK, accuracy_B, term.scale, _or(kept.valid, bits_BW), losses_B, *solved,
+        classes, *logits_BC.stride(), words, targets.temperature, _or(targets.rest_temperature, 1.0),
+        REST=targets.rest_temperature is not None, ENTROPY=targets.entropy, SLAM=targets.flip is not None,
+        FORWARD=targets.forward, ADD=add, BIAS=bias_C is not None, **kept.flags(), **solving_block(classes),
+    )  # fmt: skip
+    return solved, bits_BW
+
+
+def spread(
+    logits_BC: Tensor,
+    kept: Kept,
+    solved: Solved,
+    tau: float | None,
+    gradient_BC: Tensor,
+    *,
+    add: bool,
+    upstream_B: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    bits_BW: Tensor | None = None,
+) -> None:
+    """Make one term's gradient.
+
+    Args:
+      logits_BC: as they were solved.
+      kept: the term's kept classes.
+      solved: what is left of the term's problem.
+      tau: temperature of its rest; None when there is none.
+      gradient_BC: rows that are dense, written or, with `add`, added to; see `launch`.
+      add: whether to add.
+      upstream_B: float32, of any stride, which multiplies the rows' gradients; None for 1.
+      bias_C: as it was solved.
+      bits_BW: the bits of the kept classes, where they are still there.
+    """
+    rows, classes = logits_BC.shape
+    if not rows:
+        return
+    in_place = gradient_BC.data_ptr() == logits_BC.data_ptr()
+    span = classes if in_place or bits_BW is not None else min(classes, SPAN)
+    parts = cdiv(classes, span)
+    marked = bits_BW is not None
+    if bits_BW is None:
+        bits_BW = torch.empty(rows * parts, words_of(span), dtype=torch.int32, device=logits_BC.device)
+    spread_rows[(rows, parts)](
+        logits_BC, _or(bias_C, logits_BC), bits_BW, kept.classes, _or(kept.padding, bits_BW), *solved,
+        _or(upstream_B, solved.rests), _or(kept.valid, bits_BW), gradient_BC, classes, span, *logits_BC.stride(),
+        gradient_BC.stride(0), 0 if upstream_B is None else upstream_B.stride(0), bits_BW.shape[1], _or(tau, 1.0),
+        REST=tau is not None, SCALED=upstream_B is not None, MARKED=marked, IN_PLACE=in_place, ADD=add,
+        BIAS=bias_C is not None, **kept.flags(), **spreading_block(span),
+    )  # fmt: skip
+
+
+def _or(x: Any, otherwise: Any) -> Any:
+    """Give what there is, or anything where the kernel will not look."""
+    return otherwise if x is None else x
 
 
 def words_of(size: int) -> int:
@@ -134,18 +278,18 @@ def dense_warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def sparse_block(num_classes: int) -> dict[str, int]:
-    """Size of a sweep's block, its warps and registers, measured: so many for long rows that few of these are on their way
-    at a time, and the cache holds more of each until it is read again.
-    """
+def solving_block(num_classes: int) -> dict[str, int]:
+    """Size of a block of a row that is summed up by one program, and its warps and registers."""
     block = max(128, next_power_of_2(num_classes))
     if num_classes >= LONG:
         return {"BLOCK": min(32_768, block), "num_warps": 32, "maxnreg": 64}
-    return {
-        "BLOCK": min(8192, block),
-        "num_warps": max(1, min(16, block // 512)),
-        "maxnreg": 32 if block > 4096 else 64,
-    }
+    return {"BLOCK": min(8192, block), "num_warps": max(1, min(16, block // 512))}
+
+
+def spreading_block(span: int) -> dict[str, int]:
+    """Size of a block of a gradient, which needs no sums, and its warps."""
+    block = min(4096, max(128, next_power_of_2(span)))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def _split(targets: Targets) -> tuple[Tensor, Tensor]:

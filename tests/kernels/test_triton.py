@@ -81,6 +81,35 @@ def test_long_dense_rows(dtype, objective, temperature, rng):
     check(logits, DenseLabels(teacher), hard=hard, hard_share=0.4, **options)
 
 
+def test_gradients_of_a_row_in_several_parts(make_labels, rng, monkeypatch):
+    from distilbeam.kernels.distillation import triton_backend
+
+    monkeypatch.setattr(triton_backend, "SPAN", 160)
+    logits = torch.randn(ROWS, 700, generator=rng)
+    mask = torch.tensor([True, False, True, True, False, True])
+    logits[1] = torch.nan
+    hard = torch.tensor([3, 4, -100, 699, 160, 159])
+    for kind, objective in (("top_k", "tail"), ("top_k", "renormalised"), ("sampled", "sampled")):
+        labels = make_labels(kind, ROWS, 700, k=30)
+        check(logits, labels, objective=objective, mask=mask, hard=hard, hard_share=0.4)
+        check(logits.bfloat16(), labels, objective=objective, mask=mask)
+
+
+def test_a_loss_can_be_differentiated_again_with_other_factors(make_labels, rng):
+    for kind in ("top_k", "dense"):
+        leaf = torch.randn(ROWS, 300, generator=rng).to(DEVICE).requires_grad_()
+        objective = {"objective": "tail" if kind == "top_k" else "kl", "reduction": "none", "implementation": "triton"}
+        loss = distill_loss(leaf, moved(make_labels(kind, ROWS, 300)), **objective)
+        ones = torch.ones(ROWS, device=DEVICE)
+        (once,) = torch.autograd.grad(loss, leaf, ones, retain_graph=True)
+        kept = once.clone()
+        (twice,) = torch.autograd.grad(loss, leaf, 2 * ones, retain_graph=True)
+        (again,) = torch.autograd.grad(loss.sum(), leaf)  # its factor has no stride
+        assert torch.equal(once, kept)
+        assert torch.equal(twice, 2 * kept)
+        assert torch.equal(again, kept)
+
+
 def test_rows_that_do_not_count_and_true_classes(make_labels, rng):
     logits = torch.randn(ROWS, 70, generator=rng)
     mask = torch.tensor([True, False, True, True, False, True])
