@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +237,13 @@ def one_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
     return peak_bytes(leaving_nothing(step, problem), arguments.device)
 
 
-def candidates(problem: Problem) -> tuple[dict[str, Step], dict[str, str]]:
-    """Build every candidate's step and run it once; also say why others were left out."""
+def candidates(problem: Problem, without: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
+    """Build every candidate's step but some and run it once; also say why others were left out."""
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
     for name, build in CANDIDATES.items():
+        if name in without:
+            continue
         try:
             step = training_step(problem, build(problem))
             step()
@@ -271,7 +273,7 @@ def measure(
     """Run all candidates on a shape."""
     torch.compiler.reset()  # many recompilations would end in eager execution
     problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
-    steps, left_out = candidates(problem)
+    steps, left_out = candidates(problem, arguments.without)
     times = medians_in_any_order(steps, arguments.device, arguments.repeats)
     bound = bound_s(problem.work, bandwidth, operations)
     for name, taken in times.items():
@@ -313,6 +315,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after this long")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument("--without", nargs="+", default=[], choices=CANDIDATES, metavar="NAME", help="leave these out")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)

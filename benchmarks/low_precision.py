@@ -30,7 +30,7 @@ from distilbeam.kernels.low_precision import shapes
 from distilbeam.kernels.low_precision.bench import Problem, step
 from distilbeam.kernels.low_precision.shapes import Shape
 
-GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU}
+GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU, "gpu-all": shapes.GPU_ALL}
 
 
 def converted(dtype: str, backend: str, gradients: str = "bf16", compiled: bool = False) -> Callable[..., nn.Module]:
@@ -132,7 +132,9 @@ def measure(
         name, problem = str(shape), Problem(shape, device, dtype)
         bound = problem.operations / operations
         builders = {
-            key: lambda build=build: step(problem, build(copy.deepcopy(problem.layer))) for key, build in LAYERS.items()
+            key: lambda build=build: step(problem, build(copy.deepcopy(problem.layer)))
+            for key, build in LAYERS.items()
+            if key not in arguments.without
         }
     steps, left_out = runnable(builders, name)
     times = medians(steps, device, arguments.repeats)
@@ -169,6 +171,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=LAYERS, metavar="NAME", help="leave these layers out"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ ODD = (Shape(1, 3, 1), Shape(37, 50, 4), Shape(5, 1, 0), Shape(3, 130, 7))
 QUICK = (Shape(256, 128, 4), Shape(1024, 512, 16))
 CPU = (Shape(64, 256, 16), Shape(1024, 256, 4), Shape(1024, 1024, 16), Shape(8192, 1024, 16), Shape(1024, 8192, 64))
 GPU = (
-    *(Shape(rows, dim, 16) for rows in (8192, 65_536) for dim in (256, 1024, 4096, 8192)),
+    *(Shape(rows, dim, 16) for dim in (1024, 4096, 8192, 256) for rows in (65_536, 8192)),
     *(Shape(8192, 4096, rank) for rank in (4, 64)),
     Shape(1024, 1024, 16),
 )

@@ -29,8 +29,11 @@ class Shape(NamedTuple):
 QUICK = (Shape(256, 128, 128), Shape(512, 256, 256))
 CPU = (Shape(256, 512, 512), Shape(1024, 1024, 1024), Shape(4096, 1024, 1024))
 GPU = (
+    *(Shape(rows, size, size) for rows in (4096, 16_384) for size in (4096, 2048, 1024)),
     Shape(1024, 2048, 1024),
-    *(Shape(rows, size, size) for rows in (1024, 4096, 16_384, 65_536) for size in (256, 1024, 2048, 4096, 8192)),
+)
+GPU_ALL = tuple(
+    Shape(rows, size, size) for rows in (1024, 4096, 16_384, 65_536) for size in (256, 1024, 2048, 4096, 8192)
 )
 
 SMALLEST_ON_CUDA = {  # compute capability from which the row holds, latest first
