@@ -63,22 +63,31 @@ class LinearFunction(torch.autograd.Function):
         dx_MK = dw_NK = db_N = None
         with torch.autocast(dy_MN.device.type, enabled=False):  # a backward pass may be called inside of one
             if ctx.needs_input_grad[0]:
-                dx_MK = _back(dy_MN * scale_w.T, w_NK, ctx.recipe, ctx.dtypes[0])
+                dx_MK = _back(_slope(dy_MN, scale_w.T, ctx.recipe), w_NK, ctx.recipe, ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                dw_NK = _back((dy_MN * scale_x).T, x_MK, ctx.recipe, ctx.dtypes[1])
+                dw_NK = _back(_slope(dy_MN, scale_x, ctx.recipe).T, x_MK, ctx.recipe, ctx.dtypes[1])
             if ctx.needs_input_grad[2]:
                 db_N = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx_MK, dw_NK, db_N, None, None, None
 
 
+def _slope(dy_MN: Tensor, scale: Tensor, recipe: Recipe) -> Tensor:
+    """Move a scale into a gradient: float32 where it is quantised next, else rounded to bfloat16 as it is made."""
+    if recipe.gradients == "fp8":
+        return dy_MN * scale
+    return torch.mul(dy_MN, scale, out=torch.empty(dy_MN.shape, dtype=torch.bfloat16, device=dy_MN.device))
+
+
 def _back(slope_PQ: Tensor, values_QR: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    """Multiply a float32 slope by 8-bit values."""
+    """Multiply a slope by 8-bit values."""
     if not values_QR.numel() or not slope_PQ.numel():
         return slope_PQ.new_zeros(len(slope_PQ), values_QR.shape[1], dtype=dtype)
     if recipe.gradients == "fp8":
         rows = recipe.quantize(slope_PQ)
         ones = rows.scale.new_ones(values_QR.shape[1], 1)
         return recipe.product(rows.values, rows.scale, values_QR.T, ones, None, dtype)
+    if slope_PQ.is_cuda and dtype == torch.bfloat16:
+        return slope_PQ @ values_QR.bfloat16()
     if slope_PQ.is_cuda:
-        return torch.mm(slope_PQ.bfloat16(), values_QR.bfloat16(), out_dtype=torch.float32).to(dtype)
-    return (slope_PQ.bfloat16().float() @ values_QR.float()).to(dtype)
+        return torch.mm(slope_PQ, values_QR.bfloat16(), out_dtype=torch.float32).to(dtype)
+    return (slope_PQ.float() @ values_QR.float()).to(dtype)
