@@ -8,6 +8,8 @@ EXTRAS := dev,dask,hf,onnx,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
 SEED ?= 0
 DEMO ?= demo
+# On every processor, where pip uses one; packages hold files of other Pythons, which do not compile and need not.
+COMPILE = @$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
 .PHONY: demo test test-all test-fast lint types dist bench clean
 .DEFAULT_GOAL := demo
@@ -17,12 +19,14 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e .
+	$(COMPILE)
 	@touch $@
 
 $(DEV): $(READY)
 	@echo "Adding what the tests need to $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
+	$(COMPILE)
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits
