@@ -44,8 +44,9 @@ def check(logits, labels, least_rtol=6e-6, **options):
     torch.testing.assert_close(slope, true_slope, rtol=rtol, atol=2e-7 if logits.dtype != torch.float16 else 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("dtype", "temperature"), [(torch.float32, 1.0), (torch.bfloat16, 2.5), (torch.float16, 2.5)], ids=str
+)
 def test_every_objective(setting, dtype, temperature, make_labels, rng):
     objective, kind, mixing = setting
     extra = {}
@@ -218,11 +219,11 @@ def test_kept_classes_as_bits_by_hand():
     assert kept_bits(classes, 31, 9)[:, 0].tolist() == [0b11, 0]
 
 
-@pytest.mark.parametrize("width", [7, 32, 100, 1500, 3000])
+@pytest.mark.parametrize("width", [33, 500, 1300])
 def test_kept_classes_of_parts_tile_the_whole(width, rng):
     from distilbeam.kernels.distillation.triton_backend import kept_bits
 
-    size = 3000
+    size = 1300
     classes = torch.stack([torch.randperm(size, generator=rng)[:40] for _ in range(5)])
     expected = torch.zeros(5, size, dtype=torch.bool).scatter_(1, classes, True)
     for first in range(0, size, width):
@@ -290,8 +291,14 @@ SPARSE = [
 ]
 
 
-@pytest.mark.parametrize(("objective", "kind"), SPARSE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("objective", "kind", "dtype"),
+    [
+        *((objective, kind, torch.float32) for objective, kind in SPARSE),
+        ("tail", "top_k", torch.bfloat16),
+        ("slam", "top_k", torch.float16),
+    ],
+)
 @pytest.mark.usefixtures("order")
 def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
     extra = {"accuracy": 0.7, "candidates": 3, "mixing": "forward"} if objective == "slam" else {}

@@ -147,8 +147,12 @@ def worker_pool(python: Path, directory: Path) -> Iterator[str]:
             _wait_for_port(port, pool)
             yield f"localhost:{port}"
         finally:
-            pool.send_signal(signal.SIGINT)
-            pool.wait(timeout=30)
+            pool.send_signal(signal.SIGINT)  # on which it stops its workers; jobs of some shells are deaf to it
+            try:
+                pool.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                pool.kill()
+                pool.wait()
 
 
 def _wait_for_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
