@@ -136,7 +136,7 @@ class _State:
         expected = (stop - start, self.num_classes)
         if answer.shape != expected:
             raise _Refused(f"the teacher must answer with shape {list(expected)}, got {list(answer.shape)}")
-        return answer
+        return answer.astype(np.float32, copy=False)
 
     def _failed(self, start: int, stop: int, asked: int, alone: int, error: Exception) -> None:
         if stop - start > 1:

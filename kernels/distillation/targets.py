@@ -128,6 +128,7 @@ def prepare(
         truncated = objective in ("kl", "ce") and isinstance(labels, TopKLabels)
         return Targets(logprobs, classes, padding, rest, temperature, objective != "ce", truncated=truncated)
     rows = logprobs.shape[:1]
+    assert accuracy is not None  # `_check` refuses
     a_B1 = _per_row("accuracy", accuracy, rows, logprobs).clamp(FLOOR, 1.0)
     m_B1 = _per_row("candidates", 2 if candidates is None else candidates, rows, logprobs)
     share_B1 = 1 - a_B1 if mixing == "plain" else (1 - a_B1) / (m_B1 - 1).clamp(min=1)
@@ -190,11 +191,11 @@ def _tail(labels: TopKLabels | SampledLabels, logprobs: Tensor, num_classes: int
     return mass.to(logprobs.dtype)[:, None]
 
 
-def _per_row(name: str, value: Tensor | float | None, rows: torch.Size, like: Tensor) -> Tensor:
+def _per_row(name: str, value: Tensor | float, rows: torch.Size, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value.to(dtype=like.dtype, device=like.device)
     else:
-        tensor = torch.full((), 0.0 if value is None else value, dtype=like.dtype, device=like.device)
+        tensor = torch.full((), value, dtype=like.dtype, device=like.device)  # copies nothing to a GPU
     if tensor.ndim and tensor.shape != rows:
         raise ValueError(f"{name} must be a number or have one value per row, {list(rows)}, got {list(tensor.shape)}")
     return tensor.expand(rows)[:, None]

@@ -149,7 +149,8 @@ def _sums(
     # one buffer, one sum over the parts: A's gradient, B's, the norm weight's, the coefficients'
     of_map, of_weight = dim * rank if maps else 0, dim if weight else 0
     width = 2 * of_map + of_weight + columns * (2 + count)
-    sums_PW = given.new_empty(parts, width, dtype=torch.float32) if given.numel() else given.new_zeros(1, width).float()
+    new = given.new_empty if given.numel() else given.new_zeros
+    sums_PW = new(parts, width, dtype=torch.float32)
     slopes_and_norm = (slopes.total, slopes.normed, kept.total, kept.inverse, means, kept.norm_weight)
     operands = [_or(_dense(x), given) for x in (*slopes_and_norm, kept.update, kept.residual)]
     if given.numel():

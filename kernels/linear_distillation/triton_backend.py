@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.distillation import triton_backend as of_logits
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_backend import kept_bits, launch
 from distilbeam.kernels.linear_distillation.buckets import Solved, solve
 from distilbeam.kernels.linear_distillation.by_classes import columns_of
 from distilbeam.kernels.linear_distillation.gradients import Gradients, apply_fused
@@ -67,8 +67,12 @@ def _by_rows(
         hidden_RH = operands.hidden[rows]
         z_RC = product(hidden_RH, operands.weight.T, out=logits_RC[: len(hidden_RH)])
         slope_RC = z_RC.view(dtype)[:, :classes] if apart_RC is None else apart_RC[: len(hidden_RH)]
-        for number, term in enumerate(terms):
-            launch(z_RC, term.rows(rows), losses_B[rows], slope_RC, add=number > 0, bias_C=operands.bias)
+        for number, whole in enumerate(terms):
+            term, add = whole.rows(rows), number > 0
+            if any(wanted):
+                of_logits.launch(z_RC, term, losses_B[rows], slope_RC, add=add, bias_C=operands.bias)
+            else:
+                of_logits.solve(z_RC, term, of_logits.Kept.of(term), losses_B[rows], add=add, bias_C=operands.bias)
         if sums.hidden is not None:
             product(slope_RC, operands.weight, out=sums.hidden[rows])
         if sums.weight is not None:
@@ -161,7 +165,7 @@ def _flags(operands: Operands) -> dict[str, bool]:
 def _spread(part: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, first: int, *, add: bool) -> None:
     rows, size = len(part.hidden), len(part.weight)
     assert targets.classes is not None
-    bits_BW = kept_bits(targets.classes, first, size)
+    bits_BW = of_logits.kept_bits(targets.classes, first, size)
     grid = (cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
         *_pointers(part), bits_BW, one.rest, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
@@ -211,7 +215,7 @@ def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> Tensor:
 
 def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) -> Tensor:
     rows, size = len(part.hidden), len(part.weight)
-    bits_BW = kept_bits(classes_BK, first, size)
+    bits_BW = of_logits.kept_bits(classes_BK, first, size)
     blocks, tiles = cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"])
     split = cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
     parts = cdiv(tiles, split)

@@ -71,6 +71,11 @@ ACTIONS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
     "nan": (poisoned(np.nan), "answer", "the teacher's logits must be finite, 1 of 3 are NaN or infinite"),
     "inf": (poisoned(np.inf), "answer", "the teacher's logits must be finite, 1 of 3 are NaN or infinite"),
     "short": (lambda a, _: a[:-1], "answer", "the teacher must answer with shape [1, 3], got [0, 3]"),
+    "words": (
+        lambda a, _: np.full(a.shape, "yes", object),
+        "teacher",
+        "ValueError: could not convert string to float: 'yes'",
+    ),
     "classes": (lambda a, _: a[:, :2], "answer", "the teacher must answer with shape [1, 3], got [1, 2]"),
 }
 
