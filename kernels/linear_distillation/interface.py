@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -65,8 +66,8 @@ def linear_distill_loss(
         `fp8` (e4m3) with a scale per row; the rounding is taken for the identity in the gradients, and
         `linear_distillation/precision.py` bounds what it does to the loss. None leaves them in their own precision;
         `table` rounds where that is known to pay, which `loss_precision` says and nobody else: print it.
-      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU, no `fp8`) for sparse labels; None chooses by
-        device. All but `reference` are differentiable once.
+      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU; holds the logits) for sparse labels; None
+        chooses by device. All but `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -129,9 +130,9 @@ def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor
 
         return triton_backend.total
     if name == "pallas":
-        from distilbeam.kernels.linear_distillation import pallas_backend
+        from distilbeam.kernels.distillation import pallas_backend
 
-        return pallas_backend.total
+        return partial(reference.total, of_logits=pallas_backend.total)
     return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
@@ -140,7 +141,7 @@ def _backends(operands: Operands, terms: list[Term]) -> dict[str, Reasons]:
     hidden, weight = operands[:2]
     tiled: dict[str, Reasons] = {
         "triton": lambda: _triton_reasons(operands) + _tiled_reasons(hidden, weight, terms),
-        "pallas": lambda: _pallas_reasons(operands) + _tiled_reasons(hidden, weight, terms),
+        "pallas": lambda: pallas_reasons(*operands[:3]) + _tiled_reasons(hidden, weight, terms),
     }
     if hidden.device.type == "tpu":
         return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
@@ -154,13 +155,6 @@ def _triton_reasons(operands: Operands) -> list[str]:
     if hidden.dtype in FORMAT_OF:
         return triton_refusals(FORMAT_OF[hidden.dtype], hidden, weight)
     return triton_reasons(hidden, weight, bias)
-
-
-def _pallas_reasons(operands: Operands) -> list[str]:
-    reasons = pallas_reasons(*operands[:3])
-    if operands.hidden.dtype == torch.float8_e4m3fn:
-        reasons.append("TPUs up to v6e have no fp8 products; int8 is theirs")
-    return reasons
 
 
 def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
