@@ -29,9 +29,7 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
 def logit_buckets() -> Any:
     """Give the operation that finds the buckets' logits; its derivative spreads their gradients over the logits."""
 
-    def find(
-        logits: jax.Array, classes: jax.Array, tau: float
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def find(logits: jax.Array, classes: jax.Array, tau: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         return pallas_kernels.logit_buckets(logits, classes, tau)
 
     def spread(
@@ -71,7 +69,4 @@ def _spread(logits: Tensor, classes: Tensor, kept: Tensor, slope: Tensor, top: T
         return made[0]
     classes_BK = classes.long()
     gradient_BC = torch.where(slope == 0, 0, slope * torch.exp((logits.float() - top) / tau))
-    repeated_BK = classes_BK == classes_BK[:, :1]
-    repeated_BK[:, 0] = False
-    once_BK = kept.masked_fill(repeated_BK, 0)
-    return gradient_BC.scatter(1, classes_BK, 0).scatter_add(1, classes_BK, once_BK).to(logits.dtype)
+    return gradient_BC.scatter(1, classes_BK, 0).scatter_add(1, classes_BK, kept).to(logits.dtype)

@@ -31,7 +31,7 @@ def logit_buckets(logits: Any, classes: Any, tau: float, *, interpret: bool = Fa
 
     Args:
       logits: float32 or bfloat16 [B, C].
-      classes: int32 [B, K], distinct but for padding, which repeats a row's first.
+      classes: int32 [B, K]; padding repeats another of its row.
       tau: temperature of the rest bucket.
       interpret: run the kernel in Pallas' interpreter, on any device.
 
@@ -56,7 +56,7 @@ def logit_gradient(
     Args:
       logits: [B, C].
       classes: int32 [B, K], as for `logit_buckets`.
-      kept: gradient of the kept classes' logits, float32 [B, K].
+      kept: gradient of the kept classes' logits, to be added up by class, float32 [B, K].
       slope: gradient of the rest's logit divided by the rest's sum, float32 [B, 1]; a row where it is 0 may hold NaN.
       top: the rest's largest logit, float32 [B, 1], +inf where it is empty.
       tau: temperature of the rest bucket.
@@ -68,8 +68,7 @@ def logit_gradient(
     rows, count = logits.shape
     columns = padded_rows(slope, 0), padded_rows(top, jnp.inf)
     spread = _spread(padded_rows(logits, 0), bits_of(classes, 0, count), *columns, tau, interpret)[:rows]
-    column = jnp.where(first_of_its_kind(classes) > 0, classes, count)  # padding is past the end: dropped
-    return spread.at[jnp.arange(rows)[:, None], column].set(kept.astype(logits.dtype), mode="drop")
+    return spread.at[jnp.arange(rows)[:, None], classes].add(kept.astype(logits.dtype))
 
 
 def _rest_kernel(logits, bits, top, total, *, classes: int, tau: float):
@@ -150,9 +149,10 @@ def padded_rows(value, fill):
 
 
 def first_of_its_kind(classes):
-    """One where an entry is no padding, float32 [B, K]."""
-    later = jnp.arange(classes.shape[1]) > 0
-    return 1.0 - (later & (classes == classes[:, :1])).astype(jnp.float32)
+    """Say which entries repeat no earlier one of their row, bool [B, K]."""
+    entry = jnp.arange(classes.shape[1])
+    earlier = entry[None, :] < entry[:, None]
+    return ~((classes[:, :, None] == classes[:, None, :]) & earlier).any(axis=2)
 
 
 def bits_of(classes, first: int, size: int):
@@ -160,7 +160,7 @@ def bits_of(classes, first: int, size: int):
     rows = classes.shape[0]
     words = (rows + -rows % BLOCK_ROWS) // 32
     row = jnp.arange(rows)[:, None]
-    counts = (classes >= first) & (classes < first + size) & (first_of_its_kind(classes) > 0)
+    counts = (classes >= first) & (classes < first + size) & first_of_its_kind(classes)
     column = jnp.where(counts, classes - first, size)  # past the end: dropped
     bit = jnp.left_shift(jnp.int32(1), (row % 32).astype(jnp.int32))
     return jnp.zeros((words, size), jnp.int32).at[row // 32, column].add(bit, mode="drop")

@@ -46,7 +46,9 @@ def test_quantisation_has_the_bits_of_the_reference(dtype, source, rng):
 def test_layers_have_no_kernel_there():
     x = torch.zeros(2, 16)
     for layer in (fp8_linear, int8_linear):
-        with pytest.raises(NotImplementedError, match="pallas: layers in 8 bits have no kernel there.*; reference can"):
+        with pytest.raises(
+            NotImplementedError, match=r"pallas: layers in 8 bits have no kernel there.*; reference can"
+        ):
             layer(x, x, implementation="pallas")
 
 
