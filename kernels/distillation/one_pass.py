@@ -54,8 +54,8 @@ def loss_and_gradient(
       wanted: whether the gradient is wanted.
 
     Returns:
-      The loss, a scalar or [B], and the gradient, or None in its place where it is not wanted; None, with nothing of use in `out`, where the logits are on an
-      accelerator, which would have to be waited for, or hold something unusual.
+      The loss, a scalar or [B], and the gradient, or None in its place where it is not wanted. None, with nothing of use in
+      `out`, where the logits are on an accelerator, which would have to be waited for, or hold something unusual.
     """
     targets, scale_B, wish = term.targets, term.scale, Wish(reduced, wanted, out)
     if not logits_BC.is_cpu or not len(logits_BC):
