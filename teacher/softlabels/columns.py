@@ -109,7 +109,7 @@ def flat_values(column: pa.Array | pa.ChunkedArray, width: int) -> np.ndarray[An
     if isinstance(column, pa.ChunkedArray):
         if column.num_chunks != 1:
             parts = [flat_values(chunk, width) for chunk in column.chunks]
-            empty = np.empty((0, width), column.type.value_type.to_pandas_dtype())
+            empty = np.empty((0, width), dtype_of(column.type.value_type))
             return np.concatenate(parts) if parts else empty
         column = column.chunk(0)
     values = _values(column, width)
@@ -117,6 +117,12 @@ def flat_values(column: pa.Array | pa.ChunkedArray, width: int) -> np.ndarray[An
         raise ValueError(f"every row of a label column must have {width:,} values and none missing")
     array: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=True).reshape(-1, width)
     return array
+
+
+def dtype_of(type_: pa.DataType) -> np.dtype[Any]:
+    """Return the numpy type of an Arrow type of numbers; Arrow's own `to_pandas_dtype` needs pandas, which is no base dependency."""
+    dtype: np.dtype[Any] = pa.array([], type_).to_numpy(zero_copy_only=False).dtype
+    return dtype
 
 
 def _values(column: pa.Array, width: int) -> pa.Array:
