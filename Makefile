@@ -37,8 +37,8 @@ demo: $(READY)  ## the main job, end to end, on handwritten digits
 test: $(DEV)  ## the tests, with one thread each; a third process uses the time in which others wait for theirs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not exhaustive"
 
-test-base: $(READY)  ## every base command, where nothing but the base dependencies is installed; skipped elsewhere
-	@$(BIN)/python -m unittest -v tests/base_install/test_commands.py
+test-base: $(READY)  ## every base command, where nothing but the base dependencies is installed: a fresh clone
+	@DISTILBEAM_BASE_ONLY=1 $(BIN)/python -m unittest -v tests/base_install/test_commands.py
 
 # What OpenBLAS, MKL and torch choose on another processor: sums in another order, other last bits.
 test-processors: $(DEV)  ## the numeric parts with the instructions of an older processor
