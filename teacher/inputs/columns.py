@@ -40,6 +40,26 @@ def plain(column: pa.Array) -> pa.Array:
             return column
 
 
+def without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Store the values of dictionary-encoded columns one after the other.
+
+    Each file has a dictionary of its own, and many of them need not fit into one of the same index type.
+
+    Args:
+      batch: of any columns.
+
+    Returns:
+      The same rows; the batch itself where no column has a dictionary.
+    """
+    if not any(pa.types.is_dictionary(field.type) for field in batch.schema):
+        return batch
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    fields = [field.with_type(column.type) for field, column in zip(batch.schema, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
 def is_list(type_: pa.DataType) -> bool:
     """Tell whether values of a plain type are lists."""
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
