@@ -96,7 +96,7 @@ _CONNECTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
-_RECEIVERS = 24  # threads besides those that answer, for requests that arrive slowly
+_RECEIVERS = 88  # threads besides those that answer, for requests that arrive slowly or never
 
 
 class TeacherServer:

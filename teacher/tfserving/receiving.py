@@ -58,22 +58,34 @@ class Gate:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self._reading = threading.Lock()  # a message can take many times its size, until it is refused
         self._places = threading.BoundedSemaphore(limits.at_once)
         self._lock = threading.Lock()
         self._waiting_bytes = 0
 
-    def handler(self, answer: Callable[[Any], Any], request_type: Any, *, at_once: bool = False) -> Handler:
+    def handler(
+        self,
+        answer: Callable[[Any], Any],
+        request_type: Any,
+        *,
+        check: Callable[[Any], None] = lambda _: None,
+        at_once: bool = False,
+    ) -> Handler:
         """Make the handler of a method.
 
         Args:
           answer: function from a request to the answer; it may raise `Refused`.
           request_type: class of the request.
+          check: raises `Refused` where a request is not worth to be kept.
           at_once: answer without waiting for a place, which suits what costs nothing.
         """
 
         def read(data: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                reply: bytes = answer(_parsed(data, request_type)).SerializeToString()
+                with self._reading:
+                    request = _parsed(data, request_type)
+                    check(request)
+                reply: bytes = answer(request).SerializeToString()
             except Refused as e:
                 context.abort(e.code, _shortened(str(e)))
             return reply

@@ -64,7 +64,7 @@ class ModelService:
         """Return the handlers of the services, to be added to a server."""
         m = load_messages()
         predict = {
-            "Predict": self.gate.handler(self.predict, m.predict.PredictRequest),
+            "Predict": self.gate.handler(self.predict, m.predict.PredictRequest, check=self._require_few),
             "GetModelMetadata": self.gate.handler(self.metadata, m.metadata.GetModelMetadataRequest),
         }
         status = {"GetModelStatus": self.gate.handler(self.status, m.status.GetModelStatusRequest)}
@@ -131,21 +131,22 @@ class ModelService:
         if set(inputs) != set(columns):
             found = ", ".join(sorted(inputs)) or "none"
             raise Refused(Code.INVALID_ARGUMENT, f"the inputs must be {', '.join(sorted(columns))}, got {found}")
-        for name in columns:
-            self._require_few(inputs[name])
         try:
             made = [_column(name, to_array(inputs[name]), self._inputs) for name in columns]
             return pa.RecordBatch.from_arrays([column for column, _ in made], schema=pa.schema([f for _, f in made]))
         except ValueError as e:  # pa.ArrowInvalid is one
             raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
 
-    def _require_few(self, proto: Any) -> None:
-        dims, most = proto.tensor_shape.dim, self.gate.limits.rows
-        if len(dims) and dims[0].size > most:
-            raise Refused(
-                Code.INVALID_ARGUMENT,
-                f"a request must have at most {most:,} rows here, got {dims[0].size:,}; ask about fewer at a time",
-            )
+    def _require_few(self, request: Any) -> None:
+        most = self.gate.limits.rows
+        for proto in request.inputs.values():
+            dims = proto.tensor_shape.dim
+            rows = max(dims[0].size if len(dims) else 1, len(proto.string_val))
+            if rows > most:
+                raise Refused(
+                    Code.INVALID_ARGUMENT,
+                    f"a request must have at most {most:,} rows here, got {rows:,}; ask about fewer at a time",
+                )
 
     def _outputs(self, batch: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
         try:
