@@ -28,7 +28,7 @@ from torch import nn
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.models import build_student, count_parameters
-from distilbeam.teacher.preprocess import make_input
+from distilbeam.teacher.preprocess import make_input, with_padding
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
@@ -156,6 +156,7 @@ def save_student(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    config = config.model_copy(update={"input": with_padding(config.input)})
     description = {
         "format_version": FORMAT_VERSION,
         "config": config.model_dump(mode="json"),

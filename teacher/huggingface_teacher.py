@@ -6,7 +6,6 @@ folder is not executed, and nothing is downloaded.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,9 @@ class HuggingFaceTeacher(LocalTeacher):
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
             if text:
-                prepare = self._texts(transformers.AutoTokenizer.from_pretrained(self._config.model, **options))
+                tokenizer = transformers.AutoTokenizer.from_pretrained(self._config.model, **options)
             else:
-                prepare = _images(transformers.AutoImageProcessor.from_pretrained(self._config.model, **options))
+                processor = transformers.AutoImageProcessor.from_pretrained(self._config.model, **options)
             kind = "AutoModelForSequenceClassification" if text else "AutoModelForImageClassification"
             model = getattr(transformers, kind).from_pretrained(self._config.model, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError) as e:
@@ -75,10 +74,12 @@ class HuggingFaceTeacher(LocalTeacher):
             raise ValueError(
                 f"teacher.model: {self._config.model} holds no {what} classifier with safetensors: {first_line(e)}"
             ) from e
+        prepare = self._texts(tokenizer, positions(model)) if text else _images(processor)
         return prepare, model.to(device=self._device, dtype=self._dtype).eval()
 
-    def _texts(self, tokenizer: Any) -> Callable[[list[bytes]], Any]:
-        longest = min(self._config.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    def _texts(self, tokenizer: Any, places: int | None) -> Callable[[list[bytes]], Any]:
+        limits = (self._config.max_length, tokenizer.model_max_length, places)
+        longest = min(limit for limit in limits if limit is not None)
 
         def prepare(rows: list[bytes]) -> Any:
             texts = [row.decode() for row in rows]
@@ -96,12 +97,30 @@ class HuggingFaceTeacher(LocalTeacher):
             torch.cuda.empty_cache()
 
 
+def positions(model: Any) -> int | None:
+    """Count the tokens that a model has positions for; None where it has no table of them and names no limit."""
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _POSITION_TABLES]
+    sizes = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from there
+        for table in tables
+        if isinstance(table, torch.nn.Embedding)
+    ]
+    named = getattr(model.config, "max_position_embeddings", None)
+    sizes += [named] if isinstance(named, int) and named > 0 else []
+    return min(sizes, default=None)
+
+
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
 def _images(processor: Any) -> Callable[[list[bytes]], Any]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
+
+    from distilbeam.teacher.inputs.images import read_bytes_image
 
     def prepare(rows: list[bytes]) -> Any:
         try:
-            images = [Image.open(io.BytesIO(row)).convert("RGB") for row in rows]
+            images = [read_bytes_image(row) for row in rows]
         except (UnidentifiedImageError, OSError) as e:
             raise InputError(f"the input must be encoded images: {e}") from e
         return processor(images=images, return_tensors="pt")
