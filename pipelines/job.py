@@ -64,7 +64,7 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -59,7 +59,7 @@ class LabelExamples(beam.PTransform):
             raise ValueError("estimates and student must be given together: the weights depend on both")
         config = parse_teacher_config(dict(teacher)) if isinstance(teacher, Mapping) else teacher
         self.labelling = Labelling(
-            teacher=teacher_text(config, Path(base).resolve()),
+            teacher=teacher_text(config, Path(base).resolve(), spec.classes),
             spec=spec,
             id_column=id_column,
             teacher_batch=teacher_batch,

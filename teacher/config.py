@@ -386,7 +386,8 @@ _CLASSES: dict[str, type[BaseModel]] = {
 
 def _suggestion(location: Sequence[str], kind: str) -> str:
     nested: dict[str, type[BaseModel]] = {"input": InputConfig, "headers": HeaderConfig}
-    settings = list((_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields)
+    fields = (_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields
+    settings = sorted(fields, key=lambda name: name in _TeacherConfig.model_fields)  # its own first
     near = difflib.get_close_matches(location[-1], settings, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {'.'.join(['teacher', *location[:-1], near[0]])}?"
