@@ -85,16 +85,16 @@ class HuggingFaceTeacher(LocalTeacher):
                 f"teacher.model: {self._config.model} holds no weights for {', '.join(sorted(report['missing_keys'])[:3])}: "
                 "they would be drawn at random; name a model that was trained to classify"
             )
-        prepare = self._texts(processor, model) if text else _images(processor)
+        if text and processor.pad_token is None:  # texts of different lengths cannot stand in one request
+            self.set_batch_rows(1)
+        elif text and model.config.pad_token_id is None:  # by it some find the last token of a row
+            model.config.pad_token_id = processor.pad_token_id
+        prepare = self._texts(processor, positions(model)) if text else _images(processor)
         return prepare, model.to(device=self._device, dtype=self._dtype).eval()
 
-    def _texts(self, tokenizer: Any, model: Any) -> Callable[[list[bytes]], Any]:
-        longest = min(self._config.max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-        longest = min(longest, _positions(model) or longest)
-        if tokenizer.pad_token is None:  # texts of different lengths cannot stand in one request
-            self.set_batch_rows(1)
-        elif model.config.pad_token_id is None:  # some look for the last token by it, and refuse more than one row without
-            model.config.pad_token_id = tokenizer.pad_token_id
+    def _texts(self, tokenizer: Any, places: int | None) -> Callable[[list[bytes]], Any]:
+        limits = (self._config.max_length, tokenizer.model_max_length, places)
+        longest = min(limit for limit in limits if limit is not None)
 
         def prepare(rows: list[bytes]) -> Any:
             texts = [row.decode() for row in rows]
@@ -132,16 +132,20 @@ def _outputs(config: Any, folder: str) -> list[str]:
     return [names[place] for place in range(config.num_labels)]
 
 
-def _positions(model: Any) -> int | None:
-    """Return the most tokens that a model has learned positions for; RoBERTa and its like begin after the padding's."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            begin = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings) - begin
-    return most
+def positions(model: Any) -> int | None:
+    """Count the tokens that a model has positions for; None where it has no table of them and names no limit."""
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _POSITION_TABLES]
+    sizes = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from there
+        for table in tables
+        if isinstance(table, torch.nn.Embedding)
+    ]
+    named = getattr(model.config, "max_position_embeddings", None)
+    sizes += [named] if isinstance(named, int) and named > 0 else []
+    return min(sizes, default=None)
+
+
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 def _images(processor: Any) -> Callable[[list[bytes]], Any]:
