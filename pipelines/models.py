@@ -43,12 +43,17 @@ def cached_teacher(text: str) -> Teacher:
         return _teachers[text]
 
 
-def cached_student(directory: str) -> Student:
-    """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back."""
+def cached_student(directory: str, trust: Sequence[str] = ()) -> Student:
+    """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back.
+
+    Args:
+      directory: of the student.
+      trust: whose code it may call besides what this process trusts; see `load_student`.
+    """
     with _lock:
         if directory not in _students:
             _students.clear()
-            _students[directory] = load_student(directory)
+            _students[directory] = load_student(directory, trust)
         return _students[directory]
 
 

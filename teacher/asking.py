@@ -177,7 +177,9 @@ class _State:
 
     def _probe(self, row: int) -> Exception | None:
         """Ask one row alone; keep its answer, or return its error."""
-        ((_, _, answer),) = self._pieces(row, row + 1, 1) if hasattr(self.teacher, "in_pieces") else [self._one(row, row + 1)]
+        ((_, _, answer),) = (
+            self._pieces(row, row + 1, 1) if hasattr(self.teacher, "in_pieces") else [self._one(row, row + 1)]
+        )
         if isinstance(answer, Exception):
             return answer
         self._isolate([(row, row + 1, answer)])

@@ -93,7 +93,9 @@ class _TeacherConfig(_Config):
         """Leave out what says nothing new, so that runs and fingerprints from before these settings stay as they are."""
         data: dict[str, Any] = handler(self)
         silent = {"answers": "logits", "classes": (), "trust": False}
-        return {name: value for name, value in data.items() if name not in silent or getattr(self, name) != silent[name]}
+        return {
+            name: value for name, value in data.items() if name not in silent or getattr(self, name) != silent[name]
+        }
 
     def meaning(self) -> str:
         """Return what of the answers' form decides the labels, for the fingerprint; nothing for plain logits."""
@@ -221,7 +223,9 @@ class TfServingConfig(_TeacherConfig):
             if not re.fullmatch(r"[0-9a-z_.-]+", name.lower(), re.ASCII) or name.lower().startswith(("grpc-", ":")):
                 raise ValueError(f"a header must be named by letters, digits, '-', '_' and '.', got {name!r}")
             if name.lower().endswith("-bin"):
-                raise ValueError(f"a header must hold text, {name!r} would be sent as bytes: choose a name without -bin")
+                raise ValueError(
+                    f"a header must hold text, {name!r} would be sent as bytes: choose a name without -bin"
+                )
         if len({name.lower() for name in headers}) < len(headers):
             raise ValueError(f"headers must be named once, in capitals or not, got {', '.join(headers)}")
         return {name.lower(): header for name, header in headers.items()}

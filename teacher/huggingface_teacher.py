@@ -39,7 +39,9 @@ class HuggingFaceTeacher(LocalTeacher):
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         settings = config.model_dump_json(include={"input", "dtype", "max_length"}) + config.meaning()
         if not Path(config.model).is_dir():
-            raise ValueError(f"teacher.model: {config.model} must be a folder with config.json and safetensors on this disk")
+            raise ValueError(
+                f"teacher.model: {config.model} must be a folder with config.json and safetensors on this disk"
+            )
         raw = config.input.model_copy(update={"kind": "raw"})
         name = f"huggingface:{Path(config.model).name}"
         super().__init__(name, Artefact([config.model], settings), config, raw)
@@ -128,7 +130,9 @@ def _outputs(config: Any, folder: str) -> list[str]:
         )
     names = {int(place): str(name) for place, name in config.id2label.items()}
     if sorted(names) != list(range(config.num_labels)):
-        raise ValueError(f"teacher.model: id2label in {folder}/config.json must name the outputs 0 to {config.num_labels - 1}")
+        raise ValueError(
+            f"teacher.model: id2label in {folder}/config.json must name the outputs 0 to {config.num_labels - 1}"
+        )
     return [names[place] for place in range(config.num_labels)]
 
 

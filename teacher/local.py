@@ -119,10 +119,7 @@ class LocalTeacher(NotPickled, ABC):
             self._order = OutputOrder(own, whose)
 
     def _answered(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        if self._unprobed and count_rows(inputs):
-            answers = self._first(inputs)
-        else:
-            answers = self._forward(inputs)
+        answers = self._first(inputs) if self._unprobed and count_rows(inputs) else self._forward(inputs)
         return self._order(self._form(answers))
 
     def _first(self, inputs: Inputs) -> npt.NDArray[Any]:

@@ -12,6 +12,8 @@ from distilbeam.teacher.protobuf_fields import integers, messages, read_fields, 
 # .tensors 10, .graphs 11; TensorProto.external_data 13; SparseTensorProto.values 1, .indices 2;
 # StringStringEntryProto.key 1, .value 2
 
+_LABELS = ("classlabels_int64s", "classlabels_ints", "classlabels_strings")
+
 
 def weight_files(model: Path) -> list[Path]:
     """List the files beside a model that it keeps its weights in, by the locations that it records.
@@ -34,7 +36,9 @@ def weight_files(model: Path) -> list[Path]:
                 f"teacher.model: {model} keeps weights in {location}, outside of its folder; put them beside it and save it again"
             )
         if not path.is_file():
-            raise ValueError(f"teacher.model: {model} keeps weights in {location}, which is not beside it; copy it there")
+            raise ValueError(
+                f"teacher.model: {model} keeps weights in {location}, which is not beside it; copy it there"
+            )
         if not path.resolve().is_relative_to(model.parent.resolve()):
             raise ValueError(
                 f"teacher.model: {model} keeps weights in {location}, a link out of its folder; put the file itself there"
@@ -60,10 +64,9 @@ def class_labels(model: Path) -> dict[int, list[str]]:
 def _labels(model: Path) -> Iterator[list[str]]:
     for node in _nodes_of(model.read_bytes()):
         for attribute in messages(node, 5):
-            name = "".join(texts(attribute, 1))
-            if name in ("classlabels_int64s", "classlabels_ints", "classlabels_strings"):
-                if names := texts(attribute, 9) or [str(number) for number in integers(attribute, 8)]:
-                    yield names
+            names = texts(attribute, 9) or [str(number) for number in integers(attribute, 8)]
+            if names and "".join(texts(attribute, 1)) in _LABELS:
+                yield names
 
 
 def _nodes_of(data: bytes) -> Iterator[memoryview]:

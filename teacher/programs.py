@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-_NEXT_TO_TORCH = "aten|prims?|higher_order|quantized|quantized_decomposed|onednn|mkldnn|rngprims|torchvision|torchaudio|torchao"
+_NEXT_TO_TORCH = (
+    "aten|prims?|higher_order|quantized|quantized_decomposed|onednn|mkldnn|rngprims|torchvision|torchaudio|torchao"
+)
 _OPERATOR = re.compile(
     rf"torch\.ops\.({_NEXT_TO_TORCH})\.(?!from_file\b)([A-Za-z_]\w*)(\.[A-Za-z]\w*)?"
     r"|torch\.(_?sym_\w+)"
@@ -40,15 +42,16 @@ _MEMBERS = re.compile(
 )
 _METHODS = frozenset({"size", "stride", "dim", "numel", "storage_offset"})
 _KEYS = frozenset({"positive", "integer", "nonnegative", "negative", "real", "evaluate", "finite", "zero", "nonzero"})
-_ALGEBRA = frozenset(
-    "Symbol Dummy Integer Float Rational Add Mul Pow Mod Max Min Abs floor ceiling log exp sqrt Eq Ne Lt Le Gt Ge And Or Not "
-    "Xor StrictLessThan LessThan GreaterThan StrictGreaterThan Equality Unequality Piecewise ExprCondPair Tuple true false "
-    "BooleanTrue BooleanFalse oo Infinity NegativeInfinity One Zero Half NegativeOne int float bool math isnan inf L args "
-    "precision".split()
-)
+_ALGEBRA_NAMES = """
+    Symbol Dummy Integer Float Rational Add Mul Pow Mod Max Min Abs floor ceiling log exp sqrt Eq Ne Lt Le Gt
+    Ge And Or Not Xor StrictLessThan LessThan GreaterThan StrictGreaterThan Equality Unequality Piecewise
+    ExprCondPair Tuple true false BooleanTrue BooleanFalse oo Infinity NegativeInfinity One Zero Half
+    NegativeOne int float bool math isnan inf L args precision
+"""
+_ALGEBRA = frozenset(_ALGEBRA_NAMES.split())
 
 
-class UntrustedProgram(ValueError):
+class UntrustedProgram(ValueError):  # noqa: N818  (what it is)
     """A program that could run code while it is read."""
 
 
@@ -90,7 +93,12 @@ def load_program(path: str | Path, setting: str, *, trust: bool = False) -> torc
 def training_operator(program: torch.export.ExportedProgram) -> str | None:
     """Name an operator of a program that works in training mode, or None: dropout, or batch normalisation by the batch."""
     places = {"dropout": (2,), "native_dropout": (2,), "feature_dropout": (2,), "alpha_dropout": (2,)}
-    places |= {"batch_norm": (5,), "native_batch_norm": (5,), "_native_batch_norm_legit": (3, 5), "cudnn_batch_norm": (5,)}
+    places |= {
+        "batch_norm": (5,),
+        "native_batch_norm": (5,),
+        "_native_batch_norm_legit": (3, 5),
+        "cudnn_batch_norm": (5,),
+    }
     for node in program.graph.nodes:
         name = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
         if node.op == "call_function" and any(
@@ -154,16 +162,16 @@ def _require_plain_program(program: Any) -> None:
             continue
         if key == "target":
             good = _OPERATOR.fullmatch(text) is not None and _DUNDER.search(text) is None
-        elif key == "expr_str":
-            good = _is_expression(text)
-        elif key == "guards_code":
+        elif key == "expr_str" or key == "guards_code":
             good = _is_expression(text)
         elif key == "name":
             good = _NAME.fullmatch(text) is not None and not keyword.iskeyword(text)
         else:
             good = _PLAIN_TEXT.fullmatch(text) is not None and not _DUNDER.search(text)
         if not good:
-            raise UntrustedProgram(f"it has a {key or 'text'} that torch does not write or is no operator of torch's: {text[:80]!r}")
+            raise UntrustedProgram(
+                f"it has a {key or 'text'} that torch does not write or is no operator of torch's: {text[:80]!r}"
+            )
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -198,7 +206,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
         case ast.Constant(value=value):
             return value is None or isinstance(value, bool | int | float)
         case ast.Name(id=name):
-            return name in _algebra() or _SYMBOL.fullmatch(name) is not None and name not in _builtin_names()
+            return name in _algebra() or (_SYMBOL.fullmatch(name) is not None and name not in _builtin_names())
         case ast.Attribute(value=value, attr=name):
             return name in _METHODS or (isinstance(value, ast.Name) and value.id == "math" and not name.startswith("_"))
         case ast.Call(func=ast.Name(id=name)):

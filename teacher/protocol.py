@@ -71,7 +71,7 @@ class TeacherUnavailable(RuntimeError):  # noqa: N818
     """The teacher cannot be reached or refuses every request; no row is to blame."""
 
 
-class TeacherMisfit(ValueError):
+class TeacherMisfit(ValueError):  # noqa: N818
     """The teacher's answers are not what the configuration says: another number of classes, or numbers of another kind.
 
     No row is to blame and no repetition helps: whoever catches errors of single rows lets this one pass.

@@ -100,7 +100,9 @@ def _files(config: TorchConfig) -> list[str]:
 def _settings(config: TorchConfig) -> str:
     settings = {"arguments", "output", "dtype", "input"}
     data = config.model_dump(mode="json", include=settings, exclude={"input": {"tokenizer"}})
-    return json.dumps(data, sort_keys=True) + config.meaning()  # the order in which somebody wrote the arguments decides nothing
+    return (
+        json.dumps(data, sort_keys=True) + config.meaning()
+    )  # the order in which somebody wrote the arguments decides nothing
 
 
 def _made(config: TorchConfig) -> torch.nn.Module:

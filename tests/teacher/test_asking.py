@@ -145,7 +145,7 @@ class Pieces:
     def fingerprint(self) -> str:
         return self.teacher.fingerprint()
 
-    def logits(self, batch: pa.RecordBatch) -> np.ndarray:
+    def logits(self, _: pa.RecordBatch) -> np.ndarray:
         raise AssertionError("asked in pieces")
 
     def in_pieces(self, batch: pa.RecordBatch, rows: int) -> list[tuple[int, np.ndarray | Exception]]:
@@ -229,7 +229,9 @@ def test_a_row_that_recovers_is_answered() -> None:
     check_the_rest(answers, 1, set())
 
 
-@pytest.mark.parametrize("error", [TeacherChanged("changed"), TeacherMisfit("another"), TeacherUnavailable("down"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [TeacherChanged("changed"), TeacherMisfit("another"), TeacherUnavailable("down"), KeyboardInterrupt()]
+)
 def test_what_is_no_fault_of_a_row_stops_the_job(error: BaseException) -> None:
     with pytest.raises(type(error)):
         ask(Scripted({5: raising(error)}), rows(10), 3)  # type: ignore[arg-type]
