@@ -25,6 +25,7 @@ from distilbeam.pipelines.command_options import (
     MaxFailuresOption,
     RoundOption,
     SetOption,
+    TrustOption,
     run_steps,
     with_max_failures,
 )
@@ -175,6 +176,7 @@ def evaluate(
         Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
+    trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -182,7 +184,7 @@ def evaluate(
     """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
     if target.is_dir():
         configure_logs(log_level, console)
-        evaluate_student(target, data, label_column, teacher, answers, json_file)
+        evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
         return
     if (data, teacher, answers) != (None, None, None):
         raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")

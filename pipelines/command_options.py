@@ -38,6 +38,10 @@ RoundOption = Annotated[
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
 ]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 

@@ -39,6 +39,7 @@ from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
+from distilbeam.student.trust import trust_config, trusted
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
@@ -55,6 +56,7 @@ class Job:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory, options: PipelineOptions) -> None:
         self.config, self.base, self.directory, self.options = config, base, directory, options
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -64,7 +66,7 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,6 +249,7 @@ class Job:
             teacher_batch=self.config.engine.teacher_batch,
             estimates=self._estimates(output, student),
             student=str(student),
+            trust=trusted(),
             reuse=reuse,
         )
         self._label(output, name, self.inputs.pool, labelling, str(picks), report)
@@ -287,6 +290,7 @@ class Job:
             bought=bought,
             columns=self.inputs.student_columns,
             batch_rows=self.config.engine.batch_rows,
+            trust=trusted(),
         )
 
     def _phase(self, name: str, work: Any, items: Any, report: Report) -> PhaseReport:

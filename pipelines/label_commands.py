@@ -18,6 +18,7 @@ from distilbeam.pipelines.command_options import (
     MaxFailuresOption,
     RoundOption,
     SetOption,
+    TrustOption,
     check_early,
     run_steps,
     stop_at_once,
@@ -41,6 +42,7 @@ def label(
         Path | None, typer.Option(help="Go on labelling the Parquet files that arrive in this directory.")
     ] = None,
     max_failures: MaxFailuresOption = None,
+    trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -65,6 +67,10 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if trust:
+        from distilbeam.student.trust import trust as trust_code
+
+        trust_code(*trust)
     if watch is not None:
         watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
         return

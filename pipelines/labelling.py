@@ -58,6 +58,7 @@ class Labelling:
       estimates: `Estimates` as text, or None for labels without them.
       student: checkpoint whose logits the weights need; given together with `estimates`.
       reuse: datasets of the same pool whose answers are copied instead of asked again.
+      trust: modules whose code the student may call; see `student.trust`.
     """
 
     teacher: str
@@ -67,6 +68,7 @@ class Labelling:
     estimates: str | None = None
     student: str | None = None
     reuse: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
 
     def __call__(self, rows: pa.Table) -> Labelled:
         """Label rows.
@@ -114,7 +116,7 @@ class Labelling:
         columns |= {name: rows[name] for name in (*KEPT, *self.spec.carried) if name in rows.column_names}
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
         if self.estimates is not None and self.student is not None:
-            student_logits = cached_student(self.student).logits(_batch(rows))
+            student_logits = cached_student(self.student, self.trust).logits(_batch(rows))
             said = log_softmax(logits / np.float32(self.spec.temperature), axis=1)
             columns |= Estimates.from_text(self.estimates).columns(said, student_logits)
         fields = {field.name: field for field in (*rows.schema, *labels.schema)}

@@ -94,7 +94,7 @@ class LabellingJob:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        return teacher_text(self.config.teacher, self.base, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:

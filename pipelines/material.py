@@ -24,6 +24,7 @@ from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import train
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
+from distilbeam.student.trust import trust_config
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -38,6 +39,7 @@ class Material:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory) -> None:
         self.config, self.base, self.directory = config, base, directory
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:

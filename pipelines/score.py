@@ -78,6 +78,7 @@ class Score:
       columns: pool columns that the student reads.
       batch_rows: rows scored at a time; fewer where they are large or of many classes.
       candidates: whose embeddings to keep, or None.
+      trust: modules whose code the student may call; see `student.trust`.
     """
 
     student: str
@@ -87,10 +88,11 @@ class Score:
     columns: tuple[str, ...]
     batch_rows: int
     candidates: Candidates | None = None
+    trust: tuple[str, ...] = ()
 
     def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
         """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
-        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student).classes))
+        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student, self.trust).classes))
         return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, batch_rows)))
 
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
@@ -120,7 +122,7 @@ class Score:
         self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
         """Compute a batch's gains, and the embeddings of those of its rows that are wanted."""
-        student, gain = cached_student(self.student), GAINS[self.gain]
+        student, gain = cached_student(self.student, self.trust), GAINS[self.gain]
         if self.candidates is None:
             return gain(student.logits(batch)).astype(np.float32), []
         logits, embeddings = student.logits_and_embeddings(batch)

@@ -13,7 +13,7 @@ a repeated bundle chooses the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.score import GAINS
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.threshold import Threshold
+from distilbeam.student.trust import trusted
 
 _Bools = npt.NDArray[np.bool_]
 _Carry = tuple[str, float, pa.RecordBatch]  # shard, probability, the row with its two columns
@@ -51,6 +52,7 @@ class SelectExamples(beam.PTransform):
       gain: "margin", "entropy" or "least_confidence".
       seed: of the rounding.
       shards: parts in which a window's batches wait; a worker holds one part in memory.
+      trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
 
     Raises:
       ValueError: an argument is out of range; when applied, windows that merge or fire more than once, or a stream without
@@ -66,6 +68,7 @@ class SelectExamples(beam.PTransform):
         gain: str = "margin",
         seed: int = 0,
         shards: int = 16,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value in (("budget", budget), ("shards", shards)):
@@ -77,10 +80,11 @@ class SelectExamples(beam.PTransform):
             raise ValueError(f"gain must be one of {', '.join(GAINS)}, got {gain!r}")
         self.student, self.budget, self.wrong_share = str(student), budget, wrong_share
         self.gain, self.seed, self.shards = gain, seed, shards
+        self.trust = (*trusted(), *trust)
 
     def expand(self, batches: Any) -> Any:
         require_windows_that_fire_once(batches)
-        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards))
+        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards, self.trust))
         thresholds = (
             scored
             | "GainsOnly" >> beam.Map(_gains_only)
@@ -147,13 +151,13 @@ def _time_name(timestamp: Any) -> str:
 class _ScoreBatch(beam.DoFn):
     """Batch -> (shard, (digest, batch, gains))."""
 
-    def __init__(self, student: str, gain: str, shards: int) -> None:
-        self.student, self.gain, self.shards = student, gain, shards
+    def __init__(self, student: str, gain: str, shards: int, trust: tuple[str, ...]) -> None:
+        self.student, self.gain, self.shards, self.trust = student, gain, shards, trust
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, tuple[str, pa.RecordBatch, Floats32]]]:
         if batch.num_rows:
             with threads(1):
-                gains = GAINS[self.gain](cached_student(self.student).logits(batch)).astype(np.float32)
+                gains = GAINS[self.gain](cached_student(self.student, self.trust).logits(batch)).astype(np.float32)
             digest = batch_digest(batch)
             yield int(digest[:8], 16) % self.shards, (digest, batch, gains)
 

@@ -115,12 +115,14 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     from distilbeam.teacher.load import load_teacher
+    from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
 
     with ExitStack() as stack:
         asked = None
         if teacher is not None:
-            asked = load_teacher(_teacher_section(teacher), base=teacher.parent)
+            classes = read_manifest(path).spec.classes
+            asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
     console.print(result)

@@ -28,6 +28,7 @@ from torch import nn
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.models import build_student, count_parameters
+from distilbeam.student.trust import code_of, require_trusted
 from distilbeam.teacher.preprocess import make_input, with_padding
 
 FORMAT_VERSION = 1
@@ -181,17 +182,19 @@ def save_student(
     return directory
 
 
-def load_student(directory: str | Path) -> Student:
+def load_student(directory: str | Path, trust: Sequence[str] = ()) -> Student:
     """Read a student.
 
     Args:
       directory: written by `save_student`.
+      trust: modules, or `module:name`, whose code the folder may call: its factory and the function of its input.
 
     Returns:
       The student, on the CPU.
 
     Raises:
-      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description.
+      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description;
+        or it names code that nobody trusts (see `student.trust`).
     """
     directory = Path(directory)
     try:
@@ -204,6 +207,7 @@ def load_student(directory: str | Path) -> Student:
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory} has format version {version}, this release reads {FORMAT_VERSION}")
     config = StudentConfig.model_validate(description["config"])
+    require_trusted(code_of(config), directory / DESCRIPTION, trust)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
         module = build_student(config, tuple(description["input_shape"]), len(description["classes"]))
     try:

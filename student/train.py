@@ -41,6 +41,7 @@ from distilbeam.student.step_loss import step_loss
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
+from distilbeam.student.trust import trust_config
 
 EVALUATION_ROWS = 1024
 
@@ -111,6 +112,7 @@ def train(
             "finetune is the second phase of blind distillation, which train_blind does; leave it out here"
         )
 
+    trust_config(student)
     with joined_processes(training.device) as processes, own_generators(seed, processes.device):
         device = processes.device
         sources = open_sources(

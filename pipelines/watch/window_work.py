@@ -23,6 +23,7 @@ from distilbeam.pipelines.shards import Shard, plan_shards
 from distilbeam.pipelines.units import Pool, plan_units
 from distilbeam.pipelines.watch.windows import Window
 from distilbeam.pipelines.work_log import add_work
+from distilbeam.student.trust import trusted
 from distilbeam.teacher.softlabels import ManifestEntry
 
 
@@ -120,7 +121,9 @@ class WindowWork:
             digests={"pool": pool.digest, "student": cached_student(student).fingerprint()},
         )
         batch_rows = self.job.config.engine.batch_rows
-        score = Score(student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows)
+        score = Score(
+            student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows, trust=trusted()
+        )
         self._phase("score", score, pool.units, report)
         choose(choice)
         return str(choice.picks)
