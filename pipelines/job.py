@@ -24,8 +24,9 @@ from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.herding_choice import candidates_share
-from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.labelled_sets import LabelledSet
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
@@ -59,7 +60,7 @@ class Job:
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base)
+        return load_inputs(self.config, self.base, self.directory.former_classes())
 
     @cached_property
     def teacher(self) -> str:
@@ -162,8 +163,7 @@ class Job:
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
-        labels: npt.NDArray[np.int64] = self.labelled_set(name).table[self.config.data.label].to_numpy()
-        return labels
+        return self.labelled_set(name).truth
 
     def student_logits(self, student: Path, name: str) -> npt.NDArray[np.float32]:
         """Return a student's logits for a labelled set, float32 [rows, classes]."""

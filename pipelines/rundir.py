@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, write_config
-from distilbeam.pipelines.files import sweep
+from distilbeam.pipelines.files import read_json, sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
@@ -40,6 +40,10 @@ class RunDirectory:
     def frozen(self) -> Path:
         """What the run was started with: digests of pool and teacher, class names."""
         return self.root / "frozen.json"
+
+    def former_classes(self) -> tuple[str, ...]:
+        """Return the names of the classes that the run was started with; none where it was not started."""
+        return tuple(read_json(self.frozen)["classes"]) if self.frozen.exists() else ()
 
     @property
     def report(self) -> Path:
