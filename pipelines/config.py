@@ -60,7 +60,7 @@ class PoolSection(_Section):
 
 
 class DataSection(PoolSection):
-    """The data of a run; without `classes` they are the sorted labels of the labelled sets."""
+    """The data of a run; without `classes` they are the labels of the labelled sets, numerals by value, then text."""
 
     labelled: str = Field(description="labelled examples that student 0 is trained on")
     validation: str = Field(
@@ -71,6 +71,11 @@ class DataSection(PoolSection):
         description="labelled examples for the final table; without them the validation set serves, and the report says so",
     )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
+    check_classes: bool = Field(
+        True,
+        description="stop where the teacher's answers for the validation set are no better than chance, or fit far better with "
+        "its outputs in another order",
+    )
 
 
 class LabelDataSection(PoolSection):

@@ -34,6 +34,7 @@ from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Candidates, Score
 from distilbeam.pipelines.shards import plan_shards
+from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.selection.calibration import fit_temperature
@@ -107,12 +108,31 @@ class Job:
         self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
-        """Ask the teacher about the labelled, the validation or the test set."""
+        """Ask the teacher about the labelled, the validation or the test set.
+
+        Raises:
+          ValueError: after the validation set: the teacher is at chance, or its outputs are in another order.
+        """
+        if name != "validation":
+            self.check_teacher()
         labelling = Labelling(self.teacher, self._asked_spec(name), teacher_batch=self.config.engine.teacher_batch)
         self._label(self.directory.asked(name), f"ask-{name}", self.labelled_set(name).plan, labelling, None, report)
+        if name == "validation":
+            self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """Stop where buying the teacher's labels is a mistake by what it answered for the validation set.
+
+        Raises:
+          ValueError: it is at chance, or its outputs are in another order than the classes.
+        """
+        if self.config.data.check_classes:
+            rng = np.random.default_rng(self.config.run.seed)
+            require_order(self.answers("validation"), self.truth("validation"), self.inputs.classes, rng)
 
     def select(self, number: int, report: Report) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
+        self.check_teacher()
         choice = self._choice_of_round(number)
         if choice.method != "uniform":
             score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
@@ -127,11 +147,13 @@ class Job:
 
     def label(self, number: int, report: Report) -> None:
         """Ask the teacher about the rows that a round chose."""
+        self.check_teacher()
         picks, student = self.directory.picks(number), self.directory.student(number)
         self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
+        self.check_teacher()
         where, rounds = self.directory.uniform, self.config.run.rounds
         choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
         choose(choice)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from distilbeam.pipelines.units import Pool, open_parquet
 from distilbeam.student.checkpoint import DESCRIPTION, Student, load_student
+from distilbeam.student.class_labels import INTEGERS, Integers
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.exported import ExportedStudent, load_export
 from distilbeam.student.measuring import measure
@@ -42,6 +43,13 @@ def load_model(directory: Path) -> Model:
 def input_of(model: Model) -> InputConfig:
     """Return which columns a model reads, and how."""
     return model.input if isinstance(model, ExportedStudent) else model.config.input
+
+
+def integers_of(model: Model) -> Integers | None:
+    """Return what the whole numbers of a label column meant where the model learned; None where it does not know."""
+    known = model.description["student"] if isinstance(model, ExportedStudent) else model.extra
+    meant: Integers | None = known.get(INTEGERS)
+    return meant
 
 
 def logits_of(model: Model, table: pa.Table) -> npt.NDArray[np.float32]:
