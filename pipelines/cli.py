@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
@@ -28,7 +28,7 @@ from distilbeam.pipelines.command_options import (
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import ingest
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
@@ -38,11 +38,12 @@ app = typer.Typer(
     help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # [teacher] in a help text is a section, no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in own:
         errors.print_exception()
-    errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error:", "bold red"), " ", _message(error)), soft_wrap=True)
     _exit(status)
 
 
@@ -77,10 +78,6 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,7 @@ def judge_of(data: Path | None, label: str) -> Callable[[Path], dict[str, Any]]:
     return judge
 
 
-def _read(
-    model: Model, data: Path, label: str, more: Sequence[str] = ()
-) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+def _read(model: Model, data: Path, label: str, more: Sequence[str] = ()) -> tuple[pa.Table, npt.NDArray[np.int64]]:
     """Read labelled rows; one that the model cannot read is named with its file."""
     files, columns = find_files(data, "--data"), input_of(model).columns
     wanted = list(dict.fromkeys([*columns, *more, label]))
@@ -90,9 +89,13 @@ def _read(
         require_columns(open_parquet(file, "--data").schema_arrow.names, wanted, f"--data: {file}")
         tables.append(pq.read_table(file, columns=wanted, partitioning=None))
         if tables[-1].num_rows:
-            inputs_of(tables[-1], input_of(model), lambda row, file=file: f"--data: row {row:,} of {file}")
+            inputs_of(tables[-1], input_of(model), partial(_row_name, file))
     table = pa.concat_tables(tables)
     return table, class_indices(table, label, model.classes, integers_of(model))
+
+
+def _row_name(file: Path, row: int) -> str:
+    return f"--data: row {row:,} of {file}"
 
 
 def _teacher_config(path: Path) -> dict[str, Any]:

@@ -91,14 +91,15 @@ def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> 
 
 def _require_names(config: RunConfig) -> None:
     data = config.data
+    columns: tuple[str, ...]
     for setting, columns in (
         ("student.input.columns", config.student.input.columns),
         ("teacher.input.columns", config.teacher.input.columns),
         ("data.carry", data.carry),
-        ("data.label", [data.label]),
-        ("data.id", [data.id] if data.id not in (None, "example_id") else []),  # which is what becomes of it
+        ("data.label", (data.label,)),
+        ("data.id", () if data.id in (None, "example_id") else (data.id,)),  # which is what becomes of it
     ):
-        require_free_names([name for name in columns if name is not None], setting)
+        require_free_names(columns, setting)
     for setting, given in (("student", config.student.input), ("teacher", config.teacher.input)):
         if data.label in given.columns:
             raise ValueError(

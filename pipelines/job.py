@@ -6,6 +6,7 @@ else is state.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +37,12 @@ from distilbeam.pipelines.score import Candidates, Score
 from distilbeam.pipelines.shards import plan_shards
 from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
+from distilbeam.pipelines.unusable_rows import (
+    gather_unusable,
+    unusable_directory,
+    unusable_list,
+    unusable_sentence,
+)
 from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
@@ -43,6 +50,8 @@ from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
+
+log = logging.getLogger(__name__)
 
 
 class Job:
@@ -143,6 +152,8 @@ class Job:
                 score = replace(score, candidates=candidates)
             done = self._phase("score", score, self.inputs.pool.units, report)
             add_work(self.directory.work, "score", done)
+            if unusable := gather_unusable(choice.gains, self.inputs.pool.units):
+                log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
         choose(choice)
 
     def label(self, number: int, report: Report) -> None:
@@ -155,7 +166,8 @@ class Job:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
         self.check_teacher()
         where, rounds = self.directory.uniform, self.config.run.rounds
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
+        unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
+        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {})
         choose(choice)
         bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
         self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,7 @@ def join_sets(
         found = find_classes(labels, column)
         classes, integers = former if set(former) == set(found) else found, "names"
     for one in raw:
-        inputs_of(one.table, student, lambda row, one=one: _row_name(one, row))
+        inputs_of(one.table, student, partial(_row_name, one))
     return {one.name: _joined(one, label, classes, integers, tuple(student.columns)) for one in raw}, classes
 
 

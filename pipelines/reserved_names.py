@@ -26,19 +26,22 @@ def require_free_names(columns: Iterable[str], setting: str) -> None:
             )
 
 
-def require_free_to_carry(carried: Iterable[str], read: Iterable[str], setting: str) -> None:
-    """Refuse columns that a labelling job must not carry; estimates of how far to trust a label may be the user's own.
+def require_free_for_labelling(carried: Iterable[str], read: Iterable[str], id_column: str | None, carry: str) -> None:
+    """Check the columns of a labelling job, which estimates nothing: `weight`, `alpha` and `candidates` may be the user's own.
 
-    A job without a validation set estimates nothing, so that `weight`, `alpha` and `candidates` are what a training takes them
-    for, unless the teacher reads them, which makes them features.
+    Carried beside the labels they are what a training takes them for: how far to trust a row. What the teacher reads is a
+    feature and must not be taken for that.
 
     Args:
       carried: names of the columns that are copied beside the labels.
       read: names of the columns that the teacher reads.
-      setting: what named them.
+      id_column: name of the column with the ids; `example_id` is what becomes of it.
+      carry: the setting that names what is carried.
 
     Raises:
       ValueError: see `require_free_names`.
     """
-    features = set(read)
-    require_free_names([name for name in carried if name in features or name not in WEIGHTS], setting)
+    require_free_names(read, "teacher.input.columns")
+    require_free_names([name for name in carried if name not in WEIGHTS], carry)
+    if id_column not in (None, "example_id"):
+        require_free_names((id_column,), "data.id")

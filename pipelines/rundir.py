@@ -22,7 +22,12 @@ from distilbeam.teacher.softlabels.placing import commit_all_left
 
 # settings that change no file of a run
 _FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
-_FREE = (("run", "directory"), ("data", "check_classes"), ("engine", "attempts"), *(("training", name) for name in FREE))
+_FREE = (
+    ("run", "directory"),
+    ("data", "check_classes"),
+    ("engine", "attempts"),
+    *(("training", name) for name in FREE),
+)
 
 
 class RunDirectory:

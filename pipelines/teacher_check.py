@@ -45,7 +45,9 @@ def require_order(
 
 def _reordered(found: ClassOrder, order: npt.NDArray[np.int64], classes: Sequence[str]) -> str:
     moved = np.flatnonzero(order != np.arange(len(classes)))
-    pairs = [f"where it answers {classes[output]!r} the truth is {classes[order[output]]!r}" for output in moved[:_SHOWN]]
+    pairs = [
+        f"where it answers {classes[output]!r} the truth is {classes[order[output]]!r}" for output in moved[:_SHOWN]
+    ]
     more = f" and so on, {len(moved):,} of {len(classes):,} classes" if len(moved) > _SHOWN else ""
     listed = f" = {[classes[c] for c in order]}" if len(classes) <= _LISTED else ""
     return (

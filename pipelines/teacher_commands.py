@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import configure_logs
+from distilbeam.pipelines.display import configure_logs, plain_console
 
-console = Console()
+console = plain_console()
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")

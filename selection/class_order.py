@@ -101,7 +101,9 @@ def _better_order(
     only_ours, only_as_it_is = int((ours & ~as_it_is).sum()), int((as_it_is & ~ours).sum())
     if only_ours < OUTNUMBERED * only_as_it_is:
         return None, 0.0
-    if binom.sf(only_ours - 1, only_ours + only_as_it_is, 0.5) > ORDER_LEVEL or not _confirmed(order, ours, as_it_is, truth):
+    if binom.sf(only_ours - 1, only_ours + only_as_it_is, 0.5) > ORDER_LEVEL or not _confirmed(
+        order, ours, as_it_is, truth
+    ):
         return None, 0.0
     return order, float(ours.mean())
 

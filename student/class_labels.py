@@ -113,7 +113,9 @@ def find_classes(labels: Sequence[ClassLabels], name: str) -> tuple[str, ...]:
             f"{name} must hold booleans in all labelled sets or in none, found {brief(names)}; write it alike in all of them"
         )
     if len(names) < 2:
-        raise ValueError(f"{name} must name at least two classes in the labelled sets, found {names[0] if names else 'none'}")
+        raise ValueError(
+            f"{name} must name at least two classes in the labelled sets, found {names[0] if names else 'none'}"
+        )
     seen: dict[Decimal, str] = {}
     for numeral in filter(_NUMERAL.fullmatch, names):
         other = seen.setdefault(Decimal(numeral), numeral)
@@ -215,7 +217,9 @@ def _whole_numbers(values: pa.Array) -> npt.NDArray[np.int64]:
         array = values.to_numpy(zero_copy_only=False)
         bad = np.flatnonzero((np.trunc(array) != array) | (np.abs(array.astype(np.float64)) >= _EXACT)).tolist()
     if bad:
-        raise LabelError(bad[0], values[bad[0]].as_py(), "is no whole number below 2^53; classes of other names are text")
+        raise LabelError(
+            bad[0], values[bad[0]].as_py(), "is no whole number below 2^53; classes of other names are text"
+        )
     return array.astype(np.int64)
 
 
@@ -235,7 +239,7 @@ def _natural_key(name: str) -> tuple[Any, ...]:
 
 def _of_texts(texts: pa.Array, classes: Sequence[str]) -> npt.NDArray[np.int64]:
     found = pc.fill_null(pc.index_in(texts, value_set=pa.array(list(classes), pa.string())), _UNKNOWN)
-    return cast(npt.NDArray[np.int64], found.to_numpy(zero_copy_only=False).astype(np.int64))
+    return cast("npt.NDArray[np.int64]", found.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
 def _of_booleans(texts: pa.Array, classes: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -243,9 +247,12 @@ def _of_booleans(texts: pa.Array, classes: Sequence[str]) -> npt.NDArray[np.int6
     exact = _of_texts(texts, classes)
     lower = [name.lower() for name in classes]
     words = ("false", "true") if {"false", "true"} <= set(lower) else ("0", "1")
-    places = {text: lower.index(word) for text, word in zip(("false", "true"), words, strict=True) if lower.count(word) == 1}
+    places = {
+        text: lower.index(word) for text, word in zip(("false", "true"), words, strict=True) if lower.count(word) == 1
+    }
     return np.array(
-        [places.get(text, _UNKNOWN) if at < 0 else at for text, at in zip(texts.to_pylist(), exact, strict=True)], np.int64
+        [places.get(text, _UNKNOWN) if at < 0 else at for text, at in zip(texts.to_pylist(), exact, strict=True)],
+        np.int64,
     )
 
 

@@ -93,7 +93,9 @@ def inputs_of(table: pa.Table, config: InputConfig, row_name: Callable[[int], st
             found = find_usable(make, batch, parts[0].shape[1:] if parts else None)
             if found.reasons:
                 row = min(found.reasons)
-                raise ValueError(f"{row_name(start + row)} cannot be used: {found.reasons[row]}; correct it or leave it out")
+                raise ValueError(
+                    f"{row_name(start + row)} cannot be used: {found.reasons[row]}; correct it or leave it out"
+                )
             assert found.inputs is not None
             parts.append(found.inputs)
             start += batch.num_rows
@@ -128,7 +130,9 @@ def class_indices(
     if len(unknown):
         row = int(unknown[0])
         value = repr(labels.texts[row].as_py()) if labels.numbers is None else labels.numbers[row]
-        raise ValueError(f"{name} must hold one of the {len(classes)} classes {brief(classes)}, got {value} in row {row}")
+        raise ValueError(
+            f"{name} must hold one of the {len(classes)} classes {brief(classes)}, got {value} in row {row}"
+        )
     return indices
 
 
@@ -161,5 +165,7 @@ def _parsed(table: pa.Table, label_column: str) -> ClassLabels:
     except LabelError as e:
         if e.value is None:
             missing = pc.sum(pc.is_null(table[label_column], nan_is_null=True)).as_py()
-            raise ValueError(f"{name} must have a value in every row, {missing} are missing, the first in row {e.row}") from e
+            raise ValueError(
+                f"{name} must have a value in every row, {missing} are missing, the first in row {e.row}"
+            ) from e
         raise ValueError(f"{name} must name classes, {e.value!r} in row {e.row} {e.problem}") from e

@@ -141,7 +141,7 @@ def main(
     """Train a student over Parquet files."""
     first = os.environ.get("RANK", "0") == "0"
     columns = (
-        TextColumn("  {task.fields[note]}"),
+        TextColumn("  {task.fields[note]}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -166,4 +166,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -85,11 +85,10 @@ def _pieces(make: MakeInput, batch: pa.RecordBatch, start: int) -> Iterator[tupl
 
 
 def _odd(inputs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    if inputs.dtype.kind != "f" or not inputs.size:
+    if inputs.dtype.kind != "f" or not inputs.size or (inputs.max() <= LARGEST and inputs.min() >= -LARGEST):
         return np.zeros(len(inputs), bool)
-    with np.errstate(invalid="ignore"):
-        small = np.abs(inputs.reshape(len(inputs), -1)).max(axis=1) <= LARGEST  # NaN is not
-    return np.asarray(~small)
+    rows = inputs.reshape(len(inputs), -1)
+    return np.asarray(~((rows.max(axis=1) <= LARGEST) & (rows.min(axis=1) >= -LARGEST)))  # NaN is neither
 
 
 def _reason(values: npt.NDArray[Any]) -> str:
