@@ -41,8 +41,20 @@ class Inputs:
     carried: tuple[str, ...]
 
     @property
+    def rows_digests(self) -> dict[str, str]:
+        """Hash of the rows of each labelled set as they are read, by the setting that names it."""
+        sets = {"data.labelled": self.labelled, "data.validation": self.validation, "data.test": self.test}
+        return {name: one.digest for name, one in sets.items()}
+
+    @property
     def digest(self) -> str:
-        """Hash of everything that the run reads: the pool, the labelled sets and the class names."""
+        """Hash of everything that the run reads: the pool, the rows of the labelled sets and the class names."""
+        parts = [self.pool.digest, *self.rows_digests.values(), *self.classes]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    @property
+    def files_digest(self) -> str:
+        """Hash of the pool, the labelled sets' footers and the class names, which is what runs recorded first."""
         parts = [
             self.pool.digest,
             self.labelled.plan.digest,

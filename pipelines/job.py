@@ -7,6 +7,7 @@ else is state.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -89,7 +90,9 @@ class Job:
           ValueError: the data or the teacher changed since the run was started.
         """
         now: dict[str, Any] = {
-            "inputs": self.inputs.digest,
+            "inputs": self.inputs.files_digest,
+            "pool": self.inputs.pool.digest,
+            "sets": self.inputs.rows_digests,
             "files": dict(self.inputs.pool.files),
             "teacher": self.fingerprint,
             "classes": list(self.inputs.classes),
@@ -103,12 +106,17 @@ class Job:
                 f"the teacher changed: {self.directory.root} was started with {then['teacher']}, the configuration now "
                 f"names {now['teacher']}; put the former back or choose another run.directory"
             )
-        if then["inputs"] != now["inputs"]:
-            changed = sorted(name for name, _ in then["files"].items() ^ now["files"].items())
-            what = f"pool file(s) {', '.join(dict.fromkeys(changed))}" if changed else "a labelled set"
+        if changed := _changed_data(then, now):
             raise ValueError(
-                f"the data changed since {self.directory.root} was started: {what}; put it back or choose another run.directory"
+                f"the data changed since {self.directory.root} was started: {changed}; put it back or choose another run.directory"
             )
+        if "sets" not in then:
+            log.warning(
+                "%s was started by an earlier version, which did not record the rows of the labelled sets: whether they were "
+                "changed until now cannot be told",
+                self.directory.root,
+            )
+            write_json(path, {**then, "pool": now["pool"], "sets": now["sets"]})
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
@@ -409,3 +417,17 @@ class Job:
             with replacing(path) as temporary:
                 temporary.write_text(estimates.to_text())
         return path.read_text()
+
+
+def _changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name what changed since a run was started; nothing where all is the same."""
+    if then["classes"] != now["classes"]:
+        return "the classes of the labelled sets"
+    if "sets" in then:
+        sets = [name for name, digest in now["sets"].items() if digest != then["sets"].get(name)]
+        if then["pool"] == now["pool"]:
+            return ", ".join(sets)
+    elif then["inputs"] == now["inputs"]:
+        return ""
+    files = sorted({name for name, _ in {*then["files"].items()} ^ {*now["files"].items()}})
+    return f"pool file(s) {', '.join(files)}" if files else "a labelled set"
