@@ -71,6 +71,10 @@ class DataSection(PoolSection):
         description="labelled examples for the final table; without them the validation set serves, and the report says so",
     )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
     check_classes: bool = Field(
         True,
         description="stop where the teacher's answers for the validation set are no better than chance, or fit far better with "

@@ -86,7 +86,10 @@ def _read(model: Model, data: Path, label: str, more: Sequence[str] = ()) -> tup
     wanted = list(dict.fromkeys([*columns, *more, label]))
     tables = []
     for file in files:
-        require_columns(open_parquet(file, "--data").schema_arrow.names, wanted, f"--data: {file}")
+        found = open_parquet(file, "--data").schema_arrow.names
+        if label not in found:
+            raise ValueError(f"label column {label!r} must be one of {', '.join(found)}, the columns of {file}")
+        require_columns(found, wanted, f"--data: {file}")
         tables.append(pq.read_table(file, columns=wanted, partitioning=None))
         if tables[-1].num_rows:
             inputs_of(tables[-1], input_of(model), partial(_row_name, file))

@@ -93,7 +93,9 @@ def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> 
     raw = [_read(base / path, name, config, read) for name, path in _sets(config).items()]
     for one in raw:
         _require_types(schema, one.table.schema, read, one.name)
-    sets, classes = join_sets(raw, data.label, data.classes, former, config.student.input.relative_to(base))
+    sets, classes = join_sets(
+        raw, data.label, data.classes, former, data.integers, config.student.input.relative_to(base)
+    )
     _require_budget(config, pool)
     test = sets.get("data.test", sets["data.validation"])
     return Inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -24,7 +24,7 @@ from distilbeam.student.class_labels import (
     parse_labels,
     reading_of,
 )
-from distilbeam.student.labelled import MEANING_KEY, inputs_of
+from distilbeam.student.labelled import inputs_of, with_meaning
 from distilbeam.teacher.preprocess import InputConfig
 
 
@@ -116,6 +116,7 @@ def join_sets(
     label: str,
     given: tuple[str, ...],
     former: tuple[str, ...],
+    integers: Integers | None,
     student: InputConfig,
 ) -> tuple[dict[str, LabelledSet], tuple[str, ...]]:
     """Bring the labels of sets to classes, and look at every row that the student is to read.
@@ -125,6 +126,7 @@ def join_sets(
       label: name of the label column.
       given: names of the classes in order; found in the labels where there are none.
       former: the order in which a run directory has the classes that are found, or none.
+      integers: what whole numbers mean, where it is said and the classes are given.
       student: how columns become the student's input.
 
     Returns:
@@ -136,7 +138,7 @@ def join_sets(
     column = f"data.label: column {label}"
     labels = [part for one in raw for part in one.labels]
     if given:
-        classes, integers = given, reading_of(labels, given, column)
+        classes, integers = given, integers or reading_of(labels, given, column)
     else:
         found = find_classes(labels, column)
         classes, integers = former if set(former) == set(found) else found, "names"
@@ -176,6 +178,7 @@ def _joined(
         parts.append(indices)
     truth = np.concatenate(parts)
     names = pa.DictionaryArray.from_arrays(pa.array(truth, pa.int32()), pa.array(list(classes), pa.string()))
-    metadata: Mapping[bytes, bytes] | None = None if integers is None else {MEANING_KEY: integers.encode()}
-    table = one.table.append_column(pa.field(label, names.type, metadata=dict(metadata or {})), names)
-    return LabelledSet(one.plan, table, truth, student_columns)
+    table = one.table.append_column(label, names)
+    return LabelledSet(
+        one.plan, table if integers is None else with_meaning(table, label, integers), truth, student_columns
+    )

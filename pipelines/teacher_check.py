@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilbeam.selection.class_order import ClassOrder
+from distilbeam.student.class_labels import is_numeral
 
 _SHOWN = 3  # outputs that stand for another class
 _LISTED = 30  # classes that are listed in another order
@@ -50,6 +51,8 @@ def _reordered(found: ClassOrder, order: npt.NDArray[np.int64], classes: Sequenc
     ]
     more = f" and so on, {len(moved):,} of {len(classes):,} classes" if len(moved) > _SHOWN else ""
     listed = f" = {[classes[c] for c in order]}" if len(classes) <= _LISTED else ""
+    if any(is_numeral(name) for name in classes):
+        listed += ' and data.integers = "names"'
     return (
         f"the teacher's outputs are in another order than the classes: of its {found.examples:,} answers for the validation set "
         f"{found.accuracy:.1%} are right, {found.reordered_accuracy:.1%} would be in another order: {', '.join(pairs)}{more}; "

@@ -97,6 +97,11 @@ def natural_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=_natural_key))
 
 
+def is_numeral(name: str) -> bool:
+    """Tell whether a class's name is a number."""
+    return _NUMERAL.fullmatch(name) is not None
+
+
 def find_classes(labels: Sequence[ClassLabels], name: str) -> tuple[str, ...]:
     """List the classes that label columns name, in natural order.
 
@@ -117,7 +122,7 @@ def find_classes(labels: Sequence[ClassLabels], name: str) -> tuple[str, ...]:
             f"{name} must name at least two classes in the labelled sets, found {names[0] if names else 'none'}"
         )
     seen: dict[Decimal, str] = {}
-    for numeral in filter(_NUMERAL.fullmatch, names):
+    for numeral in filter(is_numeral, names):
         other = seen.setdefault(Decimal(numeral), numeral)
         if other != numeral:
             raise ValueError(
@@ -152,7 +157,7 @@ def reading_of(labels: Sequence[ClassLabels], classes: Sequence[str], name: str)
         value = values[np.flatnonzero(named != indexed)[0]]
         raise ValueError(
             f"{name}: {value} is the name of a class and also the index of class {classes[value]!r}; write the labels as text, "
-            "which is always a name"
+            "which is always a name, or say which in the setting data.integers (names or indices)"
         )
     return "names" if names_fit else "indices" if indices_fit else None
 
@@ -174,7 +179,7 @@ def indices_of(
         found = _of_booleans(labels.texts, classes) if labels.boolean else _of_texts(labels.texts, classes)
     else:
         values, inverse = np.unique(labels.numbers, return_inverse=True)
-        numeral = any(_NUMERAL.fullmatch(name) for name in classes)
+        numeral = any(map(is_numeral, classes))
         by_index = integers == "indices" or (integers is None and not numeral)
         found = (_indexed if by_index else _named)(values, classes)[inverse]
     return found, np.flatnonzero(found < 0)
@@ -234,7 +239,7 @@ def _utf8(values: pa.Array) -> pa.Array:
 
 
 def _natural_key(name: str) -> tuple[Any, ...]:
-    return (0, Decimal(name), name) if _NUMERAL.fullmatch(name) else (1, Decimal(0), name)
+    return (0, Decimal(name), name) if is_numeral(name) else (1, Decimal(0), name)
 
 
 def _of_texts(texts: pa.Array, classes: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -261,7 +266,7 @@ def _named(values: npt.NDArray[np.int64], classes: Sequence[str]) -> npt.NDArray
     exact = {name: index for index, name in enumerate(classes)}
     alike: dict[Decimal, int] = {}
     for index, name in enumerate(classes):
-        if _NUMERAL.fullmatch(name):
+        if is_numeral(name):
             alike[Decimal(name)] = _SEVERAL if Decimal(name) in alike else index
     found = (exact.get(str(value), alike.get(Decimal(value), _UNKNOWN)) for value in values.tolist())
     return np.fromiter(found, np.int64, len(values))

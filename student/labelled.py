@@ -158,6 +158,15 @@ def integers_meant(tables: Sequence[pa.Table | None], label_column: str, classes
     return reading_of([_parsed(table, label_column) for table in given], classes, name)
 
 
+def with_meaning(table: pa.Table, label_column: str, integers: Integers) -> pa.Table:
+    """Say in a table what the whole numbers of its label column mean, for `integers_meant`."""
+    if label_column not in table.column_names:
+        return table
+    at = table.column_names.index(label_column)
+    field = table.schema.field(at).with_metadata({MEANING_KEY: integers.encode()})
+    return table.set_column(at, field, table.column(at))
+
+
 def _parsed(table: pa.Table, label_column: str) -> ClassLabels:
     name = f"label column {label_column!r}"
     try:

@@ -42,7 +42,7 @@ def truth() -> list[int]:
 
 CHANGES = {
     "float": lambda y: y.cast(pa.float64()),
-    "decimal": lambda y: y.cast(pa.decimal128(20, 2)),
+    "decimal": lambda y: y.cast(pa.decimal128(25, 2)),
     "text": lambda y: y.cast(pa.string()),
     "large text": lambda y: y.cast(pa.large_string()),
     "bytes": lambda y: y.cast(pa.string()).cast(pa.binary()),
@@ -240,3 +240,15 @@ def test_what_is_said_of_the_sets(tmp_path: Path) -> None:
     out = io.StringIO()
     run(problem, base=tmp_path, until=("train", 0), display=Display(Console(file=out, width=300)))
     assert all(f"note: {note}" in out.getvalue() for note in notes)
+
+
+def test_numbers_that_could_be_names_and_indices_need_a_word(problem: dict[str, Any], tmp_path: Path) -> None:
+    problem["data"]["classes"] = ["2", "0", "1"]
+    with pytest.raises(
+        ValueError, match=r"^data.label: column label: 0 is the name of a class and also the index of class '2'"
+    ):
+        load_inputs(parse_config(problem), tmp_path)
+    problem["data"]["integers"] = "indices"
+    assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == truth()
+    problem["data"]["integers"] = "names"
+    assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == [(1, 2, 0)[y] for y in truth()]

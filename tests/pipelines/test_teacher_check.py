@@ -16,7 +16,7 @@ from distilbeam.pipelines.teacher_check import require_order
 
 
 def test_another_order_is_named_and_nothing_is_bought(problem: dict[str, Any], tmp_path: Path) -> None:
-    problem["data"]["classes"] = ["2", "0", "1"]  # the teacher's outputs are 0, 1, 2
+    problem["data"] |= {"classes": ["2", "0", "1"], "integers": "names"}  # the teacher's outputs are 0, 1, 2
     for _ in range(2):  # a second call stops there again
         with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
             run(problem, base=tmp_path)
@@ -25,7 +25,7 @@ def test_another_order_is_named_and_nothing_is_bought(problem: dict[str, Any], t
             "the teacher's outputs are in another order than the classes: of its 60 answers for the "
         )
         assert "where it answers '2' the truth is '0', where it answers '0' the truth is '1'" in message
-        assert "give data.classes in the order of its outputs = ['0', '1', '2']" in message
+        assert "give data.classes in the order of its outputs = ['0', '1', '2'] and data.integers" in message
         assert message.endswith("data.check_classes = false goes on all the same")
     assert len(asked(tmp_path)) == 60, "the validation set alone"
     problem["data"]["classes"] = ["0", "1", "2"]

@@ -55,7 +55,7 @@ def test_booleans_are_no_class_of_another_name():
 def test_whole_numbers_of_two_meanings_are_refused_unless_the_meaning_is_known():
     table, classes = pa.table({"y": [1, 2]}), ("1", "2", "3")
     with pytest.raises(
-        ValueError, match=r"1 is the name of a class and also the index of class '2'; write the labels as"
+        ValueError, match=r"1 is the name of a class and also the index of class '2'; write the labels as text"
     ):
         class_indices(table, "y", classes)
     assert class_indices(table, "y", classes, "names").tolist() == [0, 1]
