@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 import distilbeam
 from distilbeam.pipelines.command_options import (
@@ -30,7 +30,7 @@ from distilbeam.pipelines.command_options import (
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import ingest
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
@@ -40,11 +40,12 @@ app = typer.Typer(
     help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # [teacher] in a help text is a section, no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in own:
         errors.print_exception()
-    errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error:", "bold red"), " ", _message(error)), soft_wrap=True)
     _exit(status)
 
 
@@ -94,10 +95,6 @@ def options(
     ] = False,
 ) -> None:
     """Distil a large teacher into a small student, spending the teacher's time only where it pays."""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @app.command()

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
 
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
 BeamArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
+    list[str] | None, typer.Argument(metavar="-- BEAM OPTIONS", help="Beam's own options.", show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
@@ -25,10 +24,10 @@ from distilbeam.pipelines.command_options import (
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import watch_directory
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
-console = Console()
+console = plain_console()
 
 
 def label(

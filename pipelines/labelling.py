@@ -19,6 +19,7 @@ from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.meter import count, timed
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.reuse import known_logits
+from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.teacher.asking import RowError, ask
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
@@ -77,6 +78,9 @@ class Labelling:
           ValueError: the teacher is not the one of the specification.
         """
         teacher = self._checked_teacher()
+        rows, unread = self._readable(rows)
+        if not rows.num_rows:
+            return Labelled(rows, unread, 0, 0, 0)
         known = self._known(rows)
         wanted = _rows_with_nan(known) if known is not None else np.arange(rows.num_rows)
         asked = rows if len(wanted) == rows.num_rows else rows.take(wanted)
@@ -88,9 +92,9 @@ class Labelling:
         if known is not None:
             known[wanted], logits = answers.logits, known
         ids = self._ids(rows)
-        failures = [_failure(rows, ids, int(wanted[error.row]), error) for error in answers.errors]
+        failures = unread + [_failure(rows, ids, int(wanted[error.row]), error) for error in answers.errors]
         reused = rows.num_rows - len(wanted)
-        if failures:
+        if answers.errors:
             good = np.delete(np.arange(rows.num_rows), wanted[~answers.ok])
             rows, ids, logits = rows.take(good), ids.take(good), logits[good]
         with timed("encode"):
@@ -106,6 +110,19 @@ class Labelling:
                 "put the former teacher back or start a new run directory"
             )
         return teacher
+
+    def _readable(self, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Take rows out that the student cannot read, which nobody is to pay for; return the others, and what failed."""
+        if self.student is None or not rows.num_rows:
+            return rows, []
+        said = ask_student(cached_student(self.student), _batch(rows))
+        if not said.reasons:
+            return rows, []
+        bad = np.array(sorted(said.reasons))
+        unread = rows.take(bad)
+        ids = self._ids(unread)
+        errors = (RowError(i, "student", said.reasons[int(row)], 0) for i, row in enumerate(bad))
+        return rows.take(said.rows), [_failure(unread, ids, error.row, error) for error in errors]
 
     def _known(self, rows: pa.Table) -> npt.NDArray[np.float32] | None:
         return known_logits(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None

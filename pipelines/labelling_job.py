@@ -29,6 +29,7 @@ from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_teacher, teacher_text
 from distilbeam.pipelines.moving import move_folder
 from distilbeam.pipelines.phases import PhaseReport, run_phase
+from distilbeam.pipelines.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
 from distilbeam.pipelines.units import Pool, plan_pool
@@ -76,9 +77,14 @@ class LabellingJob:
       config: the configuration.
       base: directory that relative paths are relative to.
       directory: the job's directory, held by this process where anything is to be done.
+
+    Raises:
+      ValueError: a column that is read or carried has a name of ours.
     """
 
     def __init__(self, config: LabelConfig, base: Path, directory: RunDirectory) -> None:
+        data, read = config.data, config.teacher.input.columns
+        require_free_for_labelling(data.carry, read, data.id, "data.carry")
         self.config, self.base, self.directory = config, base, directory
 
     @property

@@ -15,8 +15,9 @@ import torch
 from distilbeam.pipelines.answers import calibrated, read_answers
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Report
-from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.judging import Model, cost, load_model, pool_examples, quality
+from distilbeam.pipelines.labelled_sets import LabelledSet
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.pooled_labels import is_pooled
 from distilbeam.pipelines.rundir import RunDirectory
@@ -44,7 +45,7 @@ class Material:
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base)
+        return load_inputs(self.config, self.base, self.directory.former_classes())
 
     @cached_property
     def soft_labels(self) -> list[Path]:
@@ -188,8 +189,7 @@ class Material:
 
     def _quality(self, model: Model, name: str) -> dict[str, float]:
         chosen = self._set(name)
-        labels: npt.NDArray[np.int64] = chosen.table[self.config.data.label].to_numpy()
-        return quality(model, chosen.table, labels, self.answers(name))
+        return quality(model, chosen.table, chosen.truth, self.answers(name))
 
     def _set(self, name: str) -> LabelledSet:
         chosen: LabelledSet = getattr(self.inputs, name)

@@ -15,6 +15,7 @@ from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.score import GAINS
+from distilbeam.pipelines.unusable_rows import read_unusable, unusable_list
 from distilbeam.student.evaluate import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.softlabels import read_manifest
 
@@ -42,6 +43,7 @@ def write_results(job: Job, report: Report) -> None:
         "temperature": job.temperature,
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
+        "unusable": _unusable(job),
         "work": read_json(where.work),
         **_classes(job, where.student(config.run.rounds), name),
     }
@@ -49,6 +51,15 @@ def write_results(job: Job, report: Report) -> None:
         labels = read_json(where.summary(where.uniform.labels(0)))["rows"]
         results["uniform"] = _student_row(job, where.uniform.student(1), name, "student, uniform choice", labels)
     write_json(where.metrics, results)
+
+
+def _unusable(job: Job) -> dict[str, Any]:
+    """Count the rows of the pool that students could not read, and name the lists that have them."""
+    where = job.directory
+    lists = {r: read_unusable(where.gains(r)) for r in range(job.config.run.rounds)}
+    rows = {(row["file"], row["row"]) for found in lists.values() for row in found}
+    files = [str(unusable_list(where.gains(r)).relative_to(where.root)) for r, found in lists.items() if found]
+    return {"rows": len(rows), "lists": files}
 
 
 def _classes(job: Job, student: Path, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, write_config
-from distilbeam.pipelines.files import sweep
+from distilbeam.pipelines.files import read_json, sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
@@ -22,7 +22,12 @@ from distilbeam.teacher.softlabels.placing import commit_all_left
 
 # settings that change no file of a run
 _FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
-_FREE = (("run", "directory"), ("engine", "attempts"), *(("training", name) for name in FREE))
+_FREE = (
+    ("run", "directory"),
+    ("data", "check_classes"),
+    ("engine", "attempts"),
+    *(("training", name) for name in FREE),
+)
 
 
 class RunDirectory:
@@ -40,6 +45,10 @@ class RunDirectory:
     def frozen(self) -> Path:
         """What the run was started with: digests of pool and teacher, class names."""
         return self.root / "frozen.json"
+
+    def former_classes(self) -> tuple[str, ...]:
+        """Return the names of the classes that the run was started with; none where it was not started."""
+        return tuple(read_json(self.frozen)["classes"]) if self.frozen.exists() else ()
 
     @property
     def report(self) -> Path:

@@ -20,6 +20,7 @@ from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.report import write_report
 from distilbeam.pipelines.results import write_results
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
+from distilbeam.pipelines.set_notes import notes_on
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ def run(
             )
         with display.step("read the data and load the teacher"):
             job.freeze()
+        if todo[0] is steps[0]:
+            for note in notes_on(job.inputs):
+                display.say(f"note: {note}")
         for step in todo:
             with display.step(step.title) as report:
                 step.do(report)

@@ -75,6 +75,10 @@ class Student:
         """
         return self.logits_of_inputs(self._make_input(batch))
 
+    def inputs(self, batch: pa.RecordBatch) -> Any:
+        """Make the input of a batch; see `preprocess.make_input`."""
+        return self._make_input(batch)
+
     def logits_and_embeddings(self, batch: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Compute the logits of a batch, and in the same pass what the last linear layer sees.
 
@@ -87,8 +91,12 @@ class Student:
         Raises:
           ValueError: see `logits`; or the student does not end in a linear layer.
         """
+        return self.embeddings_of_inputs(self._make_input(batch))
+
+    def embeddings_of_inputs(self, inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Compute what `logits_and_embeddings` does, of inputs that are arrays already, [rows, *input_shape]."""
         with seen_by_head(self.module, len(self.classes)) as seen:
-            logits = self.logits(batch)
+            logits = self.logits_of_inputs(inputs)
         if not seen:
             return logits, np.empty((0, 1), np.float32)
         return logits, np.concatenate([part.numpy() for part in seen])[: len(logits)]  # the last block was filled up

@@ -17,7 +17,7 @@ from distilbeam.student.augment import augment_images
 from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import Batch, SoftLabelDataset
-from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.labelled import Examples, integers_meant, read_examples
 from distilbeam.student.place import Place
 from distilbeam.student.processes import Processes
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
@@ -119,8 +119,15 @@ def open_sources(
       ValueError: there is nothing to train on, the labels do not suit the classes or the objective, or the inputs of
         the sources have different shapes.
     """
-    hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
-    held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
+    read = partial(
+        read_examples,
+        label_column=label_column,
+        classes=classes,
+        config=student.input,
+        integers=integers_meant([labelled, validation], label_column, classes),
+    )
+    hard = None if labelled is None else read(labelled)
+    held_out = None if validation is None else read(validation)
     soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
     shape = shape_of_inputs(hard, held_out, soft)
     return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)

@@ -24,13 +24,14 @@ from torch import nn
 
 from distilbeam.student.augment import Mixture
 from distilbeam.student.checkpoint import load_student, save_student
+from distilbeam.student.class_labels import INTEGERS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.generators import own_generators
 from distilbeam.student.identity import identity
-from distilbeam.student.labelled import Examples
+from distilbeam.student.labelled import Examples, integers_meant
 from distilbeam.student.models import build_student
 from distilbeam.student.network import make_network
 from distilbeam.student.observe import Observer, Progress
@@ -83,7 +84,7 @@ def train(
       training: how.
       classes: names of the classes in the order of the logits.
       labelled: human-labelled examples, or None.
-      label_column: column of `labelled` and `validation` with the true class, as a name or an index.
+      label_column: column of `labelled` and `validation` with the true class, as a name or an index; see `class_labels`.
       soft_labels: directories of soft-label datasets that mean the same; may be empty when there are labelled examples.
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
@@ -202,6 +203,7 @@ def train(
             if processes.first:
                 module.load_state_dict(state.best)
                 extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                extra[INTEGERS] = integers_meant([labelled, validation], label_column, classes)
                 save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
                 work.remove()
             processes.wait()
