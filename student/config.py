@@ -27,7 +27,7 @@ Residual = Literal[
 class StudentConfig(BaseModel):
     """What the student is and which columns it reads."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str = Field(
         "mlp",
