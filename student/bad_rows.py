@@ -5,6 +5,7 @@ One such number makes every weight of the student NaN in a single step, long aft
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
 
 CHECKED_ROWS = 4096  # at a time
 ID = "example_id"
+ALONE = r"\brow 0\b"  # what a row by itself is called by who makes its input
 
 
 class BadRowError(ValueError):
@@ -61,7 +63,7 @@ def first_without_input(make: Callable[[pa.RecordBatch], object], rows: pa.Table
             for batch in table.slice(row, 1).combine_chunks().to_batches():
                 make(batch)
         except InputError as e:
-            return BadRowError(row, f"gives no input: {e}")
+            return BadRowError(row, f"gives no input: {re.sub(ALONE, 'it', str(e))}")
     return None
 
 

@@ -80,7 +80,7 @@ class ColumnReader:
             try:
                 batch[INPUTS] = self._made(table)
             except InputError as e:
-                bad = first_without_input(self.maker.make, table)
+                bad = first_without_input(self.maker.made, table)
                 raise e if bad is None else BadRowError(int(batch[ROW][bad.row]), str(bad)) from e
         return batch
 

@@ -261,10 +261,11 @@ class SoftLabelDataset:
                 self._checked.add(number)
         except InputError as e:
             assert self._reader.maker is not None
-            bad = first_without_input(self._reader.maker.make, table)
-            raise ValueError(self._unusable(f"{group.file.path}" if bad is None else place_of(group, bad.row), bad or e)) from e
+            bad = first_without_input(self._reader.maker.made, table)
+            place = f"{group.file.path}:" if bad is None else place_of(group, bad.row)
+            raise InputError(self._unusable(place, bad or e)) from e
         except BadRowError as e:
-            raise ValueError(self._unusable(place_of(group, e.row), e)) from None
+            raise InputError(self._unusable(place_of(group, e.row), e)) from None
         return columns
 
     def _unusable(self, place: str, error: Exception) -> str:
@@ -280,7 +281,7 @@ class SoftLabelDataset:
         try:
             taken = [self._reader.take(columns, rows) for columns, rows in parts]
         except BadRowError as e:
-            raise ValueError(self._unusable(self.place_of(e.row), e)) from e
+            raise InputError(self._unusable(self.place_of(e.row), e)) from e
         taken = taken or [{n: v[:0] for n, v in self._first.items()}]
         whole = taken[0] if len(taken) == 1 else {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
         cut = zip(*(value.split(list(sizes)) for value in whole.values()), strict=True)
