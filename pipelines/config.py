@@ -91,7 +91,8 @@ class _LabelForm(_Section):
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
-        "float32", description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory"
+        "float32",
+        description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory",
     )
 
     @model_validator(mode="after")

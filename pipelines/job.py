@@ -59,7 +59,7 @@ class Job:
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base)
+        return self.directory.suited(load_inputs(self.config, self.base))
 
     @cached_property
     def teacher(self) -> str:
@@ -102,7 +102,7 @@ class Job:
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory
-        datasets = [self._to_learn(where, r, where.student(r)) for r in range(number)]
+        datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
         self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
@@ -131,12 +131,18 @@ class Job:
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
-        where, rounds = self.directory.uniform, self.config.run.rounds
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
-        choose(choice)
-        bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
-        self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
-        self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
+        where, rounds, student = self.comparison, self.config.run.rounds, self.directory.chooser(0)
+        if not where.summary(where.labels(0)).exists():
+            choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
+            choose(choice)
+            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.uniform_labels()]
+            self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
+        self._train(where.student(1), [self._to_learn(where, 0, student)], report)
+
+    @property
+    def comparison(self) -> RunDirectory:
+        """The directory of the comparison with as many uniformly chosen labels."""
+        return self.directory.uniform_with(self.config.selection.budget * self.config.run.rounds)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""

@@ -55,7 +55,9 @@ def require_finite(inputs: Array) -> None:
         raise BadRowError(row, f"has {numbers[~np.isfinite(numbers)][0]} among the numbers of the student's input")
 
 
-def first_without_input(make: Callable[[pa.RecordBatch], object], rows: pa.Table | pa.RecordBatch) -> BadRowError | None:
+def first_without_input(
+    make: Callable[[pa.RecordBatch], object], rows: pa.Table | pa.RecordBatch
+) -> BadRowError | None:
     """Find the first row of which no input can be made by itself."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
     for row in range(table.num_rows):

@@ -269,7 +269,9 @@ def _require_shapes(weights: Path, config: StudentConfig, description: Descripti
     here = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in sorted({*there, *here}):
         if there.get(name) != here.get(name):
-            raise _misfit(weights, f"{name} is {_shape(there.get(name))} there and {_shape(here.get(name))} by {DESCRIPTION}")
+            raise _misfit(
+                weights, f"{name} is {_shape(there.get(name))} there and {_shape(here.get(name))} by {DESCRIPTION}"
+            )
 
 
 def _misfit(weights: Path, why: object) -> ValueError:

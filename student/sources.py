@@ -19,9 +19,9 @@ from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import Batch, SoftLabelDataset
 from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.order import step_starts
 from distilbeam.student.place import Place
 from distilbeam.student.processes import Processes
-from distilbeam.student.order import step_starts
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
 from distilbeam.teacher.preprocess import InputError
 

@@ -173,7 +173,9 @@ def train(
 
                         value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
                         if not math.isfinite(value + length):
-                            raise ValueError(_not_finite(value, length, state.done, total, training, work, rows, sources))
+                            raise ValueError(
+                                _not_finite(value, length, state.done, total, training, work, rows, sources)
+                            )
                         state.done += 1
                         state.loss_sum += value
                         observer.step(state.done, value, lr, None if norm is None else length, rows.count)
@@ -183,7 +185,11 @@ def train(
 
                     processes.align(module, state.shown)
                     figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
-                    measured = _validate(state.shown, sources.held_out, device, student, training.lr) if processes.first else {}
+                    measured = (
+                        _validate(state.shown, sources.held_out, device, student, training.lr)
+                        if processes.first
+                        else {}
+                    )
                     figures |= processes.from_first(measured)
                     state.end_epoch(figures)
                     observer.epoch(state.done, figures)

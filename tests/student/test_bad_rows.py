@@ -68,7 +68,9 @@ def test_a_number_that_is_none_is_found_in_the_soft_labels_with_its_file(tmp_pat
 
 def test_a_missing_number_is_found_in_the_soft_labels_with_its_file(tmp_path):
     labels = write_labels(tmp_path / "labels", with_number(make_table(ROWS, 1, labelled=False), 7, None))
-    with pytest.raises(ValueError, match=r"shard-0.parquet: row 7 \(example_id '1-7'\) gives no input: .*missing values"):
+    with pytest.raises(
+        ValueError, match=r"shard-0.parquet: row 7 \(example_id '1-7'\) gives no input: .*missing values"
+    ):
         fit(tmp_path, labels)
 
 
@@ -114,7 +116,10 @@ def test_rows_of_two_shapes_are_said_without_a_row_where_each_has_an_input():
     ("values", "message"),
     [
         ([0.0] * ROWS, "the soft labels' column weight must be above 0 in some row, it is 0 in all 40"),
-        ([None] * ROWS, r"shard-0.parquet: row 0 \(example_id '1-0'\) has None in column weight, which must be finite and"),
+        (
+            [None] * ROWS,
+            r"shard-0.parquet: row 0 \(example_id '1-0'\) has None in column weight, which must be finite and",
+        ),
         ([1.0] * 25 + [None] * 15, r"shard-1.parquet: row 5 .* has None in column weight"),
         ([1.0, -1.0] * 20, r"row 1 .* has -1.0 in column weight, which must be finite and at least 0"),
         ([1.0] * 39 + [math.inf], r"shard-1.parquet: row 19 .* has inf in column weight"),

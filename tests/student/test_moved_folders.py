@@ -82,7 +82,9 @@ def test_a_folder_of_before_is_read_where_its_tokenizer_is_or_was_put(tmp_path):
     np.testing.assert_array_equal(load_student(student).logits(TEXTS), logits)
     copied = tokenizer.read_bytes()
     tokenizer.unlink()
-    with pytest.raises(ValueError, match=r"student needs the tokenizer .*words.json, which is not there; copy it to .*/tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"student needs the tokenizer .*words.json, which is not there; copy it to .*/tokenizer"
+    ):
         load_student(student)
     (student / "tokenizer.json").write_bytes(copied)
     np.testing.assert_array_equal(load_student(student).logits(TEXTS), logits)
@@ -119,8 +121,14 @@ def saved(tmp_path):
         (lambda said: said | {"input_shape": "2"}, "does not describe a student: input_shape"),
         (lambda said: said | {"config": {"kind": "mlp"}}, "does not describe a student: config.input: Field required"),
         (lambda said: said | {"config": said["config"] | {"hidden": [0]}}, "hidden must hold positive widths"),
-        (lambda said: said | {"input_shape": [10**9, 10**5]}, r"of the shape \[16, 2\] there and of the shape \[16, 10{14}\]"),
-        (lambda said: said | {"input_shape": [3]}, r"weight is of the shape \[16, 2\] there and of the shape \[16, 3\] by"),
+        (
+            lambda said: said | {"input_shape": [10**9, 10**5]},
+            r"of the shape \[16, 2\] there and of the shape \[16, 10{14}\]",
+        ),
+        (
+            lambda said: said | {"input_shape": [3]},
+            r"weight is of the shape \[16, 2\] there and of the shape \[16, 3\] by",
+        ),
         (lambda said: said | {"config": said["config"] | {"hidden": [16, 16]}}, "is missing there and of the shape"),
     ],
 )
@@ -137,7 +145,9 @@ def test_weights_of_another_shape_or_of_no_kind_are_a_sentence(saved):
     weights = load_file(saved / "model.safetensors")
     name = next(name for name in weights if name.endswith("bias"))
     save_file(weights | {name: torch.zeros(5)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{name} is of the shape \[5\] there and of the shape \[\d+\] by .*; copy the"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is of the shape \[5\] there and of the shape \[\d+\] by .*; copy the"
+    ):
         load_student(saved)
     (saved / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="does not hold the weights of this student"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import small_trainings
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
