@@ -127,7 +127,8 @@ class Job:
     def label(self, number: int, report: Report) -> None:
         """Ask the teacher about the rows that a round chose."""
         picks, student = self.directory.picks(number), self.directory.student(number)
-        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
+        reuse = tuple(map(str, self.directory.bought_elsewhere(number)))
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
@@ -135,7 +136,7 @@ class Job:
         if not where.summary(where.labels(0)).exists():
             choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
             choose(choice)
-            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.uniform_labels()]
+            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.bought_elsewhere(rounds)]
             self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
         self._train(where.student(1), [self._to_learn(where, 0, student)], report)
 

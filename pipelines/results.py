@@ -61,6 +61,8 @@ def write_results(job: Job, report: Report) -> None:
 
 def are_current(job: Job) -> bool:
     """Tell whether the figures on disk are of the rounds and the comparison that the configuration names."""
+    if not job.directory.metrics.exists():
+        return False
     found, config = read_json(job.directory.metrics), job.config
     return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 

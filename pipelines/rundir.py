@@ -44,6 +44,7 @@ _FREE = (
     *(("data", name) for name in DATA),
     *(("teacher", name) for name in OPERATION),
 )
+VARIANTS = "variants"  # the folder of students of other settings
 _ENGINE = ("unit_rows", "shard_rows")  # what the names of units and shards depend on
 
 
@@ -95,10 +96,15 @@ class RunDirectory:
             return first
         return RunDirectory(self.root / f"uniform-{labels}")
 
-    def uniform_labels(self) -> list[Path]:
-        """Labels of the comparisons that are complete."""
-        found = [RunDirectory(path).labels(0) for path in sorted(self.root.glob("uniform*"))]
-        return [dataset for dataset in found if self.summary(dataset).exists()]
+    def bought_elsewhere(self, rounds: int) -> list[Path]:
+        """Labels of pool rows in the whole run that are not those of this directory's first rounds.
+
+        They are of its comparisons, of further rounds and of other students: rows among them need not be asked again.
+        """
+        places = [self.top, *sorted(self.top.glob("uniform*")), *sorted(self.top.glob(f"{VARIANTS}/*"))]
+        found = [dataset for place in places for dataset in sorted((place / "labels").glob("round=???"))]
+        mine = {self.labels(number) for number in range(rounds)}
+        return [dataset for dataset in found if dataset not in mine and self.summary(dataset).exists()]
 
     def asked(self, name: str) -> Path:
         """Directory of the teacher's answers for the validation or the test set."""

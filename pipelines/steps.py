@@ -63,10 +63,11 @@ def steps_of(job: Job) -> list[Step]:
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
         steps.append(Step("compare", None, title, job.comparison.student(1), job.compare))
+    current = partial(are_current, job)
     return [
         *steps,
-        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job), partial(are_current, job)),
-        Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where)),
+        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job), current),
+        Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where), current),
     ]
 
 

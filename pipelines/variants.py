@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbeam.pipelines.config import differing_keys
-from distilbeam.pipelines.rundir import RunDirectory
+from distilbeam.pipelines.rundir import VARIANTS, RunDirectory
 from distilbeam.student.train_config import FREE
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.inputs import Inputs
-
-FOLDER = "variants"
 
 
 class VariantDirectory(RunDirectory):
@@ -79,10 +77,6 @@ class VariantDirectory(RunDirectory):
         """The comparison with so many uniformly chosen labels, which are the run's."""
         of_run = self.run.uniform_with(labels)
         return VariantDirectory(self.root / of_run.root.name, of_run, own_from=1)
-
-    def uniform_labels(self) -> list[Path]:
-        """Labels of the run's comparisons."""
-        return self.run.uniform_labels()
 
     def asked(self, name: str) -> Path:
         """Directory of the teacher's answers for a labelled set."""
@@ -157,7 +151,7 @@ def placed(run: RunDirectory, former: Mapping[str, Any], now: Mapping[str, Any])
         return run
     digest = hashlib.blake2b(json.dumps(other, sort_keys=True).encode(), digest_size=4).hexdigest()
     kind = other["student"]["kind"].replace(":", ".")
-    return VariantDirectory(run.root / FOLDER / f"{kind}-{digest}", run, tuple(differing))
+    return VariantDirectory(run.root / VARIANTS / f"{kind}-{digest}", run, tuple(differing))
 
 
 def _learning(config: Mapping[str, Any]) -> dict[str, Any]:
