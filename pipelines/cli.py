@@ -32,7 +32,7 @@ from distilbeam.pipelines.command_options import (
 from distilbeam.pipelines.data_commands import ingest
 from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
-from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, tune
+from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
 app = typer.Typer(
@@ -155,7 +155,25 @@ def _add_step_command(name: str, description: str) -> None:
 
 
 _add_step_command("select", "the choice of examples of a round")
-_add_step_command("train", "the student after a number of rounds (0: trained on the labelled set alone)")
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with [student] and [training] of another student, on the labels that are there."),
+    ] = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to the student after a number of rounds (0: trained on the labelled set alone)."""
+    overrides = [*([] if student is None else [f"@{student}"]), *(overrides or [])]
+    directory = run_steps(config, beam_options, overrides, log_level, ("train", number))
+    print_student(directory, number)
 
 
 @app.command()

@@ -73,7 +73,7 @@ class Job:
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base, self.directory.former_classes())
+        return self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
 
     @cached_property
     def teacher(self) -> str:
@@ -123,7 +123,7 @@ class Job:
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory
-        datasets = [self._to_learn(where, r, where.student(r)) for r in range(number)]
+        datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
         self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
@@ -170,18 +170,27 @@ class Job:
         """Ask the teacher about the rows that a round chose."""
         self.check_teacher()
         picks, student = self.directory.picks(number), self.directory.student(number)
-        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
+        reuse = tuple(map(str, self.directory.bought_elsewhere(number)))
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
         self.check_teacher()
-        where, rounds = self.directory.uniform, self.config.run.rounds
-        unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {})
-        choose(choice)
-        bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
-        self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
-        self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
+        where, rounds, student = self.comparison, self.config.run.rounds, self.directory.chooser(0)
+        if not where.summary(where.labels(0)).exists():
+            unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
+            choice = self._choice(
+                where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {}
+            )
+            choose(choice)
+            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.bought_elsewhere(rounds)]
+            self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
+        self._train(where.student(1), [self._to_learn(where, 0, student)], report)
+
+    @property
+    def comparison(self) -> RunDirectory:
+        """The directory of the comparison with as many uniformly chosen labels."""
+        return self.directory.uniform_with(self.config.selection.budget * self.config.run.rounds)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""

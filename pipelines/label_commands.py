@@ -97,11 +97,10 @@ def plan(
         from distilbeam.pipelines.job import Job
         from distilbeam.pipelines.labelling_job import LabellingJob
         from distilbeam.pipelines.plans import forecast_labelling, forecast_run
-        from distilbeam.pipelines.rundir import RunDirectory
-        from distilbeam.teacher.softlabels.places import within
+        from distilbeam.pipelines.rundir import planned_run
 
     options = pipeline_options(flags)
-    directory = RunDirectory(within(base, settings.run.directory).resolve())
+    directory = planned_run(settings, base)
     if isinstance(settings, LabelConfig):
         job = LabellingJob(settings, base, directory)
         label_plan = job.plan()

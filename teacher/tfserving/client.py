@@ -254,7 +254,9 @@ def _require_sparse(outputs: Inputs, rows: int) -> int:
             f"{num_classes:,}"
         )
     if kept.dtype.kind != "f" or tail.dtype.kind != "f" or classes.dtype.kind not in "iu":
-        raise RequestRefused("the server's k best classes must be whole numbers, their log-probabilities floating-point ones")
+        raise RequestRefused(
+            "the server's k best classes must be whole numbers, their log-probabilities floating-point ones"
+        )
     if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
         raise RequestRefused(f"the server's k best classes must be from 0 to {num_classes - 1:,}")
     return num_classes
