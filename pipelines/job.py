@@ -313,7 +313,7 @@ class Job:
         shards = [path for r in range(number) for path in read_manifest(self.directory.labels(r)).paths()]
         tables = [
             self.inputs.labelled.table.select(columns),
-            *(pq.read_table(path, columns=columns) for path in shards),
+            *(pq.read_table(path, columns=columns, page_checksum_verification=True) for path in shards),
         ]
         size = self.config.engine.batch_rows
         batches = [batch for table in tables for batch in table.to_batches(max_chunksize=size)]
