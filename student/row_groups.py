@@ -160,7 +160,7 @@ def _found_damage(path: Path) -> Iterator[None]:
         yield
     except (StoreError, FileNotFoundError):
         raise
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise _damaged(path, (str(e).splitlines() or [type(e).__name__])[0].rstrip(".")) from e
 
 
