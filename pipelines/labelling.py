@@ -109,7 +109,7 @@ class Labelling:
         return known_logits(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None
 
     def _columns(self, rows: pa.Table, ids: pa.Array, logits: npt.NDArray[np.float32]) -> pa.Table:
-        labels = encode(logits, self.spec, rng=_rng(ids, self.spec) if self.spec.kind == "sampled" else None)
+        labels = encode(logits, self.spec, seeds=_seeds(ids, self.spec) if self.spec.kind == "sampled" else None)
         columns: dict[str, Any] = {"example_id": ids}
         columns |= {name: rows[name] for name in (*KEPT, *self.spec.carried) if name in rows.column_names}
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
@@ -153,9 +153,9 @@ def _failure(rows: pa.Table, ids: pa.Array, row: int, error: RowError) -> dict[s
     }
 
 
-def _rng(ids: pa.Array, spec: SoftLabelSpec) -> np.random.Generator:
-    """Seed the draws of sampled labels by the rows' ids, so that repeated work draws the same."""
-    digest = hashlib.blake2b(spec.meaning().encode(), digest_size=8)
-    for value in ids.to_pylist():
-        digest.update(value if isinstance(value, bytes) else value.encode())
-    return np.random.default_rng(int.from_bytes(digest.digest(), "little"))
+def _seeds(ids: pa.Array, spec: SoftLabelSpec) -> npt.NDArray[np.uint64]:
+    """Seed each row's draws of a sampled label by its id and what the label means, whatever rows are beside it."""
+    meaning = hashlib.blake2b(spec.meaning().encode(), digest_size=32).digest()
+    values = ids.cast(pa.binary()).to_pylist()
+    hashes = (hashlib.blake2b(value, digest_size=8, key=meaning).digest() for value in values)
+    return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64, copy=False)

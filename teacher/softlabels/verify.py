@@ -198,7 +198,10 @@ def _duplicates(directory: Path, entries: list[ManifestEntry]) -> list[str]:
     if not entries:
         return []
     files = (readable(joined(directory, entry.path)) for entry in entries)
-    tables = [pq.read_table(file, columns=["example_id"], partitioning=None, page_checksum_verification=True) for file in files]
+    tables = [
+        pq.read_table(file, columns=["example_id"], partitioning=None, page_checksum_verification=True)
+        for file in files
+    ]
     ids = pa.concat_tables(table.cast(pa.schema([("example_id", pa.large_binary())])) for table in tables)["example_id"]
     extra = len(ids) - pc.count_distinct(ids).as_py()
     return [f"{extra:,} rows have an example_id that another row has too; label into an empty folder"] if extra else []
