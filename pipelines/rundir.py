@@ -22,7 +22,14 @@ from distilbeam.teacher.softlabels.placing import commit_all_left
 
 # settings that change no file of a run
 _FREE_SECTIONS = ("prices", "tune", "pareto", "watch")
-_FREE = (("run", "directory"), ("engine", "attempts"), *(("training", name) for name in FREE))
+_FREE = (
+    ("run", "directory"),
+    ("engine", "attempts"),
+    ("engine", "max_failures"),
+    ("engine", "flush_s"),
+    ("engine", "retry"),
+    *(("training", name) for name in FREE),
+)
 
 
 class RunDirectory:
