@@ -90,10 +90,10 @@ class Label:
             raise
         saved_answers.forget(self.output, [end.key for end in ends if has_kept(self.output, end.key)])
 
-    def in_danger(self) -> bool:
-        """Tell whether a process has died of rows that are not labelled since."""
-        folder = self._flights
-        return folder is not None and any(flight.suspect for flight in read_flights(folder))
+    def dangers(self) -> frozenset[tuple[str, int, int]]:
+        """List which rows of which shards were being asked about when a process died, and are not labelled since."""
+        found = read_flights(self._flights) if self._flights is not None else ()
+        return frozenset((flight.shard, flight.start, flight.stop) for flight in found if flight.suspect)
 
     def tidy(self) -> None:
         """Remove what is left over of shards that are committed."""
