@@ -26,6 +26,7 @@ from distilbeam.pipelines.command_options import (
     RoundOption,
     SetOption,
     TrustOption,
+    end_stopped,
     run_steps,
     with_max_failures,
 )
@@ -58,6 +59,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
     except RuntimeError as e:
+        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
+            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 

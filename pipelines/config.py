@@ -180,6 +180,8 @@ class EngineSection(_Section):
     max_failures: int | None = Field(
         None, ge=0, description="rows without an answer at which a step stops; without it they never do"
     )
+    flush_s: float = Field(60.0, gt=0, description="seconds after which the answers to a part of a shard are kept")
+    retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
 class PricesSection(_Section):

@@ -22,6 +22,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
@@ -35,7 +36,7 @@ from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Candidates, Score
-from distilbeam.pipelines.shards import plan_shards
+from distilbeam.pipelines.shards import Task, plan_shards
 from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.unusable_rows import (
@@ -50,7 +51,7 @@ from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.student.trust import trust_config, trusted
-from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
 log = logging.getLogger(__name__)
@@ -311,14 +312,24 @@ class Job:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
         tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
-        done = self._phase("label", work, tasks, report)
-        add_work(self.directory.work, "label", with_counts_of(done, output, tasks))
+        again = self._again(dead_letters, plan, picks, labelling, output)
+        done = self._phase("label", work, [*tasks, *again], report)
+        drop_answered(dead_letters, committed(output))
+        add_work(self.directory.work, "label", with_counts_of(done, output, [*tasks, *again]))
         failed = count_dead_letters(dead_letters)
         if failed == sum(task.rows for task in tasks):
-            raise ValueError(
-                f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
-            )
+            raise ValueError(none_answered_sentence(dead_letters, failed))
         write_json(self.directory.summary(output), tally(output, failed))
+
+    def _again(
+        self, dead_letters: Path, plan: Pool, picks: str | None, labelling: Labelling, output: Path
+    ) -> list[Task]:
+        """Plan to ask again about the rows that failed, unless they are to be left."""
+        done, engine = committed(output), self.config.engine
+        if engine.retry:
+            return ask_again(dead_letters, plan.units, picks, engine.shard_rows, labelling.spec, done)
+        leave(dead_letters, done)
+        return []
 
     def _label_work(self, labelling: Labelling, output: Path, dead_letters: Path, picks: str | None) -> Label:
         inputs, engine = self.inputs, self.config.engine
@@ -331,6 +342,8 @@ class Job:
             picks=picks,
             batch_rows=engine.batch_rows,
             max_failures=engine.max_failures,
+            flush_s=engine.flush_s,
+            retry=engine.retry,
         )
 
     def _score_work(self, student: Path, gains: Path, bought: tuple[str, ...]) -> Score:
@@ -368,7 +381,7 @@ class Job:
         shards = [path for r in range(number) for path in read_manifest(self.directory.labels(r)).paths()]
         tables = [
             self.inputs.labelled.table.select(columns),
-            *(pq.read_table(path, columns=columns) for path in shards),
+            *(pq.read_table(path, columns=columns, page_checksum_verification=True) for path in shards),
         ]
         size = self.config.engine.batch_rows
         batches = [batch for table in tables for batch in table.to_batches(max_chunksize=size)]

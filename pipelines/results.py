@@ -164,5 +164,7 @@ def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> 
 
 
 def _column(path: Path | str, name: str) -> npt.NDArray[np.float32]:
-    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name])[name].to_numpy()
+    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name], page_checksum_verification=True)[
+        name
+    ].to_numpy()
     return column

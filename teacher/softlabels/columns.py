@@ -95,6 +95,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
             path for path, type_ in leaves.items() if "." not in path and not pa.types.is_binary(type_)
         ],
         "store_schema": True,
+        "write_page_checksum": True,
     }
 
 
