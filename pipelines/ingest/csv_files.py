@@ -10,6 +10,7 @@ Both readers pass over blank lines, and over empty fields behind the last column
 from __future__ import annotations
 
 import csv
+import re
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -158,13 +159,12 @@ def _blank(data: bytes) -> bytes:
 
 def _is_strange(data: bytes, delimiter: str) -> bool:
     """Tell whether the two readers may differ; cheap, and more often wrong about a quote inside a field than needed."""
-    mark = delimiter.encode()
     if data.count(b"\r") != data.count(b"\r\n"):
         return True
-    if b'"' not in data:
-        return False
-    beside = (mark + b' "', b'\n "', b'" ' + mark, b'" \n', b'" \r')
-    return data.startswith(b' "') or any(pair in data for pair in beside)
+    mark = re.escape(delimiter.encode())
+    before = b' "' in data and (re.search(rb'\A +"', data) or re.search(rb'\n +"', data) or re.search(mark + rb' +"', data))
+    behind = b'" ' in data and re.search(rb'" +(?:' + mark + rb"|[\r\n]|\Z)", data)
+    return bool(before or behind)
 
 
 @dataclass

@@ -49,8 +49,6 @@ def load_csv(
     """
     headers = {source: read_header(source, options) for source in sources if source.bytes}
     names = _all_names(headers)
-    columns = ", ".join(f"c{i} VARCHAR" for i in range(len(names)))
-    run(connection, f"CREATE TABLE records ({columns}{',' if names else ''} id VARCHAR)")
     loaded: list[tuple[CsvFile, int, int]] = []  # file, number of its first record, columns of its own
     copies.mkdir(exist_ok=True)
     for header, part in _parts(headers):
@@ -67,7 +65,8 @@ def load_csv(
             found += [(file.source.name, line) for line in lines]
         return found
 
-    return RecordsTable(connection, names, count(connection), places)
+    rows = count(connection) if loaded else 0
+    return RecordsTable(connection, names, rows, places)
 
 
 def _all_names(headers: dict[Source, tuple[str, ...]]) -> tuple[str, ...]:
@@ -117,13 +116,27 @@ def _load_part(
         if file.damage is not None:
             bad(file.damage)
     _send_rejected(connection, files, len(header), options, bad)
-    before = count(connection)
-    own = {name: f"c{header.index(name)}" if name in header else "NULL" for name in names}
-    values = ", ".join([*own.values(), id_of({name: own[name] for name in header})])
-    run(connection, f"INSERT INTO records SELECT {values} FROM part")
     firsts = dict(run(connection, "SELECT filename, min(rowid) FROM part GROUP BY filename"))
-    run(connection, "DROP TABLE part")
+    before = _append_part(connection, header, names) if firsts else 0
     return [(file, before + firsts[file.path]) for file in files if file.path in firsts]
+
+
+def _append_part(
+    connection: duckdb.DuckDBPyConnection, header: tuple[str, ...], names: tuple[str, ...]
+) -> int:
+    """Append the table `part` to the records; return how many there were."""
+    if not run(connection, "SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'"):
+        own = [f"c{header.index(name)} AS c{i}" if name in header else f"NULL::VARCHAR AS c{i}" for i, name in enumerate(names)]
+        if header == names:
+            run(connection, "ALTER TABLE part RENAME TO records")
+        else:
+            run(connection, f"CREATE TABLE records AS SELECT {', '.join(own)}, id FROM part")
+        return 0
+    before = count(connection)
+    own = [f"c{header.index(name)}" if name in header else "NULL" for name in names]
+    places = ", ".join(f"c{i}" for i in range(len(names)))
+    run(connection, f"INSERT INTO records ({places}, id) SELECT {', '.join(own)}, id FROM part")
+    return before
 
 
 def _read(
@@ -132,12 +145,13 @@ def _read(
     """Read files into the table `part`; return which of them must be mended, after which it is to be done again."""
     columns = ", ".join(f"c{i}: 'VARCHAR'" for i in range(len(header)))
     line = options.max_record_bytes
+    hashed = "NULL::VARCHAR" if options.id_column else id_of({name: f"c{i}" for i, name in enumerate(header)})
     for name in ("part", "reject_errors", "reject_scans"):
         run(connection, f"DROP TABLE IF EXISTS {name}")
     try:
         run(
             connection,
-            f"""CREATE TABLE part AS SELECT * FROM read_csv(
+            f"""CREATE TABLE part AS SELECT *, {hashed} AS id FROM read_csv(
             [{", ".join(text(file.path) for file in files)}], columns = {{{columns}}}, filename = true,
             auto_detect = false, header = {not options.columns}, delim = {text(options.delimiter)}, quote = '"',
             escape = '"', nullstr = '', strict_mode = true, max_line_size = {line}, buffer_size = {max(2 * line, 2**25)},

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distilbeam.pipelines.ingest.database import run, streamed, text
 from distilbeam.pipelines.ingest.lines import DAMAGES, damage, good_lines, read_lines
@@ -23,23 +24,20 @@ from distilbeam.pipelines.ingest.sources import Source
 MOST_FIELDS = 10_000
 _SCHEMA = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("line_text", pa.large_string())])
 _BLANK = "E' \\t\\n\\r\\x0b\\x0c'"
-_ENDS = "E'\\r\\n'"
 _MARK = "chr(65279)"  # a byte-order mark, where files were joined
-# JSON, an object, every field once; a name with a zero byte cannot be a column's
-_KEYS = """CASE WHEN json_valid(line_text) THEN CASE json_type(line_text) WHEN 'OBJECT' THEN json_keys(line_text) END END"""
-_USABLE = "len(list_distinct(keys)) = len(keys) AND NOT contains(array_to_string(keys, ''), chr(0))"
+_KEYS = "CASE WHEN line_text[1] = '{' THEN to_json(TRY(json_keys(line_text)))::VARCHAR END"  # of objects
 
 
 def load_text(
     connection: duckdb.DuckDBPyConnection, sources: Sequence[Source], options: IngestOptions, bad: Sink
 ) -> RecordsTable:
     """Load lines that are not blank as the column `text`."""
-    line = f"ltrim(rtrim(line_text, {_ENDS}), {_MARK})"
     run(
         connection,
         f"""CREATE TABLE records AS SELECT line_text AS c0, {id_of({"text": "line_text"})} AS id, file, line
-        FROM (SELECT {line} AS line_text, file, line FROM lines) WHERE trim(line_text, {_BLANK}) <> ''""",
-        lines=_reader(sources, options, bad),
+        FROM (SELECT ltrim(line_text, {_MARK}) AS line_text, file, line FROM source_lines)
+        WHERE ltrim(line_text, {_BLANK}) <> ''""",
+        source_lines=_reader(sources, options, bad),
     )
     return _loaded(connection, sources, ("text",))
 
@@ -52,28 +50,31 @@ def load_json(
     Raises:
       ValueError: more fields than a table can have columns.
     """
+    trimmed = f"ltrim(line_text, {_BLANK} || {_MARK})"
     run(
         connection,
-        f"""CREATE TABLE lines AS SELECT file, line, line_text, CASE WHEN {_USABLE} THEN keys END AS keys
-        FROM (SELECT file, line, line_text, {_KEYS} AS keys
-        FROM (SELECT file, line, trim(line_text, {_BLANK} || {_MARK}) AS line_text FROM source_lines)
+        f"""CREATE TABLE seen AS SELECT file, line, keys, CASE WHEN keys IS NULL THEN line_text END AS line_text FROM (
+        SELECT file, line, {_KEYS} AS keys, line_text FROM (SELECT file, line, {trimmed} AS line_text FROM source_lines)
         WHERE line_text <> '')""",
         source_lines=_reader(sources, options, bad),
     )
-    unusable = "SELECT file, line, line_text FROM lines WHERE keys IS NULL"
-    for file, line, data in streamed(connection, unusable):
-        bad(Bad(sources[file].name, line, _what_is_wrong(data), excerpt(data)))
-    names = _names(connection)
+    names, refused = _names(connection)
+    unusable = " OR ".join(["keys IS NULL", *(f"keys = {text(keys)}" for keys in refused)])
+    for file, line, keys, data in streamed(connection, f"SELECT file, line, keys, line_text FROM seen WHERE {unusable}"):
+        bad(Bad(sources[file].name, line, refused[keys] if keys else _what_is_wrong(data), excerpt(data or keys)))
+    run(connection, "DROP TABLE seen")
     extracted = {name: f"fields[{i + 1}]" for i, name in enumerate(names)}
     columns = [f"{value} AS c{i}" for i, value in enumerate(extracted.values())]
-    values = ", ".join([*columns, f"{id_of(extracted)} AS id", "file", "line"])
+    values = ", ".join([*columns, f"{'NULL' if options.id_column else id_of(extracted)} AS id", "file", "line"])
     paths = ", ".join(text(_pointer(name)) for name in names)
-    run(
+    usable = " AND ".join(["fields IS NOT NULL", *(f"{_KEYS} <> {text(keys)}" for keys in refused)])
+    run(  # the files are read again: that takes less than to keep their text between
         connection,
-        f"""CREATE TABLE records AS SELECT {values} FROM (SELECT file, line,
-        json_extract(line_text, [{paths}]::VARCHAR[])::VARCHAR[] AS fields FROM lines WHERE len(keys) > 0)""",
+        f"""CREATE TABLE records AS SELECT {values} FROM (SELECT file, line, line_text, CASE WHEN line_text[1] = '{{'
+        THEN TRY(json_extract(line_text, [{paths}]::VARCHAR[])::VARCHAR[]) END AS fields
+        FROM (SELECT file, line, {trimmed} AS line_text FROM source_lines)) WHERE {usable}""",
+        source_lines=_reader(sources, options, lambda _: None),
     )
-    run(connection, "DROP TABLE lines")
     return _loaded(connection, sources, names)
 
 
@@ -88,7 +89,7 @@ def _batches(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> It
             for lines in read_lines(source, options.max_record_bytes):
                 numbers, texts = good_lines(source.name, lines, options.max_record_bytes, bad)
                 files = pa.array(np.full(len(numbers), index, np.int32))
-                yield pa.record_batch([files, pa.array(numbers), texts], schema=_SCHEMA)
+                yield pa.record_batch([files, pa.array(numbers), pc.ascii_rtrim(texts, "\r\n")], schema=_SCHEMA)
         except DAMAGES as e:
             bad(damage(source, e))
 
@@ -107,7 +108,7 @@ def _loaded(
 def _what_is_wrong(line: str) -> str:
     """Say in the words of Python's reader what is wrong with a line that DuckDB's refused."""
     try:
-        value = json.loads(line, object_pairs_hook=_without_repetition)
+        value = json.loads(line)
         if not isinstance(value, dict):
             return f"a line must be a JSON object, got {type(value).__name__}"
         json.dumps(value, ensure_ascii=False).encode()
@@ -115,28 +116,34 @@ def _what_is_wrong(line: str) -> str:
         return "not JSON: half a surrogate pair, which no text can hold"
     except (ValueError, RecursionError) as e:
         return f"not JSON: {e}"
-    return "not JSON, or a field's name holds a zero byte"
+    return "not JSON that DuckDB reads"
 
 
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} is there twice")
-    return found
-
-
-def _names(connection: duckdb.DuckDBPyConnection) -> tuple[str, ...]:
+def _names(connection: duckdb.DuckDBPyConnection) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the fields of all lines, and which lists of fields no record can have, with what is wrong with them."""
     names: dict[str, None] = {}
-    for (keys,) in run(connection, "SELECT keys FROM lines WHERE keys IS NOT NULL GROUP BY keys ORDER BY min(rowid)"):
-        names |= dict.fromkeys(keys)
+    refused: dict[str, str] = {}
+    for (keys,) in run(connection, "SELECT keys FROM seen WHERE keys IS NOT NULL GROUP BY keys ORDER BY min(rowid)"):
+        here = json.loads(keys)
+        if error := _cannot_be(here):
+            refused[keys] = error
+            continue
+        names |= dict.fromkeys(here)
         if len(names) > MOST_FIELDS:
             raise ValueError(
-                f"the lines have more than {MOST_FIELDS:,} different fields, the last {list(names)[-1]!r}; a pool's "
-                "columns must be known names: put what varies into one field as an object"
+                f"the lines have more than {MOST_FIELDS:,} different fields, the last {here[-1]!r}; a pool's columns "
+                "must be known names: put what varies into one field as an object"
             )
-    return tuple(names)
+    return tuple(names), refused
+
+
+def _cannot_be(keys: list[str]) -> str:
+    if not keys:
+        return "a line must have at least one field"
+    twice = next((name for i, name in enumerate(keys) if name in keys[:i]), None) if len(set(keys)) < len(keys) else None
+    if twice is not None:
+        return f"a line must have every field once, got {twice!r} twice"
+    return "a field's name must not hold a zero byte" if any("\0" in name for name in keys) else ""
 
 
 def _pointer(name: str) -> str:

@@ -8,6 +8,8 @@ dates, more digits than int64 holds), or with whole numbers beyond 2^53 beside f
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from distilbeam.pipelines.ingest.columns import MISSING, ColumnCounts, ColumnType
@@ -20,6 +22,8 @@ _FRACTION = r"[+-]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(0|
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 INFINITE = "[+-]?(inf|Infinity)"
 _CODE = r"[+-]?\.?[0-9].*"
+_FIRST = "+-.0123456789NnIiTtFf"  # of anything but text: most text is told by it without the dearer look
+_BOOLEANS = ("true", "True", "TRUE", "false", "False", "FALSE")
 _EXACT = 2**53  # float64 holds every whole number up to here
 _TYPES = {"int64": "BIGINT", "float64": "DOUBLE"}
 
@@ -45,19 +49,20 @@ class CsvTypes:
 
     def missing(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"({value} IS NULL OR {value} IN ({', '.join(map(text, MISSING))}))"
+        return f"({value} IS NULL OR {_is_one_of(value, MISSING)})"
 
     def kind(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"""CASE WHEN {self.missing(value)} THEN NULL {_number_kind(value)}
-            WHEN {value} IN ('true', 'True', 'TRUE', 'false', 'False', 'FALSE') THEN 'bool'
+        return f"""CASE WHEN {value} IS NULL THEN NULL WHEN NOT contains('{_FIRST}', {value}[1]) THEN 'text'
+            WHEN {self.missing(value)} THEN NULL {_number_kind(value)}
+            WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
             WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
         """See `TextTypes`."""
         if type_.kind in ("string", "binary"):
             return "true"
-        fits = f"lower({value}) IN ('true', 'false')" if type_.kind == "bool" else _fits_number(value, type_.kind)
+        fits = _is_one_of(f"lower({value})", ("true", "false")) if type_.kind == "bool" else _fits_number(value, type_.kind)
         return f"({self.missing(value)} OR {fits})"
 
     def converted(self, value: str, type_: ColumnType) -> str:
@@ -73,7 +78,7 @@ class JsonTypes:
 
     def missing(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"({value} IS NULL OR {value} = 'null' OR lower({value}) IN ('nan', '-nan'))"
+        return f"({value} IS NULL OR {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]'))"
 
     def kind(self, value: str) -> str:
         """See `TextTypes`."""
@@ -81,8 +86,8 @@ class JsonTypes:
             WHEN {value}[1] = '"' THEN CASE WHEN regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
             WHEN {value}[1] = '[' THEN CASE WHEN {is_numeric_list(value)} THEN 'vector' ELSE 'other' END
             WHEN {value}[1] = '{{' THEN 'other'
-            WHEN {value} IN ('true', 'false') THEN 'bool' {_number_kind(value)}
-            WHEN lower({value}) IN ('inf', '-inf', 'infinity', '-infinity') THEN 'infinite' ELSE 'other' END"""
+            WHEN {_is_one_of(value, ("true", "false"))} THEN 'bool' {_number_kind(value)}
+            WHEN regexp_full_match(lower({value}), '-?inf(inity)?') THEN 'infinite' ELSE 'other' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
         """See `TextTypes`."""
@@ -91,7 +96,7 @@ class JsonTypes:
         if type_.kind == "binary":
             fits = f"{value}[1] = '\"'"
         elif type_.kind == "bool":
-            fits = f"{value} IN ('true', 'false')"
+            fits = _is_one_of(value, ("true", "false"))
         elif type_.kind in ("vector", "list"):
             fits = vector_fits(value, type_)
         else:
@@ -133,6 +138,11 @@ def shown(value: str | None, types: TextTypes) -> str:
         return value[:80]
     shape = _shape(data)
     return repr(data)[:80] if shape is None else f"shape {shape}"
+
+
+def _is_one_of(value: str, words: Sequence[str]) -> str:
+    """Write the condition that a value is one of some words; DuckDB makes a join of IN, which loses the rows' order."""
+    return f"regexp_full_match({value}, {text('|'.join(map(re.escape, words)))})"
 
 
 def _number_kind(value: str) -> str:

@@ -86,8 +86,10 @@ class TypedText:
                 self.table.connection,
                 f"SELECT {', '.join(values)}, rowid AS number FROM records WHERE rowid BETWEEN {start} AND {start + step - 1}",
             )
-            numbers = found["number"].to_numpy()
-            assert np.array_equal(numbers, np.arange(start, start + len(numbers))), "records must keep their order"
+            order = np.argsort(found["number"].to_numpy(), kind="stable")
+            assert len(order) == min(step, self.table.rows - start), "records must be numbered without a gap"
+            if (np.diff(order) != 1).any():  # DuckDB promises no order where it joins
+                found = found.take(order)
             yield self._packed(found)
 
     def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:
@@ -108,7 +110,7 @@ class TypedText:
     def _step(self) -> int:
         """Return how many records are converted at once, by their mean size."""
         sizes = " + ".join(f"coalesce(strlen({self.table.column(name)}), 0)" for name in self.table.names)
-        mean = run(self.table.connection, f"SELECT avg({sizes}) FROM records")[0][0]
+        mean = run(self.table.connection, f"SELECT avg({sizes}) FROM records WHERE rowid % 8 = 0")[0][0]
         return max(64, min(_TABLE_ROWS, int(_TABLE_BYTES / (mean + 64))))
 
     def _is_unsure(self, name: str) -> bool:
