@@ -145,7 +145,7 @@ def line_numbers(file: CsvFile, positions: npt.NDArray[np.int64]) -> list[int]:
         [at + np.flatnonzero(data[at : at + 2**24] == ord("\n")) for at in range(0, len(data), 2**24)]
     )
     starts = [int(at) + len(_blank(data[at : at + 4096].tobytes())) for at in positions.tolist()]
-    return (np.searchsorted(ends, starts) + 1).tolist()
+    return [int(line) + 1 for line in np.searchsorted(ends, starts)]
 
 
 def wrong_width(expected: int, found: int) -> str:
@@ -162,7 +162,9 @@ def _is_strange(data: bytes, delimiter: str) -> bool:
     if data.count(b"\r") != data.count(b"\r\n"):
         return True
     mark = re.escape(delimiter.encode())
-    before = b' "' in data and (re.search(rb'\A +"', data) or re.search(rb'\n +"', data) or re.search(mark + rb' +"', data))
+    before = b' "' in data and (
+        re.search(rb'\A +"', data) or re.search(rb'\n +"', data) or re.search(mark + rb' +"', data)
+    )
     behind = b'" ' in data and re.search(rb'" +(?:' + mark + rb"|[\r\n]|\Z)", data)
     return bool(before or behind)
 

@@ -121,12 +121,13 @@ def _load_part(
     return [(file, before + firsts[file.path]) for file in files if file.path in firsts]
 
 
-def _append_part(
-    connection: duckdb.DuckDBPyConnection, header: tuple[str, ...], names: tuple[str, ...]
-) -> int:
+def _append_part(connection: duckdb.DuckDBPyConnection, header: tuple[str, ...], names: tuple[str, ...]) -> int:
     """Append the table `part` to the records; return how many there were."""
     if not run(connection, "SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'"):
-        own = [f"c{header.index(name)} AS c{i}" if name in header else f"NULL::VARCHAR AS c{i}" for i, name in enumerate(names)]
+        own = [
+            f"c{header.index(name)} AS c{i}" if name in header else f"NULL::VARCHAR AS c{i}"
+            for i, name in enumerate(names)
+        ]
         if header == names:
             run(connection, "ALTER TABLE part RENAME TO records")
         else:

@@ -177,7 +177,7 @@ class _Ingest:
             self.letters.add(bad)
         self._check_any(connection, parsed.rows)
         parsed.load_keys(connection)
-        return self._finish(connection, parsed, parsed.rows + parsed.unusable, 0)
+        return self._finish(connection, parsed, parsed.rows + parsed.unusable)
 
     def _ingest_text(self, connection: duckdb.DuckDBPyConnection) -> Summary:
         with self._step("read the records"):
@@ -187,7 +187,7 @@ class _Ingest:
         with self._step("find the columns' types"):
             typed, unfit = self._typed(table, types)
         self._check_any(connection, table.rows - unfit)
-        return self._finish(connection, typed, records, unfit)
+        return self._finish(connection, typed, records)
 
     def _load(self, connection: duckdb.DuckDBPyConnection) -> tuple[RecordsTable, TextTypes]:
         add = self.letters.add
@@ -214,8 +214,8 @@ class _Ingest:
             self.letters.add(bad)
         return typed, unfit
 
-    def _finish(self, connection: duckdb.DuckDBPyConnection, loaded: Loaded, records: int, unfit: int) -> Summary:
-        """Leave out duplicates and write the pool; `unfit` of the loaded records are in the table `bad`."""
+    def _finish(self, connection: duckdb.DuckDBPyConnection, loaded: Loaded, records: int) -> Summary:
+        """Leave out bad records and duplicates of `records` and write the pool."""
         pool = self.work / "pool"
         with self._step("find duplicates"):
             repeated = find_duplicates(connection, loaded.key, loaded.content)

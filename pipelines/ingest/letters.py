@@ -38,7 +38,9 @@ class Letters:
     def add(self, bad: Bad) -> None:
         """Add a bad record."""
         place = self._places[bad.file]
-        letter = json.dumps(bad.to_json(), ensure_ascii=False).encode(errors="replace").decode()  # half a pair is no text
+        letter = (
+            json.dumps(bad.to_json(), ensure_ascii=False).encode(errors="replace").decode()
+        )  # half a pair is no text
         self._file.write(json.dumps([place, bad.line, letter]) + "\n")
         self.count += 1
 

@@ -158,7 +158,7 @@ def good_lines(name: str, lines: Lines, limit: int, bad: Sink) -> tuple[npt.NDAr
         data = lines.data[start:end]
         try:
             if len(data) > limit:
-                raise ValueError(too_long(limit))  # noqa: TRY301  # one place keeps what is wrong with a line
+                raise ValueError(too_long(limit))
             texts.append(data.decode())
         except ValueError as e:
             error = f"{NOT_TEXT}: {e}" if isinstance(e, UnicodeDecodeError) else str(e)

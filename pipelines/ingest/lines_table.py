@@ -60,7 +60,9 @@ def load_json(
     )
     names, refused = _names(connection)
     unusable = " OR ".join(["keys IS NULL", *(f"keys = {text(keys)}" for keys in refused)])
-    for file, line, keys, data in streamed(connection, f"SELECT file, line, keys, line_text FROM seen WHERE {unusable}"):
+    for file, line, keys, data in streamed(
+        connection, f"SELECT file, line, keys, line_text FROM seen WHERE {unusable}"
+    ):
         bad(Bad(sources[file].name, line, refused[keys] if keys else _what_is_wrong(data), excerpt(data or keys)))
     run(connection, "DROP TABLE seen")
     extracted = {name: f"fields[{i + 1}]" for i, name in enumerate(names)}
@@ -94,9 +96,7 @@ def _batches(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> It
             bad(damage(source, e))
 
 
-def _loaded(
-    connection: duckdb.DuckDBPyConnection, sources: Sequence[Source], names: tuple[str, ...]
-) -> RecordsTable:
+def _loaded(connection: duckdb.DuckDBPyConnection, sources: Sequence[Source], names: tuple[str, ...]) -> RecordsTable:
     def places(rows: Sequence[int]) -> list[tuple[str, int | None]]:
         wanted = pa.table({"number": pa.array(rows, pa.int64())})
         sql = "SELECT file, line FROM records JOIN wanted ON records.rowid = number ORDER BY number"
@@ -140,7 +140,9 @@ def _names(connection: duckdb.DuckDBPyConnection) -> tuple[tuple[str, ...], dict
 def _cannot_be(keys: list[str]) -> str:
     if not keys:
         return "a line must have at least one field"
-    twice = next((name for i, name in enumerate(keys) if name in keys[:i]), None) if len(set(keys)) < len(keys) else None
+    twice = (
+        next((name for i, name in enumerate(keys) if name in keys[:i]), None) if len(set(keys)) < len(keys) else None
+    )
     if twice is not None:
         return f"a line must have every field once, got {twice!r} twice"
     return "a field's name must not hold a zero byte" if any("\0" in name for name in keys) else ""

@@ -66,7 +66,9 @@ def pool_columns(found: Mapping[str, ColumnType], options: IngestOptions) -> Poo
         if math.prod(shape) != width:
             raise ValueError(f"--shape {name} must have as many elements as its {width:,} columns, got {list(shape)}")
         if name in found and name not in members[name]:
-            raise ValueError(f"--vector {name} must not have the name of a column that is not in it; choose another name")
+            raise ValueError(
+                f"--vector {name} must not have the name of a column that is not in it; choose another name"
+            )
         columns[name] = ColumnType("vector", vector_option.dtype, shape)
     _check_names(columns, options)
     if options.id_column is not None:

@@ -50,7 +50,7 @@ def id_of(columns: dict[str, str]) -> str:
 def content_of(columns: dict[str, str]) -> str:
     """Write the expression for all of a record in one text that no other record has; see `id_of`."""
     parts = [
-        f"CASE WHEN {value} IS NULL THEN '' ELSE {text(f'{len(name)}:{name}')} || length({value}) || ':' || {value} END"
+        f"CASE WHEN {value} IS NULL THEN '' ELSE {text(f'{len(name)}:{name}')} || strlen({value}) || ':' || {value} END"
         for name, value in sorted(columns.items())
     ]
     return f"concat({', '.join(parts or [text('')])})"

@@ -42,7 +42,10 @@ class IngestOptions(BaseModel):
     vectors: dict[str, Vector] = Field({}, description="csv: vector columns and what they are made of")
     types: dict[str, TypeName] = Field({}, description="column -> type, where the found one is not wanted")
     max_record_bytes: int = Field(
-        16 * 2**20, ge=1, le=2**30, description="csv, jsonl, text: a longer record is a bad one, so that memory is bounded"
+        16 * 2**20,
+        ge=1,
+        le=2**30,
+        description="csv, jsonl, text: a longer record is a bad one, so that memory is bounded",
     )
     unit_bytes: int = Field(64 * 2**20, ge=1, description="tfrecord, images: bytes of source in a unit of work, about")
     file_rows: int = Field(1_000_000, ge=1, description="rows of a pool file, about")
@@ -60,7 +63,9 @@ class IngestOptions(BaseModel):
         if len(set(self.columns)) < len(self.columns) or not all(self.columns):
             raise ValueError(f"columns must be names of their own, got {', '.join(self.columns)}")
         if self.class_column in ("image", "path", "id"):
-            raise ValueError(f"class_column must be another name, a pool of images has a column {self.class_column} already")
+            raise ValueError(
+                f"class_column must be another name, a pool of images has a column {self.class_column} already"
+            )
         return self
 
     def vector_of(self, column: str) -> str | None:

@@ -62,7 +62,11 @@ class CsvTypes:
         """See `TextTypes`."""
         if type_.kind in ("string", "binary"):
             return "true"
-        fits = _is_one_of(f"lower({value})", ("true", "false")) if type_.kind == "bool" else _fits_number(value, type_.kind)
+        fits = (
+            _is_one_of(f"lower({value})", ("true", "false"))
+            if type_.kind == "bool"
+            else _fits_number(value, type_.kind)
+        )
         return f"({self.missing(value)} OR {fits})"
 
     def converted(self, value: str, type_: ColumnType) -> str:

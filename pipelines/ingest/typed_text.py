@@ -131,7 +131,11 @@ class TypedText:
             numbers = field_numbers(self._members(name), type_.dtype)
             return f"CASE WHEN {fields_fit(self._members(name), type_.dtype)} THEN {numbers} END"
         value = self.types.converted(self.table.column(name), type_)
-        return f"CASE WHEN {self.types.fits(self.table.column(name), type_)} THEN {value} END" if name in self.unsure else value
+        return (
+            f"CASE WHEN {self.types.fits(self.table.column(name), type_)} THEN {value} END"
+            if name in self.unsure
+            else value
+        )
 
     def _members(self, name: str) -> list[str]:
         return [self.table.column(member) for member in self.pool.members[name]]

@@ -57,7 +57,7 @@ def without(tables: Iterable[pa.Table], dropped: npt.NDArray[np.int64]) -> Itera
         if len(here):
             kept = np.ones(table.num_rows, bool)
             kept[here] = False
-            table = table.filter(pa.array(kept))  # noqa: PLW2901  # the same table, less its rows
+            table = table.filter(pa.array(kept))
         yield table
 
 

@@ -16,7 +16,25 @@ import pytest
 from distilbeam.pipelines.ingest.ingesting import ingest
 from distilbeam.pipelines.ingest.settings import ingest_options
 
-_FIELDS = ["a", "b c", " d", "é", "x,y", 'say "no"', "p\nq", "r\r\ns", "0x10", "01", "1.0", "NULL", "NaN", "'", "\\", "\t", '"']
+_FIELDS = [
+    "a",
+    "b c",
+    " d",
+    "é",
+    "x,y",
+    'say "no"',
+    "p\nq",
+    "r\r\ns",
+    "0x10",
+    "01",
+    "1.0",
+    "NULL",
+    "NaN",
+    "'",
+    "\\",
+    "\t",
+    '"',
+]
 _NAMES = ["a", "b", "_file", "a.b", "x/y", "A", "é", "with space", "'q\"", "~t"]
 _BROKEN = ['{"a":', "[1,2]", "5", '{"a":"\\ud800"}', '{"a":1,"a":2}', "nonsense", "{}", '{"a":01}']
 
@@ -28,8 +46,9 @@ def ingested(folder: Path, data: bytes, **settings: Any) -> tuple[pa.Table | Non
     try:
         ingest([str(folder / "source")], folder / "pool", ingest_options(**settings))
     except ValueError as e:
-        assert "no record can be used" in str(e) or "must hold at least one record" in str(e)
-        return None, []
+        if "no record can be used" in str(e) or "must hold at least one record" in str(e):
+            return None, []
+        raise
     letters = folder / "pool" / "_dead_letters.jsonl"
     lines = [json.loads(line)["line"] for line in letters.read_text().splitlines()] if letters.exists() else []
     return pa.concat_tables(pq.read_table(file) for file in sorted((folder / "pool").glob("*.parquet"))), lines
@@ -55,7 +74,9 @@ def csv_file(chance: random.Random, width: int) -> bytes:
     lines = [",".join("abc"[:width])]
     for _ in range(chance.randrange(1, 30)):
         count = width if chance.random() < 0.93 else chance.randrange(1, 5)
-        lines.append(",".join(written(chance.choice([*_FIELDS, "", "", str(chance.randrange(9))]), chance) for _ in range(count)))
+        lines.append(
+            ",".join(written(chance.choice([*_FIELDS, "", "", str(chance.randrange(9))]), chance) for _ in range(count))
+        )
         lines += [""] * (chance.random() < 0.05)
     data = end.join(lines) + chance.choice([end, ""])
     return (data.replace("\r\n", "\n", 1) if chance.random() < 0.05 else data).encode()
@@ -102,7 +123,27 @@ def test_csv_is_read_as_python_reads_it(tmp_path: Path, seed: int) -> None:
 
 
 def value(chance: random.Random, depth: int = 0) -> Any:
-    scalars = [0, 1, 2**53 + 1, 2**63 - 1, 2**64, 10**30, 0.5, 1.0, -0.0, 1e300, "", "a", "01", "1", "null", "😀", "a\0b", True, None]
+    scalars = [
+        0,
+        1,
+        2**53 + 1,
+        2**63 - 1,
+        2**64,
+        10**30,
+        0.5,
+        1.0,
+        -0.0,
+        1e300,
+        "",
+        "a",
+        "01",
+        "1",
+        "null",
+        "😀",
+        "a\0b",
+        True,
+        None,
+    ]
     if depth < 2 and chance.random() < 0.4:
         if chance.random() < 0.5:
             return [chance.choice([1, 2, 300, 2**40, -1]) for _ in range(chance.randrange(4))]

@@ -23,7 +23,9 @@ from distilbeam.pipelines.ingest.settings import ingest_options
 from distilbeam.teacher.preprocess import InputConfig, make_input
 
 
-def run(tmp_path: Path, data: bytes | str, name: str, **settings: Any) -> tuple[Summary, pa.Table, list[dict[str, Any]]]:
+def run(
+    tmp_path: Path, data: bytes | str, name: str, **settings: Any
+) -> tuple[Summary, pa.Table, list[dict[str, Any]]]:
     """Write a source and ingest it; return the summary, the pool and the dead letters."""
     source = tmp_path / name
     source.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -135,7 +137,23 @@ def test_a_rare_list_field_costs_no_other_row(tmp_path: Path) -> None:
 
 
 def test_names_may_be_any(tmp_path: Path) -> None:
-    names = ["_file", "_key", "c0", "number", "file", "line", "a b", "A B", "it's", 'x"y', "p/q", "t~0", "[red]", "é", "rowid"]
+    names = [
+        "_file",
+        "_key",
+        "c0",
+        "number",
+        "file",
+        "line",
+        "a b",
+        "A B",
+        "it's",
+        'x"y',
+        "p/q",
+        "t~0",
+        "[red]",
+        "é",
+        "rowid",
+    ]
     record = dict.fromkeys(names, 1)
     _, pool, bad = run(tmp_path, lines_of([record, {**record, "c0": 2}]), "a.jsonl")
     assert bad == []
@@ -225,7 +243,11 @@ def test_a_damaged_file_keeps_what_is_before_the_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.txt.gz"])
 def test_a_line_without_an_end_is_not_held(tmp_path: Path, name: str) -> None:
-    head, tail = {"a.jsonl.gz": ('{"n": "x"}\n', '{"n": "y"}\n'), "a.csv.gz": ("n\nx\n", "y\n"), "a.txt.gz": ("x\n", "y\n")}[name]
+    head, tail = {
+        "a.jsonl.gz": ('{"n": "x"}\n', '{"n": "y"}\n'),
+        "a.csv.gz": ("n\nx\n", "y\n"),
+        "a.txt.gz": ("x\n", "y\n"),
+    }[name]
     bomb = gzip.compress(head.encode() + b"0" * 300 * 2**20 + b"\n" + tail.encode(), 1)
     tracemalloc.start()
     _, pool, bad = run(tmp_path, bomb, name, max_record_bytes=2**20)
