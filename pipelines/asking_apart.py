@@ -83,9 +83,7 @@ def _after_death(desk: _Desk, todo: Sequence[Range], deaths: dict[int, int], how
     start, stop = int(flying[0]), int(flying[-1]) + 1
     for row in range(start, stop):
         deaths[row] = deaths.get(row, 0) + 1
-    log.warning(
-        "the process that asked the teacher about %d row(s) %s; it is found out which of them", stop - start, how
-    )
+    log.info("the process that asked the teacher about %d row(s) %s; it is found out which of them", stop - start, how)
     if stop - start == 1:
         message = f"the process that asks the teacher {how} whenever this row is asked"
         desk.keep([RowError(start, "teacher", message, deaths[start])])

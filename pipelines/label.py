@@ -316,7 +316,7 @@ def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
     failure = {name: value for name, value in failure.items() if name != "place"}
     row = failure[ROW]
     unit = next(p.unit for p in shard.parts if p.unit.pool_row <= row < p.unit.pool_row + p.unit.rows)
-    return {**failure, "file": unit.path, "row": row - unit.pool_row + unit.first_row}
+    return {**failure, "file": unit.path, "unit": unit.uid, "row": row - unit.pool_row + unit.first_row}
 
 
 def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[Any]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -325,6 +326,7 @@ def _submit(
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
+        _keep_inside(pipeline, private)
         run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
@@ -334,6 +336,12 @@ def _submit(
             | phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
+
+
+def _keep_inside(pipeline: Any, private: Path) -> None:
+    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
+    Path(pipeline.local_tempdir).rmdir()
+    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
 class _Watch(Generic[Item]):
