@@ -97,12 +97,15 @@ class Label:
 
     def tidy(self) -> None:
         """Remove what is left over of shards that are committed."""
-        if self._flights is not None:
-            done = _committed_keys(self.output) | self._all_failed(set())
-            for flight in read_flights(self._flights):
-                if not flight.alive and (flight.shard in done or not flight.suspect):
-                    flight.path.unlink(missing_ok=True)
+        flights = read_flights(self._flights) if self._flights is not None else ()
+        gone = [flight for flight in flights if not flight.alive]
+        if gone or saved_answers.has_saved(self.output):
+            done = _committed_keys(self.output)
+            done |= self._all_failed(done)
             saved_answers.forget_but(self.output, done)
+            for flight in gone:
+                if flight.shard in done or not flight.suspect:
+                    flight.path.unlink(missing_ok=True)
         saved_answers.tidy(self.output)
 
     def remaining(self, tasks: Sequence[Task]) -> list[Task]:
@@ -176,7 +179,7 @@ class Label:
                 work.ask(found.drop_columns([PLACE]), found[PLACE].to_numpy())
             entry = self._finish(shard, work.result(), time.perf_counter() - start)
             work.clear_suspects()
-        except Exception as e:
+        except (Exception, KeyboardInterrupt) as e:
             if cannot_be_written(e) or isinstance(e, TooManyFailures):
                 stop_everybody()
             _save(work, shard)

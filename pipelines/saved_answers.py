@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from distilbeam.pipelines.private_folders import own_folder
 from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.places import list_files, read_bytes, remove_files, to_path
+from distilbeam.teacher.softlabels.places import is_remote, list_files, read_bytes, remove_files, to_path
 
 FOLDER = "_partial"
 PLACE = "distilbeam:place"  # int64, row of the shard
@@ -97,7 +97,7 @@ def has_saved(dataset: str) -> bool:
 def tidy(dataset: str) -> None:
     """Remove the folders that are empty."""
     for folder in (to_path(dataset) / FOLDER, to_path(dataset), _spill(dataset, make=False)):
-        if isinstance(folder, Path):
+        if folder is not None and not is_remote(folder):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -111,7 +111,8 @@ def _spill(dataset: str, *, make: bool) -> Path | None:
     own = own_folder("spill", make=make)
     if own is None:
         return None
-    folder = own / hashlib.blake2b(str(to_path(dataset).absolute()).encode(), digest_size=8).hexdigest()
+    where = dataset if is_remote(dataset) else str(Path(dataset).resolve())
+    folder = own / hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
     if make:
         folder.mkdir(mode=0o700, exist_ok=True)
     return folder

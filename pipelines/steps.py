@@ -121,6 +121,8 @@ def run(
     options = pipeline_options(beam_flags)
     with opened_run(config, base) as directory:
         job = Job(config, base, directory, options)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.commit.exists()]
         if not todo:

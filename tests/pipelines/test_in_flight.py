@@ -31,7 +31,9 @@ def test_the_rows_that_a_killed_process_was_asking_about_are_suspects(tmp_path: 
     own.write(0, 8, 2)
     killed = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    found = {flight.shard: (flight.start, flight.stop, flight.failed, flight.suspect) for flight in read_flights(tmp_path)}
+    found = {
+        flight.shard: (flight.start, flight.stop, flight.failed, flight.suspect) for flight in read_flights(tmp_path)
+    }
     assert found == {"own": (0, 8, 2, False), "other": (16, 32, 3, True)}
     own.close()
     assert [flight.shard for flight in read_flights(tmp_path)] == ["other"]
@@ -51,7 +53,9 @@ def test_saved_answers_come_back_as_they_were(tmp_path: Path) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(6, dtype=np.float32)), 3)
     schema = pa.schema([pa.field("example_id", pa.string()), pa.field("teacher_logprobs", values.type, nullable=False)])
     table = pa.table([pa.array(["a", "b"]), values], schema=schema)
-    failures = [{"example_id": b"\x00\xff", "pool_row": 4, "stage": "teacher", "error": "no", "attempts": 2, "place": 1}]
+    failures = [
+        {"example_id": b"\x00\xff", "pool_row": 4, "stage": "teacher", "error": "no", "attempts": 2, "place": 1}
+    ]
     answered = Answered(table, np.array([0, 2]), failures, {"calls": 3, "requests": 1, "reused": 0})
     dataset = str(tmp_path / "labels")
     saved_answers.save(dataset, "key", [answered])

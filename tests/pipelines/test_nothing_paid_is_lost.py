@@ -12,14 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 from labelling import calls_by_row, dataset, finish, labelled_ids, pool_ids, shards, start, write_job
-from problem import asked
+from problem import asked, labels_of, write_problem
 
 from distilbeam.pipelines.cli import app
 from distilbeam.pipelines.models import forget_models
+from distilbeam.pipelines.steps import run
+from distilbeam.teacher.softlabels import read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -310,3 +314,40 @@ def small_disk(tmp_path: Path) -> Any:
         pytest.skip("mounting a small filesystem needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def test_a_run_asks_again_about_a_rounds_rows_until_a_student_has_learned_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = write_problem(tmp_path / "d")
+    problem["teacher"] |= {"model": "hostile_teacher:HostileTeacher", "arguments": {}}
+    problem["run"]["rounds"] = 1
+    directory = tmp_path / "d"
+    (directory / "distilbeam.toml").write_text(tomli_w.dumps(problem))
+    monkeypatch.chdir(directory)
+    forget_models()
+    run("distilbeam.toml", until=("select", 0))
+    behave(directory, fail_below=100.0)
+    with pytest.raises(ValueError, match="answered none of the 30 rows asked, 30 of them with: RuntimeError: this row"):
+        run("distilbeam.toml", until=("label", 0))
+    picked = _chosen_features(directory)
+    behave(directory, fail_below=float(np.sort(picked)[4:6].mean()))
+    run("distilbeam.toml", until=("label", 0))
+    labels = directory / "run" / "labels" / "round=000"
+    assert read_manifest(labels).rows == 25
+    behave(directory)
+    run("distilbeam.toml", until=("label", 0))
+    assert read_manifest(labels).rows == 30
+    rows = labels_of(labels)
+    assert len(set(rows["pool_row"].to_pylist())) == 30
+    assert rows["gain"].null_count == 0
+    calls = len(asked(directory))
+    run("distilbeam.toml", until=("train", 1))
+    run("distilbeam.toml", until=("label", 0))
+    assert len(asked(directory)) == calls
+
+
+def _chosen_features(directory: Path) -> Any:
+    features = list(first_features(directory).values())
+    picks = sorted((directory / "run" / "deadletter" / "round=000").glob("*.parquet"))
+    return np.array([features[row] for file in picks for row in pq.read_table(file)["pool_row"].to_pylist()])
