@@ -79,7 +79,7 @@ def remove_left() -> int:
 def _is_left(folder: Path) -> bool:
     try:
         process, started = (folder / _PROCESS).read_text().split()
-        return abs(psutil.Process(int(process)).create_time() - float(started)) > 1
+        return bool(abs(psutil.Process(int(process)).create_time() - float(started)) > 1)
     except psutil.NoSuchProcess:
         return True
     except (OSError, ValueError, psutil.Error):  # of those that say not whose they are, old ones

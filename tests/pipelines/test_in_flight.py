@@ -58,17 +58,19 @@ def test_saved_answers_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     answered = Answered(table, np.array([0, 2]), failures, {"calls": 3, "requests": 1, "reused": 0})
     dataset = str(tmp_path / "labels")
-    saved_answers.save(dataset, "key", [answered])
-    (found,) = saved_answers.saved(dataset, "key")
+    parts = [("unit", 0, 4)]
+    saved_answers.save(dataset, "key", "spec", parts, [answered])
+    (found,) = saved_answers.saved(dataset, "spec")
     assert found.table.equals(table, check_metadata=True)
     assert found.places.tolist() == [0, 2]
     assert (found.failures, found.costs) == (failures, answered.costs)
-    assert not saved_answers.saved(dataset, "other")
+    assert found.of_shard(parts) is found
+    assert not saved_answers.saved(dataset, "another")
     (file,) = (tmp_path / "labels" / "_partial").iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert not saved_answers.saved(dataset, "key"), "a damaged file is asked again"
+    assert not saved_answers.saved(dataset, "spec"), "a damaged file is asked again"
     saved_answers.forget(dataset, ["key"])
     saved_answers.tidy(dataset)
     assert not (tmp_path / "labels").exists()
@@ -81,12 +83,25 @@ def test_answers_are_kept_elsewhere_where_the_dataset_takes_none(
     (tmp_path / "labels").write_text("a file, in which there is no room for files")
     answered = Answered(pa.table({"example_id": ["a"]}), np.array([0]), [], {"calls": 1})
     dataset = str(tmp_path / "labels")
-    saved_answers.save(dataset, "key", [answered])
+    saved_answers.save(dataset, "key", "spec", [("unit", 0, 1)], [answered])
     spill = tmp_path / f"distilbeam-spill-{os.getuid()}"
     assert spill.stat().st_mode & 0o777 == 0o700
     assert len(list(spill.rglob("*.answers"))) == 1
     (tmp_path / "labels").unlink()
-    (found,) = saved_answers.saved(dataset, "key")
+    (found,) = saved_answers.saved(dataset, "spec")
     assert found.table["example_id"].to_pylist() == ["a"]
     spill.chmod(0o755)
-    assert not saved_answers.saved(dataset, "key"), "others might have put it there"
+    assert not saved_answers.saved(dataset, "spec"), "others might have put it there"
+
+
+def test_saved_answers_are_found_in_another_shard_of_the_same_rows() -> None:
+    table = pa.table({"example_id": ["u1", "u2", "v0", "v2"]})
+    failures = [{"example_id": "v1", "place": 4}, {"example_id": "u0", "place": 0}]
+    parts = (("u", 0, 3), ("v", 0, 3))
+    answered = Answered(table, np.array([1, 2, 3, 5]), failures, {"calls": 6}, parts)
+    found = answered.of_shard([("w", 0, 10), ("v", 1, 3), ("u", 1, 2)])
+    assert found is not None
+    assert found.table["example_id"].to_pylist() == ["v2", "u1"]
+    assert found.places.tolist() == [11, 12]
+    assert [(f["example_id"], f["place"]) for f in found.failures] == [("v1", 10)]
+    assert answered.of_shard([("u", 3, 9), ("w", 0, 3)]) is None

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from labelling import calls_by_row, dataset, finish, labelled_ids, pool_ids, shards, start, write_job
-from problem import asked, labels_of, write_problem
+from problem import asked, labels_of, make_table, write_problem
 
 from distilbeam.pipelines.cli import app
 from distilbeam.pipelines.models import forget_models
@@ -168,6 +168,29 @@ def test_answers_are_kept_every_few_seconds_and_the_result_is_the_same(tmp_path:
     assert calls[2] <= 3 * 16, "at most what was asked since the answers were kept"
     assert calls[1] >= 240 - 3 * 16
     assert not (dataset(directory) / "_partial").exists()
+
+
+def test_answers_that_were_kept_hold_when_the_pool_has_grown_meanwhile(tmp_path: Path) -> None:
+    """A file that comes first moves every row, and the shards are others."""
+    write_hostile(tmp_path, engine={"unit_rows": 240, "shard_rows": 240, "batch_rows": 240, "flush_s": 0.3})
+    bad, bound = lowest(tmp_path, 3)
+    behave(tmp_path, delay_s=0.3)
+    process = start(tmp_path)
+    while len(list(dataset(tmp_path).glob("_partial/*.answers"))) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    pq.write_table(make_table(20, 9, labelled=False), tmp_path / "pool" / "00.parquet")
+    behave(tmp_path, fail_below=bound)
+    finish(tmp_path)
+    assert sorted([*labelled_ids(tmp_path), *dead(tmp_path)]) == sorted(pool_ids(tmp_path))
+    assert set(dead(tmp_path)) <= set(bad)
+    manifest = read_manifest(dataset(tmp_path))
+    assert sum(part[3] for entry in manifest.entries for part in entry.extra["parts"]) == manifest.rows
+    calls = calls_by_row(tmp_path)
+    assert sum(count > 1 for key, count in calls.items() if key not in bad) <= 3 * 16 + 3 * 16
+    assert not (dataset(tmp_path) / "_partial").exists()
 
 
 @pytest.mark.parametrize("processes", [(), PROCESSES], ids=["one process", "two processes"])

@@ -45,4 +45,4 @@ def test_worker_processes_talk_over_the_loopback(tmp_path: os.PathLike[str]) -> 
     command = [sys.executable, "-c", LISTENING, str(SUPPORT), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() == "['127.0.0.1']"
+    assert ended.stdout.replace("::ffff:", "").strip() == "['127.0.0.1']"
