@@ -84,7 +84,8 @@ def _message(error: Exception) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+    """Write out what the terminal cannot take: brackets that are no markup, and halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("[", r"\[")
 
 
 @app.command()

@@ -248,6 +248,10 @@ def run_phase(
             attempt += 1
             _clear(errors, private)
             lost, known = "", _dangers(work)
+            if known:
+                log.warning(
+                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
+                )
             with _Watch(work, items, progress, poll_s):
                 try:
                     counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
