@@ -159,7 +159,8 @@ def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
       ValueError: it does.
     """
     directory = RunDirectory(within(base, config.run.directory))
-    if not is_remote(directory.root) and directory.config.exists():
+    started = directory.frozen.exists() if isinstance(config, RunConfig) else directory.config.exists()
+    if not is_remote(directory.root) and directory.config.exists() and started:
         _check_config(directory, config)
 
 
@@ -223,7 +224,10 @@ def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> N
     former = tomllib.loads(read_texts([directory.config])[0])
     essential = _essential if isinstance(config, RunConfig) else _essential_of_job
     differing = differing_keys(essential(former), essential(config.dump()))
-    if differing:
+    if differing and isinstance(config, RunConfig) and not directory.frozen.exists():  # its data were refused
+        with replacing(directory.config) as temporary:
+            write_config(temporary, config)
+    elif differing:
         raise ValueError(
             f"{directory.root} was made by another configuration; it differs in {'; '.join(differing)}. "
             "Set these back, or choose another run.directory"
