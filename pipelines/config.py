@@ -100,7 +100,8 @@ class _LabelForm(_Section):
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
-        "float32", description="float32 columns rounded to half precision, which every reader opens, or float16"
+        "float32",
+        description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory",
     )
 
     @model_validator(mode="after")
@@ -179,6 +180,8 @@ class EngineSection(_Section):
     max_failures: int | None = Field(
         None, ge=0, description="rows without an answer at which a step stops; without it they never do"
     )
+    flush_s: float = Field(60.0, gt=0, description="seconds after which the answers to a part of a shard are kept")
+    retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
 class PricesSection(_Section):

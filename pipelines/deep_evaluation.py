@@ -51,7 +51,7 @@ def evaluate_directory(
     table, labels = _read(model, data, label, () if teacher is None else _teacher_columns(teacher))
     said = None
     if teacher is not None:
-        said = _asked(teacher, table)
+        said = _asked(teacher, table, model.classes)
     elif answers is not None:
         said = _stored(answers, table.num_rows)
     if said is not None and said.shape[1] != len(model.classes):
@@ -113,9 +113,9 @@ def _teacher_columns(path: Path) -> list[str]:
     return list(config["input"].get("columns") or [config["input"]["column"]])
 
 
-def _asked(path: Path, table: pa.Table) -> npt.NDArray[np.float32]:
+def _asked(path: Path, table: pa.Table, classes: Sequence[str]) -> npt.NDArray[np.float32]:
     """Ask a teacher about a table; return float32 [rows, C] log-probabilities."""
-    with closing(load_teacher(_teacher_config(path), base=path.parent)) as teacher:
+    with closing(load_teacher(_teacher_config(path), base=path.parent, classes=classes)) as teacher:
         columns = table.select(_teacher_columns(path))
         logits = np.concatenate([teacher.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
     answers: npt.NDArray[np.float32] = log_softmax(logits, axis=1)

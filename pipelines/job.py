@@ -22,6 +22,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
@@ -35,7 +36,7 @@ from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Candidates, Score
-from distilbeam.pipelines.shards import plan_shards
+from distilbeam.pipelines.shards import Task, plan_shards
 from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
 from distilbeam.pipelines.unusable_rows import (
@@ -49,7 +50,8 @@ from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
-from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+from distilbeam.student.trust import trust_config, trusted
+from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
 log = logging.getLogger(__name__)
@@ -67,16 +69,17 @@ class Job:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory, options: PipelineOptions) -> None:
         self.config, self.base, self.directory, self.options = config, base, directory, options
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base, self.directory.former_classes())
+        return self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
 
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,7 +124,7 @@ class Job:
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory
-        datasets = [self._to_learn(where, r, where.student(r)) for r in range(number)]
+        datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
         self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
@@ -168,18 +171,27 @@ class Job:
         """Ask the teacher about the rows that a round chose."""
         self.check_teacher()
         picks, student = self.directory.picks(number), self.directory.student(number)
-        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
+        reuse = tuple(map(str, self.directory.bought_elsewhere(number)))
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
         self.check_teacher()
-        where, rounds = self.directory.uniform, self.config.run.rounds
-        unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {})
-        choose(choice)
-        bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
-        self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
-        self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
+        where, rounds, student = self.comparison, self.config.run.rounds, self.directory.chooser(0)
+        if not where.summary(where.labels(0)).exists():
+            unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
+            choice = self._choice(
+                where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {}
+            )
+            choose(choice)
+            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.bought_elsewhere(rounds)]
+            self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
+        self._train(where.student(1), [self._to_learn(where, 0, student)], report)
+
+    @property
+    def comparison(self) -> RunDirectory:
+        """The directory of the comparison with as many uniformly chosen labels."""
+        return self.directory.uniform_with(self.config.selection.budget * self.config.run.rounds)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
@@ -289,6 +301,7 @@ class Job:
             teacher_batch=self.config.engine.teacher_batch,
             estimates=self._estimates(output, student),
             student=str(student),
+            trust=trusted(),
             reuse=reuse,
         )
         self._label(output, name, self.inputs.pool, labelling, str(picks), report)
@@ -299,14 +312,24 @@ class Job:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
         tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
-        done = self._phase("label", work, tasks, report)
-        add_work(self.directory.work, "label", with_counts_of(done, output, tasks))
+        again = self._again(dead_letters, plan, picks, labelling, output)
+        done = self._phase("label", work, [*tasks, *again], report)
+        drop_answered(dead_letters, committed(output))
+        add_work(self.directory.work, "label", with_counts_of(done, output, [*tasks, *again]))
         failed = count_dead_letters(dead_letters)
         if failed == sum(task.rows for task in tasks):
-            raise ValueError(
-                f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
-            )
+            raise ValueError(none_answered_sentence(dead_letters, failed))
         write_json(self.directory.summary(output), tally(output, failed))
+
+    def _again(
+        self, dead_letters: Path, plan: Pool, picks: str | None, labelling: Labelling, output: Path
+    ) -> list[Task]:
+        """Plan to ask again about the rows that failed, unless they are to be left."""
+        done, engine = committed(output), self.config.engine
+        if engine.retry:
+            return ask_again(dead_letters, plan.units, picks, engine.shard_rows, labelling.spec, done)
+        leave(dead_letters, done)
+        return []
 
     def _label_work(self, labelling: Labelling, output: Path, dead_letters: Path, picks: str | None) -> Label:
         inputs, engine = self.inputs, self.config.engine
@@ -319,6 +342,8 @@ class Job:
             picks=picks,
             batch_rows=engine.batch_rows,
             max_failures=engine.max_failures,
+            flush_s=engine.flush_s,
+            retry=engine.retry,
         )
 
     def _score_work(self, student: Path, gains: Path, bought: tuple[str, ...]) -> Score:
@@ -329,6 +354,7 @@ class Job:
             bought=bought,
             columns=self.inputs.student_columns,
             batch_rows=self.config.engine.batch_rows,
+            trust=trusted(),
         )
 
     def _phase(self, name: str, work: Any, items: Any, report: Report) -> PhaseReport:
@@ -355,7 +381,7 @@ class Job:
         shards = [path for r in range(number) for path in read_manifest(self.directory.labels(r)).paths()]
         tables = [
             self.inputs.labelled.table.select(columns),
-            *(pq.read_table(path, columns=columns) for path in shards),
+            *(pq.read_table(path, columns=columns, page_checksum_verification=True) for path in shards),
         ]
         size = self.config.engine.batch_rows
         batches = [batch for table in tables for batch in table.to_batches(max_chunksize=size)]

@@ -15,6 +15,7 @@ import torch
 from distilbeam.pipelines.answers import calibrated, read_answers
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Report
+from distilbeam.pipelines.files import read_json
 from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.judging import Model, cost, load_model, pool_examples, quality
 from distilbeam.pipelines.labelled_sets import LabelledSet
@@ -25,6 +26,7 @@ from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import train
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
+from distilbeam.student.trust import trust_config
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -39,11 +41,19 @@ class Material:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory) -> None:
         self.config, self.base, self.directory = config, base, directory
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base, self.directory.former_classes())
+        inputs = self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
+        frozen = self.directory.frozen
+        if self.directory.moved and frozen.exists() and read_json(frozen)["inputs"] != inputs.digest:
+            raise ValueError(
+                f"{' and '.join(self.directory.moved)} must lead to the data that {self.directory.top} was started with, these "
+                "are others; set it back or choose another run.directory"
+            )
+        return inputs
 
     @cached_property
     def soft_labels(self) -> list[Path]:
@@ -68,7 +78,7 @@ class Material:
         numbers = {self.directory.student(number): number for number in range(self.config.run.rounds + 1)}
         datasets = self.soft_labels if student is None else self.soft_labels[: numbers[student]]
         spec = json.loads(read_manifest(datasets[0]).spec.to_json()) if datasets else None
-        names = [str(dataset.relative_to(self.directory.root)) for dataset in datasets]
+        names = [str(dataset.relative_to(self.directory.top)) for dataset in datasets]
         return {"data": self.inputs.digest, "soft_labels": {"datasets": names, "spec": spec}}
 
     def require_soft_labels(self, why: str) -> None:

@@ -93,8 +93,12 @@ def results_table(results: dict[str, Any]) -> PlainTable:
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Format a row for the teacher, each student and the uniform comparison."""
-    rows = [results["teacher"], *results["students"], *([results["uniform"]] if "uniform" in results else [])]
+    """Format a row for the teacher, each student, the uniform comparison and, beside another student, the run's own."""
+    rows = [
+        results["teacher"],
+        *results["students"],
+        *(results[name] for name in ("uniform", "own") if name in results),
+    ]
     return [
         (
             row["name"],
@@ -127,6 +131,8 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
         if name in calls
     ]
     sentences.append(f"Asked besides: {', '.join(asked)}.")
+    if "variant" in results:
+        sentences.append(f"{results['variant']}.")
     if failed:
         sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")
     if unusable := results.get("unusable", {}).get("rows"):

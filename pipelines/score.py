@@ -80,6 +80,7 @@ class Score:
       columns: pool columns that the student reads.
       batch_rows: rows scored at a time; fewer where they are large or of many classes.
       candidates: whose embeddings to keep, or None.
+      trust: modules whose code the student may call; see `student.trust`.
     """
 
     student: str
@@ -89,10 +90,11 @@ class Score:
     columns: tuple[str, ...]
     batch_rows: int
     candidates: Candidates | None = None
+    trust: tuple[str, ...] = ()
 
     def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
         """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
-        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student).classes))
+        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student, self.trust).classes))
         return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, batch_rows)))
 
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
@@ -132,7 +134,7 @@ class Score:
         self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], dict[int, str]]:
         """Compute a batch's gains, the embeddings of those of its rows that are wanted, and why rows have neither."""
-        said = ask_student(cached_student(self.student), batch, self.candidates is not None)
+        said = ask_student(cached_student(self.student, self.trust), batch, self.candidates is not None)
         gains = np.full(batch.num_rows, np.nan, np.float32)
         gains[said.rows] = GAINS[self.gain](said.logits)
         if said.embeddings is None or not len(said.rows):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from distilbeam.pipelines.score import GAINS
 from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.threshold import Threshold
+from distilbeam.student.trust import trusted
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class SelectExamples(beam.PTransform):
       gain: "margin", "entropy" or "least_confidence".
       seed: of the rounding.
       shards: parts in which a window's batches wait; a worker holds one part in memory.
+      trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
 
     Raises:
       ValueError: an argument is out of range; when applied, windows that merge or fire more than once, or a stream without
@@ -72,6 +74,7 @@ class SelectExamples(beam.PTransform):
         gain: str = "margin",
         seed: int = 0,
         shards: int = 16,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value in (("budget", budget), ("shards", shards)):
@@ -83,10 +86,11 @@ class SelectExamples(beam.PTransform):
             raise ValueError(f"gain must be one of {', '.join(GAINS)}, got {gain!r}")
         self.student, self.budget, self.wrong_share = str(student), budget, wrong_share
         self.gain, self.seed, self.shards = gain, seed, shards
+        self.trust = (*trusted(), *trust)
 
     def expand(self, batches: Any) -> Any:
         require_windows_that_fire_once(batches)
-        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards))
+        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards, self.trust))
         thresholds = (
             scored
             | "GainsOnly" >> beam.Map(_gains_only)
@@ -153,14 +157,14 @@ def _time_name(timestamp: Any) -> str:
 class _ScoreBatch(beam.DoFn):
     """Batch -> (shard, (digest, batch, gains)), of the rows that the student can read."""
 
-    def __init__(self, student: str, gain: str, shards: int) -> None:
-        self.student, self.gain, self.shards = student, gain, shards
+    def __init__(self, student: str, gain: str, shards: int, trust: tuple[str, ...]) -> None:
+        self.student, self.gain, self.shards, self.trust = student, gain, shards, trust
         self.unusable_rows = Metrics.counter("SelectExamples", "unusable_rows")
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, tuple[str, pa.RecordBatch, Floats32]]]:
         require_free_names([name for name in batch.schema.names if name in _ADDED], "SelectExamples")
         with threads(1):
-            said = ask_student(cached_student(self.student), batch)
+            said = ask_student(cached_student(self.student, self.trust), batch)
         if said.reasons:
             self.unusable_rows.inc(len(said.reasons))
             log.warning("%d row(s) left out, the first: %s", len(said.reasons), next(iter(said.reasons.values())))

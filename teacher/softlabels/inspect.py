@@ -176,7 +176,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path)) as file:
+        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path), page_checksum_verification=True) as file:
             yield file
     except StoreError:
         raise

@@ -153,7 +153,7 @@ def _shard_problems(path: Path, copy: Path, entry: ManifestEntry) -> Iterator[st
         if not has_checksum(copy, entry.checksum):
             yield f"{path} must have the checksum {entry.checksum}; it was changed after it was committed"
             return
-        with pq.ParquetFile(copy) as file:
+        with pq.ParquetFile(copy, page_checksum_verification=True) as file:
             yield from _content_problems(path, file, entry)
     except (OSError, pa.ArrowException, ValueError) as e:
         yield f"{path}: {str(e).splitlines()[0]}"
@@ -197,7 +197,10 @@ def _duplicates(directory: Path, entries: list[ManifestEntry]) -> list[str]:
     if not entries:
         return []
     files = (readable(joined(directory, entry.path)) for entry in entries)
-    tables = [pq.read_table(file, columns=["example_id"], partitioning=None) for file in files]
+    tables = [
+        pq.read_table(file, columns=["example_id"], partitioning=None, page_checksum_verification=True)
+        for file in files
+    ]
     ids = pa.concat_tables(table.cast(pa.schema([("example_id", pa.large_binary())])) for table in tables)["example_id"]
     extra = len(ids) - pc.count_distinct(ids).as_py()
     return [f"{extra:,} rows have an example_id that another row has too; label into an empty folder"] if extra else []
@@ -250,9 +253,9 @@ def _random_rows(directory: Path, entries: list[ManifestEntry], sample: int, rng
     shard = np.searchsorted(np.cumsum(sizes), chosen, side="right")
     starts = np.cumsum(sizes) - sizes
     tables = [
-        pq.read_table(readable(joined(directory, entries[i].path)), partitioning=None).take(
-            chosen[shard == i] - starts[i]
-        )
+        pq.read_table(
+            readable(joined(directory, entries[i].path)), partitioning=None, page_checksum_verification=True
+        ).take(chosen[shard == i] - starts[i])
         for i in np.unique(shard).tolist()
     ]
     return pa.concat_tables(tables, promote_options="default")
