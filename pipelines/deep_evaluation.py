@@ -85,11 +85,10 @@ def _read(model: Model, data: Path, label: str) -> tuple[pa.Table, npt.NDArray[n
 
 def _asked(path: Path, table: pa.Table) -> npt.NDArray[np.float32]:
     """Ask a teacher about a table; return float32 [rows, C] log-probabilities."""
-    config = tomllib.loads(path.read_text()).get("teacher")
-    if config is None:
-        raise ValueError(f"{path} must have a section [teacher]")
-    with closing(load_teacher(config, base=path.parent)) as teacher:
-        columns = table.select(list(config["input"].get("columns") or [config["input"]["column"]]))
+    config = read_teacher(path)
+    columns = table.select(list(config.input.columns))
+    told = with_probe_shape(config, path.parent, lambda: columns.slice(0, FIRST_ROWS).to_batches())
+    with closing(load_teacher(told, base=path.parent)) as teacher:
         logits = np.concatenate([teacher.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
     answers: npt.NDArray[np.float32] = log_softmax(logits, axis=1)
     return answers

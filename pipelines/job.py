@@ -23,6 +23,7 @@ from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.herding_choice import candidates_share
 from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
 from distilbeam.pipelines.label import Label
@@ -39,6 +40,7 @@ from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
@@ -64,7 +66,9 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.base)
 
     @cached_property
     def fingerprint(self) -> str:
