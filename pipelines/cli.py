@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+import distilbeam
 from distilbeam.pipelines.command_options import (
     BeamArgument,
     ConfigArgument,
@@ -77,6 +78,21 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distilbeam {distilbeam.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # its callback ends the command
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a large teacher into a small student, spending the teacher's time only where it pays."""
 
 
 def _escaped(text: str) -> str:

@@ -91,7 +91,7 @@ class _LabelForm(_Section):
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
-        "float32", description="float32 columns rounded to half precision, which every reader opens, or float16"
+        "float32", description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory"
     )
 
     @model_validator(mode="after")
