@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from distilbeam.student.evaluate import evaluate, per_class, worst_classes
 from distilbeam.student.labelled import class_indices
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import read_manifest
+from distilbeam.toml_files import read_toml
 
 
 def evaluate_directory(
@@ -49,7 +49,7 @@ def evaluate_directory(
     table, labels = _read(model, data, label)
     said = None
     if teacher is not None:
-        said = _asked(teacher, table)
+        said = _asked(teacher, table, model.classes)
     elif answers is not None:
         said = _stored(answers, table.num_rows)
     if said is not None and said.shape[1] != len(model.classes):
@@ -83,12 +83,13 @@ def _read(model: Model, data: Path, label: str) -> tuple[pa.Table, npt.NDArray[n
     return table, class_indices(table, label, model.classes)
 
 
-def _asked(path: Path, table: pa.Table) -> npt.NDArray[np.float32]:
+def _asked(path: Path, table: pa.Table, classes: Sequence[str]) -> npt.NDArray[np.float32]:
     """Ask a teacher about a table; return float32 [rows, C] log-probabilities."""
-    config = read_teacher(path)
-    columns = table.select(list(config.input.columns))
-    told = with_probe_shape(config, path.parent, lambda: columns.slice(0, FIRST_ROWS).to_batches())
-    with closing(load_teacher(told, base=path.parent)) as teacher:
+    config = read_toml(path).get("teacher")
+    if config is None:
+        raise ValueError(f"{path} must have a section [teacher]")
+    with closing(load_teacher(config, base=path.parent, classes=classes)) as teacher:
+        columns = table.select(list(config["input"].get("columns") or [config["input"]["column"]]))
         logits = np.concatenate([teacher.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
     answers: npt.NDArray[np.float32] = log_softmax(logits, axis=1)
     return answers

@@ -18,9 +18,7 @@ from distilbeam.teacher.preprocess import InputError, make_input
 FIRST_ROWS = 64  # rows that are looked at; the first may be a bad one
 
 
-def with_probe_shape(
-    config: TeacherConfig, base: Path, rows: Callable[[], Iterable[pa.RecordBatch]]
-) -> TeacherConfig:
+def with_probe_shape(config: TeacherConfig, base: Path, rows: Callable[[], Iterable[pa.RecordBatch]]) -> TeacherConfig:
     """Write the shape of the first row's input into a served teacher's configuration.
 
     Args:

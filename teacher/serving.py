@@ -79,7 +79,14 @@ class ServeOptions:
                 f"host {self.host} is reached from other machines, and nothing would be encrypted: give cert_file and key_file "
                 "(--cert-file, --key-file), or insecure (--insecure) where everybody on the network is trusted"
             )
-        least_values = {"top_k": 1, "threads": 1, "max_queued": 0, "max_rows": 1, "max_message_bytes": 1024, "version": 0}
+        least_values = {
+            "top_k": 1,
+            "threads": 1,
+            "max_queued": 0,
+            "max_rows": 1,
+            "max_message_bytes": 1024,
+            "version": 0,
+        }
         for name, least in {**least_values, "receive_s": 0, "grace_s": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:

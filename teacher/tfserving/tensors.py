@@ -125,13 +125,17 @@ def declared_shape(proto: Any) -> tuple[int, ...]:
     if len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor must have at most {_MOST_DIMENSIONS} dimensions, got more")
     if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) > _MOST_VALUES:
-        raise ValueError(f"a tensor of shape {list(shape)} cannot be read: sizes must be from 0 to {_MOST_VALUES:,} together")
+        raise ValueError(
+            f"a tensor of shape {list(shape)} cannot be read: sizes must be from 0 to {_MOST_VALUES:,} together"
+        )
     return shape
 
 
 def _from_content(content: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     if len(content) % dtype.itemsize:
-        raise ValueError(f"a tensor of {dtype.name} must have whole numbers of {dtype.itemsize} bytes, got {len(content):,}")
+        raise ValueError(
+            f"a tensor of {dtype.name} must have whole numbers of {dtype.itemsize} bytes, got {len(content):,}"
+        )
     _require_count(len(content) // dtype.itemsize, shape)
     return np.frombuffer(content, dtype)
 
