@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import configure_logs
+from distilbeam.pipelines.display import configure_logs, plain_console
 from distilbeam.toml_files import read_toml
 
-console = Console()
+console = plain_console()
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")
@@ -118,12 +117,14 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     from distilbeam.teacher.load import load_teacher
+    from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
 
     with ExitStack() as stack:
         asked = None
         if teacher is not None:
-            asked = load_teacher(_teacher_section(teacher), base=teacher.parent)
+            classes = read_manifest(path).spec.classes
+            asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
     console.print(result)

@@ -17,11 +17,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from distilbeam.teacher.config import TfServingConfig
-from distilbeam.teacher.protocol import TeacherUnavailable
+from distilbeam.teacher.protocol import TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.tfserving.channels import open_channel, request_headers
 
 Code = grpc.StatusCode
 PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED, Code.CANCELLED})
+MISFIT = "the teacher does not fit: "  # begins what `service` says of a teacher that can answer nobody
 _NOT_THE_ROWS = frozenset({Code.NOT_FOUND, Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED})
 
 _DETAIL_CHARACTERS = 1000
@@ -112,6 +113,8 @@ def _can_pass(error: grpc.RpcError) -> bool:
 
 
 def _final(error: grpc.RpcError, failure: str) -> Exception:
+    if error.code() is Code.FAILED_PRECONDITION and (error.details() or "").startswith(MISFIT):
+        return TeacherMisfit(f"the server cannot answer as it is configured ({failure})")
     if error.code() in _NOT_THE_ROWS:
         return TeacherUnavailable(
             f"the teacher refuses every request ({failure}); check address, model and credentials"

@@ -12,18 +12,20 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.answers import AnswerForm
 from distilbeam.teacher.config import TfServingConfig
-from distilbeam.teacher.local import named_inputs
+from distilbeam.teacher.local import OutputOrder, function_sources, named_inputs
 from distilbeam.teacher.preprocess import make_input
-from distilbeam.teacher.protocol import NotPickled, TeacherChanged
+from distilbeam.teacher.protocol import NotPickled, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.tfserving.calling import RequestRefused, Servers, in_window
 from distilbeam.teacher.tfserving.messages import load_messages
 from distilbeam.teacher.tfserving.signatures import SERVICE, TOP_K, Signature, model_spec, read_signature
@@ -53,6 +55,7 @@ class TfServingTeacher(NotPickled):
     def __init__(self, config: TfServingConfig) -> None:
         self._config = config
         self._input = make_input(config.input)
+        self._form, self._order = AnswerForm(config.answers), OutputOrder(config.classes, "teacher.classes")
         self.parallel = config.parallel
         self._num_classes: int | None = None  # of every answer, once there was one
         self._seen: dict[str, tuple[int, ...]] = {}  # shapes of a row of the first batch, where nobody says them
@@ -88,19 +91,59 @@ class TfServingTeacher(NotPickled):
             self._config.model_dump_json(include={"input", "signature", "input_name", "output_name"}).encode()
         )
         digest.update(_coarse(then, tolerance))
-        return f"tfserving:{self._config.model}:{self._signature.version}:{digest.hexdigest()}"
+        digest.update(self._config.meaning().encode())
+        for file in function_sources(self._config.input):
+            digest.update(Path(file).read_bytes())
+        name = f"tfserving:{self._config.model}:{self._signature.version}"
+        return f"{name}:{digest.hexdigest()}{self._order.meaning()}"
 
     def logits(self, batch: pa.RecordBatch) -> Float32:
         """Answer a batch; see `Teacher`."""
-        inputs = self._named(self._input(batch))
-        if self._probed is None and len(batch):
-            self._see(inputs)
-        return self._ask(inputs)
+        return self._order(self._form(self._ask(self._made(batch))))
+
+    def in_pieces(self, batch: pa.RecordBatch, rows: int) -> list[tuple[int, Float32 | Exception]]:
+        """Answer a batch by requests in flight together, each of which succeeds or fails by itself.
+
+        Args:
+          batch: n rows.
+          rows: most rows in one request; fewer where `batch_rows` or `batch_bytes` say so.
+
+        Returns:
+          For each request in order the number of its rows, and the answers, float32, or why there are none.
+
+        Raises:
+          TeacherChanged: see `logits`.
+          TeacherMisfit: see `logits`.
+          TeacherUnavailable: see `logits`.
+        """
+        requests: list[tuple[int, Inputs | Exception]] = []
+        for start in range(0, len(batch), rows):
+            part = batch.slice(start, rows)
+            try:
+                named = self._made(part)
+                requests += [(_rows_of(piece), piece) for piece in self._pieces(named)]
+            except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
+                raise
+            except Exception as e:  # noqa: BLE001  (a user's function may raise anything; it is asked again with fewer rows)
+                requests.append((len(part), e))
+        answers = in_window(self._attempt, [request for _, request in requests], self._threads)
+        return [(count, answer) for (count, _), answer in zip(requests, answers, strict=True)]
+
+    def arrange(self, classes: Sequence[str]) -> None:
+        """Answer in the order of the job's classes, where `teacher.classes` names the outputs; see `LocalTeacher`."""
+        self._order.arrange(classes)
 
     def close(self) -> None:
         """Close threads and connections; see `Teacher`."""
         self._threads.shutdown(cancel_futures=True)
         self._servers.close()
+
+    def _made(self, batch: pa.RecordBatch) -> Inputs:
+        """Make the inputs of a batch; the first one says the shape that nobody else says."""
+        inputs = self._named(self._input(batch))
+        if self._probed is None and len(batch):
+            self._see(inputs)
+        return inputs
 
     def _named(self, made: npt.NDArray[Any] | Inputs) -> Inputs:
         named = named_inputs(made, self._signature.inputs)
@@ -110,6 +153,16 @@ class TfServingTeacher(NotPickled):
         pieces = list(self._pieces(inputs))
         answers: list[Float32] = in_window(self._predict, pieces, self._threads)
         return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+    def _attempt(self, inputs: Inputs | Exception) -> Float32 | Exception:
+        if isinstance(inputs, Exception):
+            return inputs
+        try:
+            return self._order(self._form(self._predict(inputs)))
+        except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
+            raise
+        except Exception as e:  # noqa: BLE001  (of these rows; the others of the same call are answered)
+            return e
 
     def _pieces(self, inputs: Inputs) -> Iterator[Inputs]:
         rows = len(next(iter(inputs.values())))
@@ -162,7 +215,9 @@ class TfServingTeacher(NotPickled):
                 f"the teacher changed while it was being asked: model '{self._config.model}' had {self._num_classes:,} "
                 f"classes, now {num_classes:,}; put the former model back, or start a new run directory"
             )
-        return _spread(outputs, num_classes) if self._signature.sparse else kept.astype(np.float32, copy=False)
+        if self._signature.sparse:
+            return _spread(outputs, num_classes)
+        return kept if self._config.answers == "probabilities" else kept.astype(np.float32, copy=False)
 
     def _see(self, inputs: Inputs) -> None:
         """Ask about a batch of the shape of rows that have come."""
@@ -218,6 +273,10 @@ class TfServingTeacher(NotPickled):
 _INTEGERS = frozenset({3, 4, 5, 6, 9, 17, 22, 23})
 
 
+def _rows_of(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
 def _size_bytes(array: npt.NDArray[Any]) -> int:
     return sum(map(len, array.ravel().tolist())) if array.dtype == object else array.nbytes
 
@@ -266,6 +325,7 @@ def _coarse(answers: Float32, tolerance: float) -> bytes:
     A value moves to the next step of the grid when it lies within the server's noise of the edge; the steps are wide.
     """
     flat = answers.reshape(len(answers), -1).astype(np.float64)
+    flat = np.where(np.isneginf(flat), -1e4, flat)  # an impossible class
     best = flat.argmax(axis=1)
     spread = np.take_along_axis(flat, best[:, None], axis=1)[:, 0] - flat.mean(axis=1)
     steps = np.floor(spread / (50 * tolerance) + 0.5).astype("<i8")

@@ -19,10 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy.special import log_softmax
 
+from distilbeam.teacher.answers import labels
 from distilbeam.teacher.preprocess import InputConfig, InputError
-from distilbeam.teacher.protocol import Teacher, TeacherUnavailable
+from distilbeam.teacher.protocol import Teacher, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels.codec import TAIL_FLOOR
 from distilbeam.teacher.softlabels.selecting import largest
+from distilbeam.teacher.tfserving.calling import MISFIT
 from distilbeam.teacher.tfserving.messages import load_messages
 from distilbeam.teacher.tfserving.receiving import Gate, Limits, Refused
 from distilbeam.teacher.tfserving.signatures import TOP_K
@@ -156,6 +158,8 @@ class ModelService:
             raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
         except TeacherUnavailable as e:
             raise Refused(Code.UNAVAILABLE, str(e)) from e
+        except (TeacherChanged, TeacherMisfit) as e:  # of every request, whatever its rows
+            raise Refused(Code.FAILED_PRECONDITION, f"{MISFIT}{e}") from e
         except Exception as e:  # a model may raise anything; the client asks again with fewer rows
             raise Refused(Code.INTERNAL, f"{type(e).__name__}: {e}") from e
         return {"logits": logits} if self._top_k is None else _largest(logits, self._top_k)
@@ -206,7 +210,7 @@ def _column(name: str, array: npt.NDArray[Any], inputs: InputConfig) -> tuple[pa
 def _largest(logits: npt.NDArray[np.float32], k: int) -> dict[str, npt.NDArray[Any]]:
     """Keep the k most probable classes; rows that have no distribution travel as NaN, for the client to find them."""
     num_classes = logits.shape[1]
-    finite = np.asarray(np.isfinite(logits).all(axis=1))
+    finite = labels(logits)
     logprobs = log_softmax(np.where(finite[:, None], logits, np.float32(0)), axis=1)
     classes = largest(logprobs, min(k, num_classes))
     kept = np.take_along_axis(logprobs, classes, axis=1)

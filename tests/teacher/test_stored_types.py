@@ -15,6 +15,7 @@ import pytest
 
 from distilbeam.teacher import ask
 from distilbeam.teacher.inputs.columns import plain, without_dictionaries
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input, padding_id, vocabulary_size, with_padding
 
 TEXTS = ["good film", "bad film", "good film", "", "dull play"]
@@ -282,3 +283,27 @@ def test_a_pool_of_categories_is_read_from_parquet() -> None:
     column = pq.read_table(pa.BufferReader(buffer.getvalue()))["x"].chunk(0)
     assert pa.types.is_dictionary(column.type)
     np.testing.assert_array_equal(made(column, kind="text"), made(pa.array(TEXTS), kind="text"))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "wrong"),
+    [
+        ([1.0, 70000.0], np.float16, "row 1 has 70000.0, the model reads numbers of type float16 from"),
+        ([1.0, 3e9], np.int32, "row 1 has 3000000000.0, the model reads numbers of type int32 from -2147483648"),
+        ([np.nan, 1.0], np.int64, "row 0 has nan, the model reads numbers of type int64"),
+        ([-1, 3], np.uint8, "row 0 has -1, the model reads numbers of type uint8 from 0 to 255"),
+        ([2**40, 3], np.int32, "row 0 has 1099511627776"),
+    ],
+)
+def test_numbers_beyond_the_models_type_are_the_rows_errors(values: list[Any], dtype: Any, wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        converted(np.array(values), np.dtype(dtype))
+    assert wrong in str(caught.value)
+
+
+def test_numbers_within_the_models_type_are_converted() -> None:
+    for values, dtype in (([1.7, np.inf, np.nan], np.float16), ([1.7, -2.0], np.int8), ([0.0, 2.0], np.bool_)):
+        found = converted(np.array(values), np.dtype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, np.array(values).astype(dtype))
+    assert converted(np.empty((0, 3)), np.dtype(np.int32)).shape == (0, 3)
