@@ -26,6 +26,7 @@ from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, n
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.herding_choice import candidates_share
 from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.label import Label
@@ -51,6 +52,7 @@ from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.student.trust import trust_config, trusted
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
@@ -79,7 +81,9 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
