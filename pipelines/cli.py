@@ -23,6 +23,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -133,12 +134,13 @@ def run(
     config: ConfigArgument,
     beam_options: BeamArgument = None,
     max_failures: MaxFailuresOption = None,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    directory = run_steps(config, beam_options, with_max_failures(overrides, max_failures), log_level, None)
+    directory = run_steps(config, beam_options, with_max_failures(overrides, max_failures, retry), log_level, None)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 

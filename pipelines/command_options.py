@@ -44,6 +44,10 @@ TrustOption = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
 ]
+RetryOption = Annotated[
+    bool,
+    typer.Option("--retry/--no-retry", help="Ask again about the rows that had no answer before (engine.retry)."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
@@ -103,6 +107,7 @@ def end_stopped(sentence: str) -> None:
     os._exit(130)
 
 
-def with_max_failures(overrides: list[str] | None, limit: int | None) -> list[str]:
-    """Add the option `--max-failures` to the settings that are overridden."""
-    return [*(overrides or []), *([] if limit is None else [f"engine.max_failures={limit}"])]
+def with_max_failures(overrides: list[str] | None, limit: int | None, retry: bool = True) -> list[str]:
+    """Add the options `--max-failures` and `--no-retry` to the settings that are overridden."""
+    limited = [] if limit is None else [f"engine.max_failures={limit}"]
+    return [*(overrides or []), *limited, *([] if retry else ["engine.retry=false"])]

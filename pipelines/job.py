@@ -125,6 +125,20 @@ class Job:
             )
             write_json(path, {**then, "pool": now["pool"], "sets": now["sets"]})
 
+    def reopen_failed(self) -> None:
+        """Let the teacher be asked again about rows that had no answer, as long as nothing was made of their labels."""
+        where = self.directory
+        used = {
+            ("ask-validation", where.asked("validation")): [where.calibration, where.picks(0)],
+            ("ask-test", where.asked("test")): [where.metrics],
+            ("ask-labelled", where.asked("labelled")): [where.student(1)],
+            **{(f"round={r:03d}", where.labels(r)): [where.student(r + 1)] for r in range(self.config.run.rounds)},
+        }
+        for (name, dataset), made in used.items():
+            failed = where.summary(dataset).exists() and count_dead_letters(where.dead_letters(name))
+            if failed and not any(path.exists() for path in made):
+                where.summary(dataset).unlink()
+
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory

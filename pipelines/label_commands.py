@@ -15,6 +15,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -42,6 +43,7 @@ def label(
     ] = None,
     max_failures: MaxFailuresOption = None,
     trust: TrustOption = None,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -49,7 +51,7 @@ def label(
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
     begin(beam_options or [])
-    overrides = with_max_failures(overrides, max_failures)
+    overrides = with_max_failures(overrides, max_failures, retry)
     settings = _settings(config, overrides)
     from distilbeam.pipelines.config import LabelConfig
 
@@ -146,6 +148,7 @@ def _settings(config: Path, overrides: list[str] | None) -> Any:
 def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> None:
     check_early(settings, base, flags)
     with Display(console).waiting("loading"):
+        from distilbeam.pipelines.answers import count_dead_letters
         from distilbeam.pipelines.beam_options import pipeline_options
         from distilbeam.pipelines.labelling_job import opened_job, write_metrics
         from distilbeam.pipelines.work_log import work_table
@@ -157,6 +160,8 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> N
             plan = job.plan()
         for sentence in plan_sentences(plan):
             display.say(sentence)
+        if settings.engine.retry and (failed := count_dead_letters(job.dead_letters)):
+            display.say(f"{failed:,} rows that had no answer are asked again.")
         with display.step(f"label {plan.standing.rows_wanted:,} rows") as report:
             done = job.label(plan, options, report, relabel=relabel)
         metrics = write_metrics(job, plan, done)

@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines import growth
 from distilbeam.pipelines.answers import count_dead_letters
 from distilbeam.pipelines.config import LabelConfig, write_config
-from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered, is_of_again, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.first_rows import first_rows
@@ -261,7 +261,7 @@ class LabellingJob:
         """Remove the dead letters of shards that are not in the dataset and not among those to label."""
         if letters := list_files(self.dead_letters, "*.parquet"):
             keys = {shard.key for task in plan.tasks for shard in task.shards} | committed(self.dataset)
-            remove_files([path for path in letters if path.stem not in keys])
+            remove_files([path for path in letters if path.stem not in keys and not is_of_again(path.stem)])
 
 
 def _differences(one: SoftLabelSpec, two: SoftLabelSpec) -> list[str]:

@@ -19,6 +19,7 @@ from distilbeam.pipelines.files import read_json, sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
+from distilbeam.pipelines.private_folders import remove_left
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import is_remote, read_texts, within
 from distilbeam.teacher.softlabels.placing import commit_all_left
@@ -226,6 +227,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
         else:
             from distilbeam.student.training_directory import remove_finished  # takes torch's seconds to import
 
+            remove_left()
             sweep(root)
             commit_all_left(root)
             remove_finished(root)

@@ -135,6 +135,8 @@ def run(
         job = Job(config, base, directory, options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:

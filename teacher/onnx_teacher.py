@@ -83,7 +83,8 @@ class OnnxTeacher(LocalTeacher):
         session = self._require_open()
         named = named_inputs(inputs, self._inputs)
         feed = {
-            name: converted(array, np.dtype(_TYPES.get(self._inputs[name], array.dtype))) for name, array in named.items()
+            name: converted(array, np.dtype(_TYPES.get(self._inputs[name], array.dtype)))
+            for name, array in named.items()
         }
         (answer,) = session.run([self._output], feed)
         if isinstance(answer, list):  # a sequence of maps, as converters of scikit-learn's classifiers write them
