@@ -9,11 +9,14 @@ from typing import Any
 import numpy.typing as npt
 
 from distilbeam.pipelines.display import Display, Report
-from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.files import read_json, sweep, write_json
+from distilbeam.pipelines.needs import needs_of_formats
+from distilbeam.pipelines.rundir import held
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.compress.prune import prune_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.export import FORMATS, export_student
+from distilbeam.teacher.softlabels.extras import require_extras
 
 PRUNED, CUT = "pruned", "pruned-untrained"
 ALL_FORMATS = (*FORMATS, PRUNED)
@@ -23,10 +26,11 @@ Retrain = Callable[[StudentConfig, Path, Path, Report], object]
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Refuse a format that there is not."""
+    """Refuse a format that there is not, or whose packages are not installed."""
     for name in formats:
         if name not in ALL_FORMATS:
             raise ValueError(f"--format must be one of {', '.join(ALL_FORMATS)}, got {name}")
+    require_extras(needs_of_formats(formats, PRUNED))
 
 
 def write_exports(
@@ -63,6 +67,26 @@ def write_exports(
     """
     check_formats(formats)
     fingerprint = load_student(student).fingerprint()
+    with held(output, "--output", "--output"):
+        sweep(output)  # what was left by one that was killed
+        return _exported(
+            student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio
+        )
+
+
+def _exported(
+    student: Path,
+    fingerprint: str,
+    formats: Sequence[str],
+    output: Path,
+    judge: Judge,
+    display: Display,
+    examples: npt.NDArray[Any] | None,
+    origin: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+    retrain: Retrain | None,
+    ratio: float,
+) -> list[dict[str, Any]]:
     for name in formats:
         directory = output / name
         with display.step(f"export {name}") as report:
