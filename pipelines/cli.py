@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 import distilbeam
 from distilbeam.pipelines.command_options import (
@@ -25,11 +25,13 @@ from distilbeam.pipelines.command_options import (
     MaxFailuresOption,
     RoundOption,
     SetOption,
+    TrustOption,
+    end_stopped,
     run_steps,
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import ingest
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
@@ -39,11 +41,12 @@ app = typer.Typer(
     help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # [teacher] in a help text is a section, no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 
 
 def main() -> None:
@@ -56,6 +59,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
     except RuntimeError as e:
+        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
+            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 
@@ -63,7 +68,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in own:
         errors.print_exception()
-    errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    errors.print(Text.assemble(("error:", "bold red"), " ", _message(error)), soft_wrap=True)
     _exit(status)
 
 
@@ -93,10 +98,6 @@ def options(
     ] = False,
 ) -> None:
     """Distil a large teacher into a small student, spending the teacher's time only where it pays."""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @app.command()
@@ -193,6 +194,7 @@ def evaluate(
         Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
+    trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -200,7 +202,7 @@ def evaluate(
     """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
     if target.is_dir():
         configure_logs(log_level, console)
-        evaluate_student(target, data, label_column, teacher, answers, json_file)
+        evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
         return
     if (data, teacher, answers) != (None, None, None):
         raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")

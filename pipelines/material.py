@@ -16,8 +16,9 @@ from distilbeam.pipelines.answers import calibrated, read_answers
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json
-from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.judging import Model, cost, load_model, pool_examples, quality
+from distilbeam.pipelines.labelled_sets import LabelledSet
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.pooled_labels import is_pooled
 from distilbeam.pipelines.rundir import RunDirectory
@@ -25,6 +26,7 @@ from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import train
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
+from distilbeam.student.trust import trust_config
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -39,11 +41,12 @@ class Material:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory) -> None:
         self.config, self.base, self.directory = config, base, directory
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        inputs = self.directory.suited(load_inputs(self.config, self.base))
+        inputs = self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
         frozen = self.directory.frozen
         if self.directory.moved and frozen.exists() and read_json(frozen)["inputs"] != inputs.digest:
             raise ValueError(
@@ -194,8 +197,7 @@ class Material:
 
     def _quality(self, model: Model, name: str) -> dict[str, float]:
         chosen = self._set(name)
-        labels: npt.NDArray[np.int64] = chosen.table[self.config.data.label].to_numpy()
-        return quality(model, chosen.table, labels, self.answers(name))
+        return quality(model, chosen.table, chosen.truth, self.answers(name))
 
     def _set(self, name: str) -> LabelledSet:
         chosen: LabelledSet = getattr(self.inputs, name)

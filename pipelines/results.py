@@ -15,6 +15,7 @@ from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.score import GAINS
+from distilbeam.pipelines.unusable_rows import read_unusable, unusable_list
 from distilbeam.student.evaluate import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.softlabels import read_manifest
 
@@ -43,6 +44,7 @@ def write_results(job: Job, report: Report) -> None:
         "temperature": job.temperature,
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
+        "unusable": _unusable(job),
         "work": read_json(where.work),
         **_classes(job, where.student(config.run.rounds), name),
     }
@@ -57,6 +59,15 @@ def write_results(job: Job, report: Report) -> None:
         results["own"] = _student_row(job, own, name, "the run's own student", labels)
     (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
+
+
+def _unusable(job: Job) -> dict[str, Any]:
+    """Count the rows of the pool that students could not read, and name the lists that have them."""
+    where = job.directory
+    lists = {r: read_unusable(where.gains(r)) for r in range(job.config.run.rounds)}
+    rows = {(row["file"], row["row"]) for found in lists.values() for row in found}
+    files = [str(unusable_list(where.gains(r)).relative_to(where.root)) for r, found in lists.items() if found]
+    return {"rows": len(rows), "lists": files}
 
 
 def are_current(job: Job) -> bool:
@@ -153,5 +164,7 @@ def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> 
 
 
 def _column(path: Path | str, name: str) -> npt.NDArray[np.float32]:
-    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name])[name].to_numpy()
+    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name], page_checksum_verification=True)[
+        name
+    ].to_numpy()
     return column

@@ -41,6 +41,7 @@ _FREE = (
     ("run", "rounds"),
     ("selection", "compare_uniform"),
     ("labels", "pooled"),
+    ("data", "check_classes"),
     *(("data", name) for name in DATA),
     *(("teacher", name) for name in OPERATION),
 )
@@ -64,6 +65,10 @@ class RunDirectory:
     def frozen(self) -> Path:
         """What the run was started with: digests of pool and teacher, class names."""
         return self.root / "frozen.json"
+
+    def former_classes(self) -> tuple[str, ...]:
+        """Return the names of the classes that the run was started with; none where it was not started."""
+        return tuple(read_json(self.frozen)["classes"]) if self.frozen.exists() else ()
 
     @property
     def report(self) -> Path:

@@ -21,6 +21,7 @@ from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report import write_report
 from distilbeam.pipelines.results import are_current, write_results
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
+from distilbeam.pipelines.set_notes import notes_on
 from distilbeam.teacher.softlabels.extras import require_extras
 
 
@@ -151,6 +152,9 @@ def run(
             )
         with display.step("read the data and load the teacher"):
             job.freeze()
+        if todo[0] is steps[0]:
+            for note in notes_on(job.inputs):
+                display.say(f"note: {note}")
         for step in todo:
             with display.step(step.title) as report:
                 step.do(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     SetOption,
+    TrustOption,
     console,
     stop_at_once,
 )
@@ -55,6 +56,7 @@ def export(
     calibration_rows: Annotated[int, typer.Option(min=1, help="Examples to calibrate on.")] = 1024,
     data: Annotated[Path | None, typer.Option(help="Directory: labelled Parquet to evaluate on.")] = None,
     label: Annotated[str, typer.Option(help="Directory: column of --data with the true class.")] = "label",
+    trust: TrustOption = None,
     ratio: Annotated[float, typer.Option(help="pruned: share of the channels to take away.")] = 0.5,
     recovery: Annotated[float, typer.Option(help="pruned: share of training.epochs to train for afterwards.")] = 0.3,
     overrides: SetOption = None,
@@ -67,6 +69,8 @@ def export(
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.exports import check_formats
         from distilbeam.student.export import FORMATS
+        from distilbeam.student.trust import trust as trust_code
+    trust_code(*(trust or ()))
     wanted = list(formats or FORMATS)
     check_formats(wanted)
     if _is_config(student):
@@ -152,6 +156,7 @@ def evaluate_student(
     teacher: Path | None,
     answers: Path | None,
     json_file: Path | None,
+    trust: Sequence[str] = (),
 ) -> None:
     """Evaluate a student's or an export's directory on labelled Parquet, class by class."""
     if data is None:
@@ -166,6 +171,8 @@ def evaluate_student(
             console_table,
             export_rows,
         )
+        from distilbeam.student.trust import trust as trust_code
+    trust_code(*trust)
     with Display(console).step(f"evaluate {directory}"):
         found = evaluate_directory(directory, data, label, teacher, answers)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))

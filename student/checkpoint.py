@@ -31,7 +31,8 @@ from distilbeam.student.config import KINDS, StudentConfig
 from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.models import build_student, count_parameters
 from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
-from distilbeam.teacher.preprocess import make_input
+from distilbeam.student.trust import code_of, require_trusted
+from distilbeam.teacher.preprocess import make_input, with_padding
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
@@ -103,6 +104,10 @@ class Student:
         """
         return self.logits_of_inputs(self._make_input(batch))
 
+    def inputs(self, batch: pa.RecordBatch) -> Any:
+        """Make the input of a batch; see `preprocess.make_input`."""
+        return self._make_input(batch)
+
     def logits_and_embeddings(self, batch: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Compute the logits of a batch, and in the same pass what the last linear layer sees.
 
@@ -115,8 +120,12 @@ class Student:
         Raises:
           ValueError: see `logits`; or the student does not end in a linear layer.
         """
+        return self.embeddings_of_inputs(self._make_input(batch))
+
+    def embeddings_of_inputs(self, inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Compute what `logits_and_embeddings` does, of inputs that are arrays already, [rows, *input_shape]."""
         with seen_by_head(self.module, len(self.classes)) as seen:
-            logits = self.logits(batch)
+            logits = self.logits_of_inputs(inputs)
         if not seen:
             return logits, np.empty((0, 1), np.float32)
         return logits, np.concatenate([part.numpy() for part in seen])[: len(logits)]  # the last block was filled up
@@ -185,6 +194,7 @@ def save_student(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    config = config.model_copy(update={"input": with_padding(config.input)})
     description = {
         "format_version": FORMAT_VERSION,
         "classes": list(classes),
@@ -210,21 +220,24 @@ def save_student(
     return directory
 
 
-def load_student(directory: str | Path) -> Student:
+def load_student(directory: str | Path, trust: Sequence[str] = ()) -> Student:
     """Read a student.
 
     Args:
       directory: written by `save_student`.
+      trust: modules, or `module:name`, whose code the folder may call: its factory and the function of its input.
 
     Returns:
       The student, on the CPU.
 
     Raises:
-      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description.
+      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description;
+        or it names code that nobody trusts (see `student.trust`).
     """
     directory = Path(directory)
     description = _read(directory)
     config = description.config.model_copy(update={"input": found_in(description.config.input, directory)})
+    require_trusted(code_of(config), directory / DESCRIPTION, trust)
     if config.kind in KINDS or config.kind.startswith(OWN):
         _require_shapes(directory / WEIGHTS, config, description)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced

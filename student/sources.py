@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from distilbeam.student.augment import augment_images
-from distilbeam.student.bad_rows import first_not_finite, require_usable
 from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import Batch, SoftLabelDataset
-from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.labelled import Examples, integers_meant, read_examples
 from distilbeam.student.order import step_starts
 from distilbeam.student.place import Place
 from distilbeam.student.processes import Processes
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
-from distilbeam.teacher.preprocess import InputError
 
 NEEDED_COLUMNS = {
     "distill": (),
@@ -136,8 +134,15 @@ def open_sources(
       ValueError: there is nothing to train on, the labels do not suit the classes or the objective, or the inputs of
         the sources have different shapes.
     """
-    hard = None if labelled is None else _examples("labelled", labelled, label_column, classes, student)
-    held_out = None if validation is None else _examples("validation", validation, label_column, classes, student)
+    read = partial(
+        read_examples,
+        label_column=label_column,
+        classes=classes,
+        config=student.input,
+        integers=integers_meant([labelled, validation], label_column, classes),
+    )
+    hard = None if labelled is None else read(labelled)
+    held_out = None if validation is None else read(validation)
     soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
     shape = shape_of_inputs(hard, held_out, soft)
     return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
@@ -254,19 +259,6 @@ def shape_of_inputs(hard: Examples | None, held_out: Examples | None, soft: Soft
         described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"inputs of all examples must have one shape, got {described}")
     return next(iter(shapes.values()))
-
-
-def _examples(
-    name: str, table: pa.Table, label_column: str, classes: Sequence[str], student: StudentConfig
-) -> Examples:
-    try:
-        examples = read_examples(table, label_column, classes, student.input)
-    except InputError:
-        require_usable(table, student.input, name)  # says which row it is
-        raise
-    if first_not_finite(examples.inputs.numpy()) is not None:
-        require_usable(table, student.input, name)
-    return examples
 
 
 def _extreme(inputs: Tensor) -> int | None:

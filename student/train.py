@@ -25,13 +25,14 @@ from torch import nn
 from distilbeam.student.augment import Mixture
 from distilbeam.student.bad_rows import row_sentence
 from distilbeam.student.checkpoint import load_student, save_student
+from distilbeam.student.class_labels import INTEGERS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.generators import own_generators
 from distilbeam.student.identity import identity
-from distilbeam.student.labelled import Examples
+from distilbeam.student.labelled import Examples, integers_meant
 from distilbeam.student.models import build_student
 from distilbeam.student.network import make_network
 from distilbeam.student.observe import Observer, Progress
@@ -43,6 +44,7 @@ from distilbeam.student.step_loss import step_loss
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
+from distilbeam.student.trust import trust_config
 from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 EVALUATION_ROWS = 1024
@@ -85,7 +87,7 @@ def train(
       training: how.
       classes: names of the classes in the order of the logits.
       labelled: human-labelled examples, or None.
-      label_column: column of `labelled` and `validation` with the true class, as a name or an index.
+      label_column: column of `labelled` and `validation` with the true class, as a name or an index; see `class_labels`.
       soft_labels: directories of soft-label datasets that mean the same; may be empty when there are labelled examples.
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
@@ -117,6 +119,7 @@ def train(
             "finetune is the second phase of blind distillation, which train_blind does; leave it out here"
         )
 
+    trust_config(student)
     with joined_processes(training.device) as processes, own_generators(seed, processes.device):
         device = processes.device
         sources = open_sources(
@@ -213,6 +216,7 @@ def train(
             if processes.first:
                 module.load_state_dict(state.best)
                 extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                extra[INTEGERS] = integers_meant([labelled, validation], label_column, classes)
                 save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
                 work.remove()
             processes.wait()

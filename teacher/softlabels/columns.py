@@ -20,6 +20,10 @@ from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 LOGPROBS, CLASSES, TAIL, MARGIN = "teacher_logprobs", "teacher_classes", "teacher_tail_logmass", "teacher_margin"
 SPEC_KEY = b"distilbeam.softlabels"
+WEIGHTS = ("alpha", "candidates", "weight")  # how far to trust a label
+# what a shard holds beside what is carried, and all that begins with the prefix
+RESERVED = ("example_id", "pool_row", "gain", "inclusion_probability", *WEIGHTS)
+RESERVED_PREFIX = "teacher_"
 
 
 def label_schema(spec: SoftLabelSpec) -> pa.Schema:
@@ -91,6 +95,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
             path for path, type_ in leaves.items() if "." not in path and not pa.types.is_binary(type_)
         ],
         "store_schema": True,
+        "write_page_checksum": True,
     }
 
 

@@ -18,7 +18,7 @@ Kind = Literal["dense", "top_k", "sampled"]
 Storage = Literal["float32", "float16"]
 
 FORMAT = "distilbeam.softlabels"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1  # 1.1: `candidates` is int32
 MAX_CLASSES = 2**31 - 1
 MAX_DRAWS = 2048  # up to here a count is restored exactly from its logarithm in half precision
 
