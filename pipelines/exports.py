@@ -12,8 +12,8 @@ from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.files import read_json, sweep, write_json
 from distilbeam.pipelines.needs import needs_of_formats
 from distilbeam.pipelines.rundir import held
-from distilbeam.student.checkpoint import load_student
-from distilbeam.student.compress.prune import prune_student
+from distilbeam.student.checkpoint import Student, load_student
+from distilbeam.student.compress.prune import prune_student, require_prunable
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.export import FORMATS, export_student
 from distilbeam.teacher.softlabels.extras import require_extras
@@ -66,7 +66,10 @@ def write_exports(
       ValueError: an unknown format, missing examples, or a directory in the way that holds another student's export.
     """
     check_formats(formats)
-    fingerprint = load_student(student).fingerprint()
+    loaded = load_student(student)
+    fingerprint = loaded.fingerprint()
+    if PRUNED in formats:
+        _require_pruning(loaded, ratio, retrain)
     with held(output, "--output", "--output"):
         sweep(output)  # what was left by one that was killed
         return _exported(
@@ -106,11 +109,19 @@ def _exported(
     return table
 
 
-def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+def _require_pruning(student: Student, ratio: float, retrain: Retrain | None) -> None:
+    """Refuse what pruning would, before other formats take their time."""
     if retrain is None:
         raise ValueError(
             "a pruned student must be trained again: name the run's configuration instead of the student's directory"
         )
+    if not 0 < ratio < 1:
+        raise ValueError(f"--ratio must be a share of the channels between 0 and 1, got {ratio}")
+    require_prunable(student.module)
+
+
+def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+    assert retrain is not None  # `_require_pruning` refuses
     cut = output / CUT
     if not cut.exists():
         prune_student(student, ratio, cut)
