@@ -76,10 +76,14 @@ def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[s
     """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
 
     Raises:
-      ValueError: the run directory belongs to another configuration, or Beam does not know a flag.
+      ValueError: an extra is not installed, the run directory belongs to another configuration, or Beam does not know a
+        flag.
     """
+    from distilbeam.pipelines.needs import needs_of
     from distilbeam.pipelines.rundir import check_former
+    from distilbeam.teacher.softlabels.extras import require_extras
 
+    require_extras(needs_of(settings))
     check_former(settings, base)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.beam_options import pipeline_options
