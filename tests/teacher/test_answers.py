@@ -36,7 +36,9 @@ def test_the_logarithm_is_taken_in_double_precision_and_zero_is_impossible() -> 
 def test_probabilities_are_not_taken_for_logits(rows: int, dtype: str) -> None:
     if (rows, dtype) in ((1, "float16"), (2, "float16")):
         pytest.skip("few rounded rows are no evidence")
-    with pytest.raises(TeacherMisfit, match=r"teacher.answers is 'logits', but .* say teacher.answers = 'probabilities'"):
+    with pytest.raises(
+        TeacherMisfit, match=r"teacher.answers is 'logits', but .* say teacher.answers = 'probabilities'"
+    ):
         AnswerForm("logits")(PROBABILITIES[:rows].astype(dtype))
 
 
@@ -68,7 +70,15 @@ def test_rows_that_failed_prove_nothing() -> None:
     np.testing.assert_array_equal(form(answers), answers)
 
 
-@pytest.mark.parametrize(("kind", "answers"), [("probabilities", LOGITS), ("log-probabilities", LOGITS), ("log-probabilities", PROBABILITIES), ("probabilities", np.log(PROBABILITIES))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ("probabilities", LOGITS),
+        ("log-probabilities", LOGITS),
+        ("log-probabilities", PROBABILITIES),
+        ("probabilities", np.log(PROBABILITIES)),
+    ],
+)
 def test_what_is_no_distribution_is_refused(kind: Any, answers: np.ndarray) -> None:
     with pytest.raises(TeacherMisfit, match=f"teacher.answers is '{kind}', .* say what the numbers are"):
         AnswerForm(kind)(answers)
@@ -79,7 +89,9 @@ def test_one_row_that_is_no_distribution_is_an_error_of_the_row() -> None:
     answers[7] *= 1.5
     with pytest.raises(AnswerError, match=r"rows must lie in \[0, 1\] and sum to 1, got .* with the sum 1.5"):
         form(answers)
-    np.testing.assert_allclose(form(np.delete(answers, 7, axis=0)), np.log(np.delete(PROBABILITIES, 7, axis=0)), rtol=1e-5)
+    np.testing.assert_allclose(
+        form(np.delete(answers, 7, axis=0)), np.log(np.delete(PROBABILITIES, 7, axis=0)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 1000, 50_000])

@@ -39,14 +39,18 @@ def test_positions_of_named_outputs_are_numbers_not_text() -> None:
     assert class_order(names, wanted, WHOSE) == [int(name) for name in wanted]
 
 
-@pytest.mark.parametrize(("own", "wanted"), [(["a", "b"], ["a", "c"]), (["a", "A"], ["aa", "b"]), (["x", "y"], ["1", "2"])])
+@pytest.mark.parametrize(
+    ("own", "wanted"), [(["a", "b"], ["a", "c"]), (["a", "A"], ["aa", "b"]), (["x", "y"], ["1", "2"])]
+)
 def test_other_names_are_refused(own: list[str], wanted: list[str]) -> None:
     with pytest.raises(ValueError, match=r"which is which cannot be known; use the teacher's names .*teacher.classes"):
         class_order(own, wanted, WHOSE)
 
 
 def test_another_number_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the teacher has 3 outputs \(a, b, c, from id2label\), the job 2 classes \(a, b\)"):
+    with pytest.raises(
+        ValueError, match=r"the teacher has 3 outputs \(a, b, c, from id2label\), the job 2 classes \(a, b\)"
+    ):
         class_order(["a", "b", "c"], ["a", "b"], WHOSE)
 
 
