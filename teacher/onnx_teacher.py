@@ -53,7 +53,7 @@ class OnnxTeacher(LocalTeacher):
             raise ValueError(f"teacher.model: {path} is a folder; name the .onnx file in it")
         beside = _beside(path)
         elsewhere = [file for file in (weight_files(path) if path.exists() else []) if file not in beside]
-        files = [path, *beside, *config.input.files(), *elsewhere, *function_sources(config.input)]
+        files: list[str | Path] = [path, *beside, *config.input.files(), *elsewhere, *function_sources(config.input)]
         super().__init__(f"onnx:{path.name}", Artefact(files, settings + config.meaning()), config)
         self._config = config
         known = onnxruntime.get_available_providers()

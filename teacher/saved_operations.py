@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distilbeam.teacher.protobuf_fields import messages, texts
+from distilbeam.teacher.protobuf_fields import texts
 
 _REACHING_OUT_NAMES = """
     ReadFile WriteFile MatchingFiles MatchingFilesDataset PyFunc PyFuncStateless EagerPyFunc DebugIdentity
