@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
 
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 _PATIENCE_S = 30.0  # for a request in flight
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
 BeamArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
+    list[str] | None, typer.Argument(metavar="-- BEAM OPTIONS", help="Beam's own options.", show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -40,6 +39,10 @@ RoundOption = Annotated[
 ]
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
 ]
 RetryOption = Annotated[
     bool,
@@ -73,10 +76,14 @@ def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[s
     """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
 
     Raises:
-      ValueError: the run directory belongs to another configuration, or Beam does not know a flag.
+      ValueError: an extra is not installed, the run directory belongs to another configuration, or Beam does not know a
+        flag.
     """
+    from distilbeam.pipelines.needs import needs_of
     from distilbeam.pipelines.rundir import check_former
+    from distilbeam.teacher.softlabels.extras import require_extras
 
+    require_extras(needs_of(settings))
     check_former(settings, base)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.beam_options import pipeline_options

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
@@ -19,16 +18,17 @@ from distilbeam.pipelines.command_options import (
     RetryOption,
     RoundOption,
     SetOption,
+    TrustOption,
     check_early,
     run_steps,
     stop_at_once,
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import watch_directory
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
-console = Console()
+console = plain_console()
 
 
 def label(
@@ -42,6 +42,7 @@ def label(
         Path | None, typer.Option(help="Go on labelling the Parquet files that arrive in this directory.")
     ] = None,
     max_failures: MaxFailuresOption = None,
+    trust: TrustOption = None,
     retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
@@ -67,6 +68,10 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if trust:
+        from distilbeam.student.trust import trust as trust_code
+
+        trust_code(*trust)
     if watch is not None:
         watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
         return
@@ -94,11 +99,10 @@ def plan(
         from distilbeam.pipelines.job import Job
         from distilbeam.pipelines.labelling_job import LabellingJob
         from distilbeam.pipelines.plans import forecast_labelling, forecast_run
-        from distilbeam.pipelines.rundir import RunDirectory
-        from distilbeam.teacher.softlabels.places import within
+        from distilbeam.pipelines.rundir import planned_run
 
     options = pipeline_options(flags)
-    directory = RunDirectory(within(base, settings.run.directory).resolve())
+    directory = planned_run(settings, base)
     if isinstance(settings, LabelConfig):
         job = LabellingJob(settings, base, directory)
         label_plan = job.plan()

@@ -20,6 +20,7 @@ from distilbeam.pipelines.meter import timed
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.portions import Asked, Portions, as_batch
 from distilbeam.pipelines.reuse import known_logits
+from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.teacher.asking import RowError
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
@@ -63,6 +64,7 @@ class Labelling:
       estimates: `Estimates` as text, or None for labels without them.
       student: checkpoint whose logits the weights need; given together with `estimates`.
       reuse: datasets of the same pool whose answers are copied instead of asked again.
+      trust: modules whose code the student may call; see `student.trust`.
     """
 
     teacher: str
@@ -72,6 +74,7 @@ class Labelling:
     estimates: str | None = None
     student: str | None = None
     reuse: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
 
     def __call__(self, rows: pa.Table) -> Labelled:
         """Label rows.
@@ -94,7 +97,8 @@ class Labelling:
         """
         teacher = self._checked_teacher()
         asked = Asked(self.teacher, self.spec.num_classes, self.teacher_batch, apart)
-        return Portions(teacher, rows, self._known(rows), self._without_id(rows), asked)
+        refused = {error.row: error for error in (*self._unread(rows), *self._without_id(rows))}
+        return Portions(teacher, rows, self._known(rows), list(refused.values()), asked)
 
     def labelled(self, rows: pa.Table, asking: Portions, piece: slice) -> Labelled:
         """Make labels of the answers to a piece of the rows that were asked about."""
@@ -122,6 +126,13 @@ class Labelling:
             )
         return teacher
 
+    def _unread(self, rows: pa.Table) -> list[RowError]:
+        """Refuse rows that the student cannot read: nobody is to pay for what cannot be learnt from."""
+        if self.student is None or not rows.num_rows:
+            return []
+        said = ask_student(cached_student(self.student, self.trust), as_batch(rows))
+        return [RowError(int(row), "student", reason, 0) for row, reason in sorted(said.reasons.items())]
+
     def _without_id(self, rows: pa.Table) -> list[RowError]:
         """Refuse rows without an id: nobody could find their labels."""
         if self.id_column is None or not rows[self.id_column].null_count:
@@ -139,7 +150,7 @@ class Labelling:
         columns |= {name: rows[name] for name in (*KEPT, *self.spec.carried) if name in rows.column_names}
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
         if self.estimates is not None and self.student is not None:
-            student_logits = cached_student(self.student).logits(as_batch(rows))
+            student_logits = cached_student(self.student, self.trust).logits(as_batch(rows))
             said = log_softmax(logits / np.float32(self.spec.temperature), axis=1)
             columns |= Estimates.from_text(self.estimates).columns(said, student_logits)
         fields = {field.name: field for field in (*rows.schema, *labels.schema)}

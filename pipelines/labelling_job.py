@@ -23,6 +23,7 @@ from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.dead_letters import ask_again, drop_answered, is_of_again, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.growth import Standing
 from distilbeam.pipelines.inputs import require_columns
 from distilbeam.pipelines.label import Label
@@ -30,10 +31,12 @@ from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_teacher, teacher_text
 from distilbeam.pipelines.moving import move_folder
 from distilbeam.pipelines.phases import PhaseReport, run_phase
+from distilbeam.pipelines.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
 from distilbeam.pipelines.units import Pool, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import manifest_files
@@ -77,9 +80,14 @@ class LabellingJob:
       config: the configuration.
       base: directory that relative paths are relative to.
       directory: the job's directory, held by this process where anything is to be done.
+
+    Raises:
+      ValueError: a column that is read or carried has a name of ours.
     """
 
     def __init__(self, config: LabelConfig, base: Path, directory: RunDirectory) -> None:
+        data, read = config.data, config.teacher.input.columns
+        require_free_for_labelling(data.carry, read, data.id, "data.carry")
         self.config, self.base, self.directory = config, base, directory
 
     @property
@@ -95,7 +103,9 @@ class LabellingJob:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(self._pool, columns))
+        return teacher_text(told, self.base, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:
@@ -119,7 +129,7 @@ class LabellingJob:
           ValueError: a missing file or column, or a dataset that is not a labelling job's.
         """
         config = self.config
-        pool = plan_pool(within(self.base, config.data.pool), config.engine.unit_rows, "data.pool")
+        pool = self._pool()
         require_columns(pool.columns, self.columns, "data.pool")
         entries = self._entries(self.dataset)
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
@@ -213,6 +223,9 @@ class LabellingJob:
             attempts=self.config.engine.attempts,
             poll_s=_LISTING_S if is_remote(self.dataset) else 0.2,
         )
+
+    def _pool(self) -> Pool:
+        return plan_pool(within(self.base, self.config.data.pool), self.config.engine.unit_rows, "data.pool")
 
     @property
     def columns(self) -> tuple[str, ...]:

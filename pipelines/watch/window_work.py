@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from distilbeam.pipelines.phases import run_phase
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import Shard, plan_shards
 from distilbeam.pipelines.units import Pool, plan_units
+from distilbeam.pipelines.unusable_rows import gather_unusable, unusable_list, unusable_sentence
 from distilbeam.pipelines.watch.windows import Window
 from distilbeam.pipelines.work_log import add_work
+from distilbeam.student.trust import trusted
 from distilbeam.teacher.softlabels import ManifestEntry, committed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,18 @@ class WindowWork:
             digests={"pool": pool.digest, "student": cached_student(student).fingerprint()},
         )
         batch_rows = self.job.config.engine.batch_rows
-        score = Score(student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows)
+        score = Score(
+            student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows, trust=trusted()
+        )
         self._phase("score", score, pool.units, report)
-        choose(choice)
+        usable = pool.rows
+        if unusable := gather_unusable(choice.gains, pool.units):
+            log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
+            usable -= len(unusable)
+        if not usable:
+            choice.picks.mkdir(parents=True, exist_ok=True)
+            return str(choice.picks)
+        choose(replace(choice, budget=min(window.budget, usable)))
         return str(choice.picks)
 
     def _work(self, window: Window, dead_letters: Path, picks: str | None) -> WindowLabel:

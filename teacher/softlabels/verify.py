@@ -13,8 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from scipy.special import softmax
 
@@ -24,6 +22,7 @@ from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
 from distilbeam.teacher.softlabels.places import joined, list_files, on_disk, readable
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.shards import has_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
@@ -80,11 +79,11 @@ class Verification:
         """Show the result."""
         parts: list[RenderableType] = [Text(f"{self.shards:,} shards with {self.rows:,} rows in {self.directory}")]
         if self.comparison is not None:
-            table = Table(title="A sample labelled again", show_header=False, title_justify="left")
+            table = PlainTable(title="A sample labelled again", show_header=False, title_justify="left")
             table.add_row("rows", f"{self.comparison.rows:,}")
             table.add_row("not answered now", f"{self.comparison.failed:,}")
             difference = f"{self.comparison.largest_difference:.2e} (row {self.comparison.example_id})"
-            table.add_row("largest difference of a probability", escape(difference))
+            table.add_row("largest difference of a probability", difference)
             parts.append(table)
         parts += [Text(f"note: {note}", "yellow") for note in self.notes]
         parts += [Text(f"wrong: {problem}", "bold red") for problem in self.problems]
