@@ -344,7 +344,8 @@ def _submit(
 
 def _keep_inside(pipeline: Any, private: Path) -> None:
     """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
-    Path(pipeline.local_tempdir).rmdir()
+    with suppress(OSError):
+        Path(pipeline.local_tempdir).rmdir()
     pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
