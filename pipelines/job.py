@@ -428,7 +428,10 @@ class Job:
 
     def _asked_spec(self, name: str) -> SoftLabelSpec:
         """The form of the answers for a labelled set: calibration is fitted on them, but the labelled one's are learned."""
-        return self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        spec = self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        return replace(
+            spec, carried=tuple(dict.fromkeys(self.inputs.student_columns))
+        )  # what else is carried is the pool's
 
     def _spec(self, labels: RunLabelsSection, temperature: float) -> SoftLabelSpec:
         return SoftLabelSpec(
