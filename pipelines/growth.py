@@ -129,7 +129,7 @@ def labelled_parts(entry: ManifestEntry) -> list[LabelledPart]:
 
 def _mend(dataset: Path, entry: ManifestEntry, key: str, parts: Sequence[LabelledPart]) -> None:
     """Write the rows that hold as a shard of their own."""
-    table = pq.read_table(readable(dataset / entry.path), partitioning=None)
+    table = pq.read_table(readable(dataset / entry.path), partitioning=None, page_checksum_verification=True)
     first, slices = 0, []
     for part in labelled_parts(entry):
         if part in parts:

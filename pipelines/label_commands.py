@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
@@ -16,6 +15,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -25,10 +25,10 @@ from distilbeam.pipelines.command_options import (
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import watch_directory
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
-console = Console()
+console = plain_console()
 
 
 def label(
@@ -43,6 +43,7 @@ def label(
     ] = None,
     max_failures: MaxFailuresOption = None,
     trust: TrustOption = None,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -50,7 +51,7 @@ def label(
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
     begin(beam_options or [])
-    overrides = with_max_failures(overrides, max_failures)
+    overrides = with_max_failures(overrides, max_failures, retry)
     settings = _settings(config, overrides)
     from distilbeam.pipelines.config import LabelConfig
 
@@ -98,11 +99,10 @@ def plan(
         from distilbeam.pipelines.job import Job
         from distilbeam.pipelines.labelling_job import LabellingJob
         from distilbeam.pipelines.plans import forecast_labelling, forecast_run
-        from distilbeam.pipelines.rundir import RunDirectory
-        from distilbeam.teacher.softlabels.places import within
+        from distilbeam.pipelines.rundir import planned_run
 
     options = pipeline_options(flags)
-    directory = RunDirectory(within(base, settings.run.directory).resolve())
+    directory = planned_run(settings, base)
     if isinstance(settings, LabelConfig):
         job = LabellingJob(settings, base, directory)
         label_plan = job.plan()
@@ -148,6 +148,7 @@ def _settings(config: Path, overrides: list[str] | None) -> Any:
 def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> None:
     check_early(settings, base, flags)
     with Display(console).waiting("loading"):
+        from distilbeam.pipelines.answers import count_dead_letters
         from distilbeam.pipelines.beam_options import pipeline_options
         from distilbeam.pipelines.labelling_job import opened_job, write_metrics
         from distilbeam.pipelines.work_log import work_table
@@ -159,6 +160,8 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> N
             plan = job.plan()
         for sentence in plan_sentences(plan):
             display.say(sentence)
+        if settings.engine.retry and (failed := count_dead_letters(job.dead_letters)):
+            display.say(f"{failed:,} rows that had no answer are asked again.")
         with display.step(f"label {plan.standing.rows_wanted:,} rows") as report:
             done = job.label(plan, options, report, relabel=relabel)
         metrics = write_metrics(job, plan, done)

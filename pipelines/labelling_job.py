@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines import growth
 from distilbeam.pipelines.answers import count_dead_letters
 from distilbeam.pipelines.config import LabelConfig, write_config
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered, is_of_again, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.growth import Standing
 from distilbeam.pipelines.inputs import require_columns
 from distilbeam.pipelines.label import Label
@@ -29,10 +31,12 @@ from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_teacher, teacher_text
 from distilbeam.pipelines.moving import move_folder
 from distilbeam.pipelines.phases import PhaseReport, run_phase
+from distilbeam.pipelines.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Task, plan_pieces
 from distilbeam.pipelines.units import Pool, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import manifest_files
@@ -76,9 +80,14 @@ class LabellingJob:
       config: the configuration.
       base: directory that relative paths are relative to.
       directory: the job's directory, held by this process where anything is to be done.
+
+    Raises:
+      ValueError: a column that is read or carried has a name of ours.
     """
 
     def __init__(self, config: LabelConfig, base: Path, directory: RunDirectory) -> None:
+        data, read = config.data, config.teacher.input.columns
+        require_free_for_labelling(data.carry, read, data.id, "data.carry")
         self.config, self.base, self.directory = config, base, directory
 
     @property
@@ -94,7 +103,9 @@ class LabellingJob:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base, self.config.data.classes)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(self._pool, columns))
+        return teacher_text(told, self.base, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:
@@ -118,7 +129,7 @@ class LabellingJob:
           ValueError: a missing file or column, or a dataset that is not a labelling job's.
         """
         config = self.config
-        pool = plan_pool(within(self.base, config.data.pool), config.engine.unit_rows, "data.pool")
+        pool = self._pool()
         require_columns(pool.columns, self.columns, "data.pool")
         entries = self._entries(self.dataset)
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
@@ -154,7 +165,11 @@ class LabellingJob:
         self._take_up()
         growth.apply(self.dataset, self.dead_letters, plan.standing, plan.pool)
         self._forget_dead_letters(plan)
+        again = self._again(plan)
+        plan = replace(plan, tasks=(*plan.tasks, *again))
         done = self._phase(plan, options, report)
+        drop_answered(self.dead_letters, committed(self.dataset))
+        self._require_some()
         if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
             compact_manifest(self.dataset)
         add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))
@@ -162,6 +177,19 @@ class LabellingJob:
         with replacing(self.directory.config) as temporary:
             write_config(temporary, self.config)
         return done
+
+    def _again(self, plan: LabelPlan) -> list[Task]:
+        """Plan to ask again about the rows that failed, unless they are to be left."""
+        done, engine = committed(self.dataset), self.config.engine
+        if engine.retry:
+            return ask_again(self.dead_letters, plan.pool.units, None, engine.shard_rows, self.spec, done)
+        leave(self.dead_letters, done)
+        return []
+
+    def _require_some(self) -> None:
+        failed = count_dead_letters(self.dead_letters)
+        if failed and not manifest_files(self.dataset):
+            raise ValueError(none_answered_sentence(self.dead_letters, failed))
 
     def work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work, into given directories."""
@@ -180,6 +208,8 @@ class LabellingJob:
             batch_rows=self.config.engine.batch_rows,
             growing=True,
             max_failures=self.config.engine.max_failures,
+            flush_s=self.config.engine.flush_s,
+            retry=self.config.engine.retry,
         )
 
     def _phase(self, plan: LabelPlan, options: PipelineOptions, report: Report) -> PhaseReport:
@@ -193,6 +223,9 @@ class LabellingJob:
             attempts=self.config.engine.attempts,
             poll_s=_LISTING_S if is_remote(self.dataset) else 0.2,
         )
+
+    def _pool(self) -> Pool:
+        return plan_pool(within(self.base, self.config.data.pool), self.config.engine.unit_rows, "data.pool")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -228,7 +261,7 @@ class LabellingJob:
         """Remove the dead letters of shards that are not in the dataset and not among those to label."""
         if letters := list_files(self.dead_letters, "*.parquet"):
             keys = {shard.key for task in plan.tasks for shard in task.shards} | committed(self.dataset)
-            remove_files([path for path in letters if path.stem not in keys])
+            remove_files([path for path in letters if path.stem not in keys and not is_of_again(path.stem)])
 
 
 def _differences(one: SoftLabelSpec, two: SoftLabelSpec) -> list[str]:

@@ -37,7 +37,7 @@ def forecast_labelling(job: LabellingJob, plan: LabelPlan, options: PipelineOpti
 def forecast_run(job: Job, sample_rows: int) -> Forecast:
     """Forecast what the steps of a run that are left will cost; training and evaluation are not in it."""
     rates, sampled = measure_rates(job.sample_work, job.inputs.pool.units, sample_rows)
-    todo = [step for step in steps_of(job) if not step.commit.exists()]
+    todo = [step for step in steps_of(job) if not step.done]
     scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
@@ -53,6 +53,8 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
         case "label":
             assert step.round is not None
             rows = budget - _labelled(job.directory.labels(step.round))
+        case "compare" if job.directory.summary(job.comparison.labels(0)).exists():
+            return None
         case "compare":
             total = budget * config.run.rounds
             rows = math.ceil(total * (1 - total / pool))  # the others were bought by the rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.command_options import ConfigArgument, DebugOption, LogOption, SetOption, TrustOption, console
+from distilbeam.pipelines.command_options import (
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    SetOption,
+    TrustOption,
+    console,
+    stop_at_once,
+)
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.needs import needs_of, needs_of_search
+from distilbeam.teacher.softlabels.extras import require_extras
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.material import Material
@@ -54,6 +65,7 @@ def export(
 ) -> None:
     """Export a student for deployment, and compare the exports in one table."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.exports import check_formats
         from distilbeam.student.export import FORMATS
@@ -79,6 +91,8 @@ def tune(
 ) -> None:
     """Search for better settings of a run's student and training; a search that was stopped goes on."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
+    require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
     with _material(config, [*(overrides or []), *more]) as material:
         from distilbeam.pipelines.student_tables import trial_table
@@ -88,7 +102,7 @@ def tune(
         console.print(trial_table(found, material.config.tune.metric))
         best = material.directory.root / "tune" / "best.toml"
     console.print(
-        f"Best settings: {best}. To run with them: distilbeam run {config} --set @{best} --set run.directory=...",
+        f"Best settings: {best}. A student of these on the labels that are there: distilbeam run {config} --set @{best}",
         highlight=False,
         soft_wrap=True,
     )
@@ -102,6 +116,7 @@ def pareto(
 ) -> None:
     """Make students of several sizes by both of the Survey's strategies; show which are worth having."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
     with _material(config, overrides) as material:
         from distilbeam.pipelines.student_tables import PARETO_COLUMNS, console_table, pareto_rows
         from distilbeam.pipelines.sweep import sweep_widths
@@ -112,6 +127,26 @@ def pareto(
         _redraw(material)
         picture = material.directory.root / "pareto" / "pareto.png"
     console.print(f"Plot: {picture}", highlight=False, soft_wrap=True)
+
+
+def print_student(root: Path, number: int | None) -> None:
+    """Say where a run's students stand: the one of a round, or the last, and what it learned from."""
+    import json
+
+    names = sorted(path.name for path in (root / "students").glob("round=*") if path.suffix != ".training")
+    name = f"round={number:03d}" if number is not None else names[-1]
+    student = root / "students" / name
+    figures = json.loads((student / "student.json").read_text())["extra"]["metrics"]
+    measured = ""
+    if "validation_accuracy" in figures:
+        measured = f"accuracy {figures['validation_accuracy']:.1%} and NLL {figures['validation_nll']:.3f} on the validation set, "
+    console.print(
+        f"Student of round {int(name.removeprefix('round=')):,}: {measured}epoch {figures['best_epoch']:,} of "
+        f"{figures['epochs']:,}, from {figures['soft_rows']:,} labels of the teacher and {figures['hard_rows']:,} human ones.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Its directory: {student}", highlight=False, soft_wrap=True)
 
 
 def evaluate_student(
@@ -160,7 +195,10 @@ def _material(config: Path, overrides: list[str] | None) -> Iterator[Material]:
         from distilbeam.pipelines.material import Material
         from distilbeam.pipelines.rundir import opened_run
     settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    require_extras(needs_of(settings))
     with opened_run(settings, base) as directory:
+        if (sentence := directory.sentence(settings.run.rounds)) is not None:
+            Display(console).say(sentence)
         yield Material(settings, base, directory)
 
 

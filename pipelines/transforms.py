@@ -20,6 +20,7 @@ from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import teacher_text
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.remote_files import write_parquet_anywhere
+from distilbeam.pipelines.reserved_names import require_free_for_labelling, require_free_names
 from distilbeam.student.trust import trusted
 from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -41,7 +42,8 @@ class LabelExamples(beam.PTransform):
       trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
 
     Raises:
-      ValueError: estimates without a student, or the other way round; a teacher configuration that is not valid.
+      ValueError: estimates without a student, or the other way round; a teacher configuration that is not valid; a
+        carried column that has a name of ours.
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class LabelExamples(beam.PTransform):
         if (estimates is None) != (student is None):
             raise ValueError("estimates and student must be given together: the weights depend on both")
         config = parse_teacher_config(dict(teacher)) if isinstance(teacher, Mapping) else teacher
+        require_free_for_labelling(spec.carried, config.input.columns, id_column, "spec.carried")
+        if estimates is not None:
+            require_free_names(spec.carried, "spec.carried")
         self.labelling = Labelling(
             teacher=teacher_text(config, Path(base).resolve(), spec.classes),
             spec=spec,

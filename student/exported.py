@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distilbeam.student.export import EXPORT_VERSION
+from distilbeam.student.own_files import found_in
 from distilbeam.student.runners import open_runner
 from distilbeam.student.trust import code_of_input, require_trusted
 from distilbeam.teacher.preprocess import InputConfig, make_input
@@ -35,7 +36,7 @@ class ExportedStudent:
     def __init__(self, directory: Path, description: dict[str, Any], threads: int | None = None) -> None:
         self.description = description
         self.classes: tuple[str, ...] = tuple(description["classes"])
-        self.input = InputConfig.model_validate(description["input"])
+        self.input = found_in(InputConfig.model_validate(description["input"]), directory)
         self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
         self.num_parameters: int = description["student"]["parameters"]
         self.size_bytes: int = description["size_bytes"]

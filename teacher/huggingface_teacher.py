@@ -6,7 +6,6 @@ folder is not executed, and nothing is downloaded.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,11 +152,13 @@ _POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
 
 
 def _images(processor: Any) -> Callable[[list[bytes]], Any]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
+
+    from distilbeam.teacher.inputs.images import read_bytes_image
 
     def prepare(rows: list[bytes]) -> Any:
         try:
-            images = [Image.open(io.BytesIO(row)).convert("RGB") for row in rows]
+            images = [read_bytes_image(row) for row in rows]
         except (UnidentifiedImageError, OSError) as e:
             raise InputError(f"the input must be encoded images: {e}") from e
         return processor(images=images, return_tensors="pt")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import OnnxConfig
 from distilbeam.teacher.halving import Inputs
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.local import LocalTeacher, first_line, function_sources, named_inputs, select_output
 from distilbeam.teacher.onnx_files import class_labels, weight_files
 
@@ -82,7 +83,8 @@ class OnnxTeacher(LocalTeacher):
         session = self._require_open()
         named = named_inputs(inputs, self._inputs)
         feed = {
-            name: array.astype(_TYPES.get(self._inputs[name], array.dtype), copy=False) for name, array in named.items()
+            name: converted(array, np.dtype(_TYPES.get(self._inputs[name], array.dtype)))
+            for name, array in named.items()
         }
         (answer,) = session.run([self._output], feed)
         if isinstance(answer, list):  # a sequence of maps, as converters of scikit-learn's classifiers write them

@@ -35,6 +35,7 @@ class ManifestEntry:
       checksum: hash of its file.
       spec: its specification.
       extra: further facts, as JSON values.
+      footer: hash of its footer; empty in entries of former versions.
     """
 
     key: str
@@ -44,6 +45,7 @@ class ManifestEntry:
     checksum: str
     spec: SoftLabelSpec
     extra: Mapping[str, Any] = field(default_factory=dict)
+    footer: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON values."""
@@ -66,7 +68,8 @@ class ManifestEntry:
             if not isinstance(data.get(name), type_):
                 raise ValueError(f"{name} must be given as {type_.__name__}, got {data.get(name)!r}")
         spec = SoftLabelSpec.from_json(data["spec"])
-        return cls(**{name: data[name] for name in _REQUIRED if name != "spec"}, spec=spec, extra=data.get("extra", {}))
+        required = {name: data[name] for name in _REQUIRED if name != "spec"}
+        return cls(**required, spec=spec, extra=data.get("extra", {}), footer=str(data.get("footer", "")))
 
 
 @dataclass(frozen=True)
