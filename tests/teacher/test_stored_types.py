@@ -79,7 +79,9 @@ def test_numbers_are_numbers_however_they_are_stored(form: str) -> None:
 @pytest.mark.parametrize("type_", [pa.bool_(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int64()])
 def test_whole_numbers_and_truths_are_numbers(type_: pa.DataType) -> None:
     np.testing.assert_array_equal(made(pa.array([1, 0, 1]).cast(type_)), [[1], [0], [1]])
-    np.testing.assert_array_equal(made(pa.array([[1], [0]], pa.list_(type_) if type_ != pa.bool_() else None)), [[1], [0]])
+    np.testing.assert_array_equal(
+        made(pa.array([[1], [0]], pa.list_(type_) if type_ != pa.bool_() else None)), [[1], [0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,9 @@ def test_whole_numbers_and_truths_are_numbers(type_: pa.DataType) -> None:
 )
 def test_what_is_no_number_is_refused_whatever_the_rows(column: pa.Array) -> None:
     for rows in (column, column.slice(0, 0)):  # a schema can be tried without a row
-        with pytest.raises(InputError, match="column x must hold numbers, lists of numbers or bytes, got .*; make numbers"):
+        with pytest.raises(
+            InputError, match="column x must hold numbers, lists of numbers or bytes, got .*; make numbers"
+        ):
             made(rows)
 
 
@@ -107,7 +111,11 @@ def test_missing_numbers_in_lists_are_missing_values() -> None:
 @pytest.mark.parametrize(
     ("column", "options", "message"),
     [
-        (pa.array([1.0, 1e39]), {}, r"column x has numbers beyond float32, which ends at 3.4e38: row 1 has 1e\+39; set input.scale"),
+        (
+            pa.array([1.0, 1e39]),
+            {},
+            r"column x has numbers beyond float32, which ends at 3.4e38: row 1 has 1e\+39; set input.scale",
+        ),
         (pa.array([[1.0, 2.0], [3.0, -1e300]]), {}, r"row 1 has -1e\+300"),
         (pa.array([np.array([1e200], "<f8").tobytes()], pa.binary(8)), {"dtype": "float64"}, r"row 0 has 1e\+200"),
         (pa.array([1e30], pa.float32()), {"scale": 1e10}, "row 0 has 1"),
@@ -228,7 +236,10 @@ def test_texts_are_filled_with_the_tokenizers_own_padding(
 
 def test_a_tokenizer_that_names_no_padding_wants_it_said(tmp_path: Path) -> None:
     config = text_input(tokenizer(tmp_path / "t.json", WORDS))
-    with pytest.raises(ValueError, match=r"input.pad_id must be given: .*t.json names no padding, and its id 0 is the token 'not'; .* may take 4, one"):
+    with pytest.raises(
+        ValueError,
+        match=r"input.pad_id must be given: .*t.json names no padding, and its id 0 is the token 'not'; .* may take 4, one",
+    ):
         make_input(config)
     assert vocabulary_size(config.model_copy(update={"pad_id": 4})) == 5
 
