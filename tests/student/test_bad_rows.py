@@ -18,7 +18,6 @@ from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.preprocess import InputConfig, InputError
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
-
 INPUT = InputConfig(columns=("x",))
 STUDENT = StudentConfig(kind="linear", input=INPUT)
 ROWS = 40

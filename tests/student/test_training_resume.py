@@ -212,11 +212,11 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch(tmp_path, vectors):
     values[4 * 11 : 4 * 12] = 9e17
     broken = pa.FixedSizeListArray.from_arrays(pa.array(values), 4)
     table = labelled.set_column(labelled.column_names.index("x"), "x", broken)
+    student = StudentConfig(kind="small_trainings:Cubed", input={"columns": ["x"]})
     with pytest.raises(
         ValueError,
         match=r"became (nan|inf) in step \d+ of \d+; a labelled example has 9e\+17 in its input; correct it .* rows are in",
     ) as e:
-        student = StudentConfig(kind="small_trainings:Cubed", input={"columns": ["x"]})
         train(student, TrainConfig(), **{**vectors, "labelled": table}, directory=tmp_path / "student", seed=0)
     kept = load_file(tmp_path / "student.training/stopped-at.safetensors")
     assert str(tmp_path / "student.training/stopped-at.safetensors") in str(e.value)
