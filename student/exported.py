@@ -80,7 +80,9 @@ def load_export(directory: str | Path, threads: int | None = None) -> ExportedSt
         raise ValueError(
             f"{directory} has format version {description.get('format_version')}, this release reads {EXPORT_VERSION}"
         )
-    file = directory / description["file"]
+    file = directory / str(description["file"])
+    if file.parent != directory or file.is_symlink():
+        raise ValueError(f"file in {directory / 'export.json'} must be a file beside it, got {description['file']!r}")
     if hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() != description["digest"]:
         raise ValueError(f"{file} is not the file that was exported: its digest differs; export the student again")
     return ExportedStudent(directory, description, threads)
