@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.config import RunConfig
-from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_pool, plan_units
+from distilbeam.pipelines.units import Pool, find_files, plan_pool, plan_units
 from distilbeam.teacher.softlabels.places import within
 
 
@@ -85,15 +85,15 @@ def load_inputs(config: RunConfig, base: Path) -> Inputs:
         the pool.
     """
     data = config.data
-    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool")
     student_columns = tuple(config.student.input.columns)
     teacher_columns = tuple(config.teacher.input.columns)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
+    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool", wanted)
     require_columns(pool.columns, wanted, "data.pool")
     raw = {name: _read(base / path, name, config) for name, path in _sets(config).items()}
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
-    schema = open_parquet(pool.units[0].path, "data.pool").schema_arrow
+    schema = pa.schema(pool.types)
     for name, (_, table) in raw.items():
         require_columns(table.column_names, [data.label, *read], name)
         _require_types(schema, table.schema, read, name)
