@@ -38,6 +38,10 @@ RoundOption = Annotated[
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
 ]
+CheckContentOption = Annotated[
+    bool,
+    typer.Option("--check-content", help="Compare all rows with what was labelled, not only those of files touched since."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 

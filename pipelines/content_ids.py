@@ -36,7 +36,7 @@ def content_ids(rows: pa.Table) -> list[bytes]:
     """
     named = sorted(zip(rows.column_names, rows.columns, strict=True), key=lambda column: column[0])
     plain = [(name, plain_encoding(column)) for name, column in named]
-    kind = hashlib.blake2b("\n".join(f"{name}:{_name(c.type)}" for name, c in plain).encode(), digest_size=ID_BYTES)
+    kind = hashlib.blake2b("\n".join(f"{name}:{type_name(c.type)}" for name, c in plain).encode(), digest_size=ID_BYTES)
     columns = [cells(column) for _, column in plain]
     return [_hash(kind, row) for row in zip(*columns, strict=True)] if columns else [kind.digest()] * rows.num_rows
 
@@ -141,14 +141,14 @@ def _cast_long(column: pa.Array, target: pa.DataType) -> pa.Array:
         return column
 
 
-def _name(kind: pa.DataType) -> str:
+def type_name(kind: pa.DataType) -> str:
     """Write a type as content ids have it: strings and bytes of any length, items of lists under one name."""
     if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
         return "string" if pa.types.is_large_string(kind) else "binary"
     if pa.types.is_fixed_size_list(kind):
-        return f"fixed_size_list<element: {_name(kind.value_type)}>[{kind.list_size}]"
+        return f"fixed_size_list<element: {type_name(kind.value_type)}>[{kind.list_size}]"
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return f"list<element: {_name(kind.value_type)}>"
+        return f"list<element: {type_name(kind.value_type)}>"
     return str(kind)
 
 

@@ -138,11 +138,21 @@ class Job:
         self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
         self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
 
+    @property
+    def sampled(self) -> Path:
+        """Dense answers to the samples of `plan`, which no round asks again."""
+        return self.directory.root / "sampled"
+
+    @property
+    def sample_spec(self) -> SoftLabelSpec:
+        """How these are stored."""
+        return replace(self._spec(self.config.labels, 1.0), kind="dense", k=None)
+
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
         labelling = Labelling(
             self.teacher,
-            self._spec(self.config.labels, 1.0),
+            self.sample_spec,
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
         )
@@ -247,7 +257,7 @@ class Job:
             teacher_batch=self.config.engine.teacher_batch,
             estimates=self._estimates(output, student),
             student=str(student),
-            reuse=reuse,
+            reuse=(*reuse, *([str(self.sampled)] if self.sampled.exists() else [])),
         )
         self._label(output, name, self.inputs.pool, labelling, str(picks), report)
 
@@ -256,7 +266,8 @@ class Job:
     ) -> None:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
-        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
+        engine = self.config.engine
+        tasks = plan_shards(plan.units, picks, engine.shard_rows, labelling.spec, engine.shard_bytes)
         done = self._phase("label", work, tasks, report)
         add_work(self.directory.work, "label", with_counts_of(done, output, tasks))
         failed = count_dead_letters(dead_letters)

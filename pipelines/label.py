@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.files import write_parquet
+from distilbeam.pipelines.growth import parts_of
 from distilbeam.pipelines.labelling import ROW, Labelled, Labelling
 from distilbeam.pipelines.meter import count, count_seconds, timed
 from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import unit_name
 from distilbeam.pipelines.shards import Shard, Task, read_rows
-from distilbeam.pipelines.units import BATCH_BYTES, answered_rows
+from distilbeam.pipelines.units import BATCH_BYTES, answered_rows, require_unchanged
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 from distilbeam.teacher.softlabels.places import list_files, readable, to_path
@@ -129,19 +130,32 @@ class Label:
             parts.append(self.labelling(found))
             failures += (_located(failure, shard) for failure in parts[-1].failures)
             self._require_few(failed_before, failures)
+        return self._finish(shard, parts, failures, time.perf_counter() - start)
+
+    def keep(self, shard: Shard, parts: Sequence[Labelled]) -> None:
+        """Commit rows that were labelled elsewhere: those of a sample."""
+        failures = [_located(failure, shard) for part in parts for failure in part.failures]
+        if (entry := self._finish(shard, parts, failures, 0.0)) is not None:
+            self.settle([entry])
+
+    def _finish(
+        self, shard: Shard, parts: Sequence[Labelled], failures: list[dict[str, Any]], seconds: float
+    ) -> ManifestEntry | None:
+        for part in shard.parts:
+            require_unchanged(part.unit)  # what was read is not committed under the key of what was there before
         answered = [part.table for part in parts if part.table.num_rows]
         if failures:
             self._write_dead_letters(shard, failures, sum(table.num_rows for table in answered))
             count("dead_letters", len(failures))
         if not answered:
             return None
-        facts = {**_counts(parts), "failed": len(failures), "seconds": round(time.perf_counter() - start, 4)}
+        facts = {**_counts(parts), "failed": len(failures), "seconds": round(seconds, 4)}
         return self.place(shard, pa.concat_tables(answered), facts)
 
     def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
         """Write a shard of labelled rows; `settle` commits it."""
         if self.growing:
-            facts["parts"] = _parts(shard, table[ROW].to_numpy())
+            facts |= _parts(shard, table[ROW].to_numpy())
             table = table.drop_columns([ROW])
         with timed("write"):
             entry = place_shard(self.output, table, self.labelling.spec, shard.key, facts)
@@ -203,12 +217,15 @@ def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
     return {**failure, "file": unit.path, "row": row - unit.pool_row + unit.first_row}
 
 
-def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[Any]]:
-    """List unit, first row, row after the last and labelled rows of each part, in the order of the shard's rows."""
-    return [
-        [part.unit.uid, part.start, part.stop, int(np.diff(np.searchsorted(pool_rows, [part.begin, part.end]))[0])]
-        for part in shard.parts
-    ]
+def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, Any]:
+    """Describe which rows of its parts a shard has, in the order of its rows."""
+    edges = np.searchsorted(pool_rows, [[part.begin, part.end] for part in shard.parts])
+    return parts_of(
+        [
+            (part.unit.uid, part.start, part.stop, pool_rows[first:stop] - part.unit.pool_row)
+            for part, (first, stop) in zip(shard.parts, edges.tolist(), strict=True)
+        ]
+    )
 
 
 def _none_answered(dead_letters: Path) -> bool:

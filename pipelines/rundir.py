@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, write_config
 from distilbeam.pipelines.files import sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
@@ -211,7 +213,7 @@ def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> N
         with replacing(directory.config) as temporary:
             write_config(temporary, config)
         return
-    former = tomllib.loads(read_texts([directory.config])[0])
+    former = _with_defaults(tomllib.loads(read_texts([directory.config])[0]), type(config))
     essential = _essential if isinstance(config, RunConfig) else _essential_of_job
     differing = differing_keys(essential(former), essential(config.dump()))
     if differing:
@@ -219,6 +221,14 @@ def _check_config(directory: RunDirectory, config: RunConfig | LabelConfig) -> N
             f"{directory.root} was made by another configuration; it differs in {'; '.join(differing)}. "
             "Set these back, or choose another run.directory"
         )
+
+
+def _with_defaults(former: dict[str, Any], kind: type[RunConfig] | type[LabelConfig]) -> dict[str, Any]:
+    """Add the settings that came later with their defaults, which is how the directory was made."""
+    try:
+        return kind.model_validate(former).dump()
+    except ValidationError:
+        return former
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,8 @@ def state_of(path: str | Path) -> tuple[Any, ...]:
       StoreError: the store did not tell.
     """
     if is_remote(path):
-        return object_identity(to_path(path))[::-1]
+        version, size = object_identity(to_path(path))
+        return size, str(version)
     state = Path(path).stat()
     return state.st_size, state.st_mtime_ns, state.st_ino, os.uname().nodename
 
@@ -396,7 +397,7 @@ def _in_store(where: Path, what: str) -> Iterator[_PoolFile]:
             raise _not_parquet(
                 what, file.path, _first_line(e) if footer else "it does not end as Parquet files do"
             ) from e
-        yield _PoolFile(file.name, str(file.path), metadata, _digest(footer, file.bytes), (file.bytes, file.version))
+        yield _PoolFile(file.name, str(file.path), metadata, _digest(footer, file.bytes), (file.bytes, str(file.version)))
 
 
 def _digest(footer: bytes, size: int) -> str:

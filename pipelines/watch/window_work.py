@@ -77,7 +77,8 @@ class WindowWork:
         picks = None if window.budget is None else self._choose(window, pool, report)
         dead_letters = self.job.directory.dead_letters(f"window={window.number:06d}")
         work = self._work(window, dead_letters, picks)
-        tasks = plan_shards(pool.units, picks, self.job.config.engine.shard_rows, self.job.spec)
+        engine = self.job.config.engine
+        tasks = plan_shards(pool.units, picks, engine.shard_rows, self.job.spec, engine.shard_bytes)
         self._phase("label", work, tasks, report)
         wanted, failed = sum(task.rows for task in tasks), count_dead_letters(dead_letters)
         return {"rows": pool.rows, "wanted": wanted, "labelled": wanted - failed, "failed": failed}
