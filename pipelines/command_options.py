@@ -52,6 +52,7 @@ def run_steps(
     overrides: list[str] | None,
     log_level: str,
     until: tuple[str, int | None] | None,
+    check_content: bool = False,
 ) -> Path:
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
@@ -63,7 +64,14 @@ def run_steps(
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
-    return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+    return run(
+        settings,
+        base=config.parent,
+        beam_flags=flags or (),
+        display=Display(console),
+        until=until,
+        check_content=check_content,
+    )
 
 
 def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:

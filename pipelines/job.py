@@ -20,6 +20,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.content_digests import content_digests
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
@@ -71,22 +72,30 @@ class Job:
         """The teacher's fingerprint."""
         return cached_teacher(self.teacher).fingerprint()
 
-    def freeze(self) -> None:
+    def freeze(self, check_content: bool = False) -> None:
         """Record which data and which teacher the run belongs to, or check that they are still the same.
+
+        Args:
+          check_content: read all files, not only those that were touched since.
 
         Raises:
           ValueError: the data or the teacher changed since the run was started.
         """
+        contents = self._contents(check_content)
         now: dict[str, Any] = {
             "inputs": self.inputs.digest,
             "files": dict(self.inputs.pool.files),
             "teacher": self.fingerprint,
             "classes": list(self.inputs.classes),
+            "contents": contents,
         }
         path = self.directory.frozen
         if not path.exists():
             write_json(path, now)
         then = read_json(path)
+        if "contents" not in then and then["inputs"] == now["inputs"]:  # of a version that knew footers only
+            then["contents"] = contents
+            write_json(path, then)
         if then["teacher"] != now["teacher"]:
             raise ValueError(
                 f"the teacher changed: {self.directory.root} was started with {then['teacher']}, the configuration now "
@@ -98,6 +107,33 @@ class Job:
             raise ValueError(
                 f"the data changed since {self.directory.root} was started: {what}; put it back or choose another run.directory"
             )
+        if changed := self._changed(then["contents"], contents):
+            raise ValueError(
+                f"the data changed since {self.directory.root} was started: values in {', '.join(changed[:3])}"
+                f"{', …' if len(changed) > 3 else ''}, under the same footer; put it back or choose another run.directory"
+            )
+
+    def changed_files(self) -> list[str]:
+        """Read all files and list those that are not what the run was started with."""
+        then = read_json(self.directory.frozen).get("contents", {})
+        return self._changed(then, self._contents(check_all=True)) if then else []
+
+    def _contents(self, check_all: bool) -> dict[str, dict[str, str]]:
+        """Digest what is in the pool's and the labelled sets' files, by setting and name."""
+        sets = {"data.pool": self.inputs.pool, "data.labelled": self.inputs.labelled.plan}
+        sets |= {"data.validation": self.inputs.validation.plan, "data.test": self.inputs.test.plan}
+        cache = self.directory.root / "content-digests.json"
+        return {name: content_digests(plan, cache, check_all) for name, plan in sets.items()}
+
+    @staticmethod
+    def _changed(then: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
+        """List the files that hold something else, in words."""
+        return [
+            f"{setting} ({name})"
+            for setting, files in now.items()
+            for name, digest in files.items()
+            if then.get(setting, {}).get(name) != digest
+        ]
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""

@@ -244,6 +244,16 @@ class LabellingJob:
             because=because,
         )
 
+    def changed_files(self) -> list[str]:
+        """Read all labelled rows of the pool and list the files that hold something else."""
+        where = within(self.base, self.config.data.pool)
+        contents = read_contents(self._contents)
+        pool = contents.versioned(plan_pool(where, self.config.engine.unit_rows, "data.pool", self.columns))
+        known = contents.touched(pool, check_all=True)
+        changed = changed_files(pool, known, self.dataset, self._entries(self.dataset), self._labelling)
+        others = [name for name, footer in pool.files if name in contents.files and contents.files[name].footer != footer]
+        return sorted({*changed, *others})
+
     def label(
         self, plan: LabelPlan, options: PipelineOptions, report: Report, relabel: bool = False, **how: bool
     ) -> PhaseReport:

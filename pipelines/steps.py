@@ -89,6 +89,7 @@ def run(
     beam_flags: Sequence[str] = (),
     display: Display | None = None,
     until: tuple[str, int | None] | None = None,
+    check_content: bool = False,
 ) -> Path:
     """Carry out a run, or what is left of it.
 
@@ -102,6 +103,7 @@ def run(
       beam_flags: Beam's own options, such as `--runner=DataflowRunner`.
       display: where to show progress; nothing is shown without one.
       until: name and round of the last step to do; all steps without it.
+      check_content: read all files to find out whether they changed, not only those that were touched since.
 
     Returns:
       The run directory.
@@ -131,7 +133,7 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            job.freeze()
+            job.freeze(check_content)
         for step in todo:
             with display.step(step.title) as report:
                 step.do(report)

@@ -340,3 +340,21 @@ def test_a_dataset_of_version_0_1_goes_on(tmp_path: Path, command: Command) -> N
     command("label", *failing)
     assert len(labelled_ids(tmp_path)) == labelled
     assert not len(asked(tmp_path)) - calls, "rows that fail are not written down, and no other was asked"
+
+
+def test_verify_finds_that_the_pool_changed(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    plain(tmp_path)
+    command("label")
+
+    def verify() -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["verify", "job/labels", "--teacher", "label.toml"], catch_exceptions=False)
+        return result.exit_code, " ".join(result.output.split())
+
+    assert verify()[0] == 0
+    rewrite(tmp_path / "pool" / "2.parquet", [7])
+    status, said = verify()
+    assert status == 1
+    assert "1 file(s) hold other values than were labelled: 2.parquet; 'distilbeam label' asks its changed rows" in said
+    command("label")
+    assert verify()[0] == 0
