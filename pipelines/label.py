@@ -166,12 +166,14 @@ class Label:
     def _rows(self, shard: Shard, reader: RowReader) -> Iterator[pa.Table]:
         """Read the shard's rows in tables of about `batch_rows` rows, so that requests to the teacher are full."""
         waiting: list[pa.Table] = []
+        rows = size = 0
         for part in shard.parts:
             for table in read_rows(reader, part, self.picks):
                 waiting.append(table)
-                if _full(waiting, self.rows_at_once):
+                rows, size = rows + table.num_rows, size + table.nbytes
+                if rows >= self.rows_at_once or size >= BATCH_BYTES:
                     yield pa.concat_tables(waiting)
-                    waiting = []
+                    waiting, rows, size = [], 0, 0
         if waiting:
             yield pa.concat_tables(waiting)
 
@@ -203,11 +205,6 @@ class Label:
         """List the shards of which every row is in the dead letters, `committed` ones apart."""
         letters = (path for path in list_files(to_path(self.dead_letters), "*.parquet") if path.stem not in committed)
         return {path.stem for path in letters if _none_answered(path)}
-
-
-def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
-    rows, size = (sum(getattr(table, name) for table in tables) for name in ("num_rows", "nbytes"))
-    return bool(rows >= batch_rows or size >= BATCH_BYTES)
 
 
 def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:

@@ -285,6 +285,9 @@ class LabellingJob:
         done = self._phase(plan, options, report)
         if plan.rows_waiting:
             self._bring_up(self.plan(retry=False, search_all=True))
+        if not manifest_files(self.dataset):
+            failed = count_dead_letters(self.dead_letters)
+            raise ValueError(f"the teacher answered none of the {failed:,} rows asked; their errors are in {self.dead_letters}")
         if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
             compact_manifest(self.dataset)
         add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))

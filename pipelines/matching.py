@@ -29,7 +29,7 @@ from distilbeam.pipelines.pool_types import cast_batches
 from distilbeam.pipelines.questions import Digests, question_digests
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.shards import Part
-from distilbeam.pipelines.units import Pool, Unit
+from distilbeam.pipelines.units import DamagedFileError, Pool, Unit
 from distilbeam.teacher.softlabels.places import readable
 
 _READERS = 4
@@ -102,7 +102,10 @@ def read_rows_of(parts: Sequence[Part], columns: Sequence[str], labelling: Label
     def read_unit_rows(group: list[Part]) -> list[tuple[Digests, pa.Array]]:
         numbers = np.concatenate([part.numbers() for part in group])
         batches = (batch for batch, _ in RowReader(read, 65_536).read(group[0].unit, numbers))
-        return [(question_digests(batch, columns), _ids(batch, labelling)) for batch in batches]
+        try:
+            return [(question_digests(batch, columns), _ids(batch, labelling)) for batch in batches]
+        except DamagedFileError:  # its worker will say so, and other files are labelled
+            return [(np.zeros((len(numbers), 2), np.uint64), pa.nulls(len(numbers), pa.large_binary()))]
 
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
         found = [one for unit in pool.map(read_unit_rows, grouped) for one in unit]

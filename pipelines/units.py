@@ -29,6 +29,10 @@ BATCH_BYTES = 16 * 2**20  # of a batch that is worked on; a few of them are held
 ANSWER_BYTES = 64 * 2**20  # of a model's answers to a batch
 
 
+class DamagedFileError(ValueError):
+    """A file of the pool cannot be read to its end."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """A range of row groups of one Parquet file.
@@ -255,7 +259,7 @@ def read_groups(
       Record batches, in row order.
 
     Raises:
-      ValueError: the file is damaged.
+      DamagedFileError: the file is damaged.
     """
     bounded = min(batch_rows, max(1, BATCH_BYTES // _row_bytes(file.metadata, row_groups, columns)))
     try:
@@ -265,7 +269,7 @@ def read_groups(
     except StoreError:
         raise
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+        raise DamagedFileError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
 
 
 def answered_rows(batch_rows: int, num_classes: int) -> int:
