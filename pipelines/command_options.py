@@ -40,7 +40,9 @@ MaxFailuresOption = Annotated[
 ]
 CheckContentOption = Annotated[
     bool,
-    typer.Option("--check-content", help="Compare all rows with what was labelled, not only those of files touched since."),
+    typer.Option(
+        "--check-content", help="Compare all rows with what was labelled, not only those of files touched since."
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]

@@ -43,16 +43,13 @@ def changed_files(
         first = 0
         for part in labelled_parts(entry):
             unit = units.get(part.uid)
-            to_compare = unit is not None and part.rows > 0 and looked_at[unit.path] not in changed
-            if to_compare and not _holds(dataset / entry.path, first, part, unit, labelling):
+            if unit is not None and part.rows and not _holds(dataset / entry.path, first, part, unit, labelling):
                 changed.add(looked_at[unit.path])
             first += part.rows
     return [name for name in names if name in changed]
 
 
-def find_rows(
-    shard: Path, first: int, part: LabelledPart, unit: Unit, labelling: Labelling
-) -> tuple[int, ...] | None:
+def find_rows(shard: Path, first: int, part: LabelledPart, unit: Unit, labelling: Labelling) -> tuple[int, ...] | None:
     """Find which rows of a unit a part of a shard has, by their ids; None where they are not there."""
     stored = pq.read_table(readable(shard), columns=["example_id"], partitioning=None).slice(first, part.rows)
     rows = np.arange(part.start, part.stop)

@@ -188,7 +188,7 @@ def labelled_parts(entry: ManifestEntry) -> list[LabelledPart]:
         )
     listed = entry.extra["parts"]
     known = entry.extra.get("rows") or [None] * len(listed)
-    parts = [LabelledPart(*part, *_ranges(part, rows)) for part, rows in zip(listed, known, strict=True)]
+    parts = [LabelledPart(*part[:4], ranges=_ranges(part, rows)) for part, rows in zip(listed, known, strict=True)]
     if sum(part.rows for part in parts) != entry.rows:
         raise ValueError(f"the manifest entry of {entry.path} has {entry.rows:,} rows, its parts have others")
     return parts
@@ -202,12 +202,14 @@ def parts_of(parts: Sequence[tuple[str, int, int, npt.NDArray[np.int64]]]) -> di
     }
 
 
-def _ranges(part: Sequence[Any], rows: Sequence[int] | None) -> tuple[tuple[int, ...] | None]:
+def _ranges(part: Sequence[Any], rows: Sequence[int] | None) -> tuple[int, ...] | None:
     """Tell which rows a part has; entries of version 0.1 say so only where it has all or none."""
     _, start, stop, labelled = part
     if rows is not None:
-        return (tuple(rows),)
-    return ((start, stop) if labelled == stop - start else () if labelled == 0 else None,)
+        return tuple(rows)
+    if labelled == stop - start:
+        return (start, stop)
+    return () if labelled == 0 else None
 
 
 def _moved(entries: Sequence[ManifestEntry]) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,9 @@ def label(
     watch: Annotated[
         Path | None, typer.Option(help="Go on labelling the Parquet files that arrive in this directory.")
     ] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Drop the labels of files that are gone from the pool.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop the labels of files that are gone from the pool.")
+    ] = False,
     check_content: CheckContentOption = False,
     retry: Annotated[
         bool, typer.Option("--retry/--no-retry", help="Ask rows that had no answer before again, or leave them.")
@@ -140,7 +142,10 @@ def plan_sentences(plan: Any) -> list[str]:
         (plan.rows_copied, "rows ask what was answered already: the answers are copied."),
         (plan.rows_waiting, "rows ask what other rows ask: they are not asked, but get their answers."),
         (plan.rows_same, "rows are the same as others, id and content, and are kept once."),
-        (plan.rows_dead, "rows had no answer before (see the dead letters); 'label' asks them again, with --no-retry not."),
+        (
+            plan.rows_dead,
+            "rows had no answer before (see the dead letters); 'label' asks them again, with --no-retry not.",
+        ),
         (standing.rows_gone, "labels are of files that are gone; they are kept until 'label --prune'."),
         (standing.rows_dropped, "labels are of rows that are no longer in the pool and are dropped."),
     )
@@ -215,7 +220,8 @@ def _print_forecast(forecast: Any) -> None:
     workers = f"{forecast.workers} worker(s)"
     if forecast.sampled:
         console.print(
-            f"Measured on {forecast.sampled:,} rows that the teacher was asked about, whose labels are kept; for {workers}.", highlight=False
+            f"Measured on {forecast.sampled:,} rows that the teacher was asked about, whose labels are kept; for {workers}.",
+            highlight=False,
         )
     else:
         console.print(

@@ -181,7 +181,9 @@ class LabellingJob:
             dataset,
             former,
             replaced=contents.replaced(pool),
-            resolve=lambda entry, part, first, unit: find_rows(dataset / entry.path, first, part, unit, self._labelling),
+            resolve=lambda entry, part, first, unit: find_rows(
+                dataset / entry.path, first, part, unit, self._labelling
+            ),
         )
         if prune:
             standing = standing.pruned()
@@ -251,7 +253,9 @@ class LabellingJob:
         pool = contents.versioned(plan_pool(where, self.config.engine.unit_rows, "data.pool", self.columns))
         known = contents.touched(pool, check_all=True)
         changed = changed_files(pool, known, self.dataset, self._entries(self.dataset), self._labelling)
-        others = [name for name, footer in pool.files if name in contents.files and contents.files[name].footer != footer]
+        others = [
+            name for name, footer in pool.files if name in contents.files and contents.files[name].footer != footer
+        ]
         return sorted({*changed, *others})
 
     def label(
@@ -287,7 +291,9 @@ class LabellingJob:
             self._bring_up(self.plan(retry=False, search_all=True))
         if not manifest_files(self.dataset):
             failed = count_dead_letters(self.dead_letters)
-            raise ValueError(f"the teacher answered none of the {failed:,} rows asked; their errors are in {self.dead_letters}")
+            raise ValueError(
+                f"the teacher answered none of the {failed:,} rows asked; their errors are in {self.dead_letters}"
+            )
         if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
             compact_manifest(self.dataset)
         add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))
@@ -369,7 +375,8 @@ class LabellingJob:
             shard
             for dataset in datasets
             for entry in self._entries(dataset)
-            if (shard := Stored(dataset, entry, (), *(np.zeros((2, entry.rows), bool)))) and answers_fit(shard, self.spec)
+            if (shard := Stored(dataset, entry, (), *(np.zeros((2, entry.rows), bool))))
+            and answers_fit(shard, self.spec)
         )
 
     def _phase(self, plan: LabelPlan, options: PipelineOptions, report: Report) -> PhaseReport:

@@ -211,9 +211,7 @@ def _with_ids_of(rows: Rows, shard: Stored, user_ids: bool, pool: Pool) -> npt.N
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
-def _require_same_question(
-    rows: Rows, shard: Stored, asked: Digests, again: npt.NDArray[np.int64], pool: Pool
-) -> None:
+def _require_same_question(rows: Rows, shard: Stored, asked: Digests, again: npt.NDArray[np.int64], pool: Pool) -> None:
     both = np.flatnonzero(shard.held & (again >= 0))
     differs = (asked[both] != rows.questions[again[both]]).any(axis=1)
     if differs.any():
@@ -250,7 +248,9 @@ def _stored_digests(shard: Stored, columns: Sequence[str], pool: Pool) -> Digest
     types = dict(pool.types)
     casts = [(name, types[name]) for name in columns if file.schema_arrow.field(name).type != types[name]]
     try:
-        batches = list(cast_batches(file.iter_batches(65_536, columns=list(dict.fromkeys(columns))), casts, str(shard.path)))
+        batches = list(
+            cast_batches(file.iter_batches(65_536, columns=list(dict.fromkeys(columns))), casts, str(shard.path))
+        )
     except ValueError:  # other values than the pool now has
         return None
     return np.concatenate([question_digests(batch, columns) for batch in batches])

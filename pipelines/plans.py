@@ -64,7 +64,10 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
     if sample_rows:
         job.freeze()
         shard = _sample([_not_sampled(job)], sample_rows, job.sample_spec)
-        rates, sampled = measure_rates(job.sample_work(job.sampled, job.directory.dead_letters("sampled")), shard), shard.rows
+        rates, sampled = (
+            measure_rates(job.sample_work(job.sampled, job.directory.dead_letters("sampled")), shard),
+            shard.rows,
+        )
     todo = [step for step in steps_of(job) if not step.commit.exists()]
     scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
@@ -87,7 +90,9 @@ def _not_sampled(job: Job) -> Part:
     sampled = read_entries(manifest_files(job.sampled))
     asked = sum(entry.rows + int(entry.extra["failed"]) for entry in sampled)
     if asked >= unit.rows:
-        raise ValueError(f"--sample: the teacher was asked about all {unit.rows:,} rows that a sample is taken from; leave it out")
+        raise ValueError(
+            f"--sample: the teacher was asked about all {unit.rows:,} rows that a sample is taken from; leave it out"
+        )
     return Part(unit, asked, unit.rows)
 
 

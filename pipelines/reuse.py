@@ -16,8 +16,8 @@ def known_logits(
 ) -> npt.NDArray[np.float32]:
     """Look rows up in soft-label datasets of the same pool.
 
-    Only dense labels hold every class, so that rows of other kinds are not found; they give labels of any kind. The row groups to read are chosen by the
-    statistics of `pool_row`, which ascends within a dataset.
+    Only dense labels hold every class, so that rows of other kinds are not found; they give labels of any kind. The row groups to
+    read are chosen by the statistics of `pool_row`, which ascends within a dataset.
 
     Args:
       datasets: directories of datasets made from the same frozen pool.

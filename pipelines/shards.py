@@ -123,7 +123,9 @@ def plan_shards(
     """
     bounds = Bounds(shard_rows, shard_bytes)
     if picks is None:
-        return plan_pieces([piece for unit in units for piece in pieces(unit, bounds.rows_of(unit, spec))], bounds, spec)
+        return plan_pieces(
+            [piece for unit in units for piece in pieces(unit, bounds.rows_of(unit, spec))], bounds, spec
+        )
     chosen = [Part(unit, 0, rows) for unit in units if (rows := _count(unit, picks))]
     return _tasks([keyed(parts, picks, spec) for parts in _cut(chosen, bounds, spec)], picks)
 

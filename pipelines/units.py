@@ -269,7 +269,9 @@ def read_groups(
     except StoreError:
         raise
     except (pa.ArrowException, OSError) as e:
-        raise DamagedFileError(f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool") from e
+        raise DamagedFileError(
+            f"{path} is damaged ({_first_line(e)}); write it again or take it out of the pool"
+        ) from e
 
 
 def answered_rows(batch_rows: int, num_classes: int) -> int:
@@ -354,7 +356,9 @@ def _require_same(first: pa.Schema, schema: pa.Schema, path: str, what: str) -> 
 
 def _casts(file: _PoolFile, types: dict[str, pa.DataType]) -> tuple[tuple[str, pa.DataType], ...]:
     schema = file.metadata.schema.to_arrow_schema()
-    return tuple((name, kind) for name, kind in types.items() if name in schema.names and schema.field(name).type != kind)
+    return tuple(
+        (name, kind) for name, kind in types.items() if name in schema.names and schema.field(name).type != kind
+    )
 
 
 def _chunks(metadata: pq.FileMetaData, columns: Iterable[str]) -> dict[str, list[int]]:
@@ -401,7 +405,9 @@ def _in_store(where: Path, what: str) -> Iterator[_PoolFile]:
             raise _not_parquet(
                 what, file.path, _first_line(e) if footer else "it does not end as Parquet files do"
             ) from e
-        yield _PoolFile(file.name, str(file.path), metadata, _digest(footer, file.bytes), (file.bytes, str(file.version)))
+        yield _PoolFile(
+            file.name, str(file.path), metadata, _digest(footer, file.bytes), (file.bytes, str(file.version))
+        )
 
 
 def _digest(footer: bytes, size: int) -> str:

@@ -184,7 +184,9 @@ def identities(files: Sequence[Path]) -> dict[Path, Any]:
         return {file: (stat.st_ino, stat.st_mtime_ns) for file, stat in stats if stat is not None}
     folder: Any = files[0].parent
     with asking_store(f"{folder} could not be listed"):
-        listed = {info["name"].rpartition("/")[2]: object_version(info) for info in folder.fs.ls(folder.path, detail=True)}
+        listed = {
+            info["name"].rpartition("/")[2]: object_version(info) for info in folder.fs.ls(folder.path, detail=True)
+        }
     return {file: listed[file.name] for file in files if file.name in listed}
 
 

@@ -150,7 +150,9 @@ def answers_by_id(directory: Path) -> dict[str, list[float]]:
     return {
         key: row
         for table in tables
-        for key, row in zip(table["example_id"].to_pylist(), decode(table, manifest.spec).logprobs.tolist(), strict=True)
+        for key, row in zip(
+            table["example_id"].to_pylist(), decode(table, manifest.spec).logprobs.tolist(), strict=True
+        )
     }
 
 
@@ -188,7 +190,9 @@ def rewrite(file: Path, rows: list[int]) -> None:
     x[rows] = x[rows][:, ::-1] + 0.25
     footer = footer_of(file)
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    corrected = table.set_column(table.column_names.index("x"), table.schema.field("x"), vectors(x).cast(table["x"].type))
+    corrected = table.set_column(
+        table.column_names.index("x"), table.schema.field("x"), vectors(x).cast(table["x"].type)
+    )
     pq.write_table(corrected, file, row_group_size=20, **options)
     assert footer_of(file) == footer
 
@@ -252,9 +256,8 @@ def test_a_file_that_was_only_touched_is_left_and_check_content_looks_at_all(tmp
     assert len(asked(tmp_path)) == 241
 
 
-def test_a_file_that_is_replaced_in_the_middle_is_not_committed_under_its_former_key(
-    tmp_path: Path, command: Command
-) -> None:
+@pytest.mark.usefixtures("command")
+def test_a_file_that_is_replaced_in_the_middle_is_not_committed_under_its_former_key(tmp_path: Path) -> None:
     write_job(tmp_path)
     file = tmp_path / "pool" / "0.parquet"
     with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:

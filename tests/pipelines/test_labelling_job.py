@@ -126,7 +126,6 @@ def test_only_new_and_changed_files_are_asked_about(tmp_path: Path, command: Com
     for sentence in ("1 file(s) new: 00.parquet.", "1 file(s) changed: 2.parquet.", "1 file(s) gone: 1.parquet."):
         assert sentence in plan
 
-
     assert "60 labels are of files that are gone; they are kept until 'label --prune'." in plan
     assert "60 labels are of rows that are no longer in the pool and are dropped." in plan, "of the file that changed"
     command("label", "--prune")

@@ -30,7 +30,9 @@ def another_vector(table: pa.Table) -> pa.Table:
     values = x.flatten().to_numpy().copy()
     values[5] += 1
     return table.set_column(
-        table.column_names.index("x"), table.schema.field("x"), pa.FixedSizeListArray.from_arrays(pa.array(values), type=x.type)
+        table.column_names.index("x"),
+        table.schema.field("x"),
+        pa.FixedSizeListArray.from_arrays(pa.array(values), type=x.type),
     )
 
 
@@ -55,7 +57,9 @@ def test_values_that_changed_under_one_footer_are_refused(
     before = path.read_bytes()
     rewrite(path, change)
     assert len(path.read_bytes()) == len(before)
-    with pytest.raises(ValueError, match=rf"the data changed since .* was started: values in {named}, under the same footer"):
+    with pytest.raises(
+        ValueError, match=rf"the data changed since .* was started: values in {named}, under the same footer"
+    ):
         run(problem, base=tmp_path, until=("label", 0))
     path.write_bytes(before)
     run(problem, base=tmp_path, until=("select", 0))

@@ -398,7 +398,9 @@ def test_a_lost_file_stops_neither_its_window_nor_later_ones(tmp_path: Path, mon
     (tmp_path / "job" / "windows" / "000000.done.json").unlink()  # a window of which something is labelled waits
     (tmp_path / "in" / "b.parquet").unlink()
     arrive(tmp_path, "d.parquet", 4, 15)
-    with pytest.raises(ValueError, match=r"b.parquet is gone before window 0 was labelled; .*everything else is labelled"):
+    with pytest.raises(
+        ValueError, match=r"b.parquet is gone before window 0 was labelled; .*everything else is labelled"
+    ):
         watch_here(tmp_path, config)
     assert len(labelled_ids(tmp_path)) == 19
 

@@ -47,7 +47,9 @@ def test_a_file_outside_is_neither_read_nor_removed(dataset: Path, tmp_path: Pat
     outside = tmp_path / "outside.parquet"
     (dataset / "s.parquet").rename(outside)
     change(dataset, path=str(outside) if absolute else "../outside.parquet")
-    expected = r"path must be relative" if absolute else r"leads to '../outside.parquet', which is not a file of the dataset"
+    expected = (
+        r"path must be relative" if absolute else r"leads to '../outside.parquet', which is not a file of the dataset"
+    )
     for read in (read_manifest, verify_labels):
         with pytest.raises(ValueError, match=expected):
             read(dataset)
