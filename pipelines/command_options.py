@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
 
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
+_PATIENCE_S = 30.0  # for a request in flight
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
 BeamArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options.", show_default=False)
+    list[str] | None, typer.Argument(metavar="-- BEAM OPTIONS", help="Beam's own options.", show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -43,6 +45,10 @@ CheckContentOption = Annotated[
     typer.Option(
         "--check-content", help="Compare all rows with what was labelled, not only those of files touched since."
     ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
@@ -92,9 +98,22 @@ def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[s
 
 
 def stop_at_once(*_: object) -> None:
-    """End at once: every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own."""
+    """End as soon as what the teacher was asked is kept; at once where nobody is asked, or when told a second time.
+
+    Every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own.
+    """
+    phases = sys.modules.get("distilbeam.pipelines.phases")
+    if phases is None or not phases.interrupt():
+        end_stopped("stopped; the same command goes on from here")
+    patience = threading.Timer(_PATIENCE_S, end_stopped, ["stopped; the same command goes on from here"])
+    patience.daemon = True
+    patience.start()
+
+
+def end_stopped(sentence: str) -> None:
+    """Say so and end."""
     console.show_cursor(True)
-    errors.print("stopped; the same command goes on from here")
+    errors.print(sentence, highlight=False, soft_wrap=True)
     os._exit(130)
 
 

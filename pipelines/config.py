@@ -60,7 +60,7 @@ class PoolSection(_Section):
 
 
 class DataSection(PoolSection):
-    """The data of a run; without `classes` they are the sorted labels of the labelled sets."""
+    """The data of a run; without `classes` they are the labels of the labelled sets, numerals by value, then text."""
 
     labelled: str = Field(description="labelled examples that student 0 is trained on")
     validation: str = Field(
@@ -71,6 +71,15 @@ class DataSection(PoolSection):
         description="labelled examples for the final table; without them the validation set serves, and the report says so",
     )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
+    check_classes: bool = Field(
+        True,
+        description="stop where the teacher's answers for the validation set are no better than chance, or fit far better with "
+        "its outputs in another order",
+    )
 
 
 class LabelDataSection(PoolSection):
@@ -91,7 +100,8 @@ class _LabelForm(_Section):
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
-        "float32", description="float32 columns rounded to half precision, which every reader opens, or float16"
+        "float32",
+        description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory",
     )
 
     @model_validator(mode="after")
@@ -181,6 +191,8 @@ class EngineSection(_Section):
     max_failures: int | None = Field(
         None, ge=0, description="rows without an answer at which a step stops; without it they never do"
     )
+    flush_s: float = Field(60.0, gt=0, description="seconds after which the answers to a part of a shard are kept")
+    retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
 class PricesSection(_Section):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import stop_at_once
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 
-console = Console()
+console = plain_console()
 
 
 def ingest(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.contents import Contents
-from distilbeam.pipelines.files import write_parquet
+from distilbeam.pipelines.dead_letters import AGAIN, drop_answered, letters_table, write_letters
 from distilbeam.pipelines.growth import Mask
+from distilbeam.pipelines.shards import Shard
 from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.teacher.softlabels.places import list_files, readable, remove_files
 
@@ -24,7 +26,7 @@ def dead_rows(folder: Path, pool: Pool, contents: Contents) -> dict[str, Mask]:
       pool: the pool.
       contents: what was known of its files when the letters were written.
     """
-    files = list_files(folder, "*.parquet")
+    files = [*list_files(folder, "*.parquet"), *list_files(folder / AGAIN, "*.parquet")]
     if not files:
         return {}
     known = _units_by_path(pool, contents)
@@ -37,22 +39,54 @@ def dead_rows(folder: Path, pool: Pool, contents: Contents) -> dict[str, Mask]:
     return found
 
 
-def forget_letters(folder: Path, pool: Pool, keep: Mapping[str, Mask]) -> None:
-    """Remove the dead letters of all rows but some of the pool's."""
-    units = _units_by_path(pool, None)
-    gone: list[Path] = []
-    for file in list_files(folder, "*.parquet"):
-        if not keep:
-            gone.append(file)
-            continue
-        letters = pq.read_table(readable(file), partitioning=None)
-        places = zip(letters["file"].to_pylist(), letters["row"].to_pylist(), strict=True)
-        kept = [_is_kept(_unit_of(units.get(path, []), row), row, keep) for path, row in places]
-        if not any(kept):
-            gone.append(file)
-        elif not all(kept):
-            write_parquet(file, letters.filter(pa.array(kept)))
-    remove_files(gone)
+def set_aside(folder: Path, shards: Sequence[Shard], pool: Pool, contents: Contents, done: set[str]) -> None:
+    """Set the dead letters of rows that are about to be asked aside; those of rows that have left the pool are removed.
+
+    Args:
+      folder: the dead letters; see `dead_letters`.
+      shards: what is about to be asked.
+      pool: the pool.
+      contents: what is known of its files.
+      done: keys of the committed shards.
+    """
+    drop_answered(folder, done)
+    files = [*list_files(folder, "*.parquet"), *list_files(folder / AGAIN, "*.parquet")]
+    if not files:
+        return
+    known = _units_by_path(pool, contents)
+    asked = _owners(shards, dead_rows(folder, pool, contents))
+    moved: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    rest: dict[Path, pa.Table] = {}
+    for file in files:
+        table = pq.read_table(readable(file), partitioning=None)
+        stays = np.zeros(table.num_rows, bool)
+        for i, letter in enumerate(table.to_pylist()):
+            unit = _unit_of(known.get(letter["file"], []), letter["row"])
+            key = asked.get((unit.uid, letter["row"] - unit.first_row)) if unit is not None else None
+            stays[i] = unit is not None and key is None
+            if key is not None:
+                same = moved.setdefault(key, {})
+                before = same.get((letter["file"], letter["row"]), letter)
+                same[letter["file"], letter["row"]] = max(before, letter, key=lambda one: one["attempts"])
+        rest[file] = table.filter(pa.array(stays))
+    targets = {folder / AGAIN / f"{key}.parquet": list(letters.values()) for key, letters in moved.items()}
+    for path, letters in targets.items():
+        write_letters(path, letters_table(letters), 1)
+    for file, table in rest.items():
+        if table.num_rows and table.num_rows < pq.read_metadata(readable(file)).num_rows and file not in targets:
+            write_letters(file, table, 1)
+    remove_files([file for file, table in rest.items() if not table.num_rows and file not in targets])
+
+
+def _owners(shards: Sequence[Shard], dead: Mapping[str, Mask]) -> dict[tuple[str, int], str]:
+    """Find the shard in which a dead row of a unit is asked."""
+    owners: dict[tuple[str, int], str] = {}
+    for shard in shards:
+        for part in shard.parts:
+            if part.unit.uid in dead:
+                rows = part.numbers()
+                owners |= {(part.unit.uid, row): shard.key for row in rows[dead[part.unit.uid][rows]].tolist()}
+    return owners
 
 
 def _units_by_path(pool: Pool, contents: Contents | None) -> dict[str, list[Unit]]:
@@ -67,7 +101,3 @@ def _units_by_path(pool: Pool, contents: Contents | None) -> dict[str, list[Unit
 
 def _unit_of(units: list[Unit], row: int) -> Unit | None:
     return next((unit for unit in units if unit.first_row <= row < unit.first_row + unit.rows), None)
-
-
-def _is_kept(unit: Unit | None, row: int, keep: Mapping[str, Mask]) -> bool:
-    return unit is not None and unit.uid in keep and bool(keep[unit.uid][row - unit.first_row])

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
 from rich import box
-from rich.table import Table
 
 from distilbeam.pipelines.config import PricesSection
 from distilbeam.pipelines.label import Label
@@ -28,6 +27,7 @@ from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import Part, Shard, read_rows
 from distilbeam.pipelines.units import Unit
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 _WARM_UP = 256  # rows: the first calls load and compile
 _PARTS = 3  # of a sample, whose median counts
@@ -225,9 +225,9 @@ def workers_of(options: PipelineOptions) -> int:
     return int(options.view_as(WorkerOptions).num_workers or local or 1)
 
 
-def forecast_table(forecast: Forecast) -> Table:
+def forecast_table(forecast: Forecast) -> PlainTable:
     """Lay a forecast out for reading."""
-    table = Table(title="What is left", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table = PlainTable(title="What is left", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.collapse_padding = True
     for name in ("", "rows", "teacher calls", "shards", "MB", "time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))

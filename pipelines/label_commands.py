@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
@@ -21,16 +20,17 @@ from distilbeam.pipelines.command_options import (
     MaxFailuresOption,
     RoundOption,
     SetOption,
+    TrustOption,
     check_early,
     run_steps,
     stop_at_once,
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import watch_directory
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.warm_workers import begin
 
-console = Console()
+console = plain_console()
 
 
 def label(
@@ -47,10 +47,8 @@ def label(
         bool, typer.Option("--prune", help="Drop the labels of files that are gone from the pool.")
     ] = False,
     check_content: CheckContentOption = False,
-    retry: Annotated[
-        bool, typer.Option("--retry/--no-retry", help="Ask rows that had no answer before again, or leave them.")
-    ] = True,
     max_failures: MaxFailuresOption = None,
+    trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -79,10 +77,14 @@ def label(
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
     if watch is not None and (prune or check_content):
         raise ValueError("--prune and --check-content are for a pool, --watch labels what arrives: leave them out")
+    if trust:
+        from distilbeam.student.trust import trust as trust_code
+
+        trust_code(*trust)
     if watch is not None:
         watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
         return
-    how = {"prune": prune, "check_content": check_content, "retry": retry}
+    how = {"prune": prune, "check_content": check_content, "retry": settings.engine.retry}
     _label_pool(settings, config.parent.resolve(), beam_options or [], relabel, how)
 
 
@@ -173,11 +175,10 @@ def _job(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
 @contextmanager
 def _run_directory(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
     """Give a run directory, made and held where something is to be kept in it."""
-    from distilbeam.pipelines.rundir import RunDirectory, opened_run
-    from distilbeam.teacher.softlabels.places import within
+    from distilbeam.pipelines.rundir import opened_run, planned_run
 
     if not held:
-        yield RunDirectory(within(base, settings.run.directory).resolve())
+        yield planned_run(settings, base)
         return
     with opened_run(settings, base) as directory:
         yield directory

@@ -25,7 +25,8 @@ from distilbeam.pipelines.comparing import changed_files, find_rows
 from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.contents import Contents, read_contents
 from distilbeam.pipelines.copying import Copy, answers_fit, copy_answers, plan_copies
-from distilbeam.pipelines.dead_letter_rows import dead_rows, forget_letters
+from distilbeam.pipelines.dead_letter_rows import dead_rows, set_aside
+from distilbeam.pipelines.dead_letters import drop_answered, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.growth import Mask, Standing, Stored, wanted_pieces
@@ -36,12 +37,13 @@ from distilbeam.pipelines.matching import match, read_rows_of
 from distilbeam.pipelines.models import cached_teacher, teacher_text
 from distilbeam.pipelines.moving import move_folder
 from distilbeam.pipelines.phases import PhaseReport, run_phase
+from distilbeam.pipelines.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.row_ranges import from_ranges, to_ranges
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Bounds, Part, Task, plan_pieces
 from distilbeam.pipelines.units import Pool, Unit, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
-from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, compact_manifest, read_manifest
+from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import manifest_files
 from distilbeam.teacher.softlabels.places import is_remote, within
@@ -114,9 +116,14 @@ class LabellingJob:
       config: the configuration.
       base: directory that relative paths are relative to.
       directory: the job's directory, held by this process where anything is to be done.
+
+    Raises:
+      ValueError: a column that is read or carried has a name of ours.
     """
 
     def __init__(self, config: LabelConfig, base: Path, directory: RunDirectory) -> None:
+        data, read = config.data, config.teacher.input.columns
+        require_free_for_labelling(data.carry, read, data.id, "data.carry")
         self.config, self.base, self.directory = config, base, directory
 
     @property
@@ -132,7 +139,7 @@ class LabellingJob:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        return teacher_text(self.config.teacher, self.base, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:
@@ -285,15 +292,12 @@ class LabellingJob:
                 )
             move_folder(self.dataset, self._set_aside(read_manifest(self.dataset).spec), self.directory.root)
         plan = self.prepare(plan, **how)
-        forget_letters(self.dead_letters, plan.pool, keep={} if how.get("retry", True) else self._dead(plan))
+        self._set_letters_aside(plan)
         done = self._phase(plan, options, report)
+        drop_answered(self.dead_letters, committed(self.dataset))
+        self._require_some()
         if plan.rows_waiting:
             self._bring_up(self.plan(retry=False, search_all=True))
-        if not manifest_files(self.dataset):
-            failed = count_dead_letters(self.dead_letters)
-            raise ValueError(
-                f"the teacher answered none of the {failed:,} rows asked; their errors are in {self.dead_letters}"
-            )
         if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
             compact_manifest(self.dataset)
         add_work(self.directory.work, "label", with_counts_of(done, self.dataset, plan.tasks))
@@ -315,8 +319,15 @@ class LabellingJob:
         copy_answers(plan.copies, self.dataset, self.work(self.dataset, self.dead_letters))
         growth.mend(plan.standing.stored)
 
-    def _dead(self, plan: LabelPlan) -> Mapping[str, Mask]:
-        return dead_rows(self.dead_letters, plan.pool, plan.contents)
+    def _set_letters_aside(self, plan: LabelPlan) -> None:
+        """Set the dead letters of rows that are asked again aside, and forget those of rows that are not in the pool."""
+        shards = [shard for task in plan.tasks for shard in task.shards]
+        set_aside(self.dead_letters, shards, plan.pool, plan.contents, committed(self.dataset))
+
+    def _require_some(self) -> None:
+        failed = count_dead_letters(self.dead_letters)
+        if failed and not manifest_files(self.dataset):
+            raise ValueError(none_answered_sentence(self.dead_letters, failed))
 
     def work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work, into given directories."""
@@ -329,6 +340,8 @@ class LabellingJob:
             batch_rows=self.config.engine.batch_rows,
             growing=True,
             max_failures=self.config.engine.max_failures,
+            flush_s=self.config.engine.flush_s,
+            retry=self.config.engine.retry,
         )
 
     @cached_property

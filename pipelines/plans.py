@@ -68,7 +68,7 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
             measure_rates(job.sample_work(job.sampled, job.directory.dead_letters("sampled")), shard),
             shard.rows,
         )
-    todo = [step for step in steps_of(job) if not step.commit.exists()]
+    todo = [step for step in steps_of(job) if not step.done]
     scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
@@ -109,6 +109,8 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
         case "label":
             assert step.round is not None
             rows = budget - _labelled(job.directory.labels(step.round))
+        case "compare" if job.directory.summary(job.comparison.labels(0)).exists():
+            return None
         case "compare":
             total = budget * config.run.rounds
             rows = math.ceil(total * (1 - total / pool))  # the others were bought by the rounds

@@ -37,7 +37,7 @@ def known_logits(
         manifest = read_manifest(directory)
         for path in manifest.paths():
             if (manifest.spec.kind, manifest.spec.teacher) == ("dense", spec.teacher):
-                table = pq.read_table(path, filters=bounds)
+                table = pq.read_table(path, filters=bounds, page_checksum_verification=True)
                 here = [position.get(row, -1) for row in table["pool_row"].to_pylist()]
                 wanted = np.flatnonzero(np.array(here, np.int64) >= 0)
                 if len(wanted):

@@ -26,6 +26,7 @@ from distilbeam.pipelines.row_ranges import count, from_ranges, to_ranges
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import picks_file
 from distilbeam.pipelines.units import Unit
+from distilbeam.teacher.inputs.columns import without_dictionaries
 from distilbeam.teacher.softlabels import SoftLabelSpec, label_key
 
 PICK_FIELDS = (pa.field("gain", pa.float32()), pa.field("inclusion_probability", pa.float32()))
@@ -167,7 +168,8 @@ def read_rows(reader: RowReader, part: Part, picks: str | None) -> Iterator[pa.T
     """
     chosen = _chosen(part, picks)
     rows = chosen["row"].to_numpy()
-    for batch, which in reader.read(part.unit, rows):
+    for stored, which in reader.read(part.unit, rows):
+        batch = without_dictionaries(stored)
         arrays = [*batch.columns, pa.array(rows[which] + part.unit.pool_row)]
         fields = [*batch.schema, pa.field("pool_row", pa.int64())]
         for field in PICK_FIELDS:

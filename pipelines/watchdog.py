@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.warm_workers import CLIENT, in_processes
+from distilbeam.pipelines.warm_workers import CLIENT, deaths, in_processes
 
+_FIRST_LOOK_S = 0.02  # a worker may die at once
 _given_up = threading.Event()
 
 
@@ -49,19 +50,23 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
     threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
     workers: dict[int, psutil.Process] = {}
     gone_since: float | None = None
-    while not _ended(outcome, poll_s):
+    before = deaths().keys()
+    wait_s = _FIRST_LOOK_S
+    while not _ended(outcome, wait_s):
+        wait_s = min(poll_s, 2 * wait_s)
         workers |= {process.pid: process for process in _workers()}
         alive = [process for process in workers.values() if _alive(process)]
-        if len(alive) == len(workers):
+        died = {process: how for process, how in deaths().items() if process not in before}
+        if len(alive) == len(workers) and not died:
             continue
         gone_since = gone_since or time.monotonic()
         if time.monotonic() - gone_since > grace_s:
             _given_up.set()
             for process in alive:
                 process.kill()
-            raise WorkerLostError(
-                f"{len(workers) - len(alive)} of {len(workers)} worker processes died (killed, or out of memory)"
-            )
+            lost = max(1, len(workers) - len(alive), len(died))
+            how = ", ".join(sorted(set(died.values()))) or "killed, or out of memory"
+            raise WorkerLostError(f"{lost} of {max(lost, len(workers))} worker processes died ({how})")
     return outcome.result()
 
 

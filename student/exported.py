@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distilbeam.student.export import EXPORT_VERSION
+from distilbeam.student.own_files import found_in
 from distilbeam.student.runners import open_runner
+from distilbeam.student.trust import code_of_input, require_trusted
 from distilbeam.teacher.preprocess import InputConfig, make_input
 
 ROWS = 256
@@ -33,7 +36,7 @@ class ExportedStudent:
     def __init__(self, directory: Path, description: dict[str, Any], threads: int | None = None) -> None:
         self.description = description
         self.classes: tuple[str, ...] = tuple(description["classes"])
-        self.input = InputConfig.model_validate(description["input"])
+        self.input = found_in(InputConfig.model_validate(description["input"]), directory)
         self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
         self.num_parameters: int = description["student"]["parameters"]
         self.size_bytes: int = description["size_bytes"]
@@ -56,12 +59,13 @@ class ExportedStudent:
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
 
-def load_export(directory: str | Path, threads: int | None = None) -> ExportedStudent:
+def load_export(directory: str | Path, threads: int | None = None, trust: Sequence[str] = ()) -> ExportedStudent:
     """Load an export.
 
     Args:
       directory: written by `export_student`.
       threads: most threads of one operation; the runtime's own choice without it.
+      trust: modules, or `module:name`, whose code the export may call to make its input.
 
     Returns:
       The export.
@@ -80,9 +84,13 @@ def load_export(directory: str | Path, threads: int | None = None) -> ExportedSt
         raise ValueError(
             f"{directory} has format version {description.get('format_version')}, this release reads {EXPORT_VERSION}"
         )
-    file = directory / str(description["file"])
-    if file.parent != directory or file.is_symlink():
-        raise ValueError(f"file in {directory / 'export.json'} must be a file beside it, got {description['file']!r}")
+    file = directory / description["file"]
+    if Path(description["file"]).name != description["file"]:
+        raise ValueError(
+            f"{directory / 'export.json'} names the file {description['file']!r}, which must lie beside it"
+        )
     if hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() != description["digest"]:
         raise ValueError(f"{file} is not the file that was exported: its digest differs; export the student again")
+    inputs = InputConfig.model_validate(description["input"])
+    require_trusted(code_of_input(inputs), directory / "export.json", trust)
     return ExportedStudent(directory, description, threads)

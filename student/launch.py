@@ -30,7 +30,7 @@ import os
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 import typer
@@ -39,6 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distilbeam.student.blind import train_blind
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.labelled import with_meaning
 from distilbeam.student.train import TrainResult, train
 from distilbeam.student.train_config import TrainConfig
 
@@ -54,6 +55,10 @@ class DataConfig(BaseModel):
     labelled_answers: tuple[str, ...] = Field((), description="soft labels of these examples, for training.finetune")
     validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
     label: str = Field("label", description="column with the true class")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
     classes: tuple[str, ...] = Field(description="names of the classes in the order of the logits", min_length=2)
     directory: str = Field("student", description="where the student appears")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
@@ -92,6 +97,8 @@ def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResul
         )
     student = config.student.model_copy(update={"input": config.student.input.relative_to(base)})
     tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
+    if data.integers is not None:
+        tables = [None if table is None else with_meaning(table, data.label, data.integers) for table in tables]
     soft_labels, answers = ([base / path for path in paths] for paths in (data.soft_labels, data.labelled_answers))
     common: dict[str, Any] = {
         "classes": data.classes,
@@ -141,7 +148,7 @@ def main(
     """Train a student over Parquet files."""
     first = os.environ.get("RANK", "0") == "0"
     columns = (
-        TextColumn("  {task.fields[note]}"),
+        TextColumn("  {task.fields[note]}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -166,4 +173,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

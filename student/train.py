@@ -23,24 +23,28 @@ import torch
 from torch import nn
 
 from distilbeam.student.augment import Mixture
+from distilbeam.student.bad_rows import row_sentence
 from distilbeam.student.checkpoint import load_student, save_student
+from distilbeam.student.class_labels import INTEGERS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.generators import own_generators
 from distilbeam.student.identity import identity
-from distilbeam.student.labelled import Examples
+from distilbeam.student.labelled import Examples, integers_meant
 from distilbeam.student.models import build_student
 from distilbeam.student.network import make_network
 from distilbeam.student.observe import Observer, Progress
 from distilbeam.student.optimizer import make_optimizer, moving_average, set_lr
 from distilbeam.student.processes import end_step, joined_processes
+from distilbeam.student.single_rows import require_room_for_norms
 from distilbeam.student.sources import Sources, StepRows, open_sources
 from distilbeam.student.step_loss import step_loss
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
+from distilbeam.student.trust import trust_config
 
 EVALUATION_ROWS = 1024
 
@@ -82,7 +86,7 @@ def train(
       training: how.
       classes: names of the classes in the order of the logits.
       labelled: human-labelled examples, or None.
-      label_column: column of `labelled` and `validation` with the true class, as a name or an index.
+      label_column: column of `labelled` and `validation` with the true class, as a name or an index; see `class_labels`.
       soft_labels: directories of soft-label datasets that mean the same; may be empty when there are labelled examples.
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
@@ -106,11 +110,14 @@ def train(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    if len(set(classes)) < len(classes) or len(classes) < 2:
+        raise ValueError(f"classes must be at least two different names, got {', '.join(classes) or 'none'}")
     if training.finetune is not None:
         raise ValueError(
             "finetune is the second phase of blind distillation, which train_blind does; leave it out here"
         )
 
+    trust_config(student)
     with joined_processes(training.device) as processes, own_generators(seed, processes.device):
         device = processes.device
         sources = open_sources(
@@ -130,6 +137,7 @@ def train(
         spec = None if sources.soft is None else sources.soft.spec
 
         module = build_student(student, sources.input_shape, len(classes))
+        require_room_for_norms(module, sources, student)
         if init is not None:
             _start_from(module, init, student)
         module.to(device)
@@ -168,7 +176,9 @@ def train(
 
                         value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
                         if not math.isfinite(value + length):
-                            raise ValueError(_not_finite(value, length, state.done, total, training, work, rows))
+                            raise ValueError(
+                                _not_finite(value, length, state.done, total, training, work, rows, sources)
+                            )
                         state.done += 1
                         state.loss_sum += value
                         observer.step(state.done, value, lr, None if norm is None else length, rows.count)
@@ -178,7 +188,11 @@ def train(
 
                     processes.align(module, state.shown)
                     figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
-                    measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
+                    measured = (
+                        _validate(state.shown, sources.held_out, device, student, training.lr)
+                        if processes.first
+                        else {}
+                    )
                     figures |= processes.from_first(measured)
                     state.end_epoch(figures)
                     observer.epoch(state.done, figures)
@@ -200,30 +214,45 @@ def train(
             if processes.first:
                 module.load_state_dict(state.best)
                 extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                extra[INTEGERS] = integers_meant([labelled, validation], label_column, classes)
                 save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
                 work.remove()
             processes.wait()
     return TrainResult(metrics | {"seconds": observer.seconds}, directory)
 
 
-def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:
+def _validate(
+    module: nn.Module, held_out: Examples | None, device: torch.device, student: StudentConfig, lr: float
+) -> dict[str, float]:
     if held_out is None:
         return {}
     logits = forward(module, held_out.inputs.split(EVALUATION_ROWS), device)
-    if not np.isfinite(logits).all():
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all() and finite.any():
+        row = int(finite.argmin())
+        what = f"makes the student's logits {logits[row][~np.isfinite(logits[row])][0]}, its largest number is "
+        what += f"{float(held_out.inputs[row].abs().max()):.3g}"
+        raise ValueError(row_sentence("validation", row, what, student.input.columns))
+    if not finite.all():
         raise ValueError(f"the student's logits stopped being numbers; lower training.lr ({lr})")
     measured = evaluate(logits, held_out.classes.numpy())
     return {f"validation_{name}": measured[name] for name in ("nll", "accuracy", "ece")}
 
 
 def _not_finite(
-    loss: float, norm: float, done: int, total: int, training: TrainConfig, work: TrainingDirectory, rows: StepRows
+    loss: float,
+    norm: float,
+    done: int,
+    total: int,
+    training: TrainConfig,
+    work: TrainingDirectory,
+    rows: StepRows,
+    sources: Sources,
 ) -> str:
     what = f"training loss became {loss}" if not math.isfinite(loss) else f"norm of the gradient became {norm}"
-    return (
-        f"the {what} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look for missing values in the "
-        f"inputs: the step's rows are in {work.keep_batch(rows)}"
-    )
+    bad = rows.unusable(sources)
+    way_out = f"{bad}; correct it or leave it out" if bad else f"lower training.lr ({training.lr})"
+    return f"the {what} in step {done + 1} of {total}; {way_out}. The step's rows are in {work.keep_batch(rows)}"
 
 
 def _start_from(module: nn.Module, init: str | Path, config: StudentConfig) -> None:

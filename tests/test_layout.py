@@ -20,7 +20,7 @@ PARTS = distilbeam.PARTS
 # what a part may import of the others; "teacher.softlabels" stands for that sub-package alone
 ALLOWED = {
     "pipelines": {"teacher", "selection", "student"},
-    "student": {"kernels", "teacher.softlabels", "teacher.preprocess", "selection"},
+    "student": {"kernels", "teacher.softlabels", "teacher.preprocess", "teacher.programs", "selection"},
     "teacher": set(),
     "selection": set(),
     "kernels": set(),

@@ -22,6 +22,7 @@ from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.labelling_job import LabellingJob
 from distilbeam.pipelines.models import cached_student
+from distilbeam.pipelines.reserved_names import require_free_names
 from distilbeam.pipelines.rundir import require_apart
 from distilbeam.pipelines.watch.arrivals import Arrival, Arrivals, PassedOver
 from distilbeam.pipelines.watch.window_work import LostFileError, WindowWork
@@ -196,6 +197,8 @@ class _Frozen:
             "student": student,
         }
         columns = [*job.columns, *(work.student_columns() if student else ())]
+        if student:
+            require_free_names(work.student_columns(), "watch.student")
         self.columns = tuple(dict.fromkeys(columns))
         if not self._path.exists():
             if begun or any((job.dataset / "_manifest").glob("*.json*")):

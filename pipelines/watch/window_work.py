@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import count_dead_letters
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import WatchSection
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.label import Label
 from distilbeam.pipelines.labelling_job import LabellingJob
@@ -21,12 +23,16 @@ from distilbeam.pipelines.phases import run_phase
 from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import Shard, plan_shards
 from distilbeam.pipelines.units import Pool, plan_units
+from distilbeam.pipelines.unusable_rows import gather_unusable, unusable_list, unusable_sentence
 from distilbeam.pipelines.watch.arrivals import Arrival, PassedOver
 from distilbeam.pipelines.watch.windows import Window
 from distilbeam.pipelines.work_log import add_work
-from distilbeam.teacher.softlabels import ManifestEntry
+from distilbeam.student.trust import trusted
+from distilbeam.teacher.softlabels import ManifestEntry, committed
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 from distilbeam.teacher.softlabels.places import list_files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,10 @@ class WindowWork:
         work = self._work(window, dead_letters, picks)
         engine = self.job.config.engine
         tasks = plan_shards(pool.units, picks, engine.shard_rows, self.job.spec, engine.shard_bytes)
-        self._phase("label", work, tasks, report)
+        spec, done = self.job.spec, committed(self.job.dataset)
+        again = ask_again(dead_letters, pool.units, picks, engine.shard_rows, spec, done) if engine.retry else []
+        self._phase("label", work, [*tasks, *again], report)
+        drop_answered(dead_letters, committed(self.job.dataset))
         wanted, failed = sum(task.rows for task in tasks), count_dead_letters(dead_letters)
         return {"rows": pool.rows, "wanted": wanted, "labelled": wanted - failed, "failed": failed}
 
@@ -155,9 +164,18 @@ class WindowWork:
             digests={"pool": pool.digest, "student": cached_student(student).fingerprint()},
         )
         batch_rows = self.job.config.engine.batch_rows
-        score = Score(student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows)
+        score = Score(
+            student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows, trust=trusted()
+        )
         self._phase("score", score, pool.units, report)
-        choose(choice)
+        usable = pool.rows
+        if unusable := gather_unusable(choice.gains, pool.units):
+            log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
+            usable -= len(unusable)
+        if not usable:
+            choice.picks.mkdir(parents=True, exist_ok=True)
+            return str(choice.picks)
+        choose(replace(choice, budget=min(window.budget, usable)))
         return str(choice.picks)
 
     def _work(self, window: Window, dead_letters: Path, picks: str | None) -> WindowLabel:

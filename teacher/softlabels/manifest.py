@@ -37,6 +37,7 @@ class ManifestEntry:
       checksum: hash of its file.
       spec: its specification.
       extra: further facts, as JSON values.
+      footer: hash of its footer; empty in entries of former versions.
     """
 
     key: str
@@ -46,6 +47,7 @@ class ManifestEntry:
     checksum: str
     spec: SoftLabelSpec
     extra: Mapping[str, Any] = field(default_factory=dict)
+    footer: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON values."""
@@ -73,7 +75,8 @@ class ManifestEntry:
             raise ValueError(f"extra must be given as dict, got {data['extra']!r}")
         _require_relative(data["path"])
         spec = SoftLabelSpec.from_json(data["spec"])
-        return cls(**{name: data[name] for name in _REQUIRED if name != "spec"}, spec=spec, extra=data.get("extra", {}))
+        required = {name: data[name] for name in _REQUIRED if name != "spec"}
+        return cls(**required, spec=spec, extra=data.get("extra", {}), footer=str(data.get("footer", "")))
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,16 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     return [data.decode() for data in read_ranges(files, [(0, None)] * len(files))]
 
 
+def read_bytes(file: Path) -> bytes:
+    """Read a file whole.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      StoreError: the store did not give it.
+    """
+    return read_ranges([file], [(0, None)])[0] if is_remote(file) else file.read_bytes()
+
+
 def read_ranges(files: Sequence[Path], ranges: Sequence[tuple[int, int | None]]) -> list[bytes]:
     """Read a range of bytes of each of some objects that are not empty, all at once.
 
