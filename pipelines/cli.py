@@ -24,6 +24,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -135,12 +136,13 @@ def run(
     beam_options: BeamArgument = None,
     max_failures: MaxFailuresOption = None,
     check_content: CheckContentOption = False,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    settings = with_max_failures(overrides, max_failures)
+    settings = with_max_failures(overrides, max_failures, retry)
     directory = run_steps(config, beam_options, settings, log_level, None, check_content)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)

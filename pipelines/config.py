@@ -24,6 +24,7 @@ from distilbeam.student.config import StudentConfig
 from distilbeam.student.search_space import ParetoConfig, TuneConfig
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
+from distilbeam.toml_files import read_toml
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -324,15 +325,13 @@ def describes_labelling(data: Mapping[str, Any]) -> bool:
 
 def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(
             f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
         ) from e
     except IsADirectoryError as e:
         raise ValueError(f"{path} is a directory; name the configuration file in it") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     for override in overrides:
         _apply(data, override)
     return data

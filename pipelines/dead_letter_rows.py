@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.contents import Contents
 from distilbeam.pipelines.dead_letters import AGAIN, drop_answered, letters_table, write_letters
 from distilbeam.pipelines.growth import Mask
 from distilbeam.pipelines.shards import Shard
@@ -18,50 +17,47 @@ from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.teacher.softlabels.places import list_files, readable, remove_files
 
 
-def dead_rows(folder: Path, pool: Pool, contents: Contents) -> dict[str, Mask]:
+def dead_rows(folder: Path, pool: Pool) -> dict[str, Mask]:
     """Find the rows of each unit that are in dead letters; a file that is another now has none.
 
     Args:
       folder: the dead letters.
       pool: the pool.
-      contents: what was known of its files when the letters were written.
     """
     files = [*list_files(folder, "*.parquet"), *list_files(folder / AGAIN, "*.parquet")]
     if not files:
         return {}
-    known = _units_by_path(pool, contents)
+    known = _units_by_path(pool)
     found: dict[str, Mask] = {}
     for file in files:
-        letters = pq.read_table(readable(file), columns=["file", "row"], partitioning=None)
-        for path, row in zip(letters["file"].to_pylist(), letters["row"].to_pylist(), strict=True):
-            if (unit := _unit_of(known.get(path, []), row)) is not None:
-                found.setdefault(unit.uid, np.zeros(unit.rows, bool))[row - unit.first_row] = True
+        for letter in pq.read_table(readable(file), partitioning=None).to_pylist():
+            if (unit := _unit_of(known, letter)) is not None:
+                found.setdefault(unit.uid, np.zeros(unit.rows, bool))[letter["row"] - unit.first_row] = True
     return found
 
 
-def set_aside(folder: Path, shards: Sequence[Shard], pool: Pool, contents: Contents, done: set[str]) -> None:
+def set_aside(folder: Path, shards: Sequence[Shard], pool: Pool, done: set[str]) -> None:
     """Set the dead letters of rows that are about to be asked aside; those of rows that have left the pool are removed.
 
     Args:
       folder: the dead letters; see `dead_letters`.
       shards: what is about to be asked.
       pool: the pool.
-      contents: what is known of its files.
       done: keys of the committed shards.
     """
     drop_answered(folder, done)
     files = [*list_files(folder, "*.parquet"), *list_files(folder / AGAIN, "*.parquet")]
     if not files:
         return
-    known = _units_by_path(pool, contents)
-    asked = _owners(shards, dead_rows(folder, pool, contents))
+    known = _units_by_path(pool)
+    asked = _owners(shards, dead_rows(folder, pool))
     moved: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     rest: dict[Path, pa.Table] = {}
     for file in files:
         table = pq.read_table(readable(file), partitioning=None)
         stays = np.zeros(table.num_rows, bool)
         for i, letter in enumerate(table.to_pylist()):
-            unit = _unit_of(known.get(letter["file"], []), letter["row"])
+            unit = _unit_of(known, letter)
             key = asked.get((unit.uid, letter["row"] - unit.first_row)) if unit is not None else None
             stays[i] = unit is not None and key is None
             if key is not None:
@@ -89,15 +85,16 @@ def _owners(shards: Sequence[Shard], dead: Mapping[str, Mask]) -> dict[tuple[str
     return owners
 
 
-def _units_by_path(pool: Pool, contents: Contents | None) -> dict[str, list[Unit]]:
-    names, digests = {path: name for name, path in pool.paths}, dict(pool.files)
+def _units_by_path(pool: Pool) -> dict[str, list[Unit]]:
     found: dict[str, list[Unit]] = {}
     for unit in pool.units:
-        known = contents.files.get(names[unit.path]) if contents is not None else None
-        if known is None or known.footer == digests[names[unit.path]]:
-            found.setdefault(unit.path, []).append(unit)
+        found.setdefault(unit.path, []).append(unit)
     return found
 
 
-def _unit_of(units: list[Unit], row: int) -> Unit | None:
-    return next((unit for unit in units if unit.first_row <= row < unit.first_row + unit.rows), None)
+def _unit_of(units: Mapping[str, list[Unit]], letter: Mapping[str, Any]) -> Unit | None:
+    """Find the unit of a dead letter's row; letters of former versions do not name it."""
+    for unit in units.get(letter["file"], ()):
+        if unit.first_row <= letter["row"] < unit.first_row + unit.rows:
+            return unit if letter.get("unit") in (None, unit.uid) else None
+    return None

@@ -27,6 +27,7 @@ from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, n
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.herding_choice import candidates_share
 from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.label import Label
@@ -52,6 +53,7 @@ from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.student.trust import trust_config, trusted
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
@@ -80,7 +82,9 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +141,20 @@ class Job:
     @property
     def _digest_cache(self) -> Path:
         return self.directory.top / "content-digests.json"
+
+    def reopen_failed(self) -> None:
+        """Let the teacher be asked again about rows that had no answer, as long as nothing was made of their labels."""
+        where = self.directory
+        used = {
+            ("ask-validation", where.asked("validation")): [where.calibration, where.picks(0)],
+            ("ask-test", where.asked("test")): [where.metrics],
+            ("ask-labelled", where.asked("labelled")): [where.student(1)],
+            **{(f"round={r:03d}", where.labels(r)): [where.student(r + 1)] for r in range(self.config.run.rounds)},
+        }
+        for (name, dataset), made in used.items():
+            failed = where.summary(dataset).exists() and count_dead_letters(where.dead_letters(name))
+            if failed and not any(path.exists() for path in made):
+                where.summary(dataset).unlink()
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""

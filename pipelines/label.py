@@ -34,7 +34,7 @@ from distilbeam.pipelines.row_ranges import to_ranges
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.saved_answers import PLACE, Answered
 from distilbeam.pipelines.score import unit_name
-from distilbeam.pipelines.shard_work import COSTS, ShardSettings, ShardWork, has_kept
+from distilbeam.pipelines.shard_work import COSTS, ShardSettings, ShardWork, has_kept, part_rows
 from distilbeam.pipelines.shards import Part, Shard, Task, read_rows
 from distilbeam.pipelines.stopping import cannot_be_written, stop_everybody
 from distilbeam.pipelines.units import BATCH_BYTES, answered_rows, require_unchanged
@@ -97,14 +97,18 @@ class Label:
         found = read_flights(self._flights) if self._flights is not None else ()
         return frozenset((flight.shard, flight.start, flight.stop) for flight in found if flight.suspect)
 
-    def tidy(self) -> None:
-        """Remove what is left over of shards that are committed."""
-        if self._flights is not None:
-            done = _committed_keys(self.output) | self._all_failed(set())
-            for flight in read_flights(self._flights):
-                if not flight.alive and (flight.shard in done or not flight.suspect):
+    def tidy(self, finished: bool) -> None:
+        """Remove what is left over of shards that are committed; of all where everything is finished."""
+        flights = read_flights(self._flights) if self._flights is not None else ()
+        gone = [flight for flight in flights if not flight.alive]
+        if gone or saved_answers.has_saved(self.output):
+            done = _committed_keys(self.output)
+            done |= self._all_failed(done)
+            if finished:
+                saved_answers.forget_all(self.output)
+            for flight in gone:
+                if flight.shard in done or not flight.suspect:
                     flight.path.unlink(missing_ok=True)
-            saved_answers.forget_but(self.output, done)
         saved_answers.tidy(self.output)
 
     def remaining(self, tasks: Sequence[Task]) -> list[Task]:
@@ -144,6 +148,7 @@ class Label:
         One that a killed process had placed comes as its entry, and answers that it had saved come before the other rows.
         """
         any_saved = saved_answers.has_saved(self.output)
+        all_saved = saved_answers.saved(self.output, self.labelling.spec.to_json()) if any_saved else []
         reader = RowReader(self.columns, self.rows_at_once)
         for shard in task.shards:
             if entry_path(self.output, shard.key).exists():  # another worker may have been given it too
@@ -151,7 +156,10 @@ class Label:
             if (entry := placed_entry(self.output, shard.key)) is not None:
                 yield shard, entry
                 continue
-            kept = saved_answers.saved(self.output, shard.key) if any_saved else []
+            parts = part_rows(shard)
+            kept = [found for answered in all_saved if (found := answered.of_shard(parts)) is not None]
+            if self.picks is None:
+                kept = [_numbered(answered, shard) for answered in kept]
             if self.retry:
                 kept = [replace(answered, failures=[]) for answered in kept]
             yield from ((shard, answered) for answered in kept)
@@ -178,7 +186,7 @@ class Label:
                 work.ask(found.drop_columns([PLACE]), found[PLACE].to_numpy())
             entry = self._finish(shard, work.result(), time.perf_counter() - start)
             work.clear_suspects()
-        except Exception as e:
+        except (Exception, KeyboardInterrupt) as e:
             if cannot_be_written(e) or isinstance(e, TooManyFailures):
                 stop_everybody()
             _save(work, shard)
@@ -193,8 +201,7 @@ class Label:
         return ShardSettings(
             labelling=self.labelling,
             output=self.output,
-            key=shard.key,
-            rows=shard.rows,
+            shard=shard,
             flush_s=self.flush_s,
             flights=flights,
             suspects=tuple(flight for flight in found if flight.shard == shard.key and flight.suspect),
@@ -303,6 +310,16 @@ def _save(work: ShardWork, shard: Shard) -> None:
         log.error("the answers to a part of shard %s could not be kept: %s", shard.key, e)
 
 
+def _numbered(answered: Answered, shard: Shard) -> Answered:
+    """Number rows by the pool as it is now: files may have come before theirs."""
+    numbers = np.concatenate([part.unit.pool_row + part.numbers() for part in shard.parts])
+    table = answered.table
+    if table.num_rows:
+        table = table.set_column(table.schema.get_field_index(ROW), ROW, pa.array(numbers[answered.places]))
+    failures = [{**failure, ROW: int(numbers[failure["place"]])} for failure in answered.failures]
+    return replace(answered, table=table, failures=failures)
+
+
 def _places_done(kept: Sequence[Answered], rows: int) -> npt.NDArray[np.bool_] | None:
     """Mark the rows of a shard that need not be read; None where that is none."""
     if not kept:
@@ -339,7 +356,7 @@ def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
     failure = {name: value for name, value in failure.items() if name != "place"}
     row = failure[ROW]
     unit = next(p.unit for p in shard.parts if p.unit.pool_row <= row < p.unit.pool_row + p.unit.rows)
-    return {**failure, "file": unit.path, "row": row - unit.pool_row + unit.first_row}
+    return {**failure, "file": unit.path, "unit": unit.uid, "row": row - unit.pool_row + unit.first_row}
 
 
 def _parts(shard: Shard, pool_rows: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from distilbeam.pipelines.command_options import (
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -49,6 +50,7 @@ def label(
     check_content: CheckContentOption = False,
     max_failures: MaxFailuresOption = None,
     trust: TrustOption = None,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -56,7 +58,7 @@ def label(
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
     begin(beam_options or [])
-    overrides = with_max_failures(overrides, max_failures)
+    overrides = with_max_failures(overrides, max_failures, retry)
     settings = _settings(config, overrides)
     from distilbeam.pipelines.config import LabelConfig
 

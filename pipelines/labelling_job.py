@@ -29,6 +29,7 @@ from distilbeam.pipelines.dead_letter_rows import dead_rows, set_aside
 from distilbeam.pipelines.dead_letters import drop_answered, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.growth import Mask, Standing, Stored, wanted_pieces
 from distilbeam.pipelines.inputs import require_columns
 from distilbeam.pipelines.label import Label
@@ -43,6 +44,7 @@ from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.shards import Bounds, Part, Task, plan_pieces
 from distilbeam.pipelines.units import Pool, Unit, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import manifest_files
@@ -139,7 +141,9 @@ class LabellingJob:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base, self.config.data.classes)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(self._pool, columns))
+        return teacher_text(told, self.base, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:
@@ -170,9 +174,7 @@ class LabellingJob:
         Raises:
           ValueError: a missing file or column, two rows with one id, or a dataset that is not a labelling job's.
         """
-        config = self.config
-        where = within(self.base, config.data.pool)
-        planned = plan_pool(where, config.engine.unit_rows, "data.pool", self.columns)
+        planned = self._pool()
         require_columns(planned.columns, self.columns, "data.pool")
         entries = self._entries(self.dataset)
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
@@ -195,7 +197,7 @@ class LabellingJob:
         if prune:
             standing = standing.pruned()
         same = contents.same if not (prune or standing.rows_dropped) else {}
-        dead = dead_rows(self.dead_letters, pool, contents)
+        dead = dead_rows(self.dead_letters, pool)
         wanted = _wanted(pool, standing, same, {} if retry else dead)
         return self._plan(pool, standing, contents, wanted, same, dead, because, entries, search_all)
 
@@ -255,9 +257,8 @@ class LabellingJob:
 
     def changed_files(self) -> list[str]:
         """Read all labelled rows of the pool and list the files that hold something else."""
-        where = within(self.base, self.config.data.pool)
         contents = read_contents(self._contents)
-        pool = contents.versioned(plan_pool(where, self.config.engine.unit_rows, "data.pool", self.columns))
+        pool = contents.versioned(self._pool())
         known = contents.touched(pool, check_all=True)
         changed = changed_files(pool, known, self.dataset, self._entries(self.dataset), self._labelling)
         others = [
@@ -322,7 +323,7 @@ class LabellingJob:
     def _set_letters_aside(self, plan: LabelPlan) -> None:
         """Set the dead letters of rows that are asked again aside, and forget those of rows that are not in the pool."""
         shards = [shard for task in plan.tasks for shard in task.shards]
-        set_aside(self.dead_letters, shards, plan.pool, plan.contents, committed(self.dataset))
+        set_aside(self.dead_letters, shards, plan.pool, committed(self.dataset))
 
     def _require_some(self) -> None:
         failed = count_dead_letters(self.dead_letters)
@@ -403,6 +404,10 @@ class LabellingJob:
             attempts=self.config.engine.attempts,
             poll_s=_LISTING_S if is_remote(self.dataset) else 0.2,
         )
+
+    def _pool(self) -> Pool:
+        where = within(self.base, self.config.data.pool)
+        return plan_pool(where, self.config.engine.unit_rows, "data.pool", self.columns)
 
     @property
     def columns(self) -> tuple[str, ...]:

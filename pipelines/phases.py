@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -256,18 +257,18 @@ def run_phase(
                     log.warning("%s: %s", phase, lost)
             todo = work.remaining(todo)
             if interrupted.is_set():
-                _tidy(work)
+                _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")
             failed = _failures(errors, private)
             if lost and _dangers(work) - known:
                 attempt -= 1  # it is known better what the process dies of
             elif todo and (attempt >= attempts or _hopeless(failed)):
-                _tidy(work)
+                _tidy(work, finished=False)
                 raise PhaseError(_sentence(phase, todo, failed, work, lost))
             if todo:
                 log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
                 retried += len(todo)
-    _tidy(work)
+    _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
 
 
@@ -299,12 +300,12 @@ def _dangers(work: Work[Item]) -> frozenset[Any]:
     return dangers() if dangers is not None else frozenset()
 
 
-def _tidy(work: Work[Item]) -> None:
+def _tidy(work: Work[Item], *, finished: bool) -> None:
     """Let work that leaves something beside its results remove it."""
-    tidy: Callable[[], None] | None = getattr(work, "tidy", None)
+    tidy: Callable[[bool], None] | None = getattr(work, "tidy", None)
     if tidy is not None:
         with suppress(OSError):
-            tidy()
+            tidy(finished)
 
 
 def _clear(errors: Path, private: Path) -> None:
@@ -326,6 +327,7 @@ def _submit(
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
+        _keep_inside(pipeline, private)
         run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
@@ -335,6 +337,12 @@ def _submit(
             | phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
+
+
+def _keep_inside(pipeline: Any, private: Path) -> None:
+    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
+    Path(pipeline.local_tempdir).rmdir()
+    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
 class _Watch(Generic[Item]):

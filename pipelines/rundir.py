@@ -19,6 +19,7 @@ from distilbeam.pipelines.files import read_json, sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
+from distilbeam.pipelines.private_folders import remove_left
 from distilbeam.pipelines.remote_pool import is_hidden
 from distilbeam.pipelines.units import root_of
 from distilbeam.teacher.softlabels.atomic import replacing
@@ -229,6 +230,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
         else:
             from distilbeam.student.training_directory import remove_finished  # takes torch's seconds to import
 
+            remove_left()
             sweep(root)
             commit_all_left(root)
             remove_finished(root)
@@ -359,6 +361,8 @@ def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDir
         way_out = "Set these back, or choose another run.directory"
     else:
         former = directory.stored_config()
+        if not directory.frozen.exists() and "labelled" in former["data"]:  # its data or its teacher were refused
+            return directory
         ignored = () if directory.selected(0).exists() else ("selection",)  # nothing was chosen by it yet
         differing = differing_keys(_essential(former, ignored), _essential(config.dump(), ignored))
         way_out = (

@@ -17,10 +17,12 @@ from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report import write_report
 from distilbeam.pipelines.results import are_current, write_results
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.set_notes import notes_on
+from distilbeam.teacher.softlabels.extras import require_extras
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,14 @@ def run(
     elif isinstance(config, Mapping):
         config = parse_config(config)
     base = Path(base or ".").resolve()
+    require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
     with opened_run(config, base) as directory:
         job = Job(config, base, directory, options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:

@@ -9,6 +9,7 @@ from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.material import Material
+from distilbeam.pipelines.needs import needs_of_sweep
 from distilbeam.pipelines.plots import draw_pareto
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.compress.prune import prune_student, require_prunable
@@ -16,6 +17,7 @@ from distilbeam.student.config import StudentConfig
 from distilbeam.student.export import export_student
 from distilbeam.student.models import build_student
 from distilbeam.student.pareto import Stage, front, plan
+from distilbeam.teacher.softlabels.extras import require_extras
 
 WITH_WIDTH = ("mlp", "cnn", "resnet", "text", "transformer")
 WIDEST = 16.0
@@ -41,6 +43,7 @@ def sweep_widths(material: Material, display: Display) -> dict[str, Any]:
         other settings.
     """
     config, root = material.config, material.directory.root / "pareto"
+    require_extras(needs_of_sweep(config.pareto))
     stages = plan(config.pareto)
     material.require_soft_labels("the sweep compares students before and after they learn from soft labels")
     _require_widths(config, stages)

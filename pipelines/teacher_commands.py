@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from distilbeam.pipelines.display import configure_logs, plain_console
+from distilbeam.toml_files import read_toml
 
 console = plain_console()
 
@@ -83,11 +83,9 @@ def _text(path: Path | None) -> str | None:
 
 def _teacher_section(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(f"no configuration file at {path}") from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     if not isinstance(data.get("teacher"), dict):
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]

@@ -15,6 +15,7 @@ from distilbeam.student.checkpoint import Student
 from distilbeam.student.measuring import named_latencies
 
 Logits = npt.NDArray[np.floating]
+_LEAST_LOG_PROBABILITY = -60.0
 Labels = npt.NDArray[np.integer]
 
 
@@ -34,7 +35,8 @@ def evaluate(
       bins: equally wide bins of the calibration error.
 
     Returns:
-      `examples`; `accuracy`; `nll`, the mean negative log-likelihood in nats; `ece`, the expected calibration error;
+      `examples`; `accuracy`; `nll`, the mean negative log-likelihood in nats, where a class of probability 0 that turns out
+      true costs 60 (as in `selection.calibration`) and not infinitely much; `ece`, the expected calibration error;
       `agreement`, the share of rows whose top class is the teacher's, when it answered any.
 
     Raises:
@@ -49,7 +51,7 @@ def evaluate(
     result = {
         "examples": len(labels),
         "accuracy": float((predicted == labels).mean()),
-        "nll": float(-logprobs[np.arange(len(labels)), labels].mean()),
+        "nll": float(-np.maximum(logprobs[np.arange(len(labels)), labels], _LEAST_LOG_PROBABILITY).mean()),
         "ece": expected_calibration_error(logprobs, labels, bins),
     }
     if teacher_logprobs is not None:

@@ -12,7 +12,7 @@ are the same bit by bit, also when the training was killed and went on from a ch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
 from distilbeam.student.trust import trust_config
+from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 EVALUATION_ROWS = 1024
 
@@ -108,6 +109,7 @@ def train(
       FileExistsError: the directory already holds something.
     """
     directory = Path(directory)
+    require_extras(_needs(student, training))
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
     if len(set(classes)) < len(classes) or len(classes) < 2:
@@ -219,6 +221,13 @@ def train(
                 work.remove()
             processes.wait()
     return TrainResult(metrics | {"seconds": observer.seconds}, directory)
+
+
+def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
+    if student.input.tokenizer:
+        yield Need("student.input.tokenizer", "hf", ("tokenizers",))
+    if training.tensorboard:
+        yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
 
 
 def _validate(

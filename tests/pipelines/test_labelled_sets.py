@@ -252,3 +252,16 @@ def test_numbers_that_could_be_names_and_indices_need_a_word(problem: dict[str, 
     assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == truth()
     problem["data"]["integers"] = "names"
     assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == [(1, 2, 0)[y] for y in truth()]
+
+
+def test_a_run_whose_data_were_refused_takes_the_corrected_configuration(
+    problem: dict[str, Any], tmp_path: Path
+) -> None:
+    problem["data"]["label"] = "truth"
+    with pytest.raises(ValueError, match=r"data.labelled has no column truth"):
+        run(problem, base=tmp_path)
+    problem["data"]["label"] = "label"
+    run(problem, base=tmp_path, until=("train", 0))
+    problem["data"]["classes"] = ["0", "1", "2"]
+    with pytest.raises(ValueError, match=r"was made by another configuration; it differs in data.classes"):
+        run(problem, base=tmp_path, until=("train", 0))

@@ -32,7 +32,7 @@ pathlib.Path(__file__).with_name("imported").touch()
 
 def network(input_shape, num_classes):
     pathlib.Path(__file__).with_name("called").touch()
-    return torch.nn.Linear(input_shape[0], num_classes)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(input_shape[0], num_classes))
 
 def doubled(batch):
     return 2 * numpy.stack(batch["x"].to_pylist()).astype("float32")
@@ -133,6 +133,8 @@ def test_who_trains_with_a_factory_trusts_it(tmp_path: Path, module: str) -> Non
         TrainConfig(epochs=1),
         classes=CLASSES,
         labelled=indexed,
+        soft_labels=[],
+        validation=indexed,
         label_column="label",
         directory=tmp_path / "trained",
         seed=0,
