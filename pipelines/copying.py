@@ -1,7 +1,6 @@
 """Copying answers: shards of rows whose question was answered before, made of their own ids and columns and of stored labels.
 
-Where the form of the labels is the same, the stored columns are copied as they are. Dense labels of the same teacher also
-give other forms: they hold its whole distribution, rounded to half precision.
+Answers of the same teacher in the same form are copied as they are stored.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from distilbeam.pipelines.matching import Matches
 from distilbeam.pipelines.row_ranges import to_ranges
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.shards import Bounds, Part, Shard, keyed, packed, read_rows
-from distilbeam.teacher.softlabels import SoftLabelSpec, decode, encode, write_shard
+from distilbeam.teacher.softlabels import SoftLabelSpec, write_shard
 from distilbeam.teacher.softlabels.places import readable
 
-_FORM = ("num_classes", "kind", "k", "classes", "temperature")
+_FORM = ("num_classes", "kind", "k", "classes", "temperature", "teacher")
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ class Copy:
 
 
 def answers_fit(shard: Stored, spec: SoftLabelSpec) -> bool:
-    """Tell whether the answers of a shard can be stored as a specification says."""
-    stored = shard.entry.spec
-    dense = stored.kind == "dense" and stored.num_classes == spec.num_classes and stored.classes == spec.classes
-    return stored.teacher == spec.teacher and (_same_form(stored, spec) or (dense and spec.kind != "sampled"))
+    """Tell whether the answers of a shard are what a specification says; its carried columns may be others."""
+    return all(getattr(shard.entry.spec, name) == getattr(spec, name) for name in _FORM)
 
 
 def plan_copies(
@@ -112,7 +109,7 @@ def _labelled(rows: pa.Table, copy: Copy, labelling: Labelling) -> pa.Table:
     order = np.argsort(copy.source, kind="stable")
     borders = np.searchsorted(copy.source[order], np.arange(len(copy.sources) + 1))
     found = [
-        _labels(source, copy.row[order[first:stop]], spec)
+        _stored_labels(source.path, source.entry.checksum, source.entry.spec).take(pa.array(copy.row[order[first:stop]]))
         for source, first, stop in zip(copy.sources, borders[:-1], borders[1:], strict=True)
     ]
     back = np.empty(len(order), np.int64)
@@ -125,21 +122,9 @@ def _labelled(rows: pa.Table, copy: Copy, labelling: Labelling) -> pa.Table:
     return pa.table(columns)
 
 
-def _labels(source: Stored, rows: npt.NDArray[np.int64], spec: SoftLabelSpec) -> pa.Table:
-    """Read the labels of some rows of a shard in the form of a specification."""
-    stored = _stored_labels(source.path, source.entry.checksum, source.entry.spec).take(pa.array(rows))
-    if _same_form(source.entry.spec, spec):
-        return stored
-    logits = decode(stored, source.entry.spec).logprobs * np.float32(source.entry.spec.temperature)
-    return pa.Table.from_batches([encode(logits, spec)])
-
-
 @lru_cache(maxsize=4)
 def _stored_labels(path: Path, _checksum: str, spec: SoftLabelSpec) -> pa.Table:
+    """Read the label columns of a shard."""
     file = pq.ParquetFile(readable(path))
     others = {"example_id", QUESTION, *spec.carried}
     return file.read([name for name in file.schema_arrow.names if name not in others])
-
-
-def _same_form(one: SoftLabelSpec, two: SoftLabelSpec) -> bool:
-    return all(getattr(one, name) == getattr(two, name) for name in _FORM)

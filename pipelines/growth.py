@@ -188,7 +188,10 @@ def labelled_parts(entry: ManifestEntry) -> list[LabelledPart]:
         )
     listed = entry.extra["parts"]
     known = entry.extra.get("rows") or [None] * len(listed)
-    parts = [LabelledPart(*part[:4], ranges=_ranges(part, rows)) for part, rows in zip(listed, known, strict=True)]
+    parts = [
+        LabelledPart(uid, start, stop, labelled, _ranges(start, stop, labelled, rows))
+        for (uid, start, stop, labelled), rows in zip(listed, known, strict=True)
+    ]
     if sum(part.rows for part in parts) != entry.rows:
         raise ValueError(f"the manifest entry of {entry.path} has {entry.rows:,} rows, its parts have others")
     return parts
@@ -202,9 +205,8 @@ def parts_of(parts: Sequence[tuple[str, int, int, npt.NDArray[np.int64]]]) -> di
     }
 
 
-def _ranges(part: Sequence[Any], rows: Sequence[int] | None) -> tuple[int, ...] | None:
+def _ranges(start: int, stop: int, labelled: int, rows: Sequence[int] | None) -> tuple[int, ...] | None:
     """Tell which rows a part has; entries of version 0.1 say so only where it has all or none."""
-    _, start, stop, labelled = part
     if rows is not None:
         return tuple(rows)
     if labelled == stop - start:

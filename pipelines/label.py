@@ -214,8 +214,8 @@ class Label:
         Raises:
           ValueError: a file was replaced meanwhile: what was read is not committed under the key of what was there before.
         """
-        for part in shard.parts:
-            require_unchanged(part.unit)
+        for unit in {part.unit.path: part.unit for part in shard.parts}.values():
+            require_unchanged(unit)
         if answered.failures:
             self._write_dead_letters(shard, answered.failures, answered.table.num_rows)
             count("dead_letters", len(answered.failures))

@@ -238,8 +238,9 @@ def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int) -> Iterator[p
     Raises:
       ValueError: the file is damaged.
     """
+    file = open_parquet(unit.path)
     require_unchanged(unit)
-    batches = read_groups(open_parquet(unit.path), unit.path, range(*unit.row_groups), columns, batch_rows)
+    batches = read_groups(file, unit.path, range(*unit.row_groups), columns, batch_rows)
     return cast_batches(batches, unit.casts, unit.path)
 
 
