@@ -109,7 +109,9 @@ def _labelled(rows: pa.Table, copy: Copy, labelling: Labelling) -> pa.Table:
     order = np.argsort(copy.source, kind="stable")
     borders = np.searchsorted(copy.source[order], np.arange(len(copy.sources) + 1))
     found = [
-        _stored_labels(source.path, source.entry.checksum, source.entry.spec).take(pa.array(copy.row[order[first:stop]]))
+        _stored_labels(source.path, source.entry.checksum, source.entry.spec).take(
+            pa.array(copy.row[order[first:stop]])
+        )
         for source, first, stop in zip(copy.sources, borders[:-1], borders[1:], strict=True)
     ]
     back = np.empty(len(order), np.int64)

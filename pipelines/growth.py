@@ -225,7 +225,9 @@ def _moved(entries: Sequence[ManifestEntry]) -> dict[str, tuple[int, ...]]:
 
 def _mend(shard: Stored) -> None:
     """Write the rows that hold as a shard of their own."""
-    table = pq.read_table(readable(shard.path), partitioning=None, page_checksum_verification=True).filter(pa.array(shard.kept))
+    table = pq.read_table(readable(shard.path), partitioning=None, page_checksum_verification=True).filter(
+        pa.array(shard.kept)
+    )
     first = 0
     parts: list[tuple[LabelledPart, Mask]] = []
     for part in shard.parts:

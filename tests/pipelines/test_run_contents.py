@@ -57,9 +57,7 @@ def test_values_that_changed_under_one_footer_are_refused(
     before = path.read_bytes()
     rewrite(path, change)
     assert len(path.read_bytes()) == len(before)
-    with pytest.raises(
-        ValueError, match=rf"the data changed since .* was started: {named}; put it back"
-    ):
+    with pytest.raises(ValueError, match=rf"the data changed since .* was started: {named}; put it back"):
         run(problem, base=tmp_path, until=("label", 0))
     path.write_bytes(before)
     run(problem, base=tmp_path, until=("select", 0))
