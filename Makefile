@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 EXTRAS := dev,dask,hf,onnx,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
+NUMERIC := tests/selection tests/kernels tests/student tests/science
 SEED ?= 0
 DEMO ?= demo
 # On every processor, where pip uses one; packages hold files of other Pythons, which do not compile and need not.
 COMPILE = @$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: demo test test-all test-fast lint types dist bench clean
+.PHONY: demo test test-base test-processors test-all test-fast lint types dist bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +36,14 @@ demo: $(READY)  ## the main job, end to end, on handwritten digits
 
 test: $(DEV)  ## the tests, with one thread each; a third process uses the time in which others wait for theirs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not exhaustive"
+
+test-base: $(READY)  ## every base command, where nothing but the base dependencies is installed: a fresh clone
+	@DISTILBEAM_BASE_ONLY=1 $(BIN)/python -m unittest -v tests/base_install/test_commands.py
+
+# What OpenBLAS, MKL and torch choose on another processor: sums in another order, other last bits.
+test-processors: $(DEV)  ## the numeric parts with the instructions of an older processor
+	@OMP_NUM_THREADS=1 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	  $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not slow and not exhaustive" $(NUMERIC)
 
 test-all: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 from scipy.special import log_softmax
 
+from distilbeam.pipelines.dead_letters import count_letters
 from distilbeam.pipelines.reuse import known_logits
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
-from distilbeam.teacher.softlabels.places import list_files, readable
 
 
 def read_answers(dataset: Path, spec: SoftLabelSpec, rows: int) -> npt.NDArray[np.float32]:
@@ -60,4 +59,4 @@ def tally(dataset: Path, failed: int) -> dict[str, Any]:
 
 def count_dead_letters(directory: Path) -> int:
     """Return the number of rows in a directory of dead letters."""
-    return sum(pq.read_metadata(readable(path)).num_rows for path in list_files(directory, "*.parquet"))
+    return count_letters(directory)

@@ -14,23 +14,28 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
+import distilbeam
 from distilbeam.pipelines.command_options import (
     BeamArgument,
+    CheckContentOption,
     ConfigArgument,
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
+    TrustOption,
+    end_stopped,
     run_steps,
     with_max_failures,
 )
 from distilbeam.pipelines.data_commands import ingest
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
-from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, tune
+from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
 
 app = typer.Typer(
@@ -38,11 +43,12 @@ app = typer.Typer(
     help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # [teacher] in a help text is a section, no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
 
 
 def main() -> None:
@@ -55,6 +61,8 @@ def main() -> None:
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
     except RuntimeError as e:
+        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
+            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 
@@ -62,7 +70,8 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in own:
         errors.print_exception()
-    errors.print(f"[bold red]error:[/] {_escaped(_message(error))}", highlight=False, soft_wrap=True)
+    said = _message(error).encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs written out
+    errors.print(Text.assemble(("error:", "bold red"), " ", said), soft_wrap=True)
     _exit(status)
 
 
@@ -79,8 +88,19 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distilbeam {distilbeam.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # its callback ends the command
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a large teacher into a small student, spending the teacher's time only where it pays."""
 
 
 @app.command()
@@ -116,12 +136,15 @@ def run(
     config: ConfigArgument,
     beam_options: BeamArgument = None,
     max_failures: MaxFailuresOption = None,
+    check_content: CheckContentOption = False,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    directory = run_steps(config, beam_options, with_max_failures(overrides, max_failures), log_level, None)
+    settings = with_max_failures(overrides, max_failures, retry)
+    directory = run_steps(config, beam_options, settings, log_level, None, check_content)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -141,7 +164,25 @@ def _add_step_command(name: str, description: str) -> None:
 
 
 _add_step_command("select", "the choice of examples of a round")
-_add_step_command("train", "the student after a number of rounds (0: trained on the labelled set alone)")
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    beam_options: BeamArgument = None,
+    number: RoundOption = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with [student] and [training] of another student, on the labels that are there."),
+    ] = None,
+    overrides: SetOption = None,
+    log_level: LogOption = "warning",
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Do what is left of a run up to the student after a number of rounds (0: trained on the labelled set alone)."""
+    overrides = [*([] if student is None else [f"@{student}"]), *(overrides or [])]
+    directory = run_steps(config, beam_options, overrides, log_level, ("train", number))
+    print_student(directory, number)
 
 
 @app.command()
@@ -159,6 +200,7 @@ def evaluate(
         Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
+    trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -166,7 +208,7 @@ def evaluate(
     """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
     if target.is_dir():
         configure_logs(log_level, console)
-        evaluate_student(target, data, label_column, teacher, answers, json_file)
+        evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
         return
     if (data, teacher, answers) != (None, None, None):
         raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")

@@ -24,6 +24,7 @@ from distilbeam.student.config import StudentConfig
 from distilbeam.student.search_space import ParetoConfig, TuneConfig
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
+from distilbeam.toml_files import read_toml
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -60,7 +61,7 @@ class PoolSection(_Section):
 
 
 class DataSection(PoolSection):
-    """The data of a run; without `classes` they are the sorted labels of the labelled sets."""
+    """The data of a run; without `classes` they are the labels of the labelled sets, numerals by value, then text."""
 
     labelled: str = Field(description="labelled examples that student 0 is trained on")
     validation: str = Field(
@@ -71,6 +72,15 @@ class DataSection(PoolSection):
         description="labelled examples for the final table; without them the validation set serves, and the report says so",
     )
     label: str = Field("label", description="column with the true class, in labelled, validation and test")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
+    check_classes: bool = Field(
+        True,
+        description="stop where the teacher's answers for the validation set are no better than chance, or fit far better with "
+        "its outputs in another order",
+    )
 
 
 class LabelDataSection(PoolSection):
@@ -91,7 +101,8 @@ class _LabelForm(_Section):
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
-        "float32", description="float32 columns rounded to half precision, which every reader opens, or float16"
+        "float32",
+        description="float32 columns rounded to half precision, smaller on disk, or float16, half of the memory",
     )
 
     @model_validator(mode="after")
@@ -161,6 +172,17 @@ class EngineSection(_Section):
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
     shard_rows: int = Field(65_536, ge=1, description="most rows of a shard of soft labels")
+    shard_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="most bytes that a shard's carried columns and labels take, by the pool's footers",
+    )
+    compare_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="most rows without a label that are read beforehand, so that identical ones are asked once and ids "
+        "that come twice are found; more only where labelled rows have left the pool, whose answers they may have",
+    )
     batch_rows: int = Field(
         65_536, ge=1, description="most rows read and scored at a time; fewer where rows are large or classes many"
     )
@@ -170,6 +192,8 @@ class EngineSection(_Section):
     max_failures: int | None = Field(
         None, ge=0, description="rows without an answer at which a step stops; without it they never do"
     )
+    flush_s: float = Field(60.0, gt=0, description="seconds after which the answers to a part of a shard are kept")
+    retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
 class PricesSection(_Section):
@@ -301,15 +325,13 @@ def describes_labelling(data: Mapping[str, Any]) -> bool:
 
 def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(
             f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
         ) from e
     except IsADirectoryError as e:
         raise ValueError(f"{path} is a directory; name the configuration file in it") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     for override in overrides:
         _apply(data, override)
     return data

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distilbeam.pipelines.command_options import stop_at_once
-from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.needs import needs_of_ingest
+from distilbeam.teacher.softlabels.extras import require_extras
 
-console = Console()
+console = plain_console()
 
 
 def ingest(
@@ -64,6 +65,7 @@ def ingest(
 ) -> None:
     """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates."""
     configure_logs(log_level, console)
+    require_extras(needs_of_ingest(format_, out))
     display = Display(console)
     sources, flags = _split(sources)
     with display.waiting("loading"):

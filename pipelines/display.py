@@ -15,6 +15,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 NOISY = ("apache_beam", "google", "grpc", "h5py", "matplotlib", "tensorflow", "absl", "root")
 
@@ -25,11 +26,16 @@ class Report(Protocol):
     def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
 
+def plain_console(stderr: bool = False) -> Console:
+    """Return a console that prints text as it is: no name of a file or a class is markup, an emoji or highlighted."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 class Display:
     """Shows steps and their progress on a console."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or plain_console()
 
     @classmethod
     def silent(cls) -> Display:
@@ -48,13 +54,13 @@ class Display:
         """
         start = time.perf_counter()
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=None, note="")
@@ -65,17 +71,18 @@ class Display:
                 progress.update(task, completed=done, total=total, note="  ".join(filter(None, words)))
 
             yield report
-        self.console.print(f"  [green]✓[/] {title} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+        took = f"{time.perf_counter() - start:.1f} s"
+        self.console.print(Text.assemble("  ", ("✓", "green"), f" {title} ", (took, "dim")))
 
     @contextmanager
     def waiting(self, title: str) -> Iterator[None]:
         """Show that something without a measure is under way, and nothing when it has ended."""
-        with self.console.status(f"{title} ..."):
+        with self.console.status(Text(f"{title} ...")):
             yield
 
     def say(self, sentence: str) -> None:
         """Print a sentence."""
-        self.console.print(sentence, highlight=False)
+        self.console.print(Text(sentence))
 
 
 def configure_logs(level: str, console: Console) -> None:

@@ -55,10 +55,10 @@ class Estimates:
     def columns(
         self, teacher_logprobs: npt.NDArray[np.float32], student_logits: npt.NDArray[np.float32]
     ) -> dict[str, pa.Array]:
-        """Return the columns `alpha` (float32), `candidates` (int16) and `weight` (float32) of n examples."""
+        """Return the columns `alpha` (float32), `candidates` (int32) and `weight` (float32) of n examples."""
         return {
             "alpha": pa.array(self.noise.accuracy(teacher_logprobs).astype(np.float32)),
-            "candidates": pa.array(self.noise.candidates(teacher_logprobs).astype(np.int16)),
+            "candidates": pa.array(self.noise.candidates(teacher_logprobs).astype(np.int32)),
             "weight": pa.array(self.debias.weights(student_logits, teacher_logprobs).astype(np.float32)),
         }
 

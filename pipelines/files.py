@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
 def write_parquet(path: Path, table: pa.Table, *, flushed: bool = True) -> None:
     """Write a small table as Parquet, whole or not at all; `flushed` as for `replacing`."""
     with replacing(path, flushed=flushed) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def sweep(directory: Path) -> int:

@@ -8,29 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from distilbeam.pipelines.config import RunConfig
-from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_pool, plan_units
+from distilbeam.pipelines.labelled_sets import LabelledSet, RawSet, join_sets, read_set
+from distilbeam.pipelines.reserved_names import require_free_names
+from distilbeam.pipelines.units import Pool, find_files, plan_pool, plan_units
 from distilbeam.teacher.softlabels.places import within
-
-
-@dataclass(frozen=True)
-class LabelledSet:
-    """Labelled examples.
-
-    Attributes:
-      plan: its files, planned like a pool.
-      table: its rows, with the label column replaced by int64 class indices.
-    """
-
-    plan: Pool
-    table: pa.Table
-
-    def labels(self, column: str) -> pa.Array:
-        """Return the class indices."""
-        return self.table[column].combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -58,8 +41,20 @@ class Inputs:
     carried: tuple[str, ...]
 
     @property
+    def rows_digests(self) -> dict[str, str]:
+        """Hash of the rows of each labelled set as they are read, by the setting that names it."""
+        sets = {"data.labelled": self.labelled, "data.validation": self.validation, "data.test": self.test}
+        return {name: one.digest for name, one in sets.items()}
+
+    @property
     def digest(self) -> str:
-        """Hash of everything that the run reads: the pool, the labelled sets and the class names."""
+        """Hash of everything that the run reads: the pool, the rows of the labelled sets and the class names."""
+        parts = [self.pool.digest, *self.rows_digests.values(), *self.classes]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    @property
+    def files_digest(self) -> str:
+        """Hash of the pool, the labelled sets' footers and the class names, which is what runs recorded first."""
         parts = [
             self.pool.digest,
             self.labelled.plan.digest,
@@ -70,40 +65,60 @@ class Inputs:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def load_inputs(config: RunConfig, base: Path) -> Inputs:
+def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> Inputs:
     """Plan the pool, read the labelled sets and check them.
 
     Args:
       config: the configuration.
       base: directory that relative paths are relative to.
+      former: the classes that the run directory was started with, whose order is kept where they are still the same.
 
     Returns:
       The inputs.
 
     Raises:
-      ValueError: a missing file or column, columns whose types differ between the sets, an unknown class, a budget beyond
-        the pool.
+      ValueError: a missing file or column, a column with a name of ours, columns whose types differ between the sets, an
+        unknown class, a row without an input, a budget beyond the pool.
     """
     data = config.data
-    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool")
     student_columns = tuple(config.student.input.columns)
     teacher_columns = tuple(config.teacher.input.columns)
+    _require_names(config)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
+    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool", wanted)
     require_columns(pool.columns, wanted, "data.pool")
-    raw = {name: _read(base / path, name, config) for name, path in _sets(config).items()}
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
-    schema = open_parquet(pool.units[0].path, "data.pool").schema_arrow
-    for name, (_, table) in raw.items():
-        require_columns(table.column_names, [data.label, *read], name)
-        _require_types(schema, table.schema, read, name)
-    classes = data.classes or _found_classes([table for _, table in raw.values()], data.label)
-    sets = {name: LabelledSet(plan, _indexed(table, data.label, classes, name)) for name, (plan, table) in raw.items()}
+    schema = pa.schema(pool.types)
+    raw = [_read(base / path, name, config, read) for name, path in _sets(config).items()]
+    for one in raw:
+        _require_types(schema, one.table.schema, read, one.name)
+    sets, classes = join_sets(
+        raw, data.label, data.classes, former, data.integers, config.student.input.relative_to(base)
+    )
     _require_budget(config, pool)
     test = sets.get("data.test", sets["data.validation"])
     return Inputs(
         pool, sets["data.labelled"], sets["data.validation"], test, classes, student_columns, teacher_columns, carried
     )
+
+
+def _require_names(config: RunConfig) -> None:
+    data = config.data
+    columns: tuple[str, ...]
+    for setting, columns in (
+        ("student.input.columns", config.student.input.columns),
+        ("teacher.input.columns", config.teacher.input.columns),
+        ("data.carry", data.carry),
+        ("data.label", (data.label,)),
+        ("data.id", () if data.id in (None, "example_id") else (data.id,)),  # which is what becomes of it
+    ):
+        require_free_names(columns, setting)
+    for setting, given in (("student", config.student.input), ("teacher", config.teacher.input)):
+        if data.label in given.columns:
+            raise ValueError(
+                f"{setting}.input.columns must not hold {data.label}, which is data.label: it would be given the truth"
+            )
 
 
 def _sets(config: RunConfig) -> dict[str, str]:
@@ -112,13 +127,11 @@ def _sets(config: RunConfig) -> dict[str, str]:
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def _read(path: Path, name: str, config: RunConfig) -> tuple[Pool, pa.Table]:
+def _read(path: Path, name: str, config: RunConfig, columns: Sequence[str]) -> RawSet:
     files = find_files(path, name)
     plan = plan_units(files, config.engine.unit_rows, name)
-    try:
-        return plan, pa.concat_tables(pq.read_table(file, partitioning=None) for file in files)
-    except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"{name}: {path} is damaged ({str(e).splitlines()[0]}); write it again") from e
+    require_columns(plan.columns, [config.data.label, *columns], name)
+    return read_set(name, plan, [str(file) for file in files], config.data.label, columns)
 
 
 def require_columns(found: Iterable[str], wanted: Iterable[str], name: str) -> None:
@@ -135,30 +148,6 @@ def _require_types(pool: pa.Schema, schema: pa.Schema, columns: Sequence[str], n
                 f"{name}: column {column} is {schema.field(column).type}, but {pool.field(column).type} in data.pool; "
                 "the sets must have examples of one shape"
             )
-
-
-def _found_classes(tables: Sequence[pa.Table], label: str) -> tuple[str, ...]:
-    values = pa.chunked_array([chunk for table in tables for chunk in table[label].chunks]).unique()
-    values = pc.drop_null(values)
-    names = tuple(str(value) for value in values.take(pc.array_sort_indices(values)).to_pylist())
-    if len(names) < 2:
-        raise ValueError(
-            f"data.label: the labelled sets must have at least two classes in column {label}, found {', '.join(names) or 'none'}"
-        )
-    return names
-
-
-def _indexed(table: pa.Table, label: str, classes: tuple[str, ...], name: str) -> pa.Table:
-    names = table[label].cast(pa.string())
-    index = pc.index_in(names, value_set=pa.array(classes)).cast(pa.int64())
-    if index.null_count:
-        row = pc.is_null(index).to_pylist().index(True)
-        value = names[row].as_py()
-        raise ValueError(
-            f"{name}: row {row:,} has the class {value!r} in column {label}, which is not one of the {len(classes)} classes "
-            f"({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}); correct the row or data.classes"
-        )
-    return table.set_column(table.column_names.index(label), label, index)
 
 
 def _require_budget(config: RunConfig, pool: Pool) -> None:

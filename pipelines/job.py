@@ -6,6 +6,8 @@ else is state.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,27 +22,42 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.content_digests import content_digests
+from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.herding_choice import candidates_share
-from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.labelled_sets import LabelledSet
 from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.pipelines.score import Candidates, Score
-from distilbeam.pipelines.shards import plan_shards
+from distilbeam.pipelines.shards import Task, plan_shards
+from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
+from distilbeam.pipelines.unusable_rows import (
+    gather_unusable,
+    unusable_directory,
+    unusable_list,
+    unusable_sentence,
+)
 from distilbeam.pipelines.work_log import add_work, with_counts_of
 from distilbeam.selection.calibration import fit_temperature
 from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
-from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
+from distilbeam.student.trust import trust_config, trusted
+from distilbeam.teacher.probing import with_probe_shape
+from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
+
+log = logging.getLogger(__name__)
 
 
 class Job:
@@ -55,33 +72,43 @@ class Job:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory, options: PipelineOptions) -> None:
         self.config, self.base, self.directory, self.options = config, base, directory, options
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base)
+        return self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
 
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
         """The teacher's fingerprint."""
         return cached_teacher(self.teacher).fingerprint()
 
-    def freeze(self) -> None:
+    def freeze(self, check_content: bool = False) -> None:
         """Record which data and which teacher the run belongs to, or check that they are still the same.
+
+        Args:
+          check_content: read all files of the pool, not only those that were touched since.
 
         Raises:
           ValueError: the data or the teacher changed since the run was started.
         """
+        contents = content_digests(self.inputs.pool, self._digest_cache, check_content)
         now: dict[str, Any] = {
-            "inputs": self.inputs.digest,
+            "inputs": self.inputs.files_digest,
+            "pool": self.inputs.pool.digest,
+            "sets": self.inputs.rows_digests,
             "files": dict(self.inputs.pool.files),
             "teacher": self.fingerprint,
             "classes": list(self.inputs.classes),
+            "contents": contents,
         }
         path = self.directory.frozen
         if not path.exists():
@@ -92,26 +119,75 @@ class Job:
                 f"the teacher changed: {self.directory.root} was started with {then['teacher']}, the configuration now "
                 f"names {now['teacher']}; put the former back or choose another run.directory"
             )
-        if then["inputs"] != now["inputs"]:
-            changed = sorted(name for name, _ in then["files"].items() ^ now["files"].items())
-            what = f"pool file(s) {', '.join(dict.fromkeys(changed))}" if changed else "a labelled set"
+        if changed := _changed_data(then, now):
             raise ValueError(
-                f"the data changed since {self.directory.root} was started: {what}; put it back or choose another run.directory"
+                f"the data changed since {self.directory.root} was started: {changed}; put it back or choose another run.directory"
             )
+        if "sets" not in then:
+            log.warning(
+                "%s was started by an earlier version, which did not record the rows of the labelled sets: whether they were "
+                "changed until now cannot be told",
+                self.directory.root,
+            )
+        if "sets" not in then or "contents" not in then:
+            write_json(path, {**then, **{name: now[name] for name in ("pool", "sets", "contents")}})
+
+    def changed_files(self) -> list[str]:
+        """Read all files of the pool and list those that are not what the run was started with."""
+        then = read_json(self.directory.frozen).get("contents", {})
+        now = content_digests(self.inputs.pool, self._digest_cache, check_all=True)
+        return [name for name, digest in now.items() if then.get(name, digest) != digest]
+
+    @property
+    def _digest_cache(self) -> Path:
+        return self.directory.top / "content-digests.json"
+
+    def reopen_failed(self) -> None:
+        """Let the teacher be asked again about rows that had no answer, as long as nothing was made of their labels."""
+        where = self.directory
+        used = {
+            ("ask-validation", where.asked("validation")): [where.calibration, where.picks(0)],
+            ("ask-test", where.asked("test")): [where.metrics],
+            ("ask-labelled", where.asked("labelled")): [where.student(1)],
+            **{(f"round={r:03d}", where.labels(r)): [where.student(r + 1)] for r in range(self.config.run.rounds)},
+        }
+        for (name, dataset), made in used.items():
+            failed = where.summary(dataset).exists() and count_dead_letters(where.dead_letters(name))
+            if failed and not any(path.exists() for path in made):
+                where.summary(dataset).unlink()
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory
-        datasets = [self._to_learn(where, r, where.student(r)) for r in range(number)]
+        datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
         self._train(where.student(number), datasets, report)
 
     def ask(self, name: str, report: Report) -> None:
-        """Ask the teacher about the labelled, the validation or the test set."""
+        """Ask the teacher about the labelled, the validation or the test set.
+
+        Raises:
+          ValueError: after the validation set: the teacher is at chance, or its outputs are in another order.
+        """
+        if name != "validation":
+            self.check_teacher()
         labelling = Labelling(self.teacher, self._asked_spec(name), teacher_batch=self.config.engine.teacher_batch)
         self._label(self.directory.asked(name), f"ask-{name}", self.labelled_set(name).plan, labelling, None, report)
+        if name == "validation":
+            self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """Stop where buying the teacher's labels is a mistake by what it answered for the validation set.
+
+        Raises:
+          ValueError: it is at chance, or its outputs are in another order than the classes.
+        """
+        if self.config.data.check_classes:
+            rng = np.random.default_rng(self.config.run.seed)
+            require_order(self.answers("validation"), self.truth("validation"), self.inputs.classes, rng)
 
     def select(self, number: int, report: Report) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
+        self.check_teacher()
         choice = self._choice_of_round(number)
         if choice.method != "uniform":
             score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
@@ -122,27 +198,41 @@ class Job:
                 score = replace(score, candidates=candidates)
             done = self._phase("score", score, self.inputs.pool.units, report)
             add_work(self.directory.work, "score", done)
+            if unusable := gather_unusable(choice.gains, self.inputs.pool.units):
+                log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
         choose(choice)
 
     def label(self, number: int, report: Report) -> None:
         """Ask the teacher about the rows that a round chose."""
+        self.check_teacher()
         picks, student = self.directory.picks(number), self.directory.student(number)
-        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, (), report)
+        reuse = tuple(map(str, self.directory.bought_elsewhere(number)))
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, report)
 
     def compare(self, report: Report) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
-        where, rounds = self.directory.uniform, self.config.run.rounds
-        choice = self._choice(where.selected(0), "uniform", self.config.selection.budget * rounds, (), rounds, {})
-        choose(choice)
-        bought = tuple(str(self.directory.labels(r)) for r in range(rounds))
-        self._label_picks(where.labels(0), "uniform", choice.picks, self.directory.student(0), bought, report)
-        self._train(where.student(1), [self._to_learn(where, 0, self.directory.student(0))], report)
+        self.check_teacher()
+        where, rounds, student = self.comparison, self.config.run.rounds, self.directory.chooser(0)
+        if not where.summary(where.labels(0)).exists():
+            unusable = tuple(str(unusable_directory(self.directory.gains(r))) for r in range(rounds))
+            choice = self._choice(
+                where.selected(0), "uniform", self.config.selection.budget * rounds, unusable, rounds, {}
+            )
+            choose(choice)
+            bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.bought_elsewhere(rounds)]
+            self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
+        self._train(where.student(1), [self._to_learn(where, 0, student)], report)
+
+    @property
+    def comparison(self) -> RunDirectory:
+        """The directory of the comparison with as many uniformly chosen labels."""
+        return self.directory.uniform_with(self.config.selection.budget * self.config.run.rounds)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
         labelling = Labelling(
             self.teacher,
-            self._spec(self.config.labels, 1.0),
+            self.sample_spec,
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
         )
@@ -162,8 +252,7 @@ class Job:
 
     def truth(self, name: str) -> npt.NDArray[np.int64]:
         """Return the class indices of a labelled set, int64 [rows]."""
-        labels: npt.NDArray[np.int64] = self.labelled_set(name).table[self.config.data.label].to_numpy()
-        return labels
+        return self.labelled_set(name).truth
 
     def student_logits(self, student: Path, name: str) -> npt.NDArray[np.float32]:
         """Return a student's logits for a labelled set, float32 [rows, classes]."""
@@ -194,6 +283,16 @@ class Job:
     def calibrated_answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the log-probabilities of `answers` as soft labels of the pool would say them."""
         return calibrated(self.answers(name), self.temperature)
+
+    @property
+    def sampled(self) -> Path:
+        """Dense answers to the samples of `plan`, which no round asks again."""
+        return self.directory.top / "sampled"
+
+    @property
+    def sample_spec(self) -> SoftLabelSpec:
+        """How these are stored."""
+        return replace(self._spec(self.config.labels, 1.0), kind="dense", k=None)
 
     @property
     def wrong_share(self) -> float:
@@ -247,7 +346,8 @@ class Job:
             teacher_batch=self.config.engine.teacher_batch,
             estimates=self._estimates(output, student),
             student=str(student),
-            reuse=reuse,
+            trust=trusted(),
+            reuse=(*reuse, *([str(self.sampled)] if self.sampled.exists() else [])),
         )
         self._label(output, name, self.inputs.pool, labelling, str(picks), report)
 
@@ -256,15 +356,26 @@ class Job:
     ) -> None:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
-        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
-        done = self._phase("label", work, tasks, report)
-        add_work(self.directory.work, "label", with_counts_of(done, output, tasks))
+        engine = self.config.engine
+        tasks = plan_shards(plan.units, picks, engine.shard_rows, labelling.spec, engine.shard_bytes)
+        again = self._again(dead_letters, plan, picks, labelling, output)
+        done = self._phase("label", work, [*tasks, *again], report)
+        drop_answered(dead_letters, committed(output))
+        add_work(self.directory.work, "label", with_counts_of(done, output, [*tasks, *again]))
         failed = count_dead_letters(dead_letters)
         if failed == sum(task.rows for task in tasks):
-            raise ValueError(
-                f"the teacher answered none of the {failed:,} rows asked; their errors are in {dead_letters}"
-            )
+            raise ValueError(none_answered_sentence(dead_letters, failed))
         write_json(self.directory.summary(output), tally(output, failed))
+
+    def _again(
+        self, dead_letters: Path, plan: Pool, picks: str | None, labelling: Labelling, output: Path
+    ) -> list[Task]:
+        """Plan to ask again about the rows that failed, unless they are to be left."""
+        done, engine = committed(output), self.config.engine
+        if engine.retry:
+            return ask_again(dead_letters, plan.units, picks, engine.shard_rows, labelling.spec, done)
+        leave(dead_letters, done)
+        return []
 
     def _label_work(self, labelling: Labelling, output: Path, dead_letters: Path, picks: str | None) -> Label:
         inputs, engine = self.inputs, self.config.engine
@@ -277,6 +388,8 @@ class Job:
             picks=picks,
             batch_rows=engine.batch_rows,
             max_failures=engine.max_failures,
+            flush_s=engine.flush_s,
+            retry=engine.retry,
         )
 
     def _score_work(self, student: Path, gains: Path, bought: tuple[str, ...]) -> Score:
@@ -287,6 +400,7 @@ class Job:
             bought=bought,
             columns=self.inputs.student_columns,
             batch_rows=self.config.engine.batch_rows,
+            trust=trusted(),
         )
 
     def _phase(self, name: str, work: Any, items: Any, report: Report) -> PhaseReport:
@@ -313,7 +427,7 @@ class Job:
         shards = [path for r in range(number) for path in read_manifest(self.directory.labels(r)).paths()]
         tables = [
             self.inputs.labelled.table.select(columns),
-            *(pq.read_table(path, columns=columns) for path in shards),
+            *(pq.read_table(path, columns=columns, page_checksum_verification=True) for path in shards),
         ]
         size = self.config.engine.batch_rows
         batches = [batch for table in tables for batch in table.to_batches(max_chunksize=size)]
@@ -342,7 +456,10 @@ class Job:
 
     def _asked_spec(self, name: str) -> SoftLabelSpec:
         """The form of the answers for a labelled set: calibration is fitted on them, but the labelled one's are learned."""
-        return self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        spec = self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        return replace(
+            spec, carried=tuple(dict.fromkeys(self.inputs.student_columns))
+        )  # what else is carried is the pool's
 
     def _spec(self, labels: RunLabelsSection, temperature: float) -> SoftLabelSpec:
         return SoftLabelSpec(
@@ -375,3 +492,19 @@ class Job:
             with replacing(path) as temporary:
                 temporary.write_text(estimates.to_text())
         return path.read_text()
+
+
+def _changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name what changed since a run was started; nothing where all is the same."""
+    if then["classes"] != now["classes"]:
+        return "the classes of the labelled sets"
+    if "sets" in then:
+        sets = [name for name, digest in now["sets"].items() if digest != then["sets"].get(name)]
+        if then["pool"] == now["pool"]:
+            known = then.get("contents", {})
+            values = [name for name, digest in now["contents"].items() if known.get(name, digest) != digest]
+            return ", ".join(sets + [f"values in pool file {name}" for name in values[:3]])
+    elif then["inputs"] == now["inputs"]:
+        return ""
+    files = sorted({name for name, _ in {*then["files"].items()} ^ {*now["files"].items()}})
+    return f"pool file(s) {', '.join(files)}" if files else "a labelled set"

@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from distilbeam.pipelines.units import Pool, open_parquet
 from distilbeam.student.checkpoint import DESCRIPTION, Student, load_student
+from distilbeam.student.class_labels import INTEGERS, Integers
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.exported import ExportedStudent, load_export
 from distilbeam.student.measuring import measure
+from distilbeam.student.usable_rows import find_usable
 from distilbeam.teacher.preprocess import InputConfig, make_input
 
 BATCH_ROWS = 1024
@@ -42,6 +44,13 @@ def load_model(directory: Path) -> Model:
 def input_of(model: Model) -> InputConfig:
     """Return which columns a model reads, and how."""
     return model.input if isinstance(model, ExportedStudent) else model.config.input
+
+
+def integers_of(model: Model) -> Integers | None:
+    """Return what the whole numbers of a label column meant where the model learned; None where it does not know."""
+    known = model.description["student"] if isinstance(model, ExportedStudent) else model.extra
+    meant: Integers | None = known.get(INTEGERS)
+    return meant
 
 
 def logits_of(model: Model, table: pa.Table) -> npt.NDArray[np.float32]:
@@ -81,7 +90,10 @@ def pool_examples(pool: Pool, config: InputConfig, rows: int, seed: int) -> npt.
       seed: of the draw.
 
     Returns:
-      The inputs [rows, ...].
+      The inputs [rows, ...], without the rows that cannot be read.
+
+    Raises:
+      ValueError: none of the drawn rows can be read.
     """
     rng = np.random.default_rng([seed, pool.rows])
     groups = [(unit.path, group) for unit in pool.units for group in range(*unit.row_groups)]
@@ -89,7 +101,9 @@ def pool_examples(pool: Pool, config: InputConfig, rows: int, seed: int) -> npt.
     tables = [_row_group(path, group, config.columns) for path, group in chosen]
     table = pa.concat_tables(tables)
     taken = table.take(np.sort(rng.permutation(table.num_rows)[:rows])).combine_chunks()
-    inputs: npt.NDArray[Any] = make_input(config)(taken.to_batches()[0])
+    inputs = find_usable(make_input(config), taken.to_batches()[0]).inputs
+    if inputs is None:
+        raise ValueError(f"none of {taken.num_rows:,} examples drawn from the pool has an input that can be read")
     return inputs
 
 

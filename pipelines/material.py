@@ -15,8 +15,10 @@ import torch
 from distilbeam.pipelines.answers import calibrated, read_answers
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.display import Report
-from distilbeam.pipelines.inputs import Inputs, LabelledSet, load_inputs
+from distilbeam.pipelines.files import read_json
+from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.judging import Model, cost, load_model, pool_examples, quality
+from distilbeam.pipelines.labelled_sets import LabelledSet
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.pooled_labels import is_pooled
 from distilbeam.pipelines.rundir import RunDirectory
@@ -24,6 +26,7 @@ from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.train import train
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
+from distilbeam.student.trust import trust_config
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -38,11 +41,19 @@ class Material:
 
     def __init__(self, config: RunConfig, base: Path, directory: RunDirectory) -> None:
         self.config, self.base, self.directory = config, base, directory
+        trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return load_inputs(self.config, self.base)
+        inputs = self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
+        frozen = self.directory.frozen
+        if self.directory.moved and frozen.exists() and read_json(frozen)["inputs"] != inputs.digest:
+            raise ValueError(
+                f"{' and '.join(self.directory.moved)} must lead to the data that {self.directory.top} was started with, these "
+                "are others; set it back or choose another run.directory"
+            )
+        return inputs
 
     @cached_property
     def soft_labels(self) -> list[Path]:
@@ -67,7 +78,7 @@ class Material:
         numbers = {self.directory.student(number): number for number in range(self.config.run.rounds + 1)}
         datasets = self.soft_labels if student is None else self.soft_labels[: numbers[student]]
         spec = json.loads(read_manifest(datasets[0]).spec.to_json()) if datasets else None
-        names = [str(dataset.relative_to(self.directory.root)) for dataset in datasets]
+        names = [str(dataset.relative_to(self.directory.top)) for dataset in datasets]
         return {"data": self.inputs.digest, "soft_labels": {"datasets": names, "spec": spec}}
 
     def require_soft_labels(self, why: str) -> None:
@@ -186,8 +197,7 @@ class Material:
 
     def _quality(self, model: Model, name: str) -> dict[str, float]:
         chosen = self._set(name)
-        labels: npt.NDArray[np.int64] = chosen.table[self.config.data.label].to_numpy()
-        return quality(model, chosen.table, labels, self.answers(name))
+        return quality(model, chosen.table, chosen.truth, self.answers(name))
 
     def _set(self, name: str) -> LabelledSet:
         chosen: LabelledSet = getattr(self.inputs, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from distilbeam.student.checkpoint import Student, load_student
@@ -20,9 +21,16 @@ _teachers: dict[str, Teacher] = {}
 _students: dict[str, Student] = {}
 
 
-def teacher_text(config: TeacherConfig, base: Path) -> str:
-    """Describe a teacher as text that travels to workers; relative paths are relative to `base`."""
-    return json.dumps({"base": str(base), "config": config.model_dump(mode="json")}, sort_keys=True)
+def teacher_text(config: TeacherConfig, base: Path, classes: Sequence[str] | None = None) -> str:
+    """Describe a teacher as text that travels to workers; relative paths are relative to `base`.
+
+    Args:
+      config: the configuration.
+      base: folder that its relative paths start at.
+      classes: names of the job's classes, in whose order it answers; see `load_teacher`.
+    """
+    description = {"base": str(base), "config": config.model_dump(mode="json"), "classes": list(classes or ())}
+    return json.dumps(description, sort_keys=True)
 
 
 def cached_teacher(text: str) -> Teacher:
@@ -30,16 +38,22 @@ def cached_teacher(text: str) -> Teacher:
     with _lock:
         if text not in _teachers:
             description = json.loads(text)
-            _teachers[text] = load_teacher(description["config"], base=description["base"])
+            config, base, classes = (description[name] for name in ("config", "base", "classes"))
+            _teachers[text] = load_teacher(config, base=base, classes=classes)
         return _teachers[text]
 
 
-def cached_student(directory: str) -> Student:
-    """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back."""
+def cached_student(directory: str, trust: Sequence[str] = ()) -> Student:
+    """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back.
+
+    Args:
+      directory: of the student.
+      trust: whose code it may call besides what this process trusts; see `load_student`.
+    """
     with _lock:
         if directory not in _students:
             _students.clear()
-            _students[directory] = load_student(directory)
+            _students[directory] = load_student(directory, trust)
         return _students[directory]
 
 

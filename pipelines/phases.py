@@ -8,7 +8,9 @@ or duplicated item writes the same bytes again.
 
 An item that fails does not stop its neighbours: the worker writes what happened to the phase's error directory, and the
 driver, when the pipeline has ended, tries the missing ones once more before it gives up with the first error's sentence.
-A worker process that dies does not hang the job (see `watchdog`): what it had not committed is tried again.
+An error that every item would meet stops all workers (see `stopping`). A worker process that dies does not hang the job
+(see `watchdog`): what it had not committed is tried again. Where work knows what a process died of (`in_danger`), it is done
+in worker processes from then on, and what is found out by dying is no attempt.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,15 +39,26 @@ from distilbeam.pipelines.beam_options import spares_processor, spread_over_task
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.memory import keep_freed_memory
 from distilbeam.pipelines.meter import count, totals
+from distilbeam.pipelines.private_folders import is_private, private_folder
 from distilbeam.pipelines.reading_ahead import sparing
 from distilbeam.pipelines.settling import Settler
-from distilbeam.pipelines.warm_workers import in_processes, local_runner
+from distilbeam.pipelines.stopping import (
+    STOP,
+    Stopped,
+    can_pass,
+    cannot_be_written,
+    is_stopped,
+    stoppable,
+    write_stop,
+)
+from distilbeam.pipelines.warm_workers import in_processes, local_runner, sheltered
 from distilbeam.pipelines.watchdog import WorkerLostError, run_watched
 from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_folder, to_path
 
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+_LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
 
 class Work(Protocol[Item]):
@@ -96,9 +109,16 @@ class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
 
 
+class Interrupted(RuntimeError):  # noqa: N818  (named after what happened)
+    """The phase was told to stop, by Ctrl-C for instance, and has kept what it had."""
+
+
+_at_work: list[tuple[tuple[Path, ...], threading.Event]] = []
+
+
 class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str, spare: bool = False) -> None:
-        self.phase, self.work, self.errors, self.spare = phase, work, errors, spare
+    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, spare: bool = False) -> None:
+        self.phase, self.work, self.errors, self.private, self.spare = phase, work, errors, private, spare
 
     def setup(self) -> None:
         keep_freed_memory()
@@ -109,53 +129,63 @@ class _Run(beam.DoFn, Generic[Item]):
 
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
-        with threads(1):
+        with threads(1), self._stoppable():
+            if is_stopped():  # what was begun finds out by itself, and keeps what it has
+                self._do_begun()
+                return
             with self._kept_error(lambda: self.work.name(item)), sparing(self.spare):
                 rest = self.work(item) or ()
             self._do_begun()
         self.begun = None if rest is None else (item, rest)
 
     def finish_bundle(self) -> None:
-        with threads(1):
+        with threads(1), self._stoppable():
             self._do_begun()
-        with self._kept_error(lambda: "of those that were being flushed to the disk"):
-            self.settler.finish()
+            with self._kept_error(lambda: "of those that were being flushed to the disk"):
+                self.settler.finish()
 
     def _do_begun(self) -> None:
         if self.begun is None:
             return
         item, rest = self.begun
+        self.begun = None
         with self._kept_error(lambda: self.work.name(item)):
             for end in rest:
                 self.settler.add(end)
             count(f"{self.phase}_items")
+
+    def _stoppable(self) -> AbstractContextManager[None]:
+        return stoppable(to_path(self.errors), Path(self.private))
 
     @contextmanager
     def _kept_error(self, name: Callable[[], str]) -> Iterator[None]:
         """Keep an error for the driver, which reads it and raises it."""
         try:
             yield
+        except Stopped:
+            pass
         except Exception as e:  # noqa: BLE001  # the boundary
             record = {
                 "item": name(),
                 "type": type(e).__name__,
                 "message": str(e),
                 "traceback": traceback.format_exc(),
+                "passes": can_pass(e),
+                "stops": is_stopped(),
+                "full": cannot_be_written(e),
             }
-            _keep(record, to_path(self.errors))
+            _keep(record, to_path(self.errors), Path(self.private))
 
 
-def _keep(record: dict[str, Any], errors: Path) -> None:
-    """Write an error's record where the driver looks for it; beside the system's temporary files if the disk is full."""
+def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
+    """Write an error's record where the driver looks for it; among the driver's temporary files if the disk is full."""
     name = f"{_stable_name(record['item'])}.json"
     try:
         write_json(errors / name, record)
     except OSError:
-        write_json(_elsewhere(errors) / name, record)
-
-
-def _elsewhere(errors: Path) -> Path:
-    return Path(tempfile.gettempdir()) / f"distilbeam-errors-{_stable_name(str(errors))}"
+        if not is_private(private):  # on another machine, or not the one that the driver made
+            raise
+        write_json(private / name, record)
 
 
 @contextmanager
@@ -210,39 +240,99 @@ def run_phase(
 
     Raises:
       PhaseError: an item failed in every attempt.
+      Interrupted: `interrupt` was called.
     """
-    start, counts, retried = time.perf_counter(), Counter[str](), 0
+    start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
     todo = planned = work.remaining(items)
-    for attempt in range(1, attempts + 1):
-        if not todo:
-            break
-        for place in (errors, _elsewhere(errors)):
-            remove_folder(place)
-        lost = ""
-        with _Watch(work, items, progress, poll_s):
-            try:
-                counts += _submit(phase, work, todo, errors, options)
-            except WorkerLostError as e:
-                lost = str(e)
-                log.warning("%s: %s", phase, lost)
-        todo = work.remaining(todo)
-        failed = _failures(errors)
-        if todo and (
-            attempt == attempts
-            or (all(f["type"] in ("ValueError", "TypeError", "KeyError") for f in failed) and failed)
-        ):
-            raise PhaseError(_sentence(phase, todo, failed, work, lost))
-        if todo:
-            log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
-            retried += len(todo)
+    with private_folder("errors") as private, _interruptible((errors, private)) as interrupted:
+        while todo:
+            attempt += 1
+            _clear(errors, private)
+            lost, known = "", _dangers(work)
+            if known:
+                log.warning(
+                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
+                )
+            with _Watch(work, items, progress, poll_s):
+                try:
+                    counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
+                except WorkerLostError as e:
+                    lost = str(e)
+                    log.warning("%s: %s", phase, lost)
+            todo = work.remaining(todo)
+            if interrupted.is_set():
+                _tidy(work, finished=False)
+                raise Interrupted("stopped; the same command goes on from here")
+            failed = _failures(errors, private)
+            if lost and _dangers(work) - known:
+                attempt -= 1  # it is known better what the process dies of
+            elif todo and (attempt >= attempts or _hopeless(failed)):
+                _tidy(work, finished=False)
+                raise PhaseError(_sentence(phase, todo, failed, work, lost))
+            if todo:
+                log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
+                retried += len(todo)
+    _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
 
 
-def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, options: PipelineOptions) -> Counter[str]:
+def interrupt() -> bool:
+    """Tell the phase that is at work to stop; `run_phase` then raises `Interrupted`. False where none is, or was told before."""
+    if not _at_work:
+        return False
+    places, interrupted = _at_work[-1]
+    if interrupted.is_set():
+        return False
+    interrupted.set()
+    write_stop(places)
+    return True
+
+
+@contextmanager
+def _interruptible(places: tuple[Path, ...]) -> Iterator[threading.Event]:
+    interrupted = threading.Event()
+    _at_work.append((places, interrupted))
+    try:
+        yield interrupted
+    finally:
+        _at_work.pop()
+
+
+def _dangers(work: Work[Item]) -> frozenset[Any]:
+    """Ask work that knows what processes died of for what is still open; other work knows nothing."""
+    dangers: Callable[[], frozenset[Any]] | None = getattr(work, "dangers", None)
+    return dangers() if dangers is not None else frozenset()
+
+
+def _tidy(work: Work[Item], *, finished: bool) -> None:
+    """Let work that leaves something beside its results remove it."""
+    tidy: Callable[[bool], None] | None = getattr(work, "tidy", None)
+    if tidy is not None:
+        with suppress(OSError):
+            tidy(finished)
+
+
+def _clear(errors: Path, private: Path) -> None:
+    remove_folder(errors)
+    for path in (*private.glob("*.json"), private / STOP):
+        path.unlink(missing_ok=True)
+
+
+def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether trying again is in vain: everything that failed would fail again, or something that stopped everybody."""
+    return bool(failed) and (
+        any(f["stops"] and not f["passes"] for f in failed) or not any(f["passes"] for f in failed)
+    )
+
+
+def _submit(
+    phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, private: Path, options: PipelineOptions
+) -> Counter[str]:
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
-        run: Any = _Run(phase, work, str(errors), spares_processor(options))
+        _keep_inside(pipeline, private)
+        run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
             pipeline
@@ -251,6 +341,13 @@ def _submit(phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, op
             | phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
+
+
+def _keep_inside(pipeline: Any, private: Path) -> None:
+    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
+    with suppress(OSError):
+        Path(pipeline.local_tempdir).rmdir()
+    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
 class _Watch(Generic[Item]):
@@ -277,17 +374,23 @@ class _Watch(Generic[Item]):
 
     def _watch(self) -> None:
         assert self._progress is not None
-        while not self._stop.wait(self._poll_s):
+        wait_s = self._poll_s
+        while not self._stop.wait(wait_s):
+            start = time.perf_counter()
             with suppress(StoreError):  # the next look will tell
                 self._report(self._progress)
+            # a look lists every file that is committed, which may not take the work's time
+            wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
         self._pending = self._work.remaining(self._pending)
         progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
 
 
-def _failures(errors: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for place in (errors, _elsewhere(errors)) for path in sorted(list_files(place, "*.json"))]
+def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:
+    """Read the records of what failed, those that stopped everybody first."""
+    found = [read_json(path) for place in (errors, private) for path in sorted(list_files(place, "*.json"))]
+    return sorted(found, key=lambda record: not (record["stops"] and not record["passes"]))
 
 
 def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:
@@ -298,8 +401,12 @@ def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]]
         return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
     first = failed[0]
     log.debug("first failure of %s:\n%s", phase, first["traceback"])
-    message = first["message"] if first["type"] == "ValueError" else f"{first['type']}: {first['message']}"
-    return f"{count}, the first {first['item']}: {message}"
+    sentence = first["type"] in ("ValueError", "TooManyFailures")
+    message = first["message"] if sentence else f"{first['type']}: {first['message']}"
+    way_out = (
+        "; what was answered is kept: make room, or let it be written to, and start again" if first["full"] else ""
+    )
+    return f"{count}, the first {first['item']}: {message}{way_out}"
 
 
 def _stable_name(text: str) -> str:

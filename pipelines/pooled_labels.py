@@ -42,7 +42,7 @@ def pool_labels(source: Path, target: Path, student: Path, beliefs: BeliefPool) 
     spec = pooled_spec(found.spec)
     for path, entry in zip(found.paths(), found.entries, strict=True):
         if not entry_path(target, entry.key).exists():
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             about = {"pooled_from": entry.checksum, "beliefs": beliefs.to_json()}
             write_shard(target, path.stem, _pooled(table, found.spec, spec, student, beliefs), spec, entry.key, about)
     write_json(_done(target), beliefs.to_json())

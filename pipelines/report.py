@@ -8,7 +8,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
-from rich.table import Table
 
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json
@@ -22,6 +21,7 @@ from distilbeam.pipelines.student_tables import (
     pareto_rows,
 )
 from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 _CAPTIONS = {
     "accuracy.png": "Accuracy against the number of labels bought. The dashed line is the teacher.",
@@ -78,10 +78,10 @@ def _optional(path: Path) -> Any:
     return read_json(path) if path.exists() else None
 
 
-def results_table(results: dict[str, Any]) -> Table:
+def results_table(results: dict[str, Any]) -> PlainTable:
     """Return the final table for the console."""
     title = f"On the {results['evaluated_on']} set (ms: latency for one example, and for 64)"
-    table = Table(
+    table = PlainTable(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
     )
     shown = [i for i, column in enumerate(_COLUMNS) if column != "ECE"]  # a console has 80 columns
@@ -93,8 +93,12 @@ def results_table(results: dict[str, Any]) -> Table:
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Format a row for the teacher, each student and the uniform comparison."""
-    rows = [results["teacher"], *results["students"], *([results["uniform"]] if "uniform" in results else [])]
+    """Format a row for the teacher, each student, the uniform comparison and, beside another student, the run's own."""
+    rows = [
+        results["teacher"],
+        *results["students"],
+        *(results[name] for name in ("uniform", "own") if name in results),
+    ]
     return [
         (
             row["name"],
@@ -127,8 +131,15 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
         if name in calls
     ]
     sentences.append(f"Asked besides: {', '.join(asked)}.")
+    if "variant" in results:
+        sentences.append(f"{results['variant']}.")
     if failed:
         sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")
+    if unusable := results.get("unusable", {}).get("rows"):
+        lists = ", ".join(results["unusable"]["lists"])
+        sentences.append(
+            f"The student cannot read {unusable:,} row(s) of the pool, which were left out; they are in {lists}."
+        )
     return sentences
 
 

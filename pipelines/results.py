@@ -15,6 +15,7 @@ from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.score import GAINS
+from distilbeam.pipelines.unusable_rows import read_unusable, unusable_list
 from distilbeam.student.evaluate import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.softlabels import read_manifest
 
@@ -27,11 +28,12 @@ def write_results(job: Job, report: Report) -> None:
     name = "validation" if config.data.test is None else "test"
     bought = [read_json(where.summary(where.labels(r))) for r in range(config.run.rounds)]
     students = []
-    for number in range(config.run.rounds + 1):
+    numbers = where.trained(config.run.rounds)
+    for done, number in enumerate(numbers, 1):
         title = f"student, round {number}" if number else "student, before"
         labels = sum(b["rows"] for b in bought[:number])
         students.append(_student_row(job, where.student(number), name, title, labels))
-        report(number + 1, config.run.rounds + 1)
+        report(done, len(numbers))
     results: dict[str, Any] = {
         "evaluated_on": name,
         "teacher": _teacher_row(job, name),
@@ -42,13 +44,38 @@ def write_results(job: Job, report: Report) -> None:
         "temperature": job.temperature,
         "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(job, bought),
+        "unusable": _unusable(job),
         "work": read_json(where.work),
         **_classes(job, where.student(config.run.rounds), name),
     }
     if config.selection.compare_uniform:
-        labels = read_json(where.summary(where.uniform.labels(0)))["rows"]
-        results["uniform"] = _student_row(job, where.uniform.student(1), name, "student, uniform choice", labels)
+        uniform = job.comparison
+        labels = read_json(where.summary(uniform.labels(0)))["rows"]
+        results["uniform"] = _student_row(job, uniform.student(1), name, "student, uniform choice", labels)
+    if (sentence := where.sentence(config.run.rounds)) is not None:
+        results["variant"] = sentence
+    if (own := where.beside(config.run.rounds)) is not None:
+        labels = sum(b["rows"] for b in bought)
+        results["own"] = _student_row(job, own, name, "the run's own student", labels)
+    (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
+
+
+def _unusable(job: Job) -> dict[str, Any]:
+    """Count the rows of the pool that students could not read, and name the lists that have them."""
+    where = job.directory
+    lists = {r: read_unusable(where.gains(r)) for r in range(job.config.run.rounds)}
+    rows = {(row["file"], row["row"]) for found in lists.values() for row in found}
+    files = [str(unusable_list(where.gains(r)).relative_to(where.root)) for r, found in lists.items() if found]
+    return {"rows": len(rows), "lists": files}
+
+
+def are_current(job: Job) -> bool:
+    """Tell whether the figures on disk are of the rounds and the comparison that the configuration names."""
+    if not job.directory.metrics.exists():
+        return False
+    found, config = read_json(job.directory.metrics), job.config
+    return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 
 
 def _classes(job: Job, student: Path, name: str) -> dict[str, Any]:
@@ -97,7 +124,7 @@ def _median_ms(call: Any, repeats: int = 11) -> float:
 def _calls(job: Job, bought: list[dict[str, Any]]) -> dict[str, int]:
     """Count the rows that the teacher was asked about, and those of the pool that it was spared."""
     where = job.directory
-    datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": where.uniform.labels(0)}
+    datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": job.comparison.labels(0)}
     calls = {
         name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()
     }
@@ -130,12 +157,14 @@ def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> 
     """Count the validation examples, and those that the teacher has right, by the gain that the round's student gives them."""
     answers = job.answers("validation")
     answered = ~np.isnan(answers).any(axis=1)
-    gain = GAINS[job.config.selection.gain](job.student_logits(job.directory.student(number), "validation"))
+    gain = GAINS[job.config.selection.gain](job.student_logits(job.directory.chooser(number), "validation"))
     right = answers.argmax(axis=1) == job.truth("validation")
     count = np.histogram(gain[answered], edges)[0]
     return {"count": count.tolist(), "right": np.histogram(gain[answered & right], edges)[0].tolist()}
 
 
 def _column(path: Path | str, name: str) -> npt.NDArray[np.float32]:
-    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name])[name].to_numpy()
+    column: npt.NDArray[np.float32] = pq.read_table(path, columns=[name], page_checksum_verification=True)[
+        name
+    ].to_numpy()
     return column

@@ -1,9 +1,9 @@
 """Score: what the current student would gain from each example's label, per unit, with the unit's sketch.
 
 A unit's file `gains/<uid>.parquet` has the columns `row` (int64, row of the unit) and `gain` (float32, >= 0) for the rows
-that were not bought in an earlier round, and the unit's `GainSketch` in its footer. The driver reads footers to solve the
-game and reads gains again only to refine and to round; it never scores a unit twice, so that another processor's rounding
-cannot change a choice that was made.
+that were not bought in an earlier round and that the student can read (see `unusable_rows`), and the unit's `GainSketch` in
+its footer. The driver reads footers to solve the game and reads gains again only to refine and to round; it never scores a
+unit twice, so that another processor's rounding cannot change a choice that was made.
 
 Where examples will be compared with each other, `embeddings/<uid>.parquet` beside it has `row` and `embedding` (float32 [d],
 what the student's last layer sees) of a random part of these rows.
@@ -26,6 +26,8 @@ from distilbeam.pipelines.meter import count, count_seconds, timed
 from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.reading_ahead import read_from
 from distilbeam.pipelines.units import Unit, answered_rows, read_unit
+from distilbeam.pipelines.unusable_rows import unusable_directory, unusable_table
+from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.selection import gains as gain_functions
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.sketch import GainSketch
@@ -78,6 +80,7 @@ class Score:
       columns: pool columns that the student reads.
       batch_rows: rows scored at a time; fewer where they are large or of many classes.
       candidates: whose embeddings to keep, or None.
+      trust: modules whose code the student may call; see `student.trust`.
     """
 
     student: str
@@ -87,27 +90,38 @@ class Score:
     columns: tuple[str, ...]
     batch_rows: int
     candidates: Candidates | None = None
+    trust: tuple[str, ...] = ()
 
     def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
         """Begin to read the unit, where that pays; what is returned scores it and yields the gains' temporary and final file."""
-        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student).classes))
+        batch_rows = answered_rows(self.batch_rows, len(cached_student(self.student, self.trust).classes))
         return self._score(unit, read_from(unit.path, read_unit(unit, self.columns, batch_rows)))
 
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
         rows = unbought_rows(unit, self.bought)
         wanted = self.candidates.drawn(unit.uid, rows) if self.candidates is not None else rows[:0]
         parts, seen, first = [], [], 0
+        reasons: dict[int, str] = {}
         for batch, seconds in read:
             count_seconds("read", seconds)
             with timed("score"):
-                gains, embeddings = self._scored(batch, wanted - first)
+                gains, embeddings, unusable = self._scored(batch, wanted - first)
             parts.append(gains)
             seen += embeddings
+            reasons |= {first + row: reason for row, reason in unusable.items()}
             first += len(batch)
         count("rows_scored", unit.rows)
-        if self.candidates is not None:
+        if reasons:
+            bad = np.array([*reasons])
+            rows, wanted = rows[~np.isin(rows, bad)], wanted[~np.isin(wanted, bad)]
+            count("rows_unusable", len(reasons))
             with timed("write"):
-                yield _written(embeddings_file(self.candidates.output, unit), _embedded(wanted, np.concatenate(seen)))
+                file = unusable_directory(self.output) / f"{unit.uid}.parquet"
+                yield _written(file, unusable_table(unit, reasons), {})
+        if self.candidates is not None:
+            embedded = _embedded(wanted, np.concatenate(seen) if seen else np.empty((0, 1), np.float32))
+            with timed("write"):
+                yield _written(embeddings_file(self.candidates.output, unit), embedded)
         gains = np.concatenate(parts)[rows]
         sketch = GainSketch()
         sketch.add(gains)
@@ -118,14 +132,14 @@ class Score:
 
     def _scored(
         self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-        """Compute a batch's gains, and the embeddings of those of its rows that are wanted."""
-        student, gain = cached_student(self.student), GAINS[self.gain]
-        if self.candidates is None:
-            return gain(student.logits(batch)).astype(np.float32), []
-        logits, embeddings = student.logits_and_embeddings(batch)
-        here = wanted[(wanted >= 0) & (wanted < len(batch))]
-        return gain(logits).astype(np.float32), [embeddings[here]]
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], dict[int, str]]:
+        """Compute a batch's gains, the embeddings of those of its rows that are wanted, and why rows have neither."""
+        said = ask_student(cached_student(self.student, self.trust), batch, self.candidates is not None)
+        gains = np.full(batch.num_rows, np.nan, np.float32)
+        gains[said.rows] = GAINS[self.gain](said.logits)
+        if said.embeddings is None or not len(said.rows):
+            return gains, [], said.reasons
+        return gains, [said.embeddings[np.isin(said.rows, wanted)]], said.reasons
 
     def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
         """Flush files to the disk and give them their names, in the order in which they were written."""
@@ -203,7 +217,7 @@ def _embedded(rows: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) 
     return pa.table({"row": rows, "embedding": values})
 
 
-def _written(file: Path, table: pa.Table) -> tuple[Path, Path]:
+def _written(file: Path, table: pa.Table, encoding: dict[str, Any] = _ENCODING) -> tuple[Path, Path]:
     temporary = temporary_name(file)
-    pq.write_table(table, temporary, **_ENCODING)
+    pq.write_table(table, temporary, **encoding)
     return temporary, file

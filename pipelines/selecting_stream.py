@@ -13,7 +13,8 @@ a repeated bundle chooses the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ from apache_beam.utils.windowed_value import PaneInfoTiming
 from distilbeam.pipelines.gathering_gains import Floats32, GatheredGains, GatherGains
 from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.phases import threads
+from distilbeam.pipelines.reserved_names import require_free_names
 from distilbeam.pipelines.score import GAINS
+from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.threshold import Threshold
+from distilbeam.student.trust import trusted
 
+log = logging.getLogger(__name__)
+
+_ADDED = ("gain", "inclusion_probability")
 _Bools = npt.NDArray[np.bool_]
 _Carry = tuple[str, float, pa.RecordBatch]  # shard, probability, the row with its two columns
 
@@ -42,7 +49,7 @@ class SelectExamples(beam.PTransform):
 
     A window with fewer examples is chosen whole. The chosen rows come out in their batches, with two more columns: `gain`
     and `inclusion_probability` (float32). Examples that come when their window is closed are counted (`late_rows`) and left
-    out, since the window's budget is spent.
+    out, since the window's budget is spent. So are rows that the student cannot read (`unusable_rows`).
 
     Args:
       student: directory of the student that scores the examples.
@@ -51,10 +58,11 @@ class SelectExamples(beam.PTransform):
       gain: "margin", "entropy" or "least_confidence".
       seed: of the rounding.
       shards: parts in which a window's batches wait; a worker holds one part in memory.
+      trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
 
     Raises:
       ValueError: an argument is out of range; when applied, windows that merge or fire more than once, or a stream without
-        windows.
+        windows; in a batch, a column that has the name of one of the two.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class SelectExamples(beam.PTransform):
         gain: str = "margin",
         seed: int = 0,
         shards: int = 16,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value in (("budget", budget), ("shards", shards)):
@@ -77,10 +86,11 @@ class SelectExamples(beam.PTransform):
             raise ValueError(f"gain must be one of {', '.join(GAINS)}, got {gain!r}")
         self.student, self.budget, self.wrong_share = str(student), budget, wrong_share
         self.gain, self.seed, self.shards = gain, seed, shards
+        self.trust = (*trusted(), *trust)
 
     def expand(self, batches: Any) -> Any:
         require_windows_that_fire_once(batches)
-        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards))
+        scored = batches | "Score" >> beam.ParDo(_ScoreBatch(self.student, self.gain, self.shards, self.trust))
         thresholds = (
             scored
             | "GainsOnly" >> beam.Map(_gains_only)
@@ -145,15 +155,22 @@ def _time_name(timestamp: Any) -> str:
 
 
 class _ScoreBatch(beam.DoFn):
-    """Batch -> (shard, (digest, batch, gains))."""
+    """Batch -> (shard, (digest, batch, gains)), of the rows that the student can read."""
 
-    def __init__(self, student: str, gain: str, shards: int) -> None:
-        self.student, self.gain, self.shards = student, gain, shards
+    def __init__(self, student: str, gain: str, shards: int, trust: tuple[str, ...]) -> None:
+        self.student, self.gain, self.shards, self.trust = student, gain, shards, trust
+        self.unusable_rows = Metrics.counter("SelectExamples", "unusable_rows")
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, tuple[str, pa.RecordBatch, Floats32]]]:
+        require_free_names([name for name in batch.schema.names if name in _ADDED], "SelectExamples")
+        with threads(1):
+            said = ask_student(cached_student(self.student, self.trust), batch)
+        if said.reasons:
+            self.unusable_rows.inc(len(said.reasons))
+            log.warning("%d row(s) left out, the first: %s", len(said.reasons), next(iter(said.reasons.values())))
+            batch = batch.take(pa.array(said.rows))
         if batch.num_rows:
-            with threads(1):
-                gains = GAINS[self.gain](cached_student(self.student).logits(batch)).astype(np.float32)
+            gains = GAINS[self.gain](said.logits).astype(np.float32)
             digest = batch_digest(batch)
             yield int(digest[:8], 16) % self.shards, (digest, batch, gains)
 

@@ -17,9 +17,12 @@ from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report import write_report
-from distilbeam.pipelines.results import write_results
+from distilbeam.pipelines.results import are_current, write_results
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
+from distilbeam.pipelines.set_notes import notes_on
+from distilbeam.teacher.softlabels.extras import require_extras
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Step:
       title: what is shown.
       commit: the file or directory whose presence means that the step is done.
       do: does it, reporting progress.
+      current: tells of what is committed whether it is of the settings that the configuration has now.
     """
 
     name: str
@@ -39,32 +43,42 @@ class Step:
     title: str
     commit: Path
     do: Callable[[Report], None]
+    current: Callable[[], bool] = lambda: True
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left of it."""
+        return self.commit.exists() and self.current()
 
 
 def steps_of(job: Job) -> list[Step]:
     """List the steps of a run in their order."""
     where, config = job.directory, job.config
     budget, rounds = config.selection.budget, config.run.rounds
-    steps = [
-        Step("train", 0, "train student 0 on the labelled set", where.student(0), partial(job.train, 0)),
-        *(_ask(job, name) for name in _asked(config)),
-    ]
+    trained = where.trained(rounds)
+    steps = [*_train(job, trained, 0), *(_ask(job, name) for name in _asked(config))]
     for r in range(rounds):
         steps += [
             Step("select", r, f"round {r + 1}: choose {budget:,} examples", where.picks(r), partial(job.select, r)),
             Step("label", r, f"round {r + 1}: ask the teacher", where.summary(where.labels(r)), partial(job.label, r)),
-            Step(
-                "train", r + 1, f"round {r + 1}: train student {r + 1}", where.student(r + 1), partial(job.train, r + 1)
-            ),
+            *_train(job, trained, r + 1),
         ]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
-        steps.append(Step("compare", None, title, where.uniform.student(1), job.compare))
+        steps.append(Step("compare", None, title, job.comparison.student(1), job.compare))
+    current = partial(are_current, job)
     return [
         *steps,
-        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job)),
-        Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where)),
+        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job), current),
+        Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where), current),
     ]
+
+
+def _train(job: Job, trained: Sequence[int], number: int) -> list[Step]:
+    if number not in trained:
+        return []
+    title = f"round {number}: train student {number}" if number else "train student 0 on the labelled set"
+    return [Step("train", number, title, job.directory.student(number), partial(job.train, number))]
 
 
 def _asked(config: RunConfig) -> list[str]:
@@ -89,6 +103,7 @@ def run(
     beam_flags: Sequence[str] = (),
     display: Display | None = None,
     until: tuple[str, int | None] | None = None,
+    check_content: bool = False,
 ) -> Path:
     """Carry out a run, or what is left of it.
 
@@ -102,6 +117,7 @@ def run(
       beam_flags: Beam's own options, such as `--runner=DataflowRunner`.
       display: where to show progress; nothing is shown without one.
       until: name and round of the last step to do; all steps without it.
+      check_content: read all files of the pool to find out whether they changed, not only those that were touched since.
 
     Returns:
       The run directory.
@@ -118,11 +134,19 @@ def run(
     elif isinstance(config, Mapping):
         config = parse_config(config)
     base = Path(base or ".").resolve()
+    require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
     with opened_run(config, base) as directory:
         job = Job(config, base, directory, options)
+        if (sentence := directory.sentence(config.run.rounds)) is not None:
+            display.say(sentence)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
-        todo = [step for step in steps if not step.commit.exists()]
+        todo = [step for step in steps if not step.done]
+        if directory.moved:
+            job.freeze(check_content)
+            directory.record(config)
         if not todo:
             display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
             return directory.root
@@ -131,7 +155,10 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            job.freeze()
+            job.freeze(check_content)
+        if todo[0] is steps[0]:
+            for note in notes_on(job.inputs):
+                display.say(f"note: {note}")
         for step in todo:
             with display.step(step.title) as report:
                 step.do(report)
@@ -151,5 +178,5 @@ def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step
     if not matching:
         rounds = sorted({step.round for step in steps if step.name == name and step.round is not None})
         raise ValueError(f"--round must be between {rounds[0]} and {rounds[-1]} for {name}, got {number}")
-    pending = [i for i in matching if not steps[i].commit.exists()]
+    pending = [i for i in matching if not steps[i].done]
     return steps[: (pending or matching[-1:])[0] + 1]

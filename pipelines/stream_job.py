@@ -151,7 +151,7 @@ def _spec(config: LabelConfig, base: Path) -> SoftLabelSpec:
         temperature=labels.temperature,
         storage=labels.storage,
         classes=data.classes or None,
-        teacher=cached_teacher(teacher_text(config.teacher, base)).fingerprint(),
+        teacher=cached_teacher(teacher_text(config.teacher, base, data.classes)).fingerprint(),
         carried=data.carry,
     )
 

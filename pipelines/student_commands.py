@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.command_options import ConfigArgument, DebugOption, LogOption, SetOption, console
+from distilbeam.pipelines.command_options import (
+    ConfigArgument,
+    DebugOption,
+    LogOption,
+    SetOption,
+    TrustOption,
+    console,
+    stop_at_once,
+)
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.needs import needs_of, needs_of_search
+from distilbeam.teacher.softlabels.extras import require_extras
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.material import Material
@@ -45,6 +56,7 @@ def export(
     calibration_rows: Annotated[int, typer.Option(min=1, help="Examples to calibrate on.")] = 1024,
     data: Annotated[Path | None, typer.Option(help="Directory: labelled Parquet to evaluate on.")] = None,
     label: Annotated[str, typer.Option(help="Directory: column of --data with the true class.")] = "label",
+    trust: TrustOption = None,
     ratio: Annotated[float, typer.Option(help="pruned: share of the channels to take away.")] = 0.5,
     recovery: Annotated[float, typer.Option(help="pruned: share of training.epochs to train for afterwards.")] = 0.3,
     overrides: SetOption = None,
@@ -53,9 +65,12 @@ def export(
 ) -> None:
     """Export a student for deployment, and compare the exports in one table."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.exports import check_formats
         from distilbeam.student.export import FORMATS
+        from distilbeam.student.trust import trust as trust_code
+    trust_code(*(trust or ()))
     wanted = list(formats or FORMATS)
     check_formats(wanted)
     if _is_config(student):
@@ -76,6 +91,8 @@ def tune(
 ) -> None:
     """Search for better settings of a run's student and training; a search that was stopped goes on."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
+    require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
     with _material(config, [*(overrides or []), *more]) as material:
         from distilbeam.pipelines.student_tables import trial_table
@@ -85,7 +102,7 @@ def tune(
         console.print(trial_table(found, material.config.tune.metric))
         best = material.directory.root / "tune" / "best.toml"
     console.print(
-        f"Best settings: {best}. To run with them: distilbeam run {config} --set @{best} --set run.directory=...",
+        f"Best settings: {best}. A student of these on the labels that are there: distilbeam run {config} --set @{best}",
         highlight=False,
         soft_wrap=True,
     )
@@ -99,6 +116,7 @@ def pareto(
 ) -> None:
     """Make students of several sizes by both of the Survey's strategies; show which are worth having."""
     configure_logs(log_level, console)
+    signal.signal(signal.SIGINT, stop_at_once)
     with _material(config, overrides) as material:
         from distilbeam.pipelines.student_tables import PARETO_COLUMNS, console_table, pareto_rows
         from distilbeam.pipelines.sweep import sweep_widths
@@ -111,6 +129,26 @@ def pareto(
     console.print(f"Plot: {picture}", highlight=False, soft_wrap=True)
 
 
+def print_student(root: Path, number: int | None) -> None:
+    """Say where a run's students stand: the one of a round, or the last, and what it learned from."""
+    import json
+
+    names = sorted(path.name for path in (root / "students").glob("round=*") if path.suffix != ".training")
+    name = f"round={number:03d}" if number is not None else names[-1]
+    student = root / "students" / name
+    figures = json.loads((student / "student.json").read_text())["extra"]["metrics"]
+    measured = ""
+    if "validation_accuracy" in figures:
+        measured = f"accuracy {figures['validation_accuracy']:.1%} and NLL {figures['validation_nll']:.3f} on the validation set, "
+    console.print(
+        f"Student of round {int(name.removeprefix('round=')):,}: {measured}epoch {figures['best_epoch']:,} of "
+        f"{figures['epochs']:,}, from {figures['soft_rows']:,} labels of the teacher and {figures['hard_rows']:,} human ones.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Its directory: {student}", highlight=False, soft_wrap=True)
+
+
 def evaluate_student(
     directory: Path,
     data: Path | None,
@@ -118,6 +156,7 @@ def evaluate_student(
     teacher: Path | None,
     answers: Path | None,
     json_file: Path | None,
+    trust: Sequence[str] = (),
 ) -> None:
     """Evaluate a student's or an export's directory on labelled Parquet, class by class."""
     if data is None:
@@ -132,6 +171,8 @@ def evaluate_student(
             console_table,
             export_rows,
         )
+        from distilbeam.student.trust import trust as trust_code
+    trust_code(*trust)
     with Display(console).step(f"evaluate {directory}"):
         found = evaluate_directory(directory, data, label, teacher, answers)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))
@@ -154,7 +195,10 @@ def _material(config: Path, overrides: list[str] | None) -> Iterator[Material]:
         from distilbeam.pipelines.material import Material
         from distilbeam.pipelines.rundir import opened_run
     settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    require_extras(needs_of(settings))
     with opened_run(settings, base) as directory:
+        if (sentence := directory.sentence(settings.run.rounds)) is not None:
+            Display(console).say(sentence)
         yield Material(settings, base, directory)
 
 

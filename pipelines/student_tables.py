@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
 
 from distilbeam.student.tuning import Search
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 EXPORT_COLUMNS = (
     "", "accuracy", "NLL", "ECE", "agreement", "weights", "size", "ms", "p95", "ms/64", "p95/64", "memory", "runtime"
@@ -19,9 +19,9 @@ _LEFT_OUT = {"ECE", "p95", "p95/64", "runtime", "strategy", "width", "form"}  # 
 DASH = "–"
 
 
-def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> PlainTable:
     """Lay rows out for the console, the first column to the left."""
-    table = Table(
+    table = PlainTable(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
     )
     shown = [i for i, column in enumerate(columns) if column not in _LEFT_OUT]
@@ -77,7 +77,7 @@ def pareto_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def trial_table(found: Search, metric: str, shown: int = 10) -> Table:
+def trial_table(found: Search, metric: str, shown: int = 10) -> PlainTable:
     """Lay the best trials of a search out."""
     sign = 1 if metric == "nll" else -1
     complete = [trial for trial in found.trials if trial.state == "complete" and trial.value is not None]

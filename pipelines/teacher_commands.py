@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from distilbeam.pipelines.display import configure_logs
+from distilbeam.pipelines.display import configure_logs, plain_console
+from distilbeam.toml_files import read_toml
 
-console = Console()
+console = plain_console()
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")
@@ -23,7 +23,10 @@ def serve_teacher(
     config: Annotated[Path, typer.Argument(help="TOML file with a [teacher] section, such as a run's configuration.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8500,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for every network of this machine.")
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 for every network of this machine, with a certificate or --insecure."
+        ),
     ] = "127.0.0.1",
     name: Annotated[str, typer.Option(help="Name of the model, as clients ask for it.")] = "teacher",
     version: Annotated[
@@ -36,6 +39,13 @@ def serve_teacher(
     cert_file: Annotated[Path | None, typer.Option(help="Certificate of the server; turns encryption on.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Key of the certificate.")] = None,
     client_ca_file: Annotated[Path | None, typer.Option(help="Authority whose certificates clients must show.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines without encryption; the network must be trusted.")
+    ] = False,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most rows in a request.")] = 16384,
+    max_queued: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait; others are told to come again.")
+    ] = 512,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
@@ -52,6 +62,9 @@ def serve_teacher(
         cert_file=_text(cert_file),
         key_file=_text(key_file),
         client_ca_file=_text(client_ca_file),
+        insecure=insecure,
+        max_rows=max_rows,
+        max_queued=max_queued,
     )
 
     def announce(server: Any) -> None:
@@ -70,11 +83,9 @@ def _text(path: Path | None) -> str | None:
 
 def _teacher_section(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(f"no configuration file at {path}") from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     if not isinstance(data.get("teacher"), dict):
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]
@@ -107,14 +118,20 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     from distilbeam.teacher.load import load_teacher
+    from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
 
     with ExitStack() as stack:
         asked = None
         if teacher is not None:
-            asked = load_teacher(_teacher_section(teacher), base=teacher.parent)
+            classes = read_manifest(path).spec.classes
+            asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+    if teacher is not None:
+        from distilbeam.pipelines.pool_check import pool_problems
+
+        result = replace(result, problems=(*result.problems, *pool_problems(teacher, path)))
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)

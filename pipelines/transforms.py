@@ -7,7 +7,7 @@ and `writing_stream.WriteSoftLabels` work per window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from distilbeam.pipelines.labelling import Labelling
 from distilbeam.pipelines.models import teacher_text
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.remote_files import write_parquet_anywhere
+from distilbeam.pipelines.reserved_names import require_free_for_labelling, require_free_names
+from distilbeam.student.trust import trusted
 from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -37,9 +39,11 @@ class LabelExamples(beam.PTransform):
       student: directory of the student whose logits the weights need.
       dead_letters: directory, or place in an object store, for a Parquet file per batch of the rows that the teacher cannot answer. Without it such a
         row fails the batch: no row disappears silently.
+      trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
 
     Raises:
-      ValueError: estimates without a student, or the other way round; a teacher configuration that is not valid.
+      ValueError: estimates without a student, or the other way round; a teacher configuration that is not valid; a
+        carried column that has a name of ours.
     """
 
     def __init__(
@@ -53,18 +57,23 @@ class LabelExamples(beam.PTransform):
         estimates: Estimates | None = None,
         student: str | Path | None = None,
         dead_letters: str | Path | None = None,
+        trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if (estimates is None) != (student is None):
             raise ValueError("estimates and student must be given together: the weights depend on both")
         config = parse_teacher_config(dict(teacher)) if isinstance(teacher, Mapping) else teacher
+        require_free_for_labelling(spec.carried, config.input.columns, id_column, "spec.carried")
+        if estimates is not None:
+            require_free_names(spec.carried, "spec.carried")
         self.labelling = Labelling(
-            teacher=teacher_text(config, Path(base).resolve()),
+            teacher=teacher_text(config, Path(base).resolve(), spec.classes),
             spec=spec,
             id_column=id_column,
             teacher_batch=teacher_batch,
             estimates=None if estimates is None else estimates.to_text(),
             student=None if student is None else str(student),
+            trust=(*trusted(), *trust),
         )
         self.dead_letters = None if dead_letters is None else str(dead_letters)
 

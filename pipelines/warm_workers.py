@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbeam.pipelines import worker_client
+from distilbeam.pipelines.private_folders import PREFIX, claim
+from distilbeam.pipelines.worker_ports import bind_to_loopback
 
 if TYPE_CHECKING:  # Beam takes seconds to import, which `begin` shall not wait for
     from apache_beam.options.pipeline_options import PipelineOptions
 
 LOCAL_RUNNER = "FnApiRunner"
+DEATH = "death-"  # a file of the server for each worker that did not end well, with its status
 CLIENT = "worker_client.py"  # in the command line of every process that stands for a worker
 _MODULES = (
     "apache_beam.runners.worker.sdk_worker_main",
@@ -39,7 +43,8 @@ class _Server:
     """The server's process, which removes the folder of its socket when it ends."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="distilbeam-workers-")
+        self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}workers-")
+        claim(Path(self.folder))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "distilbeam.pipelines.worker_server", self.folder, *_MODULES],
             stdin=subprocess.PIPE,
@@ -68,12 +73,42 @@ class _Server:
         self.process.wait()
 
 
+def deaths() -> dict[int, str]:
+    """Return the workers that did not end well, by process id, with how: those of this process's server."""
+    server = _servers.get(os.getpid())
+    if server is None:
+        return {}
+    files = Path(server.folder).glob(f"{DEATH}*")
+    return {int(file.name.removeprefix(DEATH)): how_it_ended(int(file.read_text() or 0)) for file in files}
+
+
+def how_it_ended(status: int) -> str:
+    """Say how a process ended, from what `os.waitpid` tells."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with status {os.waitstatus_to_exitcode(status)}"
+
+
 def in_processes(options: PipelineOptions) -> bool:
     """Tell whether the options ask for worker processes on this machine."""
     from apache_beam.options.pipeline_options import DirectOptions
 
     several = options.view_as(DirectOptions).direct_running_mode == "multi_processing"
     return bool(several and options.get_all_options().get("runner") == LOCAL_RUNNER)
+
+
+def sheltered(options: PipelineOptions) -> PipelineOptions:
+    """Return options with which work in this process is done in worker processes, of which this one can survive the death."""
+    from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+
+    if options.get_all_options().get("runner") != LOCAL_RUNNER or in_processes(options):
+        return options
+    direct = options.view_as(DirectOptions)
+    workers = direct.direct_num_workers if direct.direct_running_mode == "multi_threading" else 1
+    given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
+    copy = PipelineOptions.from_dictionary({**given, "direct_num_workers": workers})
+    copy.view_as(DirectOptions).direct_running_mode = "multi_processing"
+    return copy
 
 
 def begin(flags: Sequence[str]) -> None:
@@ -100,6 +135,7 @@ def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+    bind_to_loopback()
     server = _server()
     server.wait()
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "WARNING"

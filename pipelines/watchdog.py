@@ -8,6 +8,7 @@ is given up, and the caller decides what to repeat. Nothing is lost: what was co
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -18,8 +19,11 @@ from typing import Any
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.warm_workers import CLIENT, in_processes
+from distilbeam.pipelines.warm_workers import CLIENT, deaths, in_processes
 
+_FIRST_LOOK_S = 0.02  # a worker may die at once
+_CONNECTIONS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")  # Beam's threads, by name
+_hooks: list[Any] = []
 _given_up = threading.Event()
 
 
@@ -45,23 +49,28 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
     """
     if not in_processes(options):
         return _finished(pipeline)
+    _silence_connections()
     outcome: Future[Any] = Future()
     threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
     workers: dict[int, psutil.Process] = {}
     gone_since: float | None = None
-    while not _ended(outcome, poll_s):
+    before = deaths().keys()
+    wait_s = _FIRST_LOOK_S
+    while not _ended(outcome, wait_s):
+        wait_s = min(poll_s, 2 * wait_s)
         workers |= {process.pid: process for process in _workers()}
         alive = [process for process in workers.values() if _alive(process)]
-        if len(alive) == len(workers):
+        died = {process: how for process, how in deaths().items() if process not in before}
+        if len(alive) == len(workers) and not died:
             continue
         gone_since = gone_since or time.monotonic()
         if time.monotonic() - gone_since > grace_s:
             _given_up.set()
             for process in alive:
                 process.kill()
-            raise WorkerLostError(
-                f"{len(workers) - len(alive)} of {len(workers)} worker processes died (killed, or out of memory)"
-            )
+            lost = max(1, len(workers) - len(alive), len(died))
+            how = ", ".join(sorted(set(died.values()))) or "killed, or out of memory"
+            raise WorkerLostError(f"{lost} of {max(lost, len(workers))} worker processes died ({how})")
     return outcome.result()
 
 
@@ -71,6 +80,20 @@ def end_given_up(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _silence_connections() -> None:
+    """Say nothing of the connections of a worker that died, which Beam's threads end with; the driver says that it died."""
+    logging.getLogger("apache_beam.runners.worker.data_plane").setLevel(logging.CRITICAL)
+    former = threading.excepthook
+    if former is not _without_connections:
+        _hooks.append(former)
+        threading.excepthook = _without_connections
+
+
+def _without_connections(arguments: Any) -> None:
+    if arguments.thread is None or not arguments.thread.name.startswith(_CONNECTIONS):
+        _hooks[-1](arguments)
 
 
 def _run(pipeline: Any, outcome: Future[Any]) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.table import Table
 
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.meter import MICROSECONDS
 from distilbeam.pipelines.phases import PhaseReport
 from distilbeam.pipelines.shards import Task
 from distilbeam.teacher.softlabels import read_manifest
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 _TIMES = ("read", "score", "teacher", "encode", "write")
 
@@ -42,9 +42,9 @@ def with_counts_of(done: PhaseReport, dataset: Path, tasks: Sequence[Task]) -> P
     return replace(done, counts=counts)
 
 
-def work_table(log: Mapping[str, Mapping[str, Any]]) -> Table:
+def work_table(log: Mapping[str, Mapping[str, Any]]) -> PlainTable:
     """Show what each phase cost: rows, rate, and the seconds that workers spent on what."""
-    table = Table(
+    table = PlainTable(
         title="Work, and seconds by kind", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0
     )
     table.collapse_padding = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ SOCKET = "socket"  # its name in the server's folder
 
 def main() -> int:
     """Ask for a worker with this process's environment; return its status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver is interrupted too, and lets the worker end
     folder, log_level = sys.argv[1:]
     request = {"environment": dict(os.environ), "directory": str(Path.cwd()), "log_level": log_level}
     with socket.socket(socket.AF_UNIX) as server:

@@ -33,10 +33,11 @@ class Server:
     Args:
       listener: the socket that connections come to.
       lifeline: a file that ends when the server shall.
+      folder: where it is written down how workers ended that did not end well.
     """
 
-    def __init__(self, listener: socket.socket, lifeline: int) -> None:
-        self._listener, self._lifeline = listener, lifeline
+    def __init__(self, listener: socket.socket, lifeline: int, folder: Path) -> None:
+        self._listener, self._lifeline, self._folder = listener, lifeline, folder
         self._workers: dict[int, socket.socket] = {}  # by process id
         self._requests: dict[socket.socket, bytes] = {}
         self._selector = selectors.DefaultSelector()
@@ -106,9 +107,17 @@ class Server:
             if worker == 0:
                 return
             if (connection := self._workers.pop(worker, None)) is not None:
+                if status:
+                    self._note_death(worker, status)
                 with contextlib.suppress(OSError):  # nobody waits for it any more
                     connection.sendall(bytes([FAILED if status else 0]))
                 self._forget(connection)
+
+    def _note_death(self, worker: int, status: int) -> None:
+        """Write down how a worker ended before anybody hears that it did: the driver may look only then."""
+        temporary = self._folder / f".{worker}"
+        temporary.write_text(str(status))
+        temporary.replace(self._folder / f"death-{worker}")
 
     def _forget(self, connection: socket.socket) -> None:
         for worker, owner in self._workers.items():
@@ -154,10 +163,12 @@ def main() -> None:
         listener.bind(SOCKET)
         os.chdir(directory)
         listener.listen()
+        logging.disable(logging.WARNING)  # what packages say of others that are missing, the driver has heard already
         for module in modules:
             __import__(module)
+        logging.disable(logging.NOTSET)
         print("ready", flush=True)
-        Server(listener, sys.stdin.fileno()).serve()
+        Server(listener, sys.stdin.fileno(), Path(folder).absolute()).serve()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,7 +1,8 @@
 """A trained student on disk: `model.safetensors` and `student.json`, committed together by one rename.
 
 `student.json` holds the configuration, the classes in the order of the logits, the shape of the input and what the
-training wants remembered; no pickle is read.
+training wants remembered; a tokenizer lies beside it. No pickle is read, and what the folder says is checked before a
+network is built by it.
 """
 
 from __future__ import annotations
@@ -15,25 +16,54 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distilbeam.student.config import StudentConfig
+from distilbeam.student.config import KINDS, StudentConfig
 from distilbeam.student.embedding import seen_by_head
 from distilbeam.student.models import build_student, count_parameters
-from distilbeam.teacher.preprocess import make_input
+from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
+from distilbeam.student.trust import code_of, require_trusted
+from distilbeam.teacher.preprocess import make_input, with_padding
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"
+OWN = f"{__name__.rsplit('.', 1)[0]}."  # factories of ours, such as that of pruned students
 FORWARD_ROWS = 256  # the last rows are filled up to as many: a row's logits depend on its neighbours by rounding alone
 FORWARD_NUMBERS = 2**18  # of input in one forward pass, where that is more rows
+
+
+class Description(BaseModel):
+    """What `student.json` says; what later releases add is passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    config: StudentConfig
+    classes: tuple[str, ...] = Field(min_length=1)
+    input_shape: tuple[Annotated[int, Field(ge=0, lt=2**48)], ...]
+    num_parameters: int = Field(ge=0)
+    extra: dict[str, Any] = {}
+    _said: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> Description:
+        """Check what a folder says."""
+        description = cls.model_validate(said)
+        description._said.update(said)
+        return description
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a student's answers mean, word for word: a setting that a later release adds changes no fingerprint."""
+        return {name: self._said[name] for name in ("config", "classes", "input_shape")}
 
 
 class Student:
@@ -49,16 +79,16 @@ class Student:
       extra: what the training wanted remembered.
     """
 
-    def __init__(self, module: nn.Module, description: Mapping[str, Any], weights: Path) -> None:
+    def __init__(self, module: nn.Module, config: StudentConfig, description: Description, weights: Path) -> None:
         self.module = module.eval().requires_grad_(requires_grad=False)
-        self.config = StudentConfig.model_validate(description["config"])
-        self.classes: tuple[str, ...] = tuple(description["classes"])
-        self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
-        self.num_parameters = int(description["num_parameters"])
+        self.config = config
+        self.classes = description.classes
+        self.input_shape = description.input_shape
+        self.num_parameters = description.num_parameters
         self.size_bytes = weights.stat().st_size
-        self.extra: dict[str, Any] = description["extra"]
+        self.extra = description.extra
         self._make_input = make_input(self.config.input)
-        self._fingerprint = _digest(weights, description)
+        self._fingerprint = _digest(weights, config, description)
 
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Compute the logits of a batch.
@@ -74,6 +104,10 @@ class Student:
         """
         return self.logits_of_inputs(self._make_input(batch))
 
+    def inputs(self, batch: pa.RecordBatch) -> Any:
+        """Make the input of a batch; see `preprocess.make_input`."""
+        return self._make_input(batch)
+
     def logits_and_embeddings(self, batch: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Compute the logits of a batch, and in the same pass what the last linear layer sees.
 
@@ -86,8 +120,12 @@ class Student:
         Raises:
           ValueError: see `logits`; or the student does not end in a linear layer.
         """
+        return self.embeddings_of_inputs(self._make_input(batch))
+
+    def embeddings_of_inputs(self, inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Compute what `logits_and_embeddings` does, of inputs that are arrays already, [rows, *input_shape]."""
         with seen_by_head(self.module, len(self.classes)) as seen:
-            logits = self.logits(batch)
+            logits = self.logits_of_inputs(inputs)
         if not seen:
             return logits, np.empty((0, 1), np.float32)
         return logits, np.concatenate([part.numpy() for part in seen])[: len(logits)]  # the last block was filled up
@@ -156,9 +194,9 @@ def save_student(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    config = config.model_copy(update={"input": with_padding(config.input)})
     description = {
         "format_version": FORMAT_VERSION,
-        "config": config.model_dump(mode="json"),
         "classes": list(classes),
         "input_shape": list(input_shape),
         "num_parameters": count_parameters(module),
@@ -169,6 +207,8 @@ def save_student(
     try:
         tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
+        whole = config.model_copy(update={"input": with_own_files(config.input, temporary)})
+        description["config"] = whole.model_dump(mode="json")
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         if files is not None:
             files(temporary)
@@ -180,42 +220,88 @@ def save_student(
     return directory
 
 
-def load_student(directory: str | Path) -> Student:
+def load_student(directory: str | Path, trust: Sequence[str] = ()) -> Student:
     """Read a student.
 
     Args:
       directory: written by `save_student`.
+      trust: modules, or `module:name`, whose code the folder may call: its factory and the function of its input.
 
     Returns:
       The student, on the CPU.
 
     Raises:
-      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description.
+      ValueError: the directory holds no student, one of a newer format, or weights that do not fit its description;
+        or it names code that nobody trusts (see `student.trust`).
     """
     directory = Path(directory)
-    try:
-        description = json.loads((directory / DESCRIPTION).read_text())
-    except FileNotFoundError as e:
-        raise ValueError(f"{directory} holds no student: {DESCRIPTION} is missing") from e
-    except ValueError as e:
-        raise ValueError(f"{directory / DESCRIPTION} is not valid JSON: {e}") from e
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format version {version}, this release reads {FORMAT_VERSION}")
-    config = StudentConfig.model_validate(description["config"])
+    description = _read(directory)
+    config = description.config.model_copy(update={"input": found_in(description.config.input, directory)})
+    require_trusted(code_of(config), directory / DESCRIPTION, trust)
+    if config.kind in KINDS or config.kind.startswith(OWN):
+        _require_shapes(directory / WEIGHTS, config, description)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
-        module = build_student(config, tuple(description["input_shape"]), len(description["classes"]))
+        module = build_student(config, description.input_shape, len(description.classes))
     try:
         module.load_state_dict(load_file(directory / WEIGHTS))
     except (RuntimeError, OSError, SafetensorError) as e:
-        raise ValueError(f"{directory / WEIGHTS} does not hold the weights of this student: {e}") from e
-    return Student(module, description, directory / WEIGHTS)
+        raise _misfit(directory / WEIGHTS, e) from e
+    return Student(module, config, description, directory / WEIGHTS)
 
 
-def _digest(weights: Path, description: Mapping[str, Any]) -> str:
-    meaning = {name: description[name] for name in ("config", "classes", "input_shape")}
+def _read(directory: Path) -> Description:
+    path = directory / DESCRIPTION
+    try:
+        said = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise ValueError(f"{directory} holds no student: {DESCRIPTION} is missing") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from e
+    version = said.get("format_version") if isinstance(said, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{directory} has format version {version!r}, this release reads {FORMAT_VERSION}")
+    try:
+        return Description.of(said)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path} does not describe a student: {name}: {first['msg']}; copy the folder again, or train the student anew"
+        ) from e
+
+
+def _require_shapes(weights: Path, config: StudentConfig, description: Description) -> None:
+    """Compare the weights' shapes with those of the network that is described, before memory is taken for either."""
+    try:
+        with safe_open(weights, "pt") as file:
+            there = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        with torch.device("meta"):
+            module = build_student(config, description.input_shape, len(description.classes))
+    except (RuntimeError, OverflowError, OSError, SafetensorError) as e:
+        raise _misfit(weights, e) from e
+    here = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise _misfit(
+                weights, f"{name} is {_shape(there.get(name))} there and {_shape(here.get(name))} by {DESCRIPTION}"
+            )
+
+
+def _misfit(weights: Path, why: object) -> ValueError:
+    return ValueError(
+        f"{weights} does not hold the weights of this student: {why}; copy the folder again, or train the student anew"
+    )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "missing" if shape is None else f"of the shape {shape}"
+
+
+def _digest(weights: Path, config: StudentConfig, description: Description) -> str:
     digest = hashlib.blake2b(weights.read_bytes(), digest_size=16)
-    digest.update(json.dumps(meaning, sort_keys=True).encode())
+    digest.update(json.dumps(description.meaning, sort_keys=True).encode())
+    if config.input.tokenizer and description.config.input.tokenizer == TOKENIZER:
+        digest.update(str(content_of(config.input)).encode())
     return digest.hexdigest()
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.softlabels.columns import dtype_of
+
 Array = npt.NDArray[Any]
 # torch has few operations on these
 WIDER = {np.dtype(name): np.dtype(np.int64) for name in ("uint16", "uint32", "uint64")}
@@ -80,7 +82,7 @@ def _common_field(fields: Sequence[pa.Field]) -> pa.Field:
 
 
 def _as_tensors_hold(array: Array, type_: pa.DataType) -> Array:
-    dtype = np.dtype(type_.to_pandas_dtype())
+    dtype = dtype_of(type_)
     return array.astype(WIDER.get(dtype, dtype), copy=False)
 
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from distilbeam.student.bad_rows import BadRowError, first_without_input
 from distilbeam.student.column_types import is_carried_tensor, is_number, lists, numbers
 from distilbeam.student.input_maker import InputMaker
 from distilbeam.student.row_groups import RowGroup
 from distilbeam.student.shuffling import GroupColumns, Memory, ShuffledColumns
+from distilbeam.teacher.preprocess import InputError
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 
@@ -74,7 +76,12 @@ class ColumnReader:
             batch[CLASSES] = self.memory.tensor(narrow.shape, INDEX)
             np.copyto(batch[CLASSES].numpy(), narrow.numpy())  # in this thread alone, as torch would not
         if self.maker is not None and INPUTS not in batch:
-            batch[INPUTS] = self._made(shuffled.table.take(pa.array(shuffled.in_table[rows])))
+            table = shuffled.table.take(pa.array(shuffled.in_table[rows]))
+            try:
+                batch[INPUTS] = self._made(table)
+            except InputError as e:
+                bad = first_without_input(self.maker.made, table)
+                raise e if bad is None else BadRowError(int(batch[ROW][bad.row]), str(bad)) from e
         return batch
 
     def whole(self, group: RowGroup, table: pa.Table) -> GroupColumns:

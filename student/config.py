@@ -27,7 +27,7 @@ Residual = Literal[
 class StudentConfig(BaseModel):
     """What the student is and which columns it reads."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str = Field(
         "mlp",
@@ -36,10 +36,10 @@ class StudentConfig(BaseModel):
     )
     hidden: tuple[int, ...] = Field((64, 64), description="mlp, text: widths of the hidden layers")
     width: float = Field(1.0, gt=0, le=16, description="multiplier of all channels, hidden layers and embeddings")
-    depth: int = Field(20, ge=8, description="resnet: layers, 6n + 2")
+    depth: int = Field(20, ge=8, le=2**14, description="resnet: layers, 6n + 2")
     separable: bool = Field(False, description="resnet: depthwise-separable instead of dense convolutions")
     dim: int = Field(128, ge=1, description="text, transformer: size of an embedding")
-    layers: int = Field(2, ge=1, description="transformer: blocks of attention and a feed-forward network")
+    layers: int = Field(2, ge=1, le=2**10, description="transformer: blocks of attention and a feed-forward network")
     heads: int = Field(4, ge=1, description="transformer: attention heads, which divide dim")
     feedforward: int = Field(4, ge=1, description="transformer: width of the feed-forward network as a multiple of dim")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping a hidden unit in training")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.student.background import Work, in_background
+from distilbeam.student.bad_rows import BadRowError, first_without_input, place_of, require_finite, require_values
 from distilbeam.student.column_types import common_fields, is_carried_tensor, is_number
 from distilbeam.student.columns import INPUTS, ColumnReader
 from distilbeam.student.columns import Batch as Batch
@@ -32,7 +33,7 @@ from distilbeam.student.order import EpochOrder, Shares, mixed_visits
 from distilbeam.student.place import Place as Place
 from distilbeam.student.row_groups import RowGroup, open_datasets
 from distilbeam.student.shuffling import GroupColumns, Memory, ShuffledColumns, UnitRows, shuffle
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.preprocess import InputConfig, InputError
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 STATE_VERSION = 3
@@ -51,7 +52,7 @@ class SoftLabelDataset:
 
     Args:
       path: directory of a dataset, or several of them with the same specification.
-      batch_size: rows per rank and step; only the last step of an epoch has fewer.
+      batch_size: rows per rank and step; only the last two steps of an epoch have fewer, which share what is left evenly.
       seed: of the order, which does not depend on the ranks.
       rank: this process's number.
       world_size: number of processes that share the datasets.
@@ -116,6 +117,7 @@ class SoftLabelDataset:
         self._first = self._reader.first(self._groups[0])
         self._cache_bytes = cache_bytes
         self._cache: dict[int, GroupColumns] = {}
+        self._checked: set[int] = set()  # row groups whose inputs are known to be finite
         self._epoch, self._position = 0, 0
 
     def __len__(self) -> int:
@@ -151,10 +153,35 @@ class SoftLabelDataset:
         return {field.name for field in self._fields if is_number(field.type)}
 
     def mean(self, column: str) -> float:
-        """Average a scalar column over the rows of an epoch, each as often as it is visited."""
+        """Average a scalar column over the rows of an epoch, each as often as it is visited.
+
+        Raises:
+          ValueError: a row group has no value in it.
+        """
         visits = self._visits or [group.rows for group in self._groups]
-        means = [float(pc.mean(group.read([column])[column]).as_py()) for group in self._groups]
+        found = [pc.mean(group.read([column])[column]).as_py() for group in self._groups]
+        if None in found:
+            raise ValueError(f"{place_of(self._groups[found.index(None)], 0)} and those after it have no {column}")
+        means = [float(mean) for mean in found]
         return sum(mean * count for mean, count in zip(means, visits, strict=True)) / self.rows
+
+    def require_values(self, column: str, least: float, greatest: float) -> None:
+        """Check that every row has a value in a range in a scalar column.
+
+        Args:
+          column: its name.
+          least: smallest value allowed.
+          greatest: largest; with infinity every finite one.
+
+        Raises:
+          ValueError: a row has not; the message has file and row.
+        """
+        require_values(self._groups, column, least, greatest)
+
+    def place_of(self, row: int) -> str:
+        """Say where a row is, by its number in the datasets: its file, its number there and its id."""
+        group = next(group for group in self._groups if group.first_row <= row < group.first_row + group.rows)
+        return place_of(group, row - group.first_row)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the iteration stands after the last batch that was given out, as plain data."""
@@ -219,18 +246,43 @@ class SoftLabelDataset:
     def _columns(self, number: int, found: pa.Table | GroupColumns) -> GroupColumns:
         if isinstance(found, GroupColumns):
             return found
-        if not self._is_cached:
-            return self._reader.columns(self._groups[number], found)
-        self._cache[number] = self._reader.whole(self._groups[number], found)
-        return self._cache[number]
+        columns = self._usable(number, found)
+        if self._is_cached:
+            self._cache[number] = columns
+        return columns
+
+    def _usable(self, number: int, table: pa.Table) -> GroupColumns:
+        """Make a row group's table into arrays; their inputs are checked when they are first read."""
+        group, make = self._groups[number], self._reader.whole if self._is_cached else self._reader.columns
+        try:
+            columns = make(group, table)
+            if number not in self._checked and INPUTS in columns.arrays:
+                require_finite(columns.arrays[INPUTS])
+                self._checked.add(number)
+        except InputError as e:
+            assert self._reader.maker is not None
+            bad = first_without_input(self._reader.maker.made, table)
+            place = f"{group.file.path}:" if bad is None else place_of(group, bad.row)
+            raise InputError(self._unusable(place, bad or e)) from e
+        except BadRowError as e:
+            raise InputError(self._unusable(place_of(group, e.row), e)) from None
+        return columns
+
+    def _unusable(self, place: str, error: Exception) -> str:
+        return (
+            f"{place} {error}; correct the example in the pool and label it again, or leave the column out of the student's "
+            "input"
+        )
 
     def _make(
         self, parts: Sequence[tuple[ShuffledColumns, slice]], sizes: Sequence[int], starts: Sequence[int]
     ) -> list[Batch]:
         """Take the rows of some batches and cut them into these batches."""
-        taken = [self._reader.take(columns, rows) for columns, rows in parts] or [
-            {n: v[:0] for n, v in self._first.items()}
-        ]
+        try:
+            taken = [self._reader.take(columns, rows) for columns, rows in parts]
+        except BadRowError as e:
+            raise InputError(self._unusable(self.place_of(e.row), e)) from e
+        taken = taken or [{n: v[:0] for n, v in self._first.items()}]
         whole = taken[0] if len(taken) == 1 else {name: torch.cat([part[name] for part in taken]) for name in taken[0]}
         cut = zip(*(value.split(list(sizes)) for value in whole.values()), strict=True)
         batches = [dict(zip(whole, values, strict=True)) for values in cut]

@@ -35,7 +35,10 @@ from distilbeam.kernels.laurel.reference import residual_sum
 from distilbeam.student import laurel
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.compress.quantise import quantise_static, quantise_weights
+from distilbeam.student.own_files import with_own_files
 from distilbeam.student.runners import open_runner
+from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 FORMATS = ("pt2", "onnx", "int8", "int8-weights")
 EXPORT_VERSION = 1
@@ -76,6 +79,8 @@ def export_student(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "int8" and (examples is None or not len(examples)):
         raise ValueError("int8 needs examples to calibrate on, got none; give it some of the pool, never the test set")
+    if format != "pt2":
+        require_extras([Need(f"the format {format}", "onnx", way_round="choose pt2")])
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds something; choose another directory or remove it")
@@ -87,7 +92,8 @@ def export_student(
         _write(loaded, format, file, examples)
         check = _compared(loaded, file, examples, exact=format in ("pt2", "onnx"))
         calibration = None if examples is None else {"rows": len(examples), **(origin or {})}
-        description = _description(loaded, format, file, check, calibration, provenance or {})
+        inputs = with_own_files(loaded.config.input, temporary)
+        description = _description(loaded, inputs, format, file, check, calibration, provenance or {})
         (temporary / "export.json").write_text(json.dumps(description, indent=1) + "\n")
         if directory.exists():
             directory.rmdir()
@@ -207,13 +213,14 @@ def _checked_inputs(student: Student, examples: npt.NDArray[Any] | None) -> npt.
 
 def _description(
     student: Student,
+    own_input: InputConfig,
     format_: str,
     file: Path,
     check: Mapping[str, float],
     calibration: Mapping[str, Any] | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    inputs = student.config.input.model_dump(mode="json", exclude_defaults=True)
+    inputs = own_input.model_dump(mode="json", exclude_defaults=True)
     return {
         "format_version": EXPORT_VERSION,
         "format": format_,
@@ -226,7 +233,7 @@ def _description(
         "input_dtype": str(student.zeros(1).numpy().dtype),
         "student": {
             "fingerprint": student.fingerprint(),
-            "config": student.config.model_dump(mode="json"),
+            "config": student.config.model_copy(update={"input": own_input}).model_dump(mode="json"),
             "parameters": student.num_parameters,
             **student.extra,
         },

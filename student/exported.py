@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ValidationError
 
 from distilbeam.student.export import EXPORT_VERSION
+from distilbeam.student.own_files import found_in
 from distilbeam.student.runners import open_runner
+from distilbeam.student.trust import code_of_input, require_trusted
 from distilbeam.teacher.preprocess import InputConfig, make_input
 
 ROWS = 256
@@ -33,7 +37,7 @@ class ExportedStudent:
     def __init__(self, directory: Path, description: dict[str, Any], threads: int | None = None) -> None:
         self.description = description
         self.classes: tuple[str, ...] = tuple(description["classes"])
-        self.input = InputConfig.model_validate(description["input"])
+        self.input = found_in(InputConfig.model_validate(description["input"]), directory)
         self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
         self.num_parameters: int = description["student"]["parameters"]
         self.size_bytes: int = description["size_bytes"]
@@ -56,18 +60,20 @@ class ExportedStudent:
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
 
-def load_export(directory: str | Path, threads: int | None = None) -> ExportedStudent:
+def load_export(directory: str | Path, threads: int | None = None, trust: Sequence[str] = ()) -> ExportedStudent:
     """Load an export.
 
     Args:
       directory: written by `export_student`.
       threads: most threads of one operation; the runtime's own choice without it.
+      trust: modules, or `module:name`, whose code the export may call to make its input.
 
     Returns:
       The export.
 
     Raises:
-      ValueError: the directory holds no export, one of a newer format, or a file that is not the one that was exported.
+      ValueError: the directory holds no export, one of a newer format, or a file that is not the one that was exported;
+        or it names code that nobody trusts (see `student.trust`).
     """
     directory = Path(directory)
     try:
@@ -76,11 +82,26 @@ def load_export(directory: str | Path, threads: int | None = None) -> ExportedSt
         raise ValueError(f"{directory} holds no export: export.json is missing") from e
     except ValueError as e:
         raise ValueError(f"{directory / 'export.json'} is not valid JSON: {e}") from e
-    if description.get("format_version") != EXPORT_VERSION:
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != EXPORT_VERSION:
+        raise ValueError(f"{directory} has format version {version}, this release reads {EXPORT_VERSION}")
+    try:
+        return _opened(directory, description, threads, trust)
+    except (AttributeError, KeyError, TypeError, ValidationError) as e:
+        why = "it has no " + str(e) if isinstance(e, KeyError) else str(e).splitlines()[0]
         raise ValueError(
-            f"{directory} has format version {description.get('format_version')}, this release reads {EXPORT_VERSION}"
-        )
+            f"{directory / 'export.json'} does not describe an export: {why}; export the student again"
+        ) from e
+
+
+def _opened(directory: Path, description: dict[str, Any], threads: int | None, trust: Sequence[str]) -> ExportedStudent:
     file = directory / description["file"]
+    if Path(description["file"]).name != description["file"]:
+        raise ValueError(
+            f"{directory / 'export.json'} names the file {description['file']!r}, which must lie beside it"
+        )
     if hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() != description["digest"]:
         raise ValueError(f"{file} is not the file that was exported: its digest differs; export the student again")
+    inputs = InputConfig.model_validate(description["input"])
+    require_trusted(code_of_input(inputs), directory / "export.json", trust)
     return ExportedStudent(directory, description, threads)

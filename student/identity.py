@@ -13,6 +13,7 @@ import numpy.typing as npt
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.labelled import Examples
+from distilbeam.student.own_files import content_of
 from distilbeam.student.sources import Sources
 from distilbeam.student.train_config import FREE, TrainConfig
 
@@ -31,7 +32,7 @@ def identity(
       Plain data. The soft labels are not in it: they know themselves when their position is put back.
     """
     return {
-        "student": student.model_dump(mode="json"),
+        "student": _without_places(student),
         "training": training.model_dump(mode="json", exclude=set(FREE)),
         "classes": list(classes),
         "seed": sources.seed,
@@ -41,6 +42,12 @@ def identity(
         "validation_teacher": None if validation_teacher is None else _digest(validation_teacher),
         "init": None if init is None else load_student(init).fingerprint(),
     }
+
+
+def _without_places(student: StudentConfig) -> dict[str, Any]:
+    """Give the student's configuration with the contents of its files in the place of their paths, which may change."""
+    data: dict[str, Any] = student.model_dump(mode="json")
+    return data | {"input": data["input"] | {"tokenizer": content_of(student.input)}}
 
 
 def _of_examples(examples: Examples | None) -> str | None:

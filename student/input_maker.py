@@ -51,7 +51,7 @@ class InputMaker:
         """Make the input of a table's rows, without a copy where they are stored as they are needed."""
         batches = table.combine_chunks().to_batches()
         if len(batches) == 1:
-            return self._made(batches[0])
+            return self.made(batches[0])
         out = np.empty((table.num_rows, *self.shape), self.dtype)
         self.fill(out, table)
         return out
@@ -64,11 +64,16 @@ class InputMaker:
         """
         start = 0
         for batch in table.combine_chunks().to_batches():
-            made = self._made(batch)
+            made = self.made(batch)
             out[start : start + len(made)] = made
             start += len(made)
 
-    def _made(self, batch: pa.RecordBatch) -> Array:
+    def made(self, batch: pa.RecordBatch) -> Array:
+        """Make the input of a batch.
+
+        Raises:
+          InputError: none can be made, or its rows have another shape than the first row.
+        """
         made: Array = self.make(batch)
         if made.shape[1:] != self.shape:
             raise InputError(

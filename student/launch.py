@@ -27,10 +27,11 @@ directory that holds the student already is left alone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 import typer
@@ -39,8 +40,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distilbeam.student.blind import train_blind
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.labelled import with_meaning
+from distilbeam.student.torchrun_folders import remove_own
 from distilbeam.student.train import TrainResult, train
 from distilbeam.student.train_config import TrainConfig
+from distilbeam.toml_files import read_toml
 
 
 class DataConfig(BaseModel):
@@ -54,6 +58,10 @@ class DataConfig(BaseModel):
     labelled_answers: tuple[str, ...] = Field((), description="soft labels of these examples, for training.finetune")
     validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
     label: str = Field("label", description="column with the true class")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
     classes: tuple[str, ...] = Field(description="names of the classes in the order of the logits", min_length=2)
     directory: str = Field("student", description="where the student appears")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
@@ -92,6 +100,8 @@ def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResul
         )
     student = config.student.model_copy(update={"input": config.student.input.relative_to(base)})
     tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
+    if data.integers is not None:
+        tables = [None if table is None else with_meaning(table, data.label, data.integers) for table in tables]
     soft_labels, answers = ([base / path for path in paths] for paths in (data.soft_labels, data.labelled_answers))
     common: dict[str, Any] = {
         "classes": data.classes,
@@ -119,7 +129,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
       ValueError: it cannot be read, or a setting is not valid; a line for each.
     """
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
         for override in overrides:
             name, _, value = override.partition("=")
             section, _, key = name.partition(".")
@@ -129,7 +139,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
         lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
         raise ValueError("\n".join(lines)) from e
     except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} or a --set is not valid TOML: {e}") from e
+        raise ValueError(f"--set is not valid TOML: {e}") from e
 
 
 def main(
@@ -139,9 +149,10 @@ def main(
     ] = None,
 ) -> None:
     """Train a student over Parquet files."""
+    signal.signal(signal.SIGINT, _stop_at_once)
     first = os.environ.get("RANK", "0") == "0"
     columns = (
-        TextColumn("  {task.fields[note]}"),
+        TextColumn("  {task.fields[note]}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -161,9 +172,19 @@ def main(
         typer.echo(f"error: {e}", err=True)
         raise SystemExit(2) from e
     if first:
+        remove_own()
         figures = {name: round(value, 4) for name, value in result.metrics.items()}
         typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
 
 
+def _stop_at_once(*_: object) -> None:
+    """End at once: checkpoints are whole or not there."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

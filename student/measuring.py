@@ -43,7 +43,10 @@ def measure(directory: str | Path, threads: int = 1, repeats: int = 50) -> dict[
     Raises:
       RuntimeError: the process failed; the message has its last line.
     """
+    from distilbeam.student.trust import trusted  # the process that measures does not load it
+
     arguments = [str(directory), "--threads", str(threads), "--repeats", str(repeats)]
+    arguments += [f"--trust={name}" for name in trusted()]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # factories that this process finds
         "OMP_NUM_THREADS": str(threads),
@@ -134,8 +137,13 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="a student or an export of one")
     parser.add_argument("--threads", type=int, default=1, help="most threads of one operation")
+    parser.add_argument("--trust", action="append", default=[], help="module whose code the directory may call")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls per batch size")
     arguments = parser.parse_args()
+    if arguments.trust:
+        from distilbeam.student.trust import trust
+
+        trust(*arguments.trust)
     print(json.dumps(_measured(arguments.directory, arguments.threads, arguments.repeats)))
 
 

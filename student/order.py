@@ -5,8 +5,9 @@ permuted. An epoch may visit some row groups more often than others: a whole pas
 and a part of a pass is a unit of rows drawn anew in every epoch.
 
 Global step s covers the next batch_size x world_size positions of that order and each rank a contiguous part of them,
-so that the steps of all ranks, joined, are the same sequence of rows whatever the number of ranks. The last step of an
-epoch is shared out as evenly as it can be: every rank makes the same number of steps and no row is lost.
+so that the steps of all ranks, joined, are the same sequence of rows whatever the number of ranks. What an epoch has
+beyond whole steps is no small step of its own, which batch norms could not take and whose rows would weigh more: the
+last two steps share their rows evenly. Every rank makes the same number of steps and no row is lost.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ class Shares:
           rank: the rank.
           world_size: number of ranks.
         """
-        first = np.arange(position, rows, batch_size * world_size, dtype=np.int64)
-        ends = np.minimum(first + batch_size * world_size, rows)
+        first = step_starts(position, rows, batch_size * world_size)
+        ends = np.append(first[1:], max(position, rows))[: len(first)]
         size = ends - first
         return cls(first + size * rank // world_size, first + size * (rank + 1) // world_size, ends)
 
@@ -163,6 +164,26 @@ class Shares:
         within = np.maximum(borders - np.append(self.starts, borders[-1])[step], 0)
         upto = (self.before[step] + within).tolist()
         return [(window, a, b) for window, (a, b) in enumerate(pairwise(upto)) if a < b]
+
+
+def step_starts(position: int, rows: int, step_rows: int) -> Rows:
+    """Give the positions at which the steps from a position to the end of an epoch begin.
+
+    All have `step_rows` rows but the last two, which share what they have: a function of the rows that are left, so that
+    whoever goes on between two steps makes the same ones.
+
+    Args:
+      position: where the next step begins.
+      rows: positions of the epoch.
+      step_rows: rows of a whole step.
+
+    Returns:
+      int64 [steps].
+    """
+    starts = np.arange(position, rows, step_rows, dtype=np.int64)
+    if len(starts) > 1:
+        starts[-1] = rows - (rows - starts[-2]) // 2 if rows - starts[-1] < step_rows else starts[-1]
+    return starts
 
 
 def _permutation(rows: int, *seed: int) -> Rows:

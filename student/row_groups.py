@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.manifest import ManifestEntry
-from distilbeam.teacher.softlabels.places import is_remote, object_identity, readable
+from distilbeam.teacher.softlabels.places import StoreError, is_remote, object_identity, readable
+from distilbeam.teacher.softlabels.shards import footer_checksum
 
 FOOTER_THREADS = 8  # a footer is mostly waiting for the filesystem
 
@@ -47,7 +49,13 @@ class ShardFile:
         if _identity(self.path) != self.identity:
             raise ValueError(f"{self.path} was written again after the dataset was opened; open the dataset again")
         remote = is_remote(self.path)
-        return pq.ParquetFile(readable(self.path), metadata=self.metadata, memory_map=not remote, pre_buffer=remote)
+        return pq.ParquetFile(
+            readable(self.path),
+            metadata=self.metadata,
+            memory_map=not remote,
+            pre_buffer=remote,
+            page_checksum_verification=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,12 @@ class RowGroup:
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns, and decode them in the calling thread: of which there may be more than Arrow has of its own."""
-        with self.file.opened() as file:
+        with self.file.opened() as file, _found_damage(self.file.path):
             return file.read_row_group(self.number, columns=list(columns), use_threads=False)
 
     def first(self, columns: Sequence[str]) -> pa.RecordBatch:
         """Read columns of the first row."""
-        with self.file.opened() as file:
+        with self.file.opened() as file, _found_damage(self.file.path):
             return next(file.iter_batches(1, [self.number], list(columns)))
 
 
@@ -120,16 +128,40 @@ def open_datasets(paths: Sequence[str | Path]) -> Datasets:
 def _shard(path: Path, entry: ManifestEntry) -> ShardFile:
     try:
         identity = _identity(path)
-        metadata = pq.read_metadata(readable(path))
+        with _found_damage(path):
+            metadata = pq.read_metadata(readable(path))
+        _require_committed(path, "rows", metadata.num_rows, entry.rows)
+        _require_committed(path, "bytes", identity[1], entry.bytes)
+        if entry.footer and not is_remote(path) and footer_checksum(path) != entry.footer:
+            raise _damaged(path, "its footer is not the one that was written")
     except FileNotFoundError as e:
         raise ValueError(f"{path} is missing, its manifest says that it was committed; label its rows again") from e
-    for what, found, committed in (("rows", metadata.num_rows, entry.rows), ("bytes", identity[1], entry.bytes)):
-        if found != committed:
-            raise ValueError(
-                f"{path} must have the {committed:,} {what} that its manifest says, got {found:,}; it was changed after "
-                "it was committed: label its rows again"
-            )
     return ShardFile(path, metadata, identity)
+
+
+def _require_committed(path: Path, what: str, found: int, committed: int) -> None:
+    if found != committed:
+        raise ValueError(
+            f"{path} must have the {committed:,} {what} that its manifest says, got {found:,}; it was changed after "
+            "it was committed: label its rows again"
+        )
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({reason}): its bytes changed after it was committed; take it out of the dataset and label its "
+        "rows again, or put a copy back"
+    )
+
+
+@contextmanager
+def _found_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (StoreError, FileNotFoundError):
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise _damaged(path, (str(e).splitlines() or [type(e).__name__])[0].rstrip(".")) from e
 
 
 def _identity(path: Path) -> tuple[Any, ...]:

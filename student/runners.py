@@ -56,12 +56,9 @@ def _pt2(file: Path, threads: int | None) -> Run:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        module = torch.export.load(file).module()
-    except Exception as e:
-        raise ValueError(
-            f"{file} is not a torch.export program: {(str(e).splitlines() or [type(e).__name__])[0]}"
-        ) from e
+    from distilbeam.teacher.programs import load_program
+
+    module = load_program(file, "the export").module()
 
     def run(inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         with torch.inference_mode():

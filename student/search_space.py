@@ -16,7 +16,7 @@ Compression = Literal["int8", "int8-weights"]
 class SearchRange(BaseModel):
     """Values that a setting may take: from `low` to `high`, whole numbers if both are, or one of `choices`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     low: int | float | None = Field(None, description="least value")
     high: int | float | None = Field(None, description="greatest value")
@@ -39,7 +39,7 @@ class SearchRange(BaseModel):
 class TuneConfig(BaseModel):
     """How the settings of the student and of its training are searched for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trials: int = Field(30, ge=1, le=100_000, description="trainings, those that were cut short included")
     metric: Literal["nll", "accuracy"] = Field("nll", description="what is sought, on the validation set")
@@ -54,7 +54,7 @@ class TuneConfig(BaseModel):
 class ParetoConfig(BaseModel):
     """Which students are made for the front of quality against footprint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     widths: tuple[float, ...] = Field((0.25, 0.5, 1.0), description="multiples of student.width to try", min_length=1)
     strategies: tuple[Strategy, ...] = Field(

@@ -17,7 +17,8 @@ from distilbeam.student.augment import augment_images
 from distilbeam.student.columns import INPUTS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import Batch, SoftLabelDataset
-from distilbeam.student.labelled import Examples, read_examples
+from distilbeam.student.labelled import Examples, integers_meant, read_examples
+from distilbeam.student.order import step_starts
 from distilbeam.student.place import Place
 from distilbeam.student.processes import Processes
 from distilbeam.student.train_config import AugmentConfig, TrainConfig
@@ -28,6 +29,7 @@ NEEDED_COLUMNS = {
     "slam": ("alpha", "candidates"),
     "slam+weighted": ("alpha", "candidates", "weight"),
 }
+EXTREME = 1e6  # an input beyond it explains a loss that is no number better than the learning rate does
 SOFT, HARD = 0, 1  # numbers of the sources, for the augmentation
 
 
@@ -51,6 +53,19 @@ class StepRows:
         """Join the inputs, the soft-labelled first."""
         parts = ([] if self.soft is None else [self.soft[INPUTS]]) + ([] if self.hard is None else [self.hard.inputs])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def unusable(self, sources: Sources) -> str | None:
+        """Say which row cannot be learned from: one with a label that is no number, or with an input that is none or huge."""
+        for batch in () if self.soft is None else (self.soft,):
+            labels, inputs = batch["teacher_logprobs"], batch[INPUTS]
+            bad = labels.isnan().flatten(1).any(1)
+            if bad.any() and sources.soft is not None:
+                return f"{sources.soft.place_of(int(batch['row'][bad][0]))} has labels that are no numbers"
+            if (found := _extreme(inputs)) is not None and sources.soft is not None:
+                return f"{sources.soft.place_of(int(batch['row'][found]))} has {_largest(inputs, found)} in its input"
+        if self.hard is not None and (found := _extreme(self.hard.inputs)) is not None:
+            return f"a labelled example has {_largest(self.hard.inputs, found)} in its input"
+        return None
 
     def __len__(self) -> int:
         return (0 if self.soft is None else len(self.soft["inputs"])) + (0 if self.hard is None else len(self.hard))
@@ -119,8 +134,15 @@ def open_sources(
       ValueError: there is nothing to train on, the labels do not suit the classes or the objective, or the inputs of
         the sources have different shapes.
     """
-    hard = None if labelled is None else read_examples(labelled, label_column, classes, student.input)
-    held_out = None if validation is None else read_examples(validation, label_column, classes, student.input)
+    read = partial(
+        read_examples,
+        label_column=label_column,
+        classes=classes,
+        config=student.input,
+        integers=integers_meant([labelled, validation], label_column, classes),
+    )
+    hard = None if labelled is None else read(labelled)
+    held_out = None if validation is None else read(validation, name="the validation set")
     soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
     shape = shape_of_inputs(hard, held_out, soft)
     return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
@@ -174,11 +196,20 @@ def open_soft_labels(
         pin_memory=processes.device.type == "cuda",
     )
     _require_classes(dataset, classes)
+    ranges = {"weight": (0.0, math.inf), "alpha": (0.0, 1.0), "candidates": (1.0, float(len(classes)))}
     estimated = {"weight"} if training.reestimate_epochs is not None else set()
     if missing := [name for name in columns if name not in dataset.scalar_columns and name not in estimated]:
         raise ValueError(
             f"objective {training.objective!r} needs the columns {' and '.join(missing)} beside the soft labels; label "
             "with a validation set, which they are estimated from, or choose objective 'distill'"
+        )
+    for name in columns:
+        if name in dataset.scalar_columns:
+            dataset.require_values(name, *ranges[name])
+    if "weight" in columns and "weight" in dataset.scalar_columns and not dataset.mean("weight"):
+        raise ValueError(
+            f"the soft labels' column weight must be above 0 in some row, it is 0 in all {dataset.rows:,}; weigh the rows, or "
+            "choose training.objective = 'distill', which does not read it"
         )
     share = dataset.rows / (dataset.rows + (0 if hard is None else len(hard)))
     dataset.batch_size = max(1, round(training.batch_size * share / processes.size))
@@ -191,6 +222,23 @@ def steps_per_epoch(training: TrainConfig, hard: Examples | None, soft: SoftLabe
         return len(soft)
     assert hard is not None
     return math.ceil(len(hard) / training.batch_size)
+
+
+def fewest_rows(sources: Sources) -> int:
+    """Count the rows of the smallest step of an epoch in the process that has fewest of them, where it has any."""
+    hard = sources.hard
+    hard_sizes = [len(rows) for rows in deal_out(hard, sources.steps, sources.seed, 0)] or [0] * sources.steps
+    soft_sizes = [0] * sources.steps
+    if sources.soft is not None:
+        starts = step_starts(0, sources.soft.rows, sources.soft.batch_size * sources.processes.size)
+        soft_sizes = np.diff(np.append(starts, sources.soft.rows)).tolist()
+    size = sources.processes.size
+    return min(
+        rows
+        for soft, hard_rows in zip(soft_sizes, hard_sizes, strict=True)
+        for rows in (sum(n * (rank + 1) // size - n * rank // size for n in (soft, hard_rows)) for rank in range(size))
+        if rows
+    )
 
 
 def deal_out(hard: Examples | None, steps: int, seed: int, epoch: int) -> list[Tensor]:
@@ -211,6 +259,18 @@ def shape_of_inputs(hard: Examples | None, held_out: Examples | None, soft: Soft
         described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"inputs of all examples must have one shape, got {described}")
     return next(iter(shapes.values()))
+
+
+def _extreme(inputs: Tensor) -> int | None:
+    """Find the first row with a number that is none or beyond `EXTREME`."""
+    if not inputs.is_floating_point() or not inputs.numel():
+        return None
+    bad = ~(inputs.flatten(1).abs() <= EXTREME).all(1)
+    return int(bad.int().argmax()) if bad.any() else None
+
+
+def _largest(inputs: Tensor, row: int) -> str:
+    return f"{float(inputs[row].abs().max()):.3g}"
 
 
 def _augmented(augment: AugmentConfig, batch: Batch, place: Place) -> Batch:

@@ -12,7 +12,7 @@ are the same bit by bit, also when the training was killed and went on from a ch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,23 +24,27 @@ from torch import nn
 
 from distilbeam.student.augment import Mixture
 from distilbeam.student.checkpoint import load_student, save_student
+from distilbeam.student.class_labels import INTEGERS
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.data import SoftLabelDataset
 from distilbeam.student.debiasing import Reestimation, RowWeights, forward
 from distilbeam.student.evaluate import evaluate
 from distilbeam.student.generators import own_generators
 from distilbeam.student.identity import identity
-from distilbeam.student.labelled import Examples
+from distilbeam.student.labelled import Examples, integers_meant
 from distilbeam.student.models import build_student
 from distilbeam.student.network import make_network
 from distilbeam.student.observe import Observer, Progress
 from distilbeam.student.optimizer import make_optimizer, moving_average, set_lr
 from distilbeam.student.processes import end_step, joined_processes
+from distilbeam.student.single_rows import require_room_for_norms
 from distilbeam.student.sources import Sources, StepRows, open_sources
 from distilbeam.student.step_loss import step_loss
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
+from distilbeam.student.trust import trust_config
+from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 EVALUATION_ROWS = 1024
 
@@ -82,7 +86,7 @@ def train(
       training: how.
       classes: names of the classes in the order of the logits.
       labelled: human-labelled examples, or None.
-      label_column: column of `labelled` and `validation` with the true class, as a name or an index.
+      label_column: column of `labelled` and `validation` with the true class, as a name or an index; see `class_labels`.
       soft_labels: directories of soft-label datasets that mean the same; may be empty when there are labelled examples.
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
@@ -104,13 +108,17 @@ def train(
       FileExistsError: the directory already holds something.
     """
     directory = Path(directory)
+    require_extras(_needs(student, training))
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
+    if len(set(classes)) < len(classes) or len(classes) < 2:
+        raise ValueError(f"classes must be at least two different names, got {', '.join(classes) or 'none'}")
     if training.finetune is not None:
         raise ValueError(
             "finetune is the second phase of blind distillation, which train_blind does; leave it out here"
         )
 
+    trust_config(student)
     with joined_processes(training.device) as processes, own_generators(seed, processes.device):
         device = processes.device
         sources = open_sources(
@@ -130,6 +138,7 @@ def train(
         spec = None if sources.soft is None else sources.soft.spec
 
         module = build_student(student, sources.input_shape, len(classes))
+        require_room_for_norms(module, sources, student)
         if init is not None:
             _start_from(module, init, student)
         module.to(device)
@@ -168,7 +177,9 @@ def train(
 
                         value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
                         if not math.isfinite(value + length):
-                            raise ValueError(_not_finite(value, length, state.done, total, training, work, rows))
+                            raise ValueError(
+                                _not_finite(value, length, state.done, total, training, work, rows, sources)
+                            )
                         state.done += 1
                         state.loss_sum += value
                         observer.step(state.done, value, lr, None if norm is None else length, rows.count)
@@ -200,30 +211,51 @@ def train(
             if processes.first:
                 module.load_state_dict(state.best)
                 extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                extra[INTEGERS] = integers_meant([labelled, validation], label_column, classes)
                 save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
                 work.remove()
             processes.wait()
     return TrainResult(metrics | {"seconds": observer.seconds}, directory)
 
 
+def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
+    if student.input.tokenizer:
+        yield Need("student.input.tokenizer", "hf", ("tokenizers",))
+    if training.tensorboard:
+        yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
+
+
 def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:
     if held_out is None:
         return {}
     logits = forward(module, held_out.inputs.split(EVALUATION_ROWS), device)
-    if not np.isfinite(logits).all():
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all() and finite.any():
+        row = int(finite.argmin())
+        raise ValueError(
+            f"row {row:,} of the validation examples cannot be answered: the largest number of its input is "
+            f"{float(held_out.inputs[row].abs().max()):.3g}; correct it or leave it out"
+        )
+    if not finite.all():
         raise ValueError(f"the student's logits stopped being numbers; lower training.lr ({lr})")
     measured = evaluate(logits, held_out.classes.numpy())
     return {f"validation_{name}": measured[name] for name in ("nll", "accuracy", "ece")}
 
 
 def _not_finite(
-    loss: float, norm: float, done: int, total: int, training: TrainConfig, work: TrainingDirectory, rows: StepRows
+    loss: float,
+    norm: float,
+    done: int,
+    total: int,
+    training: TrainConfig,
+    work: TrainingDirectory,
+    rows: StepRows,
+    sources: Sources,
 ) -> str:
     what = f"training loss became {loss}" if not math.isfinite(loss) else f"norm of the gradient became {norm}"
-    return (
-        f"the {what} in step {done + 1} of {total}; lower training.lr ({training.lr}) or look for missing values in the "
-        f"inputs: the step's rows are in {work.keep_batch(rows)}"
-    )
+    bad = rows.unusable(sources)
+    way_out = f"{bad}; correct it or leave it out" if bad else f"lower training.lr ({training.lr})"
+    return f"the {what} in step {done + 1} of {total}; {way_out}. The step's rows are in {work.keep_batch(rows)}"
 
 
 def _start_from(module: nn.Module, init: str | Path, config: StudentConfig) -> None:

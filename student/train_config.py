@@ -15,7 +15,7 @@ FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log
 class AugmentConfig(BaseModel):
     """Random changes of inputs and labels; all off by default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     flip: bool = Field(False, description="mirror every other image, left to right")
     crop: int = Field(0, ge=0, description="images: shift by up to so many pixels, the border mirrored")
@@ -26,7 +26,7 @@ class AugmentConfig(BaseModel):
 class FinetuneConfig(BaseModel):
     """Second phase for a pool from another distribution: soft labels alone first, then labelled examples (blind)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(30, ge=1, le=1_000_000, description="passes over the labelled examples")
     lr: float = Field(3e-4, gt=0, description="learning rate at the start; it falls to 0 along a half cosine")
@@ -36,7 +36,7 @@ class FinetuneConfig(BaseModel):
 class TrainConfig(BaseModel):
     """How a student is trained; the seed is an argument of the training itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(60, ge=1, le=1_000_000, description="passes over the data")
     batch_size: int = Field(64, ge=1, description="examples per step, over all processes together")

@@ -7,6 +7,7 @@ from .preprocess import InputConfig as InputConfig
 from .preprocess import make_input as make_input
 from .protocol import Teacher as Teacher
 from .protocol import TeacherChanged as TeacherChanged
+from .protocol import TeacherMisfit as TeacherMisfit
 from .protocol import TeacherUnavailable as TeacherUnavailable
 from .serving import ServeOptions as ServeOptions
 from .serving import TeacherServer as TeacherServer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,9 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import BeamConfig
 from distilbeam.teacher.halving import Inputs
-from distilbeam.teacher.local import LocalTeacher, select_output
+from distilbeam.teacher.local import LocalTeacher, first_line, function_sources, select_output
 from distilbeam.teacher.preprocess import load_object
+from distilbeam.teacher.sources import argument_files, source_files
 
 
 class BeamTeacher(LocalTeacher):
@@ -36,18 +36,23 @@ class BeamTeacher(LocalTeacher):
 
     def __init__(self, config: BeamConfig) -> None:
         self._config = config
-        handler = load_object(config.handler, "teacher.handler")(**config.arguments)
+        factory = load_object(config.handler, "teacher.handler")
+        try:
+            handler = factory(**config.arguments)
+        except TypeError as e:
+            raise ValueError(f"teacher.arguments do not suit {config.handler}: {first_line(e)}") from e
         if not isinstance(handler, ModelHandler):
             raise ValueError(
                 f"teacher.handler: {config.handler} must return a ModelHandler, got {type(handler).__name__}"
             )
-        source = getattr(sys.modules[config.handler.partition(":")[0]], "__file__", None)
         included = {"handler", "arguments", "version", "examples", "output", "input"}
         settings = json.dumps(config.model_dump(mode="json", include=included), sort_keys=True)
-        artefact = Artefact([*config.files, *([source] if source else [])], settings)
+        sources = source_files(config.handler, "teacher.handler")
+        files = [*config.files, *sources, *argument_files(config.arguments), *function_sources(config.input)]
+        artefact = Artefact(list(dict.fromkeys(files)), settings + config.meaning())
         most = handler.batch_elements_kwargs().get("max_batch_size")
         limits = [rows for rows in (config.batch_rows, most) if rows is not None]
-        super().__init__(f"beam:{config.handler}", artefact, config.input, min(limits, default=None))
+        super().__init__(f"beam:{config.handler}", artefact, config, batch_rows=min(limits, default=None))
         self._handler: Any = handler
         self._model: Any = handler.load_model()
 
@@ -59,21 +64,22 @@ class BeamTeacher(LocalTeacher):
         """Answer a batch; see `Teacher`."""
         if self._config.examples == "batch":
             results = list(self._handler.run_inference([batch], self._require_open()))
-            return np.concatenate([self._answer(result) for result in results]).astype(np.float32, copy=False)
+            return self._order(self._form(np.concatenate([self._answer(result) for result in results])))
         return super().logits(batch)
 
-    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: Inputs) -> npt.NDArray[Any]:
         model = self._require_open()
         results = self._handler.run_inference(_EXAMPLES[self._config.examples](inputs), model)
         answers = [self._answer(result) for result in results]
-        return np.stack(answers).astype(np.float32, copy=False) if answers else np.empty((0, 0), np.float32)
+        return np.stack(answers) if answers else np.empty((0, 0), np.float32)
 
     def _answer(self, result: Any) -> npt.NDArray[Any]:
         output = result.inference if isinstance(result, PredictionResult) else result
         if isinstance(output, Mapping):
             output = select_output(output, self._config.output)
         if hasattr(output, "detach"):  # a torch tensor
-            output = output.detach().float().cpu()
+            output = output.detach().cpu()
+            output = output.float() if output.dtype.itemsize < 4 else output  # NumPy has no bfloat16
         return np.asarray(output)
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from distilbeam.teacher.answers import AnswerKind
 from distilbeam.teacher.preprocess import InputConfig
 
 
@@ -31,20 +45,80 @@ class _Config(BaseModel):
         return ()
 
 
-class TorchConfig(_Config):
+def _as_plain(value: Any) -> Any:
+    """Require what JSON can hold, since a configuration travels to workers as text."""
+    if isinstance(value, Mapping):
+        return {key: _as_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"arguments must be finite numbers, got {value}; let the factory put in what is not")
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise ValueError(
+            f"arguments must be text, numbers, true or false, lists and tables of them, got the {type(value).__name__} "
+            f"{value}; put it in quotes and let the factory read it"
+        )
+    return value
+
+
+def _as_path(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"a path or a name must be given, got {value!r}")
+    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
+        raise ValueError(f"a path or a name must be shorter, got {value[:40]}...")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_as_path)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_as_plain)]
+
+
+class _TeacherConfig(_Config):
+    """What every kind of teacher is told."""
+
+    answers: AnswerKind = Field(
+        "logits", description="what the model's numbers are: logits, log-probabilities or probabilities"
+    )
+    classes: tuple[str, ...] = Field(
+        (),
+        description="names of the model's outputs in their order; needed when they stand in another order than data.classes",
+    )
+
+    @model_validator(mode="after")
+    def _distinct_classes(self) -> Self:
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must be at least two different names, got {', '.join(self.classes)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what says nothing new, so that runs and fingerprints from before these settings stay as they are."""
+        data: dict[str, Any] = handler(self)
+        silent = {"answers": "logits", "classes": (), "trust": False}
+        return {
+            name: value for name, value in data.items() if name not in silent or getattr(self, name) != silent[name]
+        }
+
+    def meaning(self) -> str:
+        """Return what of the answers' form decides the labels, for the fingerprint; nothing for plain logits."""
+        return "" if self.answers == "logits" else f"answers={self.answers}"
+
+
+class TorchConfig(_TeacherConfig):
     """A PyTorch model: an exported program, or a function that makes a module and a file with its weights."""
 
     kind: Literal["torch"] = "torch"
-    model: str = Field(description="a torch.export program (.pt2), or 'module:factory'")
-    weights: str | None = Field(
+    model: PathText = Field(description="a torch.export program (.pt2), or 'module:factory'")
+    weights: PathText | None = Field(
         None, description="weights for a factory: .safetensors, or a state dict of tensors only"
     )
-    arguments: dict[str, Any] = Field({}, description="keyword arguments of the factory")
+    arguments: Arguments = Field({}, description="keyword arguments of the factory")
     input: InputConfig = Field(description="what the model reads")
     output: str | int | None = Field(None, description="name or position of the logits among several outputs")
     device: str = Field("auto", description="cpu, cuda, cuda:1, tpu, or auto for CUDA where there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type that the model computes in")
     batch_rows: int | None = Field(None, ge=1, description="most rows in one forward pass; halved when memory runs out")
+    trust: bool = Field(False, description="also open a .pt2 file that could run code while it is read: it is yours")
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -80,7 +154,7 @@ class HeaderConfig(_Config):
         return ("file",)
 
 
-class TfServingConfig(_Config):
+class TfServingConfig(_TeacherConfig):
     """A model behind TensorFlow Serving's gRPC PredictionService, or behind `distilbeam serve-teacher`."""
 
     kind: Literal["tfserving"] = "tfserving"
@@ -99,12 +173,12 @@ class TfServingConfig(_Config):
     batch_rows: int = Field(256, ge=1, description="most rows in one request")
     batch_bytes: int = Field(3 * 2**20, ge=1, description="most bytes of input in one request")
     parallel: int = Field(4, ge=1, le=256, description="most requests in flight")
-    timeout_s: float = Field(30.0, gt=0, description="deadline of one attempt, in seconds")
+    timeout_s: float = Field(30.0, gt=0, le=86_400, description="deadline of one attempt, in seconds")
     attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")
     first_wait_s: float = Field(
-        0.25, gt=0, description="longest wait before the second attempt, in seconds; doubled each time"
+        0.25, gt=0, le=86_400, description="longest wait before the second attempt, in seconds; doubled each time"
     )
-    longest_wait_s: float = Field(30.0, gt=0, description="longest wait between attempts, in seconds")
+    longest_wait_s: float = Field(30.0, gt=0, le=86_400, description="longest wait between attempts, in seconds")
     max_message_bytes: int = Field(64 * 2**20, ge=1024, description="largest message sent or received")
     tls: bool = Field(False, description="encrypt; certificates of the system are trusted unless ca_file is given")
     ca_file: str | None = Field(None, description="certificate of the authority that signed the server's")
@@ -114,7 +188,9 @@ class TfServingConfig(_Config):
     headers: dict[str, HeaderConfig] = Field({}, description="headers of each request, such as authorization")
     probe_shape: tuple[int, ...] | None = Field(None, description="shape of one input, when the model does not say it")
     probe_text: str = Field("a question", description="text or bytes that a model of text is fingerprinted with")
-    probe_tolerance: float = Field(1e-3, gt=0, description="largest difference in a repeated answer that is no change")
+    probe_tolerance: float = Field(
+        1e-3, gt=0, allow_inf_nan=False, description="largest difference in a repeated answer that is no change"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +201,36 @@ class TfServingConfig(_Config):
             data = {**data, "addresses": [data["address"]]}
             del data["address"]
         return data
+
+    @field_validator("addresses")
+    @classmethod
+    def _named_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            if not address.strip() or any(c.isspace() or not c.isprintable() for c in address):
+                raise ValueError(f"an address must be host:port, got {address!r}")
+        return addresses
+
+    @field_validator("probe_shape")
+    @classmethod
+    def _positive_shape(cls, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if shape is not None and (not shape or min(shape) < 1):
+            raise ValueError(f"probe_shape must be positive whole numbers, got {list(shape)}")
+        return shape
+
+    @field_validator("headers")
+    @classmethod
+    def _as_metadata(cls, headers: dict[str, HeaderConfig]) -> dict[str, HeaderConfig]:
+        """Write the names as gRPC sends them, in small letters."""
+        for name in headers:
+            if not re.fullmatch(r"[0-9a-z_.-]+", name.lower(), re.ASCII) or name.lower().startswith(("grpc-", ":")):
+                raise ValueError(f"a header must be named by letters, digits, '-', '_' and '.', got {name!r}")
+            if name.lower().endswith("-bin"):
+                raise ValueError(
+                    f"a header must hold text, {name!r} would be sent as bytes: choose a name without -bin"
+                )
+        if len({name.lower() for name in headers}) < len(headers):
+            raise ValueError(f"headers must be named once, in capitals or not, got {', '.join(headers)}")
+        return {name.lower(): header for name, header in headers.items()}
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
@@ -146,15 +252,15 @@ class TfServingConfig(_Config):
         return super().relative_to(base).model_copy(update={"headers": headers})
 
 
-class OnnxConfig(_Config):
+class OnnxConfig(_TeacherConfig):
     """An ONNX model, run by ONNX Runtime."""
 
     kind: Literal["onnx"] = "onnx"
-    model: str = Field(description="the .onnx file")
+    model: PathText = Field(description="the .onnx file")
     input: InputConfig = Field(description="what the model reads")
     output: str | None = Field(None, description="name of the output with the logits, when there are several")
     providers: tuple[str, ...] = Field((), description="execution providers in order of preference; all that there are")
-    threads: int | None = Field(None, ge=1, description="threads of one operation; ONNX Runtime's choice")
+    threads: int | None = Field(None, ge=1, le=4096, description="threads of one operation; ONNX Runtime's choice")
     batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
 
     def paths(self) -> tuple[str, ...]:
@@ -162,26 +268,27 @@ class OnnxConfig(_Config):
         return ("model",)
 
 
-class SavedModelConfig(_Config):
+class SavedModelConfig(_TeacherConfig):
     """A TensorFlow SavedModel in this process."""
 
     kind: Literal["savedmodel"] = "savedmodel"
-    model: str = Field(description="folder of the SavedModel")
+    model: PathText = Field(description="folder of the SavedModel")
     signature: str = Field("serving_default", description="name of the signature")
     input: InputConfig = Field(description="what the model reads; kind raw passes text and bytes on")
     output: str | None = Field(None, description="name of the output with the logits, when there are several")
     batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
+    trust: bool = Field(False, description="also open a model that reads or writes files or calls Python: it is yours")
 
     def paths(self) -> tuple[str, ...]:
         """Return the names of the settings that are paths."""
         return ("model",)
 
 
-class HuggingFaceConfig(_Config):
+class HuggingFaceConfig(_TeacherConfig):
     """A sequence or image classification model of transformers in a local folder."""
 
     kind: Literal["huggingface"] = "huggingface"
-    model: str = Field(description="folder with config.json, safetensors and the tokenizer or image processor")
+    model: PathText = Field(description="folder with config.json, safetensors and the tokenizer or image processor")
     input: InputConfig = Field(description="the column; of kind text or image, prepared by the model's own files")
     max_length: int | None = Field(None, ge=1, description="most tokens of a text; the tokenizer's own limit")
     device: str = Field("auto", description="cpu, cuda, cuda:1, tpu, or auto for CUDA where there is one")
@@ -199,19 +306,19 @@ class HuggingFaceConfig(_Config):
         return ("model",)
 
 
-class BeamConfig(_Config):
+class BeamConfig(_TeacherConfig):
     """Any Apache Beam ModelHandler."""
 
     kind: Literal["beam"] = "beam"
-    handler: str = Field(description="'module:factory' of the ModelHandler")
-    arguments: dict[str, Any] = Field({}, description="keyword arguments of the factory")
+    handler: PathText = Field(description="'module:factory' of the ModelHandler")
+    arguments: Arguments = Field({}, description="keyword arguments of the factory")
     input: InputConfig = Field(description="what the handler's examples are made of")
     examples: Literal["numpy", "torch", "tensorflow", "batch"] = Field(
         "numpy",
         description="what run_inference takes: a list of rows as arrays or tensors, or the Arrow batch as one example",
     )
     output: str | int | None = Field(None, description="name of the logits when an inference is a mapping")
-    files: tuple[str, ...] = Field(
+    files: tuple[PathText, ...] = Field(
         (), description="files and folders that the handler loads; the fingerprint hashes them"
     )
     version: str | None = Field(None, description="text to change when the answers change, where there are no files")
@@ -285,7 +392,8 @@ _CLASSES: dict[str, type[BaseModel]] = {
 
 def _suggestion(location: Sequence[str], kind: str) -> str:
     nested: dict[str, type[BaseModel]] = {"input": InputConfig, "headers": HeaderConfig}
-    settings = list((_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields)
+    fields = (_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields
+    settings = sorted(fields, key=lambda name: name in _TeacherConfig.model_fields)  # its own first
     near = difflib.get_close_matches(location[-1], settings, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {'.'.join(['teacher', *location[:-1], near[0]])}?"

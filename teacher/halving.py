@@ -26,7 +26,7 @@ class Halving:
 
     def __init__(
         self,
-        run: Callable[[Any], npt.NDArray[np.float32]],
+        run: Callable[[Any], npt.NDArray[Any]],
         out_of_memory: Callable[[Exception], bool],
         release: Callable[[], None],
         rows: int | None = None,
@@ -34,14 +34,14 @@ class Halving:
         self._run, self._out_of_memory, self._release = run, out_of_memory, release
         self.rows = rows
 
-    def __call__(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: Inputs) -> npt.NDArray[Any]:
         """Run over all rows.
 
         Args:
           inputs: array [n, ...], or a mapping of names to such arrays.
 
         Returns:
-          float32 [n, ...].
+          Array [n, ...].
 
         Raises:
           Exception: whatever the function raises; out of memory only when a single row does not fit.
@@ -51,17 +51,17 @@ class Halving:
             whole = self._try(inputs)
             if whole is not None:
                 return whole
-        parts: list[npt.NDArray[np.float32]] = []
+        parts: list[npt.NDArray[Any]] = []
         start = 0
         while start < total or not parts:
-            piece = _cut(inputs, start, start + (self.rows or total or 1))
+            piece = cut(inputs, start, start + (self.rows or total or 1))
             part = self._try(piece)
             if part is not None:
                 parts.append(part)
                 start += count_rows(piece)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _try(self, piece: Inputs) -> npt.NDArray[np.float32] | None:
+    def _try(self, piece: Inputs) -> npt.NDArray[Any] | None:
         try:
             return self._run(piece)
         except Exception as e:
@@ -80,7 +80,8 @@ def count_rows(inputs: Inputs) -> int:
     return len(inputs) if isinstance(inputs, np.ndarray) else len(next(iter(inputs.values())))
 
 
-def _cut(inputs: Inputs, start: int, stop: int) -> Inputs:
+def cut(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Return the rows from start to stop of an array or of a mapping of names to arrays."""
     if isinstance(inputs, np.ndarray):
         return inputs[start:stop]
     return {name: array[start:stop] for name, array in inputs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,41 @@ from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.protocol import Teacher
 
 
-def load_teacher(config: TeacherConfig | Mapping[str, Any], *, base: str | Path | None = None) -> Teacher:
+def load_teacher(
+    config: TeacherConfig | Mapping[str, Any],
+    *,
+    base: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Teacher:
     """Load a teacher.
 
     Args:
       config: the configuration, or the section `[teacher]` of a TOML file as plain data.
       base: folder that relative paths start at; the working directory where it is not given.
+      classes: names of the job's classes. A model that knows its outputs by name answers in this order; without them
+        every model answers in its own.
 
     Returns:
       The teacher; close it when it is no longer needed.
 
     Raises:
-      ValueError: a setting is not valid, or a file, module or library that it needs is missing.
+      ValueError: a setting is not valid, a file, module or library that it needs is missing, or the model's classes are
+        others.
       TeacherUnavailable: a remote teacher cannot be reached.
 
     Example:
       >>> teacher = load_teacher({"kind": "torch", "model": "teacher.pt2", "input": {"column": "x"}})  # doctest: +SKIP
     """
     parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
-    teacher: Teacher = _teacher_class(parsed.kind)(parsed.relative_to(Path(base)) if base is not None else parsed)
-    return teacher
+    teacher: Any = _teacher_class(parsed.kind)(parsed.relative_to(Path(base)) if base is not None else parsed)
+    if classes:
+        try:
+            teacher.arrange(classes)
+        except BaseException:
+            teacher.close()
+            raise
+    loaded: Teacher = teacher
+    return loaded
 
 
 # Modules are imported by name when their kind is asked for: each brings a framework of its own.

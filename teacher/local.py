@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.answers import AnswerForm
 from distilbeam.teacher.artefact import Artefact
-from distilbeam.teacher.halving import Halving, Inputs
+from distilbeam.teacher.class_order import class_order
+from distilbeam.teacher.halving import Halving, Inputs, count_rows
 from distilbeam.teacher.inputs.tensors import TensorInput
 from distilbeam.teacher.preprocess import InputConfig, make_input
 from distilbeam.teacher.protocol import NotPickled
+from distilbeam.teacher.repeating import require_the_same
+from distilbeam.teacher.sources import source_files
+
+
+class OutputOrder:
+    """Puts a model's outputs in the order of the job's classes.
+
+    Args:
+      own: names of the outputs; empty where they have none.
+      whose: where they come from.
+    """
+
+    def __init__(self, own: Sequence[str], whose: str) -> None:
+        self.own, self._whose = tuple(own), whose
+        self._order: list[int] | None = None
+
+    def arrange(self, classes: Sequence[str]) -> None:
+        """Find the order; see `class_order`."""
+        if self.own:
+            self._order = class_order(self.own, classes, self._whose)
+
+    def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the columns in the order of the job's classes; another number of them is for the caller to refuse."""
+        if self._order is None or logits.ndim != 2 or logits.shape[1] != len(self._order):
+            return logits
+        return np.ascontiguousarray(logits[:, self._order])
+
+    def meaning(self) -> str:
+        """Return what of the order decides the labels, for the fingerprint; nothing where it is the model's own."""
+        if self._order is None:
+            return ""
+        return ":order-" + hashlib.blake2b(repr(self._order).encode(), digest_size=4).hexdigest()
 
 
 class LocalTeacher(NotPickled, ABC):
@@ -23,24 +59,36 @@ class LocalTeacher(NotPickled, ABC):
     Args:
       name: first part of the fingerprint.
       artefact: the files and settings that decide the answers.
-      inputs: what the model reads.
-      batch_rows: most rows at a time; None for as many as are asked.
+      config: the configuration.
+      inputs: what the model reads, where it is not `config.input`.
+      batch_rows: most rows at a time, where it is not `config.batch_rows`; None for as many as are asked.
     """
 
     parallel = 1
+    repeats_itself = "unsuspected"  # "asked": a file decides how the model computes, so that it is asked twice
 
-    def __init__(self, name: str, artefact: Artefact, inputs: InputConfig, batch_rows: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        artefact: Artefact,
+        config: Any,
+        inputs: InputConfig | None = None,
+        batch_rows: int | None = None,
+    ) -> None:
         self._name, self._artefact = name, artefact
-        self._input = make_input(inputs)
-        self._forward = Halving(self._run, self._out_of_memory, self._release, batch_rows)
+        self._input = make_input(inputs or config.input)
+        self._forward = Halving(self._run, self._out_of_memory, self._release, batch_rows or config.batch_rows)
+        self._form = AnswerForm(config.answers)
+        self._order = OutputOrder(config.classes, "teacher.classes")
+        self._unprobed, self._lock = True, threading.Lock()
 
     def fingerprint(self) -> str:
         """Identify the answers by the files and settings; see `Teacher`."""
-        return f"{self._name}:{self._artefact.digest()}"
+        return f"{self._name}:{self._artefact.digest()}{self._order.meaning()}"
 
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Answer a batch; see `Teacher`."""
-        return self._forward(self._input(batch))
+        return self._answered(self._input(batch))
 
     def prepared(self, batch: pa.RecordBatch) -> npt.NDArray[Any] | None:
         """Return the input of all rows where it takes little more memory than they do, for `answer`; else None.
@@ -52,7 +100,42 @@ class LocalTeacher(NotPickled, ABC):
 
     def answer(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Answer rows of what `prepared` returned."""
-        return self._forward(inputs)
+        return self._answered(inputs)
+
+    def arrange(self, classes: Sequence[str]) -> None:
+        """Answer in the order of the job's classes from now on, where the model knows its outputs by name.
+
+        Args:
+          classes: names of the classes.
+
+        Raises:
+          ValueError: the names or their number differ.
+        """
+        self._order.arrange(classes)
+
+    def _names_itself(self, own: Sequence[str], whose: str) -> None:
+        """Take the names that the model has for its outputs, unless the configuration has some."""
+        if not self._order.own:
+            self._order = OutputOrder(own, whose)
+
+    def _answered(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        answers = self._first(inputs) if self._unprobed and count_rows(inputs) else self._forward(inputs)
+        return self._order(self._form(answers))
+
+    def _first(self, inputs: Inputs) -> npt.NDArray[Any]:
+        """Answer the first batch, and find out whether the model says the same twice."""
+        with self._lock:
+            before = self._state()
+            answers = self._forward(inputs)
+            if self._unprobed:
+                if self.repeats_itself == "asked" or self._state() != before:
+                    require_the_same(self._forward, inputs)
+                self._unprobed = False
+        return answers
+
+    def _state(self) -> object:
+        """Describe what a forward pass leaves as it is, unless the model draws random numbers or changes itself."""
+        return None
 
     def close(self) -> None:
         """Drop the model; see `Teacher`."""
@@ -64,8 +147,8 @@ class LocalTeacher(NotPickled, ABC):
         self._forward.rows = rows
 
     @abstractmethod
-    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
-        """Run the model on n rows of input and return float32 [n, C]."""
+    def _run(self, inputs: Inputs) -> npt.NDArray[Any]:
+        """Run the model on n rows of input and return what it answers, floating [n, C]."""
 
     def _out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, MemoryError)
@@ -135,6 +218,11 @@ def named_inputs(inputs: Inputs, names: Collection[str]) -> Mapping[str, npt.NDA
         f"the model has the inputs {', '.join(sorted(names))}, got {found}; several inputs need an input of kind function "
         "that returns a mapping of their names"
     )
+
+
+def function_sources(inputs: InputConfig) -> list[str]:
+    """List the source files of an input of kind function; none for the others."""
+    return source_files(inputs.function, "teacher.input.function") if inputs.function else []
 
 
 def first_line(error: Exception) -> str:

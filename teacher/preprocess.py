@@ -28,7 +28,8 @@ class InputConfig(BaseModel):
 
     `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `tokens` reads lists of
     token ids, `raw` passes text and bytes on as they are, `function` calls your own function on the batch. Numbers x
-    become (x * scale - mean) / std.
+    become (x * scale - mean) / std. Pixels of any depth count from 0 to 255 before that, and images stand as their
+    camera was held.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,9 @@ class InputConfig(BaseModel):
     layout: Literal["chw", "hwc"] = Field("chw", description="image: order of channel, height and width")
     tokenizer: str | None = Field(None, description="text: a tokenizer.json; without it, hashed n-grams")
     max_length: int = Field(128, ge=1, description="text, tokens: ids kept and padded to")
-    pad_id: int = Field(0, ge=0, description="text, tokens: id that fills the rest")
+    pad_id: int | None = Field(
+        None, ge=0, description="text, tokens: id that fills the rest; the tokenizer's own, and 0 without a tokenizer"
+    )
     vocabulary: int | None = Field(
         None, ge=2, description="tokens: number of ids that there are; text: that of the tokenizer unless given"
     )
@@ -71,6 +74,8 @@ class InputConfig(BaseModel):
                 raise ValueError("column and columns must not both be given")
             data = {**data, "columns": [data["column"]]}
             del data["column"]
+        if isinstance(data, dict) and data.get("pad_id") is None and not data.get("tokenizer"):
+            data = {**data, "pad_id": 0}
         return data
 
     @model_validator(mode="after")
@@ -91,7 +96,7 @@ class InputConfig(BaseModel):
             raise ValueError("tokenizer and ngram_form 'ids' must not both be given: a tokenizer makes ids of its own")
         if self.kind == "tokens" and self.vocabulary is None:
             raise ValueError("vocabulary must be given for input of kind 'tokens': the number of ids that there are")
-        if self.vocabulary is not None and self.pad_id >= self.vocabulary:
+        if self.vocabulary is not None and self.pad_id is not None and self.pad_id >= self.vocabulary:
             raise ValueError(f"pad_id must be below the vocabulary of {self.vocabulary:,}, got {self.pad_id:,}")
         _number_type(self.dtype)
         return self
@@ -172,7 +177,35 @@ def vocabulary_size(config: InputConfig) -> int:
         return config.buckets
     from distilbeam.teacher.inputs.texts import TokenInput
 
-    return max(TokenInput(config).vocabulary, config.pad_id + 1)
+    tokens = TokenInput(config)
+    return max(tokens.vocabulary, tokens.pad_id + 1)
+
+
+def padding_id(config: InputConfig) -> int:
+    """Give the id that fills the rows of an input that gives ids.
+
+    Args:
+      config: of an input that gives ids.
+
+    Raises:
+      ValueError: it gives none, or its tokenizer cannot be loaded or names no padding.
+    """
+    if not config.gives_ids:
+        raise ValueError(f"input of kind {config.kind!r} must give ids to have a padding id; it gives numbers")
+    if config.pad_id is not None:
+        return config.pad_id
+    from distilbeam.teacher.inputs.texts import TokenInput
+
+    return TokenInput(config).pad_id
+
+
+def with_padding(config: InputConfig) -> InputConfig:
+    """Write the padding id into a configuration, so that it stays what it was when the tokenizer's file changes.
+
+    Raises:
+      ValueError: see `padding_id`.
+    """
+    return config.model_copy(update={"pad_id": padding_id(config)}) if config.gives_ids else config
 
 
 def load_object(name: str, setting: str) -> Any:
@@ -223,23 +256,41 @@ def normalised(
       channels: size of the last axis.
 
     Returns:
-      float32 of the same shape; the values themselves where there is nothing to do.
+      float32 of the same shape; the values themselves where there is nothing to do. Numbers that float32 does not hold
+      are computed with in float64 before they are rounded once.
 
     Raises:
-      InputError: mean or std has another length than 1 or `channels`.
+      InputError: mean or std has another length than 1 or `channels`, or a finite number is beyond float32.
     """
-    out: npt.NDArray[Any] = values.astype(np.float32, copy=False)
     scale = default_scale if config.scale is None else config.scale
     for name, numbers in (("mean", config.mean), ("std", config.std)):
         if len(numbers) not in (0, 1, channels):
             raise InputError(f"{name} must be one number or one per {per} ({channels:,}), got {len(numbers):,}")
-    if scale != 1:
-        out = out * np.float32(scale)
-    if config.mean:
-        out = out - np.asarray(config.mean, np.float32)
-    if config.std:
-        out = out / np.asarray(config.std, np.float32)
-    return out
+    type_ = np.result_type(values.dtype, np.float32)
+    out: npt.NDArray[Any] = values
+    if scale != 1 or config.mean or config.std:
+        out = values.astype(type_, copy=False)
+    with np.errstate(over="ignore"):
+        if scale != 1:
+            out = out * type_.type(scale)
+        if config.mean:
+            out = out - np.asarray(config.mean, type_)
+        if config.std:
+            out = out / np.asarray(config.std, type_)
+        rounded: npt.NDArray[np.float32] = out.astype(np.float32, copy=False)
+    if values.dtype.kind == "f" and rounded is not values:
+        _require_finite(rounded, values, config)
+    return rounded
+
+
+def _require_finite(made: npt.NDArray[np.float32], stored: npt.NDArray[Any], config: InputConfig) -> None:
+    lost = ~np.isfinite(made)
+    if lost.any() and (lost := lost & np.isfinite(stored)).any():
+        place = np.unravel_index(int(lost.argmax()), lost.shape)
+        raise InputError(
+            f"column {', '.join(config.columns)} has numbers beyond float32, which ends at 3.4e38: row {place[0]:,} has "
+            f"{stored[place]}; set input.scale, or leave the row out"
+        )
 
 
 def _number_type(name: str) -> np.dtype[Any]:

@@ -41,6 +41,7 @@ class Teacher(Protocol):
         Raises:
           TeacherUnavailable: no answer could be had, whatever the rows.
           TeacherChanged: the teacher is no longer the one that was loaded.
+          TeacherMisfit: its answers are not what the configuration says, whatever the rows.
           Exception: these rows cannot be answered; fewer of them may be.
         """
         ...
@@ -68,3 +69,10 @@ class TeacherChanged(RuntimeError):  # noqa: N818  (named after what happened, l
 
 class TeacherUnavailable(RuntimeError):  # noqa: N818
     """The teacher cannot be reached or refuses every request; no row is to blame."""
+
+
+class TeacherMisfit(ValueError):  # noqa: N818
+    """The teacher's answers are not what the configuration says: another number of classes, or numbers of another kind.
+
+    No row is to blame and no repetition helps: whoever catches errors of single rows lets this one pass.
+    """

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import SavedModelConfig
 from distilbeam.teacher.halving import Inputs
-from distilbeam.teacher.local import LocalTeacher, named_inputs, select_output
+from distilbeam.teacher.local import LocalTeacher, first_line, function_sources, named_inputs, select_output
+from distilbeam.teacher.saved_operations import require_harmless
 
 
 class SavedModelTeacher(LocalTeacher):
@@ -27,16 +27,19 @@ class SavedModelTeacher(LocalTeacher):
     def __init__(self, config: SavedModelConfig) -> None:
         folder = Path(config.model)
         settings = config.model_dump_json(include={"input", "output", "signature"}, exclude={"input": {"tokenizer"}})
-        artefact = Artefact([folder, *config.input.files()], settings)
-        super().__init__(f"savedmodel:{folder.name}", artefact, config.input, config.batch_rows)
+        files: list[str | Path] = [folder, *config.input.files(), *function_sources(config.input)]
+        super().__init__(f"savedmodel:{folder.name}", Artefact(files, settings + config.meaning()), config)
+        self.repeats_itself = "asked"
+        if not config.trust:
+            require_harmless(folder)
         self._config = config
         import tensorflow as tf
 
         self._tf: Any = tf
         try:
             loaded = tf.saved_model.load(config.model)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"teacher.model: {config.model} is not a SavedModel: {str(e).splitlines()[0]}") from e
+        except Exception as e:  # of a damaged one anything
+            raise ValueError(f"teacher.model: {config.model} is not a SavedModel: {first_line(e)}") from e
         if config.signature not in loaded.signatures:
             names = ", ".join(loaded.signatures) or "none"
             raise ValueError(f"teacher.signature '{config.signature}' is unknown; {config.model} has {names}")
@@ -50,12 +53,13 @@ class SavedModelTeacher(LocalTeacher):
         self._loaded = None
         super().close()
 
-    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: Inputs) -> npt.NDArray[Any]:
         model = self._require_open()
         named = named_inputs(inputs, self._inputs)
         tensors = {name: self._tensor(array, self._inputs[name].dtype) for name, array in named.items()}
         output = select_output(model(**tensors), self._config.output)
-        answer: npt.NDArray[np.float32] = self._tf.cast(output, self._tf.float32).numpy()
+        wide = output.dtype in (self._tf.float64, self._tf.string)  # text, for the caller to refuse
+        answer: npt.NDArray[Any] = (output if wide else self._tf.cast(output, self._tf.float32)).numpy()
         return answer
 
     def _tensor(self, array: npt.NDArray[Any], dtype: Any) -> Any:

@@ -8,6 +8,7 @@ protocol.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import logging
 import signal
 import threading
@@ -20,11 +21,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.tfserving.channels import read_secret
+from distilbeam.teacher.tfserving.receiving import Code, Limits, Refused
 from distilbeam.teacher.tfserving.service import ModelService
 
 _log = logging.getLogger(__name__)
@@ -41,10 +43,14 @@ class ServeOptions:
         another version and clients notice.
       top_k: send the k most probable classes instead of all logits.
       threads: requests that are read and written at once; the teacher itself is asked by one thread at a time.
+      max_queued: requests that may wait besides; a client that is turned away asks again later.
+      max_rows: most rows in a request.
+      receive_s: seconds in which a request must have arrived once a thread waits for it.
       max_message_bytes: largest message received or sent.
       cert_file: certificate of the server; together with `key_file` it turns encryption on.
       key_file: key of the certificate.
       client_ca_file: authority whose certificates clients must show.
+      insecure: serve other machines without encryption.
       grace_s: seconds that requests in progress have when the server is stopped.
     """
 
@@ -53,10 +59,14 @@ class ServeOptions:
     version: int | None = None
     top_k: int | None = None
     threads: int = 8
+    max_queued: int = 512
+    max_rows: int = 16384
+    receive_s: float = 20.0
     max_message_bytes: int = 64 * 2**20
     cert_file: str | None = None
     key_file: str | None = None
     client_ca_file: str | None = None
+    insecure: bool = False
     grace_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -64,10 +74,36 @@ class ServeOptions:
             raise ValueError("cert_file and key_file must be given together")
         if self.client_ca_file is not None and self.cert_file is None:
             raise ValueError("client_ca_file needs cert_file and key_file")
-        for name, least in (("top_k", 1), ("threads", 1), ("max_message_bytes", 1024), ("version", 0), ("grace_s", 0)):
+        if self.cert_file is None and not self.insecure and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is reached from other machines, and nothing would be encrypted: give cert_file and key_file "
+                "(--cert-file, --key-file), or insecure (--insecure) where everybody on the network is trusted"
+            )
+        least_values = {
+            "top_k": 1,
+            "threads": 1,
+            "max_queued": 0,
+            "max_rows": 1,
+            "max_message_bytes": 1024,
+            "version": 0,
+        }
+        for name, least in {**least_values, "receive_s": 0, "grace_s": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+# Half-open and idle connections are closed, a machine that is gone is noticed, and no client takes all streams.
+_CONNECTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.max_allowed_incoming_connections", 512),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+_RECEIVERS = 88  # threads besides those that answer, for requests that arrive slowly or never
 
 
 class TeacherServer:
@@ -101,20 +137,22 @@ class TeacherServer:
         self._teacher = load_teacher(parsed, base=base)
         self.fingerprint = self._teacher.fingerprint()
         self.version = _version(self.fingerprint) if self.options.version is None else self.options.version
-        service = ModelService(self._teacher, parsed.input, self.options.name, self.version, self.options.top_k)
-        self._health = health.HealthServicer()
-        self._threads = ThreadPoolExecutor(self.options.threads, thread_name_prefix="serve-teacher")
+        options = self.options
+        limits = Limits(options.max_rows, options.receive_s, 8 * options.max_message_bytes, options.threads)
+        service = ModelService(self._teacher, parsed.input, options.name, self.version, options.top_k, limits)
+        self._serving = threading.Event()
+        self._threads = ThreadPoolExecutor(options.threads + _RECEIVERS, thread_name_prefix="serve-teacher")
         self._server = self._started(service, port)
         self.port: int = self._port
 
     @property
     def address(self) -> str:
         """Where clients find it, `host:port`."""
-        return f"{self.options.host}:{self.port}"
+        return _address(self.options.host, self.port)
 
     def stop(self) -> None:
         """Refuse new requests, let those in progress end, and close the teacher; a second call does nothing."""
-        self._health.enter_graceful_shutdown()
+        self._serving.clear()
         self._server.stop(self.options.grace_s).wait()
         self._threads.shutdown()
         self._teacher.close()
@@ -132,12 +170,14 @@ class TeacherServer:
         options = [
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
-            ("grpc.so_reuseport", 0),
+            *_CONNECTIONS,
         ]
-        server = grpc.server(self._threads, options=options)
-        server.add_generic_rpc_handlers(service.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        address = f"{self.options.host}:{port}"
+        together = self.options.threads + self.options.max_queued
+        server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=together)
+        check = service.gate.handler(self._check, health_pb2.HealthCheckRequest, at_once=True)
+        health = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})
+        server.add_generic_rpc_handlers([*service.handlers(), health])
+        address = _address(self.options.host, port)
         credentials = _credentials(self.options)
         try:
             self._port = (
@@ -151,9 +191,18 @@ class TeacherServer:
                 f"port {port} of {self.options.host} cannot be listened on; choose another port or host"
             ) from e
         server.start()
-        for name in ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._serving.set()
         return server
+
+    def _check(self, request: Any) -> Any:
+        """Answer Health.Check; Health.Watch, whose answers have no end, is not served."""
+        if request.service not in _SERVICES:
+            raise Refused(Code.NOT_FOUND, f"service '{request.service}' is not served here")
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self._serving.is_set() else states.NOT_SERVING)
+
+
+_SERVICES = ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 
 
 def serve(
@@ -194,6 +243,22 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.strip("[]")
+    if name == "localhost" or host.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _address(host: str, port: int) -> str:
+    if host.startswith("unix:"):
+        return host
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _version(fingerprint: str) -> int:

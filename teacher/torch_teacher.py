@@ -1,14 +1,13 @@
 """A teacher that is a PyTorch model in this process.
 
-Nothing is unpickled: programs are read by `torch.export.load`, weights by safetensors or by
-`torch.load(weights_only=True)`.
+Nothing is unpickled and no code of a file is run: programs are looked into before torch reads them (`programs`), weights
+are read by safetensors or by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import torch
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import TorchConfig
 from distilbeam.teacher.halving import Inputs, count_rows
-from distilbeam.teacher.local import LocalTeacher, first_line, select_output
+from distilbeam.teacher.local import LocalTeacher, first_line, function_sources, select_output
 from distilbeam.teacher.preprocess import load_object
+from distilbeam.teacher.programs import load_program, training_operator
+from distilbeam.teacher.sources import argument_files, source_files
 
 
 class TorchTeacher(LocalTeacher):
@@ -38,7 +39,8 @@ class TorchTeacher(LocalTeacher):
         self._device = find_device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         name = Path(config.model).name if config.exported else config.model
-        super().__init__(f"torch:{name}", Artefact(_files(config), _settings(config)), config.input, config.batch_rows)
+        super().__init__(f"torch:{name}", Artefact(_files(config), _settings(config)), config)
+        self.repeats_itself = "asked" if config.exported else "unsuspected"
         self._model, self._fixed_rows = self._load()
         if self._fixed_rows is not None:
             self.set_batch_rows(self._fixed_rows)
@@ -51,22 +53,26 @@ class TorchTeacher(LocalTeacher):
     def _load(self) -> tuple[Any, int | None]:
         if not self._config.exported:
             return _made(self._config).to(device=self._device, dtype=self._dtype).eval(), None
-        try:
-            program = torch.export.load(self._config.model)
-        except Exception as e:
+        program = load_program(self._config.model, "teacher.model", trust=self._config.trust)
+        operator = training_operator(program)
+        if operator is not None:
             raise ValueError(
-                f"teacher.model: {self._config.model} is not a torch.export program: {first_line(e)}"
-            ) from e
+                f"teacher.model: {self._config.model} was exported in training mode: its {operator} changes the answers at "
+                "random or by the rows beside them; call model.eval() before torch.export.export"
+            )
         return program.module().to(device=self._device, dtype=self._dtype), _fixed_rows(program)
 
+    def _state(self) -> object:
+        return torch_state(self._model, self._device)
+
     @torch.inference_mode()
-    def _run(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: Inputs) -> npt.NDArray[Any]:
         model = self._require_open()
         if isinstance(inputs, np.ndarray):
             outputs = model(self._tensor(inputs))
         else:
             outputs = model(**{name: self._tensor(array) for name, array in inputs.items()})
-        answer: npt.NDArray[np.float32] = select_output(outputs, self._config.output).float().cpu().numpy()
+        answer = as_numpy(select_output(outputs, self._config.output))
         return answer if self._fixed_rows is None else answer[: count_rows(inputs)]
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
@@ -84,36 +90,48 @@ class TorchTeacher(LocalTeacher):
 
 def _files(config: TorchConfig) -> list[str]:
     own = [config.model] if config.exported else [config.weights] if config.weights else []
-    if not config.exported:  # the code of the factory decides the answers too
-        load_object(config.model, "teacher.model")
-        source = getattr(sys.modules[config.model.partition(":")[0]], "__file__", None)
-        own += [source] if source else []
-    return [*own, *config.input.files()]
+    sources = [] if config.exported else source_files(config.model, "teacher.model")
+    # the code of the factory decides the answers too; what former versions left out comes last, so that the fingerprints
+    # of those without it stay
+    more = [*sources[1:], *argument_files(config.arguments), *function_sources(config.input)]
+    return [*own, *sources[:1], *config.input.files(), *more]
 
 
 def _settings(config: TorchConfig) -> str:
     settings = {"arguments", "output", "dtype", "input"}
     data = config.model_dump(mode="json", include=settings, exclude={"input": {"tokenizer"}})
-    return json.dumps(data, sort_keys=True)  # the order in which somebody wrote the arguments decides nothing
+    return (
+        json.dumps(data, sort_keys=True) + config.meaning()
+    )  # the order in which somebody wrote the arguments decides nothing
 
 
 def _made(config: TorchConfig) -> torch.nn.Module:
-    module = load_object(config.model, "teacher.model")(**config.arguments)
+    factory = load_object(config.model, "teacher.model")
+    try:
+        module = factory(**config.arguments)
+    except TypeError as e:
+        raise ValueError(f"teacher.arguments do not suit {config.model}: {first_line(e)}") from e
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"teacher.model: {config.model} must return a torch module, got {type(module).__name__}")
     if config.weights is not None:
         try:
             module.load_state_dict(_state_dict(config.weights))
-        except RuntimeError as e:
+        except (AttributeError, RuntimeError, TypeError) as e:
             raise ValueError(f"teacher.weights: {config.weights} does not fit {config.model}: {e}") from e
     return module
 
 
 def _state_dict(path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        loaded: dict[str, torch.Tensor] = load_file(path)
+        try:
+            loaded: dict[str, torch.Tensor] = load_file(path)
+        except (SafetensorError, OSError, ValueError) as e:
+            raise ValueError(
+                f"teacher.weights: {path} is damaged or no safetensors file ({first_line(e)}); copy or save it again"
+            ) from e
         return loaded
     try:
         state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -123,6 +141,24 @@ def _state_dict(path: str) -> dict[str, torch.Tensor]:
             "save module.state_dict() with torch.save, or use safetensors"
         ) from e
     return state
+
+
+def as_numpy(answer: Any) -> npt.NDArray[Any]:
+    """Return a model's answer as an array in single precision, or in double where that is its own."""
+    if not isinstance(answer, torch.Tensor):
+        return np.asarray(answer)
+    array: npt.NDArray[Any] = (answer if answer.dtype == torch.float64 else answer.float()).cpu().numpy()
+    return array
+
+
+def torch_state(model: Any, device: torch.device) -> object:
+    """Describe what a forward pass leaves as it is: the generators of random numbers, and the model's own numbers."""
+    generators = [torch.get_rng_state()]
+    if device.type == "cuda":
+        generators.append(torch.cuda.get_rng_state(device))
+    buffers = model.buffers() if isinstance(model, torch.nn.Module) else ()
+    versions = [buffer._version for buffer in buffers if not buffer.is_inference()]
+    return [generator.numpy().tobytes() for generator in generators], versions
 
 
 def find_device(name: str) -> torch.device:

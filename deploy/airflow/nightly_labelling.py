@@ -2,9 +2,14 @@
 
 Put it into the folder of the DAGs and set the Airflow variable `distilbeam_home` to the directory that holds `nightly.toml`
 and `.venv`. Each task is the same command as by hand. A task that is killed is simply started again: what is committed stays.
+The night's run is of the day that ended before it, whatever version of Airflow decides: the timetable is named here, for
+Airflow 3 takes a bare cron expression for the moment of the run, Airflow 2 for the interval before it.
 """
 
 from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
+
+from airflow.timetables.interval import CronDataIntervalTimetable
 
 try:
     from airflow.providers.standard.operators.bash import BashOperator
@@ -13,21 +18,33 @@ except ImportError:  # Airflow 2
     from airflow.models.dag import DAG
     from airflow.operators.bash import BashOperator
 
+ZONE = "UTC"  # in which days begin, and in which it is 02:15
+
 COMMANDS = {
-    "ingest": "distilbeam ingest incoming/{{ ds }} --out pool/{{ ds }} --format jsonl --id id",
-    "plan": "distilbeam plan nightly.toml --sample 256 --json plan.json",
+    "ingest": "distilbeam ingest incoming/{{ day(data_interval_start) }} --out pool/{{ day(data_interval_start) }} --format jsonl --id id",
+    "plan": "distilbeam plan nightly.toml --json plan.json",
     "label": "distilbeam label nightly.toml --max-failures 1000 -- --direct_running_mode=multi_processing --direct_num_workers=4",
     "verify": "distilbeam verify labelling/labels --teacher nightly.toml --sample 100",
 }
+AGAIN = {
+    "verify": 0
+}  # what it finds wrong is wrong the next time too, and each time asks the teacher; 3 for the others
+
+
+def day(moment: datetime) -> str:
+    """Name the day of a moment, as the folders of incoming examples are named."""
+    return moment.astimezone(ZoneInfo(ZONE)).strftime("%Y-%m-%d")
+
 
 with DAG(
     dag_id="distilbeam_nightly_labelling",
     description="Ingest the day's examples, label what is new, check a sample of the labels",
-    schedule="15 2 * * *",
-    start_date=datetime(2026, 1, 1),
+    schedule=CronDataIntervalTimetable("15 2 * * *", timezone=ZONE),
+    start_date=datetime(2026, 1, 1, tzinfo=ZoneInfo(ZONE)),
     catchup=False,
     max_active_runs=1,  # one job at a time holds the directory
-    default_args={"retries": 3, "retry_delay": timedelta(minutes=10), "execution_timeout": timedelta(hours=8)},
+    user_defined_macros={"day": day},
+    default_args={"retry_delay": timedelta(minutes=10), "execution_timeout": timedelta(hours=8)},
     tags=["distilbeam"],
 ) as dag:
     previous = None
@@ -35,6 +52,7 @@ with DAG(
         task = BashOperator(
             task_id=name,
             bash_command=f"cd {{{{ var.value.distilbeam_home }}}} && .venv/bin/{command}",
+            retries=AGAIN.get(name, 3),
         )
         if previous is not None:
             previous >> task

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.joining import scaled
 from distilbeam.student.networks.mlp import Mlp
-from distilbeam.teacher.preprocess import vocabulary_size
+from distilbeam.teacher.preprocess import padding_id, vocabulary_size
 
 
 class EmbeddingBag(nn.Module):
@@ -20,7 +20,7 @@ class EmbeddingBag(nn.Module):
     def __init__(self, config: StudentConfig, num_classes: int) -> None:
         super().__init__()
         dim = scaled(config.dim, config.width)
-        self.pad_id = config.input.pad_id
+        self.pad_id = padding_id(config.input)
         self.embedding = nn.Embedding(vocabulary_size(config.input), dim, padding_idx=self.pad_id)
         self.layers = Mlp(dim, config, num_classes, init="tiled")
 

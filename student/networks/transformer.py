@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.joining import make_residual, scaled
-from distilbeam.teacher.preprocess import vocabulary_size
+from distilbeam.teacher.preprocess import padding_id, vocabulary_size
 
 EMBEDDING_STD = 0.02
 
@@ -27,7 +27,7 @@ class Transformer(nn.Module):
         super().__init__()
         # the width scales each head, so that heads divide the model's width whatever it is
         dim = config.heads * scaled(config.dim // config.heads, config.width)
-        self.pad_id = config.input.pad_id
+        self.pad_id = padding_id(config.input)
         self.tokens = nn.Embedding(vocabulary_size(config.input), dim)
         self.positions = nn.Parameter(torch.empty(input_shape[0], dim))
         for weight in (self.tokens.weight, self.positions):

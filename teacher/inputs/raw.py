@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.inputs.columns import is_bytes, is_text, plain, require_values
 from distilbeam.teacher.preprocess import InputConfig, InputError, require_columns
 
 
@@ -22,13 +23,12 @@ class RawInput:
         """Read a batch to objects [n]; see `make_input`."""
         require_columns(batch, self.config.columns)
         name = self.config.columns[0]
-        column = batch.column(name)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = plain(batch.column(name))
+        if is_text(column.type):
             column = column.cast(pa.large_binary())
-        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        if not (is_bytes(column.type) or pa.types.is_fixed_size_binary(column.type)):
             raise InputError(f"column {name} must hold text or bytes, got {column.type}")
-        if column.null_count:
-            raise InputError(f"column {name} must not have missing values, got {column.null_count:,}")
+        require_values(column, name)
         values = np.empty(len(column), object)
         values[:] = column.to_pylist()
         return values

@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.inputs.columns import flattened, is_bytes, is_list, plain, require_values
 from distilbeam.teacher.preprocess import InputConfig, InputError, normalised, require_columns
+
+WHOLE = 2**53  # whole numbers up to here are exact in float64; larger ones are ids and hashes, which no model reads
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,11 @@ def _nested_shape(type_: pa.DataType) -> tuple[int, ...] | None:
 
 def _matrix(column: pa.Array, field: pa.Field, config: InputConfig) -> npt.NDArray[Any]:
     """View or copy a column as an array [n, width]."""
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    if column.null_count:
-        raise InputError(f"column {field.name} must not have missing values, got {column.null_count:,}")
-    type_ = column.type
-    if pa.types.is_fixed_size_binary(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+    column = plain(column)
+    require_values(column, field.name)
+    if pa.types.is_fixed_size_binary(column.type) or is_bytes(column.type):
         return _from_bytes(column, field, config)
-    if pa.types.is_fixed_size_list(type_) or pa.types.is_list(type_) or pa.types.is_large_list(type_):
+    if is_list(column.type):
         return _from_lists(column, field.name)
     return _numbers(column, field.name)[:, None]
 
@@ -94,14 +94,12 @@ def _byte_range(column: pa.Array, name: str) -> tuple[int, int]:
 
 def _from_lists(column: pa.Array, name: str) -> npt.NDArray[Any]:
     rows = len(column)
-    while not pa.types.is_primitive(column.type):
-        if column.null_count:
-            raise InputError(f"column {name} must not have missing values, got {column.null_count:,}")
+    while is_list(column.type):
         if not pa.types.is_fixed_size_list(column.type):
             _common(np.diff(column.offsets.to_numpy()), name, "numbers")
-        column = column.flatten()
+        column = flattened(column, name)
     width = len(column) // rows if rows else 0
-    return _numbers(column, name).reshape(rows, width)
+    return _numbers(column, name, width).reshape(rows, width)
 
 
 def _common(lengths: npt.NDArray[Any], name: str, what: str) -> int:
@@ -115,11 +113,29 @@ def _common(lengths: npt.NDArray[Any], name: str, what: str) -> int:
     return int(lengths[0])
 
 
-def _numbers(column: pa.Array, name: str) -> npt.NDArray[Any]:
+def _numbers(column: pa.Array, name: str, width: int = 1) -> npt.NDArray[Any]:
+    """Read numbers, `width` of them in a row."""
     type_ = column.type
-    if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
-        raise InputError(f"column {name} must hold numbers, lists of numbers or bytes, got {type_}")
-    if column.null_count:
-        raise InputError(f"column {name} must not have missing values, got {column.null_count:,}")
+    if pa.types.is_null(type_) and not len(column):
+        return np.empty(0, np.float32)
+    if pa.types.is_decimal(type_):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
+        raise InputError(
+            f"column {name} must hold numbers, lists of numbers or bytes, got {type_}; make numbers of it, or read it with "
+            "an input of kind 'function'"
+        )
     values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    if values.dtype.kind in "iu" and values.itemsize == 8:
+        _require_exact(values, name, width)
     return values
+
+
+def _require_exact(values: npt.NDArray[Any], name: str, width: int) -> None:
+    if not len(values) or -WHOLE <= values.min() <= values.max() <= WHOLE:
+        return
+    place = int(np.flatnonzero((values > WHOLE) | (values < -WHOLE))[0])
+    raise InputError(
+        f"column {name} must hold numbers, row {place // width:,} has {values[place]}: a whole number beyond 2^53 is an id or "
+        "a hash, of which a model sees a rounded one; leave the column out, or read it with an input of kind 'function'"
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.teacher.inputs.columns import flattened, is_list, plain
 from distilbeam.teacher.preprocess import InputConfig, InputError, require_columns
 
 
@@ -29,7 +30,7 @@ class ListInput:
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
             wrong = ids.max() if ids.min() >= 0 else ids.min()
             raise InputError(f"column {name} must hold ids from 0 to {vocabulary - 1:,}, got {wrong:,}")
-        return padded(ids, offsets, self.config.max_length, self.config.pad_id)
+        return padded(ids, offsets, self.config.max_length, self.config.pad_id or 0)
 
 
 def padded(ids: npt.NDArray[Any], offsets: npt.NDArray[Any], length: int, pad_id: int) -> npt.NDArray[np.int64]:
@@ -54,16 +55,14 @@ def padded(ids: npt.NDArray[Any], offsets: npt.NDArray[Any], length: int, pad_id
 
 
 def _ids(column: pa.Array, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    type_ = column.type
-    lists = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-    if not (lists and pa.types.is_integer(type_.value_type)):
-        raise InputError(f"column {name} must hold lists of token ids, got {type_}")
-    values = column.flatten()
-    if column.null_count or values.null_count:
-        missing = column.null_count + values.null_count
-        raise InputError(f"column {name} must not have missing values, got {missing:,}")
-    if pa.types.is_fixed_size_list(type_):
-        offsets = np.arange(len(column) + 1, dtype=np.int64) * type_.list_size
+    column = plain(column)
+    if not is_list(column.type):
+        raise InputError(f"column {name} must hold lists of token ids, got {column.type}")
+    values = flattened(column, name)
+    if not (pa.types.is_integer(values.type) or (pa.types.is_null(values.type) and not len(values))):
+        raise InputError(f"column {name} must hold lists of token ids, got {column.type}")
+    if pa.types.is_fixed_size_list(column.type):
+        offsets = np.arange(len(column) + 1, dtype=np.int64) * column.type.list_size
     else:
         offsets = column.offsets.to_numpy().astype(np.int64)
-    return values.to_numpy(), offsets - offsets[0]
+    return values.to_numpy(zero_copy_only=False), offsets - offsets[0]

@@ -38,7 +38,7 @@ from distilbeam.teacher.softlabels.columns import (
     flat_values,
     label_schema,
 )
-from distilbeam.teacher.softlabels.selecting import draw_classes, largest
+from distilbeam.teacher.softlabels.selecting import Randomness, RowRandomness, draw_classes, largest
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -89,15 +89,22 @@ class SoftLabels:
         return full
 
 
-def encode(logits: Any, spec: SoftLabelSpec, *, rng: np.random.Generator | None = None) -> pa.RecordBatch:
+def encode(
+    logits: Any,
+    spec: SoftLabelSpec,
+    *,
+    rng: Randomness | None = None,
+    seeds: npt.NDArray[np.uint64] | None = None,
+) -> pa.RecordBatch:
     """Encode a teacher's answers as soft labels.
 
     Args:
       logits: floating [n, C], a NumPy array (float16, bfloat16, float32 or float64) or a torch tensor. -inf marks a
         class that a row cannot have.
       spec: the specification.
-      rng: generator of the draws of sampled labels. Without one a generator seeded by the hash of the logits is used,
-        so that the same answers always give the same label.
+      rng: generator of the draws of sampled labels, from which the rows draw one after the other.
+      seeds: uint64 [n], of each row's draws, which then depend on nothing else. Without generator and seeds the hashes of
+        the rows' logits are the seeds, so that the same answer always gives the same label.
 
     Returns:
       A record batch of n rows with the columns of `label_schema(spec)`. Kept classes descend in probability, ties by
@@ -113,9 +120,10 @@ def encode(logits: Any, spec: SoftLabelSpec, *, rng: np.random.Generator | None 
     """
     answers = _array(logits, spec.num_classes)
     out = _Columns(spec, len(answers))
-    if spec.kind == "sampled" and rng is None:
-        digest = hashlib.blake2b(np.ascontiguousarray(answers).data, digest_size=16).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+    if spec.kind == "sampled" and rng is None and seeds is None:
+        seeds = _seeds(answers)
+    if rng is None and seeds is not None:
+        rng = RowRandomness(seeds)
     for rows in _blocks(answers.shape):
         out.fill(rows, _shifted(answers, rows, spec.temperature), rng)
     return out.batch()
@@ -161,6 +169,11 @@ def round_to_half(values: Float32) -> npt.NDArray[np.float16]:
     return half
 
 
+def _seeds(answers: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in answers)
+    return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64, copy=False)
+
+
 class _Columns:
     """The columns of a batch, filled block by block."""
 
@@ -171,7 +184,7 @@ class _Columns:
         self.tail = np.empty(rows, np.float32)
         self.margin = np.empty(rows, np.float32)
 
-    def fill(self, rows: slice, shifted: Float32, rng: np.random.Generator | None) -> None:
+    def fill(self, rows: slice, shifted: Float32, rng: Randomness | None) -> None:
         """Encode a block of logits whose largest is 0."""
         mass = np.exp(shifted)
         total = _row_sums(mass)

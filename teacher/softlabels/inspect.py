@@ -13,13 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
 from distilbeam.teacher.softlabels.places import StoreError, is_remote, readable
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 _BATCH_ROWS = 16_384
@@ -70,9 +69,9 @@ class Inspection:
         """Show the summary."""
         return Group(self._facts(), self._columns(), self._histogram(), self._samples())
 
-    def _facts(self) -> Table:
+    def _facts(self) -> PlainTable:
         spec = self.spec
-        table = Table(title=escape(f"Soft labels in {self.directory}"), show_header=False, title_justify="left")
+        table = PlainTable(title=f"Soft labels in {self.directory}", show_header=False, title_justify="left")
         kind = {"dense": "dense", "top_k": f"top {spec.k} with tail", "sampled": f"{spec.k} draws (RS-KD)"}[spec.kind]
         names = "unnamed" if spec.classes is None else ", ".join([*spec.classes[:5], *["…"][: len(spec.classes) > 5]])
         facts = {
@@ -88,29 +87,29 @@ class Inspection:
             "size": f"{self.bytes:,} bytes, {self.bytes_per_row:,.1f} per row",
         }
         for name, value in facts.items():
-            table.add_row(name, escape(value))
+            table.add_row(name, value)
         return table
 
-    def _columns(self) -> Table:
-        table = Table("column", "bytes per row", title="Columns", title_justify="left")
+    def _columns(self) -> PlainTable:
+        table = PlainTable("column", "bytes per row", title="Columns", title_justify="left")
         for name, size in sorted(self.column_bytes.items(), key=lambda item: -item[1]):
-            table.add_row(escape(name), f"{size:,.1f}")
+            table.add_row(name, f"{size:,.1f}")
         return table
 
-    def _histogram(self) -> Table:
+    def _histogram(self) -> PlainTable:
         title = f"The teacher's confidence in {self.confidence_rows:,} rows"
-        table = Table("largest probability", "rows", "", title=title, title_justify="left")
+        table = PlainTable("largest probability", "rows", "", title=title, title_justify="left")
         bins, most = len(self.confidence), max(self.confidence)
         for i, count in enumerate(self.confidence):
             bar = "█" * round(_BAR_WIDTH * count / most)
             table.add_row(f"{i / bins:.2f} to {(i + 1) / bins:.2f}", f"{count:,}", bar)
         return table
 
-    def _samples(self) -> Table:
-        table = Table("example_id", "most probable classes", title="Rows chosen at random", title_justify="left")
+    def _samples(self) -> PlainTable:
+        table = PlainTable("example_id", "most probable classes", title="Rows chosen at random", title_justify="left")
         for sample in self.samples:
             shown = ", ".join(f"{name} {probability:.3f}" for name, probability in sample.classes)
-            table.add_row(escape(sample.example_id), escape(shown))
+            table.add_row(sample.example_id, shown)
         return table
 
 
@@ -177,7 +176,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path)) as file:
+        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path), page_checksum_verification=True) as file:
             yield file
     except StoreError:
         raise

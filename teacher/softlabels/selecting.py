@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 
 _SETS_PER_CLASS_KEPT = 4
+_AT_ONCE = 2**14  # uniform numbers that stay in the processor's cache
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def largest(values: Float32, k: int) -> npt.NDArray[np.intp]:
@@ -57,9 +61,58 @@ def _bound(values: Float32, k: int) -> Float32:
     return np.partition(values, count - k, axis=1)[:, count - k, None]
 
 
-def draw_classes(
-    mass: Float32, draws: int, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+class Randomness(Protocol):
+    """Where uniform numbers come from: a NumPy generator, or `RowRandomness`."""
+
+    def random(self, size: tuple[int, int], /) -> npt.NDArray[np.float64]:
+        """Return the next uniform numbers in [0, 1), a row of them for each row."""
+
+
+class RowRandomness:
+    """Uniform numbers of which each row's depend on its seed alone, whatever rows are beside it.
+
+    Args:
+      seeds: uint64 [n], hashes; one for each row that numbers will be asked for, in order.
+    """
+
+    def __init__(self, seeds: npt.NDArray[np.uint64]) -> None:
+        self._seeds, self._next = seeds, 0
+
+    def random(self, size: tuple[int, int], /) -> npt.NDArray[np.float64]:
+        """Return the uniform numbers of the next rows."""
+        rows, draws = size
+        start, self._next = self._next, self._next + rows
+        return row_uniforms(self._seeds[start : self._next], draws)
+
+
+def row_uniforms(seeds: npt.NDArray[np.uint64], draws: int) -> npt.NDArray[np.float64]:
+    """Make each row's uniform numbers of its seed alone, whatever rows are beside it.
+
+    Number i of a row is the output of SplitMix64 for its seed and the counter i.
+
+    Args:
+      seeds: uint64 [n], hashes.
+      draws: numbers for each row.
+
+    Returns:
+      float64 [n, draws] in [0, 1), multiples of 2^-53.
+
+    References: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+    """
+    counters = _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64)
+    uniforms = np.empty((len(seeds), draws))
+    step = max(1, _AT_ONCE // max(1, draws))
+    for start in range(0, len(seeds), step):
+        mixed = seeds[start : start + step, None] + counters
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed ^= mixed >> np.uint64(shift)
+            mixed *= np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
+        np.multiply(mixed >> np.uint64(11), 2.0**-53, out=uniforms[start : start + step])
+    return uniforms
+
+
+def draw_classes(mass: Float32, draws: int, rng: Randomness) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Draw classes with probabilities in proportion to their mass, independently and with replacement.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -74,8 +75,8 @@ def write_file(
     target = to_path(directory) / f"{name}.parquet"
     with replacing(target, flushed=flushed) as temporary:
         count = _write(temporary, schema, batches, name)
-        size, checksum = temporary.stat().st_size, file_checksum(temporary)
-    return ManifestEntry(key, target.name, count, size, checksum, spec, dict(extra or {}))
+        size, checksum, footer = temporary.stat().st_size, file_checksum(temporary), footer_checksum(temporary)
+    return ManifestEntry(key, target.name, count, size, checksum, spec, dict(extra or {}), footer)
 
 
 def file_checksum(path: Path, algorithm: str = "sha256") -> str:
@@ -95,6 +96,21 @@ def file_checksum(path: Path, algorithm: str = "sha256") -> str:
         raise ValueError(f"a checksum must be of {' or '.join(_HASHES)}, got '{algorithm}'")
     with path.open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, _HASHES[algorithm]).hexdigest()}"
+
+
+def footer_checksum(path: Path) -> str:
+    """Hash the footer of a Parquet file, which says how its pages are to be read and has no checksum of its own.
+
+    Returns:
+      16 hexadecimal digits; those of nothing where the file does not end as Parquet files do.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(8)[:4], "little") + 8
+        file.seek(max(0, size - length))
+        footer = file.read() if length <= size else b""
+    return hashlib.blake2b(footer, digest_size=8).hexdigest()
 
 
 def has_checksum(path: Path, checksum: str) -> bool:

@@ -18,7 +18,7 @@ Kind = Literal["dense", "top_k", "sampled"]
 Storage = Literal["float32", "float16"]
 
 FORMAT = "distilbeam.softlabels"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1  # 1.1: `candidates` is int32
 MAX_CLASSES = 2**31 - 1
 MAX_DRAWS = 2048  # up to here a count is restored exactly from its logarithm in half precision
 
@@ -37,8 +37,8 @@ class SoftLabelSpec:
         another value stores a calibrated teacher. A training temperature is applied by the trainer, not here.
       teacher: fingerprint of the teacher.
       carried: names of the columns that are copied from the pool beside the labels.
-      storage: `float32` columns hold values rounded to half precision, the frequencies of sampled labels exactly, and
-        open in every Parquet reader; `float16` is the compact form of the same values.
+      storage: `float32` columns hold values rounded to half precision, the frequencies of sampled labels exactly, and are
+        the smaller ones on disk; `float16` columns hold the same values in half of the memory.
       version: format version `major.minor` of the data that this object describes.
 
     Raises:

@@ -13,8 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from scipy.special import softmax
 
@@ -24,6 +22,7 @@ from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
 from distilbeam.teacher.softlabels.places import joined, list_files, on_disk, readable
+from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.shards import has_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
@@ -80,11 +79,11 @@ class Verification:
         """Show the result."""
         parts: list[RenderableType] = [Text(f"{self.shards:,} shards with {self.rows:,} rows in {self.directory}")]
         if self.comparison is not None:
-            table = Table(title="A sample labelled again", show_header=False, title_justify="left")
+            table = PlainTable(title="A sample labelled again", show_header=False, title_justify="left")
             table.add_row("rows", f"{self.comparison.rows:,}")
             table.add_row("not answered now", f"{self.comparison.failed:,}")
             difference = f"{self.comparison.largest_difference:.2e} (row {self.comparison.example_id})"
-            table.add_row("largest difference of a probability", escape(difference))
+            table.add_row("largest difference of a probability", difference)
             parts.append(table)
         parts += [Text(f"note: {note}", "yellow") for note in self.notes]
         parts += [Text(f"wrong: {problem}", "bold red") for problem in self.problems]
@@ -154,7 +153,7 @@ def _shard_problems(path: Path, copy: Path, entry: ManifestEntry) -> Iterator[st
         if not has_checksum(copy, entry.checksum):
             yield f"{path} must have the checksum {entry.checksum}; it was changed after it was committed"
             return
-        with pq.ParquetFile(copy) as file:
+        with pq.ParquetFile(copy, page_checksum_verification=True) as file:
             yield from _content_problems(path, file, entry)
     except (OSError, pa.ArrowException, ValueError) as e:
         yield f"{path}: {str(e).splitlines()[0]}"
@@ -198,7 +197,10 @@ def _duplicates(directory: Path, entries: list[ManifestEntry]) -> list[str]:
     if not entries:
         return []
     files = (readable(joined(directory, entry.path)) for entry in entries)
-    tables = [pq.read_table(file, columns=["example_id"], partitioning=None) for file in files]
+    tables = [
+        pq.read_table(file, columns=["example_id"], partitioning=None, page_checksum_verification=True)
+        for file in files
+    ]
     ids = pa.concat_tables(table.cast(pa.schema([("example_id", pa.large_binary())])) for table in tables)["example_id"]
     extra = len(ids) - pc.count_distinct(ids).as_py()
     return [f"{extra:,} rows have an example_id that another row has too; label into an empty folder"] if extra else []
@@ -251,9 +253,9 @@ def _random_rows(directory: Path, entries: list[ManifestEntry], sample: int, rng
     shard = np.searchsorted(np.cumsum(sizes), chosen, side="right")
     starts = np.cumsum(sizes) - sizes
     tables = [
-        pq.read_table(readable(joined(directory, entries[i].path)), partitioning=None).take(
-            chosen[shard == i] - starts[i]
-        )
+        pq.read_table(
+            readable(joined(directory, entries[i].path)), partitioning=None, page_checksum_verification=True
+        ).take(chosen[shard == i] - starts[i])
         for i in np.unique(shard).tolist()
     ]
     return pa.concat_tables(tables, promote_options="default")

@@ -14,14 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from distilbeam.teacher.config import TfServingConfig
-from distilbeam.teacher.protocol import TeacherUnavailable
+from distilbeam.teacher.protocol import TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.tfserving.channels import open_channel, request_headers
 
 Code = grpc.StatusCode
-PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
+PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED, Code.CANCELLED})
+MISFIT = "the teacher does not fit: "  # begins what `service` says of a teacher that can answer nobody
 _NOT_THE_ROWS = frozenset({Code.NOT_FOUND, Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED})
+
+_DETAIL_CHARACTERS = 1000
 
 
 class RequestRefused(RuntimeError):  # noqa: N818  (what the server did)
@@ -72,11 +76,13 @@ class Servers:
             with self._lock:
                 place = next(self._turn) % len(self._channels)
             try:
-                return self._once(place, method, request, response_type)
+                data = self._once(place, method, request)
             except grpc.RpcError as e:
                 failures.append(f"{self._config.addresses[place]}: {_reason(e)}")
                 if not _can_pass(e):
                     raise _final(e, failures[-1]) from e
+            else:
+                return _parsed(data, response_type, self._config.addresses[place])
         raise TeacherUnavailable(
             f"the teacher did not answer in {self._config.attempts} attempts ({failures[-1]}); start the server or raise "
             "teacher.attempts or teacher.timeout_s, and run again: what is done is kept"
@@ -87,11 +93,18 @@ class Servers:
         for channel in self._channels:
             channel.close()
 
-    def _once(self, place: int, method: str, request: Any, response_type: Any) -> Any:
-        stub = self._channels[place].unary_unary(
-            method, request_serializer=type(request).SerializeToString, response_deserializer=response_type.FromString
-        )
-        return stub(request, timeout=self._config.timeout_s, metadata=request_headers(self._config.headers))
+    def _once(self, place: int, method: str, request: Any) -> bytes:
+        """Ask once; the answer's bytes are read by us, for gRPC would log what it cannot read."""
+        stub = self._channels[place].unary_unary(method, request_serializer=type(request).SerializeToString)
+        answer: bytes = stub(request, timeout=self._config.timeout_s, metadata=request_headers(self._config.headers))
+        return answer
+
+
+def _parsed(data: bytes, response_type: Any, address: str) -> Any:
+    try:
+        return response_type.FromString(data)
+    except DecodeError as e:
+        raise RequestRefused(f"{address}: the answer is no {response_type.DESCRIPTOR.name}") from e
 
 
 def _can_pass(error: grpc.RpcError) -> bool:
@@ -100,6 +113,8 @@ def _can_pass(error: grpc.RpcError) -> bool:
 
 
 def _final(error: grpc.RpcError, failure: str) -> Exception:
+    if error.code() is Code.FAILED_PRECONDITION and (error.details() or "").startswith(MISFIT):
+        return TeacherMisfit(f"the server cannot answer as it is configured ({failure})")
     if error.code() in _NOT_THE_ROWS:
         return TeacherUnavailable(
             f"the teacher refuses every request ({failure}); check address, model and credentials"
@@ -108,7 +123,7 @@ def _final(error: grpc.RpcError, failure: str) -> Exception:
 
 
 def _reason(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
+    return f"{error.code().name}: {(error.details() or '')[:_DETAIL_CHARACTERS]}"
 
 
 def in_window(work: Callable[[Any], Any], items: Sequence[Any], executor: Any) -> list[Any]:

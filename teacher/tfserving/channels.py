@@ -67,16 +67,26 @@ def request_headers(headers: Mapping[str, HeaderConfig]) -> list[tuple[str, str]
     """Read the values of the headers, which may have been renewed since the last request.
 
     Raises:
-      ValueError: an environment variable or file is missing.
+      ValueError: an environment variable or file is missing, or its value cannot be a header's; the value is not shown.
     """
-    return [(name, header.prefix + _value(name, header)) for name, header in headers.items()]
+    return [(name.lower(), _printable(name, header.prefix + _value(name, header))) for name, header in headers.items()]
+
+
+def _printable(name: str, value: str) -> str:
+    """Refuse what gRPC would refuse, with the value, in an error that ends in a log."""
+    if not all(" " <= character <= "~" for character in value):
+        raise ValueError(
+            f"teacher.headers.{name}: its value must be one line of printable ASCII characters, it has others; check the "
+            "file or the environment variable"
+        )
+    return value
 
 
 def _value(name: str, header: HeaderConfig) -> str:
     if header.file is not None:
         data = read_secret(header.file, f"teacher.headers.{name}.file")
         assert data is not None
-        return data.decode().strip()
+        return data.decode("latin-1").strip()
     assert header.env is not None
     value = os.environ.get(header.env)
     if value is None:

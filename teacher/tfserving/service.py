@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -19,30 +19,21 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy.special import log_softmax
 
+from distilbeam.teacher.answers import labels
 from distilbeam.teacher.preprocess import InputConfig, InputError
-from distilbeam.teacher.protocol import Teacher, TeacherUnavailable
+from distilbeam.teacher.protocol import Teacher, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels.codec import TAIL_FLOOR
 from distilbeam.teacher.softlabels.selecting import largest
+from distilbeam.teacher.tfserving.calling import MISFIT
 from distilbeam.teacher.tfserving.messages import load_messages
+from distilbeam.teacher.tfserving.receiving import Gate, Limits, Refused
 from distilbeam.teacher.tfserving.signatures import TOP_K
-from distilbeam.teacher.tfserving.tensors import FLOAT, INT32, STRING, to_array, to_proto
+from distilbeam.teacher.tfserving.tensors import FLOAT, INT32, INT64, STRING, to_array, to_proto
 
 Code = grpc.StatusCode
 SIGNATURE = "serving_default"
 _PREDICT = "tensorflow.serving.ml_predict"
 _AVAILABLE = 30  # ModelVersionStatus.State, get_model_status.proto
-
-
-class Refused(Exception):  # noqa: N818  (becomes a status, not a traceback)
-    """A request that cannot be served.
-
-    Attributes:
-      code: status of the answer.
-    """
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class ModelService:
@@ -54,10 +45,20 @@ class ModelService:
       name: name of the model.
       version: version of the model.
       top_k: classes to send, or None for the logits of all.
+      limits: what is taken from clients.
     """
 
-    def __init__(self, teacher: Teacher, inputs: InputConfig, name: str, version: int, top_k: int | None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        inputs: InputConfig,
+        name: str,
+        version: int,
+        top_k: int | None,
+        limits: Limits | None = None,
+    ) -> None:
         self._teacher, self._inputs = teacher, inputs
+        self.gate = Gate(limits or Limits())
         self._name, self._version, self._top_k = name, version, top_k
         self._lock = threading.Lock()
 
@@ -65,10 +66,10 @@ class ModelService:
         """Return the handlers of the services, to be added to a server."""
         m = load_messages()
         predict = {
-            "Predict": _handler(self.predict, m.predict.PredictRequest),
-            "GetModelMetadata": _handler(self.metadata, m.metadata.GetModelMetadataRequest),
+            "Predict": self.gate.handler(self.predict, m.predict.PredictRequest, check=self._require_few),
+            "GetModelMetadata": self.gate.handler(self.metadata, m.metadata.GetModelMetadataRequest),
         }
-        status = {"GetModelStatus": _handler(self.status, m.status.GetModelStatusRequest)}
+        status = {"GetModelStatus": self.gate.handler(self.status, m.status.GetModelStatusRequest)}
         return [
             grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", predict),
             grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", status),
@@ -133,10 +134,21 @@ class ModelService:
             found = ", ".join(sorted(inputs)) or "none"
             raise Refused(Code.INVALID_ARGUMENT, f"the inputs must be {', '.join(sorted(columns))}, got {found}")
         try:
-            made = [_column(name, to_array(inputs[name])) for name in columns]
+            made = [_column(name, to_array(inputs[name]), self._inputs) for name in columns]
             return pa.RecordBatch.from_arrays([column for column, _ in made], schema=pa.schema([f for _, f in made]))
         except ValueError as e:  # pa.ArrowInvalid is one
             raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
+
+    def _require_few(self, request: Any) -> None:
+        most = self.gate.limits.rows
+        for proto in request.inputs.values():
+            dims = proto.tensor_shape.dim
+            rows = max(dims[0].size if len(dims) else 1, len(proto.string_val))
+            if rows > most:
+                raise Refused(
+                    Code.INVALID_ARGUMENT,
+                    f"a request must have at most {most:,} rows here, got {rows:,}; ask about fewer at a time",
+                )
 
     def _outputs(self, batch: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
         try:
@@ -146,6 +158,8 @@ class ModelService:
             raise Refused(Code.INVALID_ARGUMENT, str(e)) from e
         except TeacherUnavailable as e:
             raise Refused(Code.UNAVAILABLE, str(e)) from e
+        except (TeacherChanged, TeacherMisfit) as e:  # of every request, whatever its rows
+            raise Refused(Code.FAILED_PRECONDITION, f"{MISFIT}{e}") from e
         except Exception as e:  # a model may raise anything; the client asks again with fewer rows
             raise Refused(Code.INTERNAL, f"{type(e).__name__}: {e}") from e
         return {"logits": logits} if self._top_k is None else _largest(logits, self._top_k)
@@ -153,6 +167,8 @@ class ModelService:
     def _input_type(self) -> tuple[int, list[int] | None]:
         if self._inputs.kind in ("image", "text", "raw"):
             return STRING, [-1]
+        if self._inputs.kind == "tokens":
+            return INT64, [-1, -1]
         if self._inputs.kind == "tensor" and len(self._inputs.columns) == 1:
             return FLOAT, None if self._inputs.shape is None else [-1, *self._inputs.shape]
         return FLOAT, None
@@ -164,16 +180,6 @@ class ModelService:
         return dict(zip(TOP_K, [(FLOAT, [-1, k]), (INT32, [-1, k]), (FLOAT, [-1]), (INT32, [])], strict=True))
 
 
-def _handler(answer: Callable[[Any], Any], request_type: Any) -> grpc.RpcMethodHandler:
-    def handle(request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return answer(request)
-        except Refused as e:
-            context.abort(e.code, str(e))
-
-    return grpc.unary_unary_rpc_method_handler(handle, request_type.FromString, lambda reply: reply.SerializeToString())
-
-
 def _tensor_info(info: Any, name: str, dtype: int, shape: list[int] | None) -> None:
     info.name, info.dtype = name, dtype
     if shape is None:
@@ -183,7 +189,7 @@ def _tensor_info(info: Any, name: str, dtype: int, shape: list[int] | None) -> N
             info.tensor_shape.dim.add(size=size)
 
 
-def _column(name: str, array: npt.NDArray[Any]) -> tuple[pa.Array, pa.Field]:
+def _column(name: str, array: npt.NDArray[Any], inputs: InputConfig) -> tuple[pa.Array, pa.Field]:
     if array.ndim == 0:
         raise ValueError(f"input {name} must have one row per example, got a single value")
     if array.dtype == object:
@@ -191,6 +197,9 @@ def _column(name: str, array: npt.NDArray[Any]) -> tuple[pa.Array, pa.Field]:
             raise ValueError(f"input {name} must be one string per example, got shape {list(array.shape)}")
         column = pa.array(array.tolist(), pa.binary())
         return column, pa.field(name, column.type)
+    if inputs.kind == "tokens" and array.ndim == 2 and array.shape[1] and array.dtype.kind in "iu":
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
+        return lists, pa.field(name, lists.type)
     width = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
     data = pa.py_buffer(np.ascontiguousarray(array).tobytes())
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, data])
@@ -201,7 +210,7 @@ def _column(name: str, array: npt.NDArray[Any]) -> tuple[pa.Array, pa.Field]:
 def _largest(logits: npt.NDArray[np.float32], k: int) -> dict[str, npt.NDArray[Any]]:
     """Keep the k most probable classes; rows that have no distribution travel as NaN, for the client to find them."""
     num_classes = logits.shape[1]
-    finite = np.asarray(np.isfinite(logits).all(axis=1))
+    finite = labels(logits)
     logprobs = log_softmax(np.where(finite[:, None], logits, np.float32(0)), axis=1)
     classes = largest(logprobs, min(k, num_classes))
     kept = np.take_along_axis(logprobs, classes, axis=1)

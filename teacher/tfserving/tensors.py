@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.tfserving.messages import load_messages
 
-FLOAT, STRING, INT32, BFLOAT16 = 1, 7, 3, 14
+FLOAT, INT32, STRING, INT64, BFLOAT16 = 1, 3, 7, 9, 14
 # number of the type in types.proto: NumPy type, field that holds values one by one
 _TYPES = {
     1: ("<f4", "float_val"),
@@ -28,6 +29,9 @@ _TYPES = {
     23: ("<u8", "uint64_val"),
 }
 _HALF = 19
+FILLED_BYTES = 2**20  # what the last value of a message may stand for
+_MOST_DIMENSIONS = 32
+_MOST_VALUES = 2**31 - 1
 
 
 def type_number(dtype: np.dtype[Any]) -> int:
@@ -48,10 +52,14 @@ def type_number(dtype: np.dtype[Any]) -> int:
 
 
 def as_type(array: npt.NDArray[Any], number: int) -> npt.NDArray[Any]:
-    """Convert numbers to the type that a signature asks for; bytes, text and unknown types stay as they are."""
+    """Convert numbers to the type that a signature asks for; bytes, text and unknown types stay as they are.
+
+    Raises:
+      ValueError: a number is beyond the type, where it would become infinite or another number.
+    """
     if number not in _TYPES or array.dtype.kind in "OSU" or number in (BFLOAT16,):
         return array
-    return array.astype(np.float16 if number == _HALF else _TYPES[number][0], copy=False)
+    return converted(array, np.dtype(np.float16 if number == _HALF else _TYPES[number][0]))
 
 
 def to_proto(array: npt.NDArray[Any]) -> Any:
@@ -76,7 +84,10 @@ def to_proto(array: npt.NDArray[Any]) -> Any:
 
 
 def to_array(proto: Any) -> npt.NDArray[Any]:
-    """Read a TensorProto.
+    """Read a TensorProto that somebody else wrote.
+
+    Nothing is made before the shape and the values that came agree, so that a short message cannot ask for a large array;
+    where the last value stands for those that follow, it may do so for `FILLED_BYTES`.
 
     Args:
       proto: the message.
@@ -85,30 +96,66 @@ def to_array(proto: Any) -> npt.NDArray[Any]:
       The array, read-only where it views the message; bfloat16 becomes float32, text stays `bytes` objects.
 
     Raises:
-      ValueError: a type that is not read, or another number of values than the shape says.
+      ValueError: a type that is not read, a shape that is none, or another number of values than the shape says.
     """
-    shape = tuple(dim.size for dim in proto.tensor_shape.dim)
+    shape = declared_shape(proto)
     if proto.dtype == STRING:
+        _require_count(len(proto.string_val), shape)
         strings = np.empty(len(proto.string_val), object)
         strings[:] = list(proto.string_val)
-        return _shaped(strings, shape)
+        return strings.reshape(shape)
     if proto.dtype not in _TYPES:
         raise ValueError(f"tensors of type number {proto.dtype} (types.proto) cannot be read")
     code, field = _TYPES[proto.dtype]
     if proto.tensor_content:
-        values = np.frombuffer(proto.tensor_content, code)
+        values = _from_content(proto.tensor_content, np.dtype(code), shape)
     else:
-        values = np.array(getattr(proto, field), np.int64 if field in ("int_val", "half_val") else None).astype(code)
-        if math.prod(shape) > 0 < len(values) < math.prod(shape):  # the last value stands for all that follow
-            values = np.concatenate([values, np.repeat(values[-1:], math.prod(shape) - len(values))])
+        values = _one_by_one(getattr(proto, field), np.dtype(code), shape)
     if proto.dtype == _HALF:
         values = values.view(np.float16)
     elif proto.dtype == BFLOAT16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
-    return _shaped(values, shape)
-
-
-def _shaped(values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    if values.size != math.prod(shape):
-        raise ValueError(f"a tensor of shape {list(shape)} must have {math.prod(shape):,} values, got {values.size:,}")
     return values.reshape(shape)
+
+
+def declared_shape(proto: Any) -> tuple[int, ...]:
+    """Read the shape that a TensorProto says it has.
+
+    Raises:
+      ValueError: it says none, a negative size, too many dimensions, or more values than an array can have.
+    """
+    if proto.tensor_shape.unknown_rank:
+        raise ValueError("a tensor must say its shape, got one of unknown rank")
+    shape = tuple(dim.size for dim in proto.tensor_shape.dim[: _MOST_DIMENSIONS + 1])
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor must have at most {_MOST_DIMENSIONS} dimensions, got more")
+    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) > _MOST_VALUES:
+        raise ValueError(
+            f"a tensor of shape {list(shape)} cannot be read: sizes must be from 0 to {_MOST_VALUES:,} together"
+        )
+    return shape
+
+
+def _from_content(content: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    if len(content) % dtype.itemsize:
+        raise ValueError(
+            f"a tensor of {dtype.name} must have whole numbers of {dtype.itemsize} bytes, got {len(content):,}"
+        )
+    _require_count(len(content) // dtype.itemsize, shape)
+    return np.frombuffer(content, dtype)
+
+
+def _one_by_one(stored: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    count, wanted = len(stored), math.prod(shape)
+    filled = wanted - count if count else 0
+    if not 0 <= filled <= FILLED_BYTES // dtype.itemsize:
+        _require_count(count, shape)
+    _require_count(count + filled, shape)
+    wide = np.int64 if dtype.kind in "iu" and dtype.itemsize < 8 else dtype  # stored as wider numbers than the type's
+    values = np.fromiter(stored, wide, count).astype(dtype)
+    return np.concatenate([values, np.repeat(values[-1:], filled)]) if filled else values
+
+
+def _require_count(count: int, shape: tuple[int, ...]) -> None:
+    if count != math.prod(shape):
+        raise ValueError(f"a tensor of shape {list(shape)} must have {math.prod(shape):,} values, got {count:,}")

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import typer
@@ -160,18 +162,44 @@ def test_the_dag_compiles_and_is_one_chain() -> None:
     assert list(dag_commands()) == ["ingest", "plan", "label", "verify"]
 
 
-def test_the_dag_loads_in_airflow() -> None:
-    pytest.importorskip("airflow", reason="Airflow is not installed")
-    code = compile((DEPLOY / "airflow" / "nightly_labelling.py").read_text(), "dag", "exec")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    dag = names["dag"]
-    assert {task.task_id: task.downstream_task_ids for task in dag.tasks} == {
-        "ingest": {"plan"},
-        "plan": {"label"},
-        "label": {"verify"},
-        "verify": set(),
-    }
+@pytest.mark.parametrize(
+    ("zone", "moment", "expected"),
+    [
+        ("UTC", datetime(2026, 11, 20, 2, 15, tzinfo=UTC), "2026-11-20"),
+        ("Asia/Tokyo", datetime(2026, 11, 19, 17, 15, tzinfo=UTC), "2026-11-20"),  # 02:15 there
+        ("America/New_York", datetime(2026, 11, 20, 7, 15, tzinfo=UTC), "2026-11-20"),
+    ],
+)
+def test_the_day_is_the_zones(zone: str, moment: datetime, expected: str) -> None:
+    tree = ast.parse((DEPLOY / "airflow" / "nightly_labelling.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
+    names: dict[str, Any] = {"datetime": datetime, "ZoneInfo": ZoneInfo, "ZONE": zone}
+    exec(compile(ast.Module([function], []), "day", "exec"), names)
+    assert names["day"](moment) == expected
+
+
+CRONTAB = """#!/bin/sh
+if [ "$1" = -l ]; then
+  test -f "$HOME/table" || { echo "no crontab for you" >&2; exit 1; }
+  cat "$HOME/table"
+else
+  cat > "$HOME/.new" && mv "$HOME/.new" "$HOME/table"
+fi
+"""
+
+
+@pytest.mark.parametrize("before", [None, "MAILTO=me\n0 1 * * * backup\n", ""])
+def test_the_crontab_is_added_to_once(tmp_path: Path, before: str | None) -> None:
+    line = next(text.strip() for text in (DEPLOY / "README.md").read_text().splitlines() if "| crontab -" in text)
+    fake = tmp_path / "crontab"
+    fake.write_text(CRONTAB)
+    fake.chmod(0o755)
+    if before is not None:
+        (tmp_path / "table").write_text(before)
+    for _ in range(2):
+        environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+        subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "table").read_text() == (before or "") + (DEPLOY / "crontab").read_text()
 
 
 def test_every_file_is_explained() -> None:

@@ -184,15 +184,16 @@ def test_a_teacher_that_answers_nothing_stops_the_run(problem: dict[str, Any], t
 
 
 def test_another_configuration_in_the_same_directory_is_refused(problem: dict[str, Any], tmp_path: Path) -> None:
-    run(problem, base=tmp_path, until=("train", 0))
+    run(problem, base=tmp_path, until=("select", 0))
     other = copy.deepcopy(problem)
     other["selection"]["budget"] = 20
     other["training"]["epochs"] = 4
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
         run(other, base=tmp_path)
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was made by another configuration; it differs in selection.budget (30 there, 20 now); "
-        "training.epochs (3 there, 4 now). Set these back, or choose another run.directory"
+        f"{tmp_path / 'run'} was made by another configuration; it differs in selection.budget (30 there, 20 now). Set these "
+        "back, or choose another run.directory: they say what its labels mean or which are bought. More run.rounds, another "
+        "[student] and another [training] go on here"
     )
 
 

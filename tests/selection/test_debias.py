@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from distilbeam.selection.debias import DebiasEstimator, debias_weight, rescale
 
@@ -117,20 +118,34 @@ def test_hard_labels_are_soft_labels_with_all_their_mass_on_one_class():
 
 
 def test_weights_debias_a_teacher_of_known_noise():
-    # The teacher is right 8 times of 10 whatever x; the student gives the truth 0.9. The exact weight is 0.193391.
+    # The teacher is right 8 times of 10 whatever x and its confidence; the student gives the truth 0.9. The exact weight is
+    # 0.193391. The teacher's confidences differ by far more than rounding, so that no processor orders neighbours otherwise.
     rng = np.random.default_rng(0)
-    size = 40_000
+    size, fitted = 40_000, 10_000
     labels = rng.integers(2, size=size)
     logit = np.log(9) / 2
     student = np.where(labels[:, None] == [0, 1], logit, -logit)
     named = np.where(rng.random(size) < 0.8, labels, 1 - labels)
-    teacher = np.log(np.where(named[:, None] == [0, 1], 0.7, 0.3)) + 1e-9 * rng.normal(size=(size, 1))
-    estimator = DebiasEstimator.fit(student[:10_000], teacher[:10_000], labels[:10_000])
-    weights = estimator.weights(student[10_000:], teacher[10_000:])
-    losses = -np.log(np.where(named[10_000:] == labels[10_000:], 0.9, 0.1))
-    # K = 50 neighbours: p is within 0.057 of 0.8 at one standard error, and 1/(p + ...) averages a little above the exact one.
-    assert np.median(weights) == pytest.approx(debias_weight(0.8, DISTORTION[1]), rel=0.1)
-    assert np.mean(weights * losses) == pytest.approx(-np.log(0.9), rel=0.12)
+    confidence = rng.uniform(0.6, 0.9, size=(size, 1))
+    teacher = np.log(np.where(named[:, None] == [0, 1], confidence, 1 - confidence))
+    estimator = DebiasEstimator.fit(student[:fitted], teacher[:fitted], labels[:fitted])
+    weights = estimator.weights(student[fitted:], teacher[fitted:])
+    losses = -np.log(np.where(named[fitted:] == labels[fitted:], 0.9, 0.1))
+
+    # K = 50 neighbours count their right ones binomially; the mean of 1 / (p + (1 - p) D) over that count is 0.204734.
+    neighbours = estimator.neighbours
+    assert neighbours == 50
+    right = np.arange(neighbours + 1)
+    weight = debias_weight(np.maximum(right / neighbours, 1 / (neighbours + 1)), DISTORTION[1])
+    share = binom.pmf(right, neighbours, 0.8)
+    mean, deviation = share @ weight, np.sqrt(share @ weight**2 - (share @ weight) ** 2)
+    # At least 10,000 / 50 neighbourhoods are independent of each other; losses are independent of weights.
+    error = 4 * deviation / np.sqrt(fitted / neighbours)
+    assert np.mean(weights) == pytest.approx(mean, abs=error)
+    loss, spread = 0.8 * -np.log(0.9) + 0.2 * -np.log(0.1), 0.4 * np.log(9)
+    relative = np.hypot(error / mean, 4 * spread / loss / np.sqrt(size - fitted))
+    assert np.mean(weights * losses) == pytest.approx(mean * loss, rel=relative)
+    assert mean * loss == pytest.approx(-np.log(0.9), rel=0.06)
     assert np.mean(losses) > 4 * -np.log(0.9)
 
 

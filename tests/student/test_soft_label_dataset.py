@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distilbeam.kernels import DenseLabels, SampledLabels, TopKLabels
 from distilbeam.student.data import SoftLabelDataset, teacher_labels
-from distilbeam.student.order import EpochOrder, Shares
+from distilbeam.student.order import EpochOrder, Shares, step_starts
 from distilbeam.teacher.preprocess import InputConfig
 from distilbeam.teacher.softlabels import decode
 
@@ -117,10 +117,10 @@ def test_a_state_taken_at_the_end_of_an_epoch_starts_the_next(write_labels):
 
 
 def test_a_rank_without_a_share_of_the_last_step_gets_an_empty_batch(write_labels):
-    path = write_labels([[9]])
+    path = write_labels([[3]])
     datasets = ranks(path, 4, batch_size=2)
     sizes = [[len(batch["number"]) for batch in dataset] for dataset in datasets]
-    assert sizes == [[2, 0], [2, 0], [2, 0], [2, 1]]
+    assert sizes == [[0], [1], [1], [1]]
     assert all(batch["teacher_logprobs"].shape[1] == 3 for dataset in datasets for batch in dataset)
 
 
@@ -153,6 +153,27 @@ def test_the_mean_of_a_column(write_labels):
     assert dataset.scalar_columns >= {"weight", "alpha", "candidates", "number", "teacher_margin"}
 
 
+def test_the_last_two_steps_share_what_whole_ones_leave():
+    assert np.diff([*step_starts(0, 257, 64), 257]).tolist() == [64, 64, 64, 33, 32]
+    assert np.diff([*step_starts(0, 256, 64), 256]).tolist() == [64, 64, 64, 64]
+    assert step_starts(0, 65, 64).tolist() == [0, 33]
+    assert step_starts(0, 40, 64).tolist() == [0]
+    assert step_starts(7, 7, 64).tolist() == []
+    assert np.diff([*step_starts(0, 3, 1), 3]).tolist() == [1, 1, 1]
+
+
+@given(rows=st.integers(1, 300), step_rows=st.integers(1, 40))
+def test_steps_are_even_and_the_same_from_any_of_them_on(rows, step_rows):
+    starts = step_starts(0, rows, step_rows)
+    sizes = np.diff([*starts, rows])
+    assert len(starts) == -(-rows // step_rows)
+    assert sizes.max() <= step_rows
+    assert len(starts) == 1 or sizes.min() >= step_rows // 2
+    assert (sizes[:-2] == step_rows).all()
+    for i, start in enumerate(starts):
+        assert step_starts(int(start), rows, step_rows).tolist() == starts[i:].tolist()
+
+
 @given(
     groups=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     buffer_rows=st.integers(1, 30),
@@ -163,10 +184,11 @@ def test_shares_and_pieces_tile_the_epoch(groups, buffer_rows, batch_size, world
     order, rows = EpochOrder(groups, buffer_rows, 1, 0), sum(groups)
     parts = [Shares.of(0, rows, batch_size, rank, world_size) for rank in range(world_size)]
     position = 0
-    for step in range(-(-rows // (batch_size * world_size))):
+    starts = step_starts(0, rows, batch_size * world_size)
+    for step in range(len(starts)):
         for part in parts:
+            assert part.ends[step] == [*starts, rows][step + 1]
             assert part.starts[step] == position
-            assert part.ends[step] == min(rows, (step + 1) * batch_size * world_size)
             position = int(part.stops[step])
             assert position - part.starts[step] <= batch_size
         sizes = [int(part.stops[step] - part.starts[step]) for part in parts]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilbeam.teacher import TeacherChanged, TeacherUnavailable, ask, load_teacher
+from distilbeam.teacher import TeacherChanged, TeacherMisfit, TeacherUnavailable, ask, load_teacher
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
 
 
@@ -88,6 +88,10 @@ ACTIONS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], str, str]] = {
 )
 def test_exactly_the_bad_rows_fail(n: int, batch_size: int, bad: dict[int, str]) -> None:
     bad = {row: action for row, action in bad.items() if row < n}
+    for row in (0, n - 1):  # a teacher that answers neither the first nor the last row is taken for a misfit
+        bad.pop(row, None) if bad.get(row) == "classes" else None
+    if bad.get(0, bad.get(n - 1)) is not None:
+        bad = {row: "raises" if action == "classes" else action for row, action in bad.items()}
     teacher = Scripted({row: ACTIONS[action][0] for row, action in bad.items()})
     answers = ask(teacher, rows(n), 3, batch_size=batch_size)
     check_the_rest(answers, n, set(bad))
@@ -106,9 +110,99 @@ def test_a_clean_batch_is_asked_once() -> None:
     assert (answers.calls, answers.requests, answers.errors) == (100, 4, [])
 
 
-def test_one_bad_row_of_1024_costs_twenty_more_requests() -> None:
+def test_one_bad_row_costs_its_request_again_and_a_sixteenth_of_it() -> None:
+    answers = ask(Scripted({137: ACTIONS["raises"][0]}), rows(256), 3, batch_size=256)
+    # the request, its first row, the other 255 in sixteenths, and the 16 rows of that which failed
+    assert (answers.requests, answers.calls) == (1 + 1 + 16 + 16, 256 + 256 + 16)
     answers = ask(Scripted({700: ACTIONS["raises"][0]}), rows(1024), 3, batch_size=1024)
-    assert (answers.requests, answers.calls) == (1 + 2 * 10, 1024 + 1024 + 1022)
+    assert (answers.requests, answers.calls) == (1 + 1 + 16 + (1 + 16) + 4, 1024 + 1024 + 64 + 4)
+
+
+@pytest.mark.parametrize("action", ["raises", "input", "short"])
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_an_error_of_every_row_costs_twice_the_rows(action: str, parallel: int) -> None:
+    act = ACTIONS[action][0]
+    teacher = Scripted(dict.fromkeys(range(800), act))
+    answers = ask(Pieces(teacher, 4) if parallel == 4 else teacher, rows(800), 3, batch_size=256)
+    assert answers.calls == sum(map(len, teacher.batches)) == 2 * 800
+    assert [error.row for error in answers.errors] == list(range(800))
+    assert {error.attempts for error in answers.errors} == {2}
+
+
+def test_the_neighbours_of_rows_that_fail_in_a_row_are_answered() -> None:
+    bad = {0, 255, *range(40, 60)}
+    answers = ask(Scripted(dict.fromkeys(bad, ACTIONS["raises"][0])), rows(256), 3)
+    check_the_rest(answers, 256, bad)
+    assert answers.calls == 2 * 256
+
+
+class Pieces:
+    """A teacher whose requests in flight succeed or fail one by one."""
+
+    def __init__(self, teacher: Scripted, parallel: int) -> None:
+        self.teacher, self.parallel = teacher, parallel
+
+    def fingerprint(self) -> str:
+        return self.teacher.fingerprint()
+
+    def logits(self, _: pa.RecordBatch) -> np.ndarray:
+        raise AssertionError("asked in pieces")
+
+    def in_pieces(self, batch: pa.RecordBatch, rows: int) -> list[tuple[int, np.ndarray | Exception]]:
+        return [self._piece(batch.slice(start, rows)) for start in range(0, len(batch), rows)]
+
+    def _piece(self, batch: pa.RecordBatch) -> tuple[int, np.ndarray | Exception]:
+        try:
+            return len(batch), self.teacher.logits(batch)
+        except RuntimeError as e:
+            return len(batch), e
+        except InputError as e:
+            return len(batch), e
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_one_poison_row_in_a_thousand_costs_at_most_1_3_times_the_calls(parallel: int) -> None:
+    n = 100_000
+    bad = set(np.random.default_rng(0).choice(n, n // 1000, replace=False).tolist())
+    teacher = Scripted(dict.fromkeys(bad, ACTIONS["raises"][0]))
+    answers = ask(teacher if parallel == 1 else Pieces(teacher, parallel), rows(n), 3, batch_size=256)
+    check_the_rest(answers, n, bad)
+    assert answers.calls <= 1.3 * n
+
+
+def test_another_number_of_classes_is_found_on_the_first_request() -> None:
+    act = ACTIONS["classes"][0]
+    for teacher in (Scripted(dict.fromkeys(range(2000), act)), Scripted(dict.fromkeys(range(1), act))):
+        with pytest.raises(TeacherMisfit, match=r"must answer with shape \[\d+, 3\], got \[\d+, 2\]: .*teacher.output"):
+            ask(teacher, rows(len(teacher.script)), 3, batch_size=256)
+        assert sum(map(len, teacher.batches)) <= 258
+    labels = Scripted({0: lambda a, _: a[:, 0]})  # the class itself, as classifiers have it for their first output
+    with pytest.raises(TeacherMisfit, match=r"shape \[1, 3\], got \[1\]"):
+        ask(labels, rows(1), 3)
+
+
+def test_a_row_of_another_number_of_classes_is_a_dead_letter_of_a_teacher_that_fits() -> None:
+    teacher = Scripted({1: ACTIONS["classes"][0]})
+    ask(teacher, rows(1), 3)
+    answers = ask(teacher, rows(3).slice(1, 1), 3)
+    assert answers.errors[0].error == "the teacher must answer with shape [1, 3], got [1, 2]"
+
+
+def test_a_class_of_probability_zero_is_a_label() -> None:
+    answers = ask(Scripted({3: poisoned(-np.inf)}), rows(8), 3)
+    assert answers.ok.all()
+    np.testing.assert_array_equal(answers.logits[3], [3, -np.inf, 0])
+
+
+def test_no_class_at_all_is_no_label() -> None:
+    answers = ask(Scripted({3: lambda a, place: np.where(np.arange(len(a))[:, None] == place, -np.inf, a)}), rows(8), 3)
+    check_the_rest(answers, 8, {3})
+    assert answers.errors[0].error == (
+        "the teacher's logits must hold a finite one, all 3 are -inf: no class is possible"
+    )
 
 
 def test_nan_rows_cost_no_further_request() -> None:
@@ -120,7 +214,7 @@ def test_a_row_is_given_up_after_attempts_alone() -> None:
     teacher = Scripted({2: ACTIONS["raises"][0]})
     answers = ask(teacher, rows(4), 3, attempts=3)
     assert teacher.batches.count([2]) == 3
-    assert answers.errors[0].attempts == 1 + 1 + 3
+    assert answers.errors[0].attempts == 1 + 3
 
 
 def test_a_row_that_recovers_is_answered() -> None:
@@ -135,7 +229,9 @@ def test_a_row_that_recovers_is_answered() -> None:
     check_the_rest(answers, 1, set())
 
 
-@pytest.mark.parametrize("error", [TeacherChanged("changed"), TeacherUnavailable("down"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [TeacherChanged("changed"), TeacherMisfit("another"), TeacherUnavailable("down"), KeyboardInterrupt()]
+)
 def test_what_is_no_fault_of_a_row_stops_the_job(error: BaseException) -> None:
     with pytest.raises(type(error)):
         ask(Scripted({5: raising(error)}), rows(10), 3)  # type: ignore[arg-type]

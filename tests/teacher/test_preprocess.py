@@ -99,7 +99,12 @@ def test_numbers_are_scaled_and_normalised() -> None:
         (pa.array([[1.0], [1.0, 2.0]]), {}, "column x must have as many numbers in every row: row 0 has 1, row 1 2"),
         (pa.array([[1.0], None]), {}, "column x must not have missing values, got 1"),
         (pa.array([[1.0], [None]], pa.list_(pa.float64(), 1)), {}, "column x must not have missing values, got 1"),
-        (pa.array(["a"]), {}, "column x must hold numbers, lists of numbers or bytes, got string"),
+        (
+            pa.array(["a"]),
+            {},
+            "column x must hold numbers, lists of numbers or bytes, got string; make numbers of it, or read it with an "
+            "input of kind 'function'",
+        ),
         (pa.array([1.0]), {"mean": (1, 2)}, "mean must be one number or one per feature (1), got 2"),
     ],
 )

@@ -17,7 +17,7 @@ from scipy.special import log_softmax, softmax
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, encode, label_schema
 from distilbeam.teacher.softlabels.codec import TAIL_FLOOR, round_to_half
-from distilbeam.teacher.softlabels.selecting import draw_classes, largest
+from distilbeam.teacher.softlabels.selecting import draw_classes, largest, row_uniforms
 
 STORAGES = ["float32", "float16"]
 LOGITS = hnp.arrays(
@@ -343,3 +343,39 @@ def test_half_rounding_is_nearest_and_finite(values: np.ndarray) -> None:
     half = round_to_half(values).astype(np.float64)
     clipped = np.maximum(values.astype(np.float64), -65504)
     assert (np.abs(half - clipped) <= np.maximum(2.0**-11 * np.abs(clipped), 2.0**-25)).all()
+
+
+def test_the_draws_of_a_row_depend_on_its_seed_and_on_no_other_row() -> None:
+    spec = SoftLabelSpec(num_classes=50, kind="sampled", k=16)
+    rng = np.random.default_rng(0)
+    logits, seeds = rng.normal(size=(9000, 50)).astype(np.float32), rng.integers(0, 2**63, 9000).astype(np.uint64)
+    whole = encode(logits, spec, seeds=seeds)
+    order = rng.permutation(9000)
+    assert encode(logits[order], spec, seeds=seeds[order]).equals(
+        pa.RecordBatch.from_struct_array(whole.to_struct_array().take(order))
+    )
+    assert encode(logits[5:6], spec, seeds=seeds[5:6]).equals(whole.slice(5, 1))
+    assert encode(logits[order], spec)[1].take(np.argsort(order)).equals(encode(logits, spec)[1]), (
+        "hashes of the logits"
+    )
+    assert not encode(logits, spec, seeds=seeds + np.uint64(1)).equals(whole)
+
+
+def test_seeded_draws_have_the_teachers_frequencies() -> None:
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    rows, draws = 20_000, 8
+    seeds = np.frombuffer(np.random.default_rng(1).bytes(8 * rows), np.uint64)
+    spec = SoftLabelSpec(num_classes=4, kind="sampled", k=draws)
+    labels = decode(encode(np.tile(np.log(p), (rows, 1)), spec, seeds=seeds), spec)
+    share = np.exp(labels.dense(4)).mean(axis=0)
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / (rows * draws))).all()
+
+
+def test_consecutive_seeds_give_independent_uniform_numbers() -> None:
+    uniforms = row_uniforms(np.arange(4000, dtype=np.uint64), 256)
+    n = uniforms.size
+    assert abs(uniforms.mean() - 0.5) <= 5 / np.sqrt(12 * n)
+    counts = np.bincount((uniforms * 1000).astype(int).ravel(), minlength=1000)
+    assert abs(((counts - n / 1000) ** 2 / (n / 1000)).sum() - 999) <= 5 * np.sqrt(2 * 999)
+    for one, two in ((uniforms[:-1], uniforms[1:]), (uniforms[:, :-1], uniforms[:, 1:])):
+        assert abs(np.corrcoef(one.ravel(), two.ravel())[0, 1]) <= 5 / np.sqrt(one.size)

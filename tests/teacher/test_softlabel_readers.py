@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,28 @@ def test_hugging_face_datasets(shard: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode(loaded.with_format("arrow")[:], spec).logprobs, labels.logprobs)
 
 
-def test_compact_storage_reads_back_the_same_values(tmp_path: Path, labelled: Callable[..., pa.Table]) -> None:
-    logits = np.random.default_rng(2).normal(size=(100, 10))
+@pytest.mark.parametrize("kind", SPECS)
+def test_half_precision_columns_hold_the_same_values_and_duckdb_reads_them(
+    kind: str, tmp_path: Path, labelled: Callable[..., pa.Table]
+) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    logits = np.random.default_rng(2).normal(size=(100, SPECS[kind].num_classes))
     values = []
     for storage in ("float32", "float16"):
-        spec = SoftLabelSpec(10, storage=storage)  # type: ignore[arg-type]
-        write_shard(tmp_path / storage, "s", labelled(logits, spec), spec, "k")
-        values.append(decode(pq.read_table(tmp_path / storage / "s.parquet"), spec).logprobs)
+        spec = replace(SPECS[kind], storage=storage, carried=("half", "image"))  # type: ignore[arg-type]
+        table = labelled(logits, spec).append_column(
+            "half", pa.FixedSizeListArray.from_arrays(pa.array(np.arange(300, dtype=np.float16)), 3)
+        )
+        table = table.append_column("image", pa.array([bytes([i, 0]) for i in range(100)], pa.binary(2)))
+        write_shard(tmp_path / storage, "s", table, spec, "k")
+        path = tmp_path / storage / "s.parquet"
+        read = pq.read_table(path)
+        values.append(decode(read, spec).logprobs)
+        with duckdb.connect() as connection:
+            rows = connection.sql(f"select teacher_logprobs, half, image from read_parquet('{path}')").fetchall()
+        stored = np.array(read["teacher_logprobs"].to_pylist(), np.float32)
+        np.testing.assert_array_equal(np.array([row[0] for row in rows], np.float32), stored)
+        assert [(list(row[1]), row[2]) for row in rows] == [
+            ([3.0 * i, 3.0 * i + 1, 3.0 * i + 2], bytes([i, 0])) for i in range(100)
+        ]
     np.testing.assert_array_equal(*values)
-    wide, narrow = ((tmp_path / s / "s.parquet").stat().st_size for s in ("float32", "float16"))
-    assert narrow < wide

@@ -284,7 +284,7 @@ def test_missing_manifest_is_a_sentence(tmp_path: Path) -> None:
             "checksum must be given",
         ),
         (
-            lambda text: text.replace('"version": "1.0"', '"version": "3.2"'),
+            lambda text: text.replace('"version": "1.1"', '"version": "3.2"'),
             "soft labels of format version 3.2 cannot be read by this release, which reads 1.x; install a newer",
         ),
     ],
@@ -300,7 +300,7 @@ def test_damaged_entries_are_named(dataset: Dataset, damage: Callable[[str], str
 def test_entries_of_a_newer_minor_version_are_read(dataset: Dataset) -> None:
     folder = dataset(SPEC)
     file = entry_path(folder, "labels-key-1")
-    data = json.loads(file.read_text().replace('"version": "1.0"', '"version": "1.3"'))
+    data = json.loads(file.read_text().replace('"version": "1.1"', '"version": "1.3"'))
     file.write_text(json.dumps({**data, "region": "eu"}))
     assert read_manifest(folder).spec == replace(SPEC, version="1.3")
 

@@ -33,7 +33,8 @@ INPUT = {"column": "x"}
         ),
         (
             {"kind": "onnx", "model": "m", "input": INPUT, "zzz": 1},
-            "teacher.zzz is not a setting; the valid ones are kind, model, input, output, providers, threads, batch_rows",
+            "teacher.zzz is not a setting; the valid ones are kind, model, input, output, providers, threads, batch_rows, "
+            "answers, classes",
         ),
         (
             {"kind": "torch", "model": "m:f", "input": {"column": "x", "std": [0.0]}},
