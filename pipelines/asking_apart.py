@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from distilbeam.pipelines.private_folders import private_folder
 from distilbeam.teacher.asking import Answers, RowError
-from distilbeam.teacher.protocol import TeacherChanged, TeacherUnavailable
+from distilbeam.teacher.protocol import TeacherChanged, TeacherMisfit, TeacherUnavailable
 
 Range = tuple[int, int]
 
@@ -104,7 +104,8 @@ def _raise_kept(folder: Path) -> None:
     path = folder / "error.json"
     if path.exists():
         name, message = json.loads(path.read_text())
-        kinds = {"TeacherChanged": TeacherChanged, "TeacherUnavailable": TeacherUnavailable, "ValueError": ValueError}
+        known = (TeacherChanged, TeacherMisfit, TeacherUnavailable, ValueError)
+        kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in known}
         raise kinds.get(name, RuntimeError)(message if name in kinds else f"{name}: {message}")
 
 

@@ -58,6 +58,7 @@ from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+_LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
 
 class Work(Protocol[Item]):
@@ -373,9 +374,13 @@ class _Watch(Generic[Item]):
 
     def _watch(self) -> None:
         assert self._progress is not None
-        while not self._stop.wait(self._poll_s):
+        wait_s = self._poll_s
+        while not self._stop.wait(wait_s):
+            start = time.perf_counter()
             with suppress(StoreError):  # the next look will tell
                 self._report(self._progress)
+            # a look lists every file that is committed, which may not take the work's time
+            wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
         self._pending = self._work.remaining(self._pending)

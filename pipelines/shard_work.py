@@ -208,8 +208,12 @@ def _opened_flight(settings: ShardSettings) -> InFlight | None:
 
 
 def part_rows(shard: Shard) -> tuple[PartRows, ...]:
-    """Name the rows of a shard's parts by their units."""
-    return tuple((part.unit.uid, part.start, part.stop) for part in shard.parts)
+    """Name the rows of a shard's parts by their units; a part with gaps is several."""
+    found: list[PartRows] = []
+    for part in shard.parts:
+        edges = part.ranges or (part.start, part.stop)
+        found += [(part.unit.uid, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return tuple(found)
 
 
 def has_kept(output: str, key: str) -> bool:

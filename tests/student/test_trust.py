@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,22 @@ def test_an_export_names_a_file_beside_it(tmp_path: Path) -> None:
     description = json.loads((export / "export.json").read_text()) | {"file": "../student/model.safetensors"}
     (export / "export.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"names the file '../student/model.safetensors', which must lie beside it"):
+        load_export(export)
+
+
+def test_a_damaged_description_is_a_sentence(tmp_path: Path) -> None:
+    export = export_student(folder(tmp_path / "student", {}), "pt2", tmp_path / "export")
+    good = json.loads((export / "export.json").read_text())
+    for key, value in itertools.product(("classes", "input", "input_shape", "file", "student", "digest"), (3, [], {})):
+        (export / "export.json").write_text(json.dumps(good | {key: value}))
+        with suppress(ValueError, OSError):
+            load_export(export)
+    for key in ("classes", "input", "input_shape", "file", "student", "digest", "size_bytes"):
+        (export / "export.json").write_text(json.dumps({name: part for name, part in good.items() if name != key}))
+        with pytest.raises(ValueError, match=rf"export.json does not describe an export: it has no '{key}'"):
+            load_export(export)
+    (export / "export.json").write_text("[]")
+    with pytest.raises(ValueError, match="has format version None, this release reads 1"):
         load_export(export)
 
 
