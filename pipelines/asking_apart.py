@@ -115,7 +115,7 @@ def _requests(rows: int, batch_size: int) -> list[Range]:
 
 def _run(folder: Path, todo: Sequence[Range]) -> tuple[int, str]:
     (folder / "todo.json").write_text(json.dumps(list(todo)))
-    command = [sys.executable, "-m", __spec__.name, str(folder)]
+    command = [sys.executable, "-P", "-m", __spec__.name, str(folder)]  # modules are found as here
     single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **single}

@@ -40,6 +40,12 @@ RoundOption = Annotated[
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
 ]
+CheckContentOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-content", help="Compare all rows with what was labelled, not only those of files touched since."
+    ),
+]
 TrustOption = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
@@ -58,6 +64,7 @@ def run_steps(
     overrides: list[str] | None,
     log_level: str,
     until: tuple[str, int | None] | None,
+    check_content: bool = False,
 ) -> Path:
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
@@ -69,7 +76,14 @@ def run_steps(
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
-    return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+    return run(
+        settings,
+        base=config.parent,
+        beam_flags=flags or (),
+        display=Display(console),
+        until=until,
+        check_content=check_content,
+    )
 
 
 def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:

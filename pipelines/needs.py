@@ -35,8 +35,9 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     if getattr(getattr(config, "training", None), "tensorboard", False):
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     for name, place in (("data.pool", config.data.pool), ("run.directory", config.run.directory)):
-        if (extra := STORES.get(place.partition("://")[0])) and "://" in place:
-            yield Need(f"{name} = '{place}'", extra)
+        store = STORES.get(place.partition("://")[0]) if "://" in place else None
+        if store is not None:
+            yield Need(f"{name} = '{place}'", store)
 
 
 def needs_of_formats(formats: Sequence[str], pruned: str) -> Iterator[Need]:

@@ -58,6 +58,7 @@ from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+_LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
 
 class Work(Protocol[Item]):
@@ -248,6 +249,10 @@ def run_phase(
             attempt += 1
             _clear(errors, private)
             lost, known = "", _dangers(work)
+            if known:
+                log.warning(
+                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
+                )
             with _Watch(work, items, progress, poll_s):
                 try:
                     counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
@@ -340,7 +345,8 @@ def _submit(
 
 def _keep_inside(pipeline: Any, private: Path) -> None:
     """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
-    Path(pipeline.local_tempdir).rmdir()
+    with suppress(OSError):
+        Path(pipeline.local_tempdir).rmdir()
     pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
@@ -368,9 +374,13 @@ class _Watch(Generic[Item]):
 
     def _watch(self) -> None:
         assert self._progress is not None
-        while not self._stop.wait(self._poll_s):
+        wait_s = self._poll_s
+        while not self._stop.wait(wait_s):
+            start = time.perf_counter()
             with suppress(StoreError):  # the next look will tell
                 self._report(self._progress)
+            # a look lists every file that is committed, which may not take the work's time
+            wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
         self._pending = self._work.remaining(self._pending)

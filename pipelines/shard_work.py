@@ -19,7 +19,7 @@ from distilbeam.pipelines.meter import timed
 from distilbeam.pipelines.portions import Portions
 from distilbeam.pipelines.saved_answers import Answered, PartRows
 from distilbeam.pipelines.shards import Shard
-from distilbeam.pipelines.stopping import require_going_on, stop_everybody
+from distilbeam.pipelines.stopping import cannot_be_written, require_going_on, stop_everybody
 
 COSTS = ("calls", "requests", "reused")
 _kept: set[tuple[str, str]] = set()  # datasets and keys of which this process has seen saved answers
@@ -58,7 +58,7 @@ class ShardWork:
         self._current: _Current | None = None
         self._costs = dict.fromkeys(COSTS, 0)
         self._done = np.zeros(settings.shard.rows, bool)
-        self._flight = InFlight(settings.flights, settings.shard.key) if settings.flights is not None else None
+        self._flight = _opened_flight(settings)
         self._flushed = time.monotonic()
 
     def resume(self, answered: Answered) -> None:
@@ -194,9 +194,26 @@ class _Current:
     saved: int = 0
 
 
+def _opened_flight(settings: ShardSettings) -> InFlight | None:
+    """Open the file that says what is in flight; file systems without locks have none."""
+    if settings.flights is None:
+        return None
+    try:
+        return InFlight(settings.flights, settings.shard.key)
+    except OSError as e:
+        if cannot_be_written(e):
+            stop_everybody()
+            raise
+        return None
+
+
 def part_rows(shard: Shard) -> tuple[PartRows, ...]:
-    """Name the rows of a shard's parts by their units."""
-    return tuple((part.unit.uid, part.start, part.stop) for part in shard.parts)
+    """Name the rows of a shard's parts by their units; a part with gaps is several."""
+    found: list[PartRows] = []
+    for part in shard.parts:
+        edges = part.ranges or (part.start, part.stop)
+        found += [(part.unit.uid, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return tuple(found)
 
 
 def has_kept(output: str, key: str) -> bool:

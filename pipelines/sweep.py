@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.config import RunConfig
+from distilbeam.pipelines.config import RunConfig, differing_keys
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.material import Material
@@ -158,7 +159,8 @@ def _require_same_settings(root: Path, material: Material) -> None:
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
     former = read_json(path)
-    if differing := [name for name in now if former.get(name) != now[name]]:
+    if differing := differing_keys(former, json.loads(json.dumps(now))):
         raise ValueError(
-            f"{root} was made with another {' and '.join(differing)}; set it back, or remove the directory to begin anew"
+            f"{root} was made with other settings, which differ in {'; '.join(differing)}. Set these back, or remove the "
+            "directory to begin anew (data: the labels that students learn from; more rounds make them others)"
         )

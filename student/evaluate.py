@@ -40,7 +40,7 @@ def evaluate(
       `agreement`, the share of rows whose top class is the teacher's, when it answered any.
 
     Raises:
-      ValueError: there is no row, the numbers of rows differ, or a logit is NaN.
+      ValueError: there is no row, the numbers of rows differ, a label is no class, or a logit is NaN.
 
     References:
       Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, section 2 (expected calibration error).
@@ -166,6 +166,10 @@ def _require_logits(logits: Logits, labels: Labels) -> None:
         raise ValueError(
             f"evaluation needs as many labels as logits, at least one, got {len(labels)} and {len(logits)}"
         )
+    wrong = (np.asarray(labels) < 0) | (np.asarray(labels) >= logits.shape[1])
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"labels must be classes from 0 to {logits.shape[1] - 1:,}, row {row} has {labels[row]}")
     if np.isnan(logits).any():
         raise ValueError(f"logits must be numbers, row {np.isnan(logits).any(axis=1).argmax()} has NaN")
 

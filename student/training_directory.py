@@ -95,7 +95,7 @@ class TrainingDirectory:
         if found is None:
             return
         tensors, plain = found
-        if differing := _differing(plain["identity"], self._identity):
+        if differing := differing_settings(plain["identity"], self._identity):
             raise ValueError(
                 f"{self.path} holds a training that was stopped and differs in {'; '.join(differing)}. Set these back "
                 "to go on with it, or remove it to start anew"
@@ -190,12 +190,13 @@ def _owned(tensors: Tensors) -> Tensors:
     }
 
 
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted names under which two nests of plain data differ, with both values."""
     found: list[str] = []
     for name in sorted({*there, *here}):
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differing(old, new, f"{prefix}{name}.")
+            found += differing_settings(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append(f"{prefix}{name} ({old!r} there, {new!r} now)")
     return found

@@ -265,3 +265,15 @@ def test_a_run_whose_data_were_refused_takes_the_corrected_configuration(
     problem["data"]["classes"] = ["0", "1", "2"]
     with pytest.raises(ValueError, match=r"was made by another configuration; it differs in data.classes"):
         run(problem, base=tmp_path, until=("train", 0))
+
+
+def test_what_is_carried_from_the_pool_need_not_be_in_the_labelled_sets(
+    problem: dict[str, Any], tmp_path: Path
+) -> None:
+    for file in (tmp_path / "pool").iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("title", pa.array([f"t{i}" for i in range(table.num_rows)])), file)
+    problem["data"]["carry"] = ["title"]
+    root = run(problem, base=tmp_path, until=("label", 0))
+    assert "title" in pq.read_schema(next((root / "labels" / "round=000").glob("*.parquet"))).names
+    assert "title" not in pq.read_schema(next((root / "teacher" / "validation").glob("*.parquet"))).names
