@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.worker_client import SOCKET
+from distilbeam.quiet import is_quiet
 
 FAILED = 1
 
@@ -163,6 +164,8 @@ def main() -> None:
         listener.bind(SOCKET)
         os.chdir(directory)
         listener.listen()
+        if is_quiet():  # Beam logs while it is imported; a worker's own log travels to the driver
+            logging.getLogger().addHandler(logging.NullHandler())
         for module in modules:
             __import__(module)
         print("ready", flush=True)
