@@ -41,15 +41,10 @@ def keep_quiet() -> None:
         warnings.simplefilter("ignore")
 
 
-def is_quiet() -> bool:
-    """Tell whether `keep_quiet` was called in this process or in one that started it."""
-    return _SET in os.environ
-
-
 @contextmanager
 def native_lines_dropped() -> Iterator[None]:
     """Drop what native code writes to standard error in the block, where `keep_quiet` was called; not what Python raises."""
-    if not is_quiet():
+    if _SET not in os.environ:
         yield
         return
     sys.stderr.flush()

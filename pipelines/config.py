@@ -172,6 +172,17 @@ class EngineSection(_Section):
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
     shard_rows: int = Field(65_536, ge=1, description="most rows of a shard of soft labels")
+    shard_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="most bytes that a shard's carried columns and labels take, by the pool's footers",
+    )
+    compare_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="most rows without a label that are read beforehand, so that identical ones are asked once and ids "
+        "that come twice are found; more only where labelled rows have left the pool, whose answers they may have",
+    )
     batch_rows: int = Field(
         65_536, ge=1, description="most rows read and scored at a time; fewer where rows are large or classes many"
     )

@@ -20,6 +20,8 @@ from distilbeam.pipelines.command_options import (
     stop_at_once,
 )
 from distilbeam.pipelines.display import Display, configure_logs
+from distilbeam.pipelines.needs import needs_of, needs_of_search
+from distilbeam.teacher.softlabels.extras import require_extras
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.material import Material
@@ -90,6 +92,7 @@ def tune(
     """Search for better settings of a run's student and training; a search that was stopped goes on."""
     configure_logs(log_level, console)
     signal.signal(signal.SIGINT, stop_at_once)
+    require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
     with _material(config, [*(overrides or []), *more]) as material:
         from distilbeam.pipelines.student_tables import trial_table
@@ -192,6 +195,7 @@ def _material(config: Path, overrides: list[str] | None) -> Iterator[Material]:
         from distilbeam.pipelines.material import Material
         from distilbeam.pipelines.rundir import opened_run
     settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    require_extras(needs_of(settings))
     with opened_run(settings, base) as directory:
         if (sentence := directory.sentence(settings.run.rounds)) is not None:
             Display(console).say(sentence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,6 +128,10 @@ def verify(
             asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+    if teacher is not None:
+        from distilbeam.pipelines.pool_check import pool_problems
+
+        result = replace(result, problems=(*result.problems, *pool_problems(teacher, path)))
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)

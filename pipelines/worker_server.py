@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.worker_client import SOCKET
-from distilbeam.quiet import is_quiet
 
 FAILED = 1
 
@@ -164,10 +163,10 @@ def main() -> None:
         listener.bind(SOCKET)
         os.chdir(directory)
         listener.listen()
-        if is_quiet():  # Beam logs while it is imported; a worker's own log travels to the driver
-            logging.getLogger().addHandler(logging.NullHandler())
+        logging.disable(logging.WARNING)  # what packages say of others that are missing, the driver has heard already
         for module in modules:
             __import__(module)
+        logging.disable(logging.NOTSET)
         print("ready", flush=True)
         Server(listener, sys.stdin.fileno(), Path(folder).absolute()).serve()
     finally:

@@ -68,7 +68,9 @@ model.save_pretrained(sys.argv[1])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]])
-def test_a_hugging_face_teacher_and_worker_processes_print_nothing_of_their_own(tmp_path: Path, flags: list[str]) -> None:
+def test_a_hugging_face_teacher_and_worker_processes_print_nothing_of_their_own(
+    tmp_path: Path, flags: list[str]
+) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / "bert")], capture_output=True, check=True)
     (tmp_path / "pool").mkdir()
