@@ -84,7 +84,7 @@ def test_the_shape_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None
     config = settings("a:1")
     pool = pa.record_batch({"features": [None, [1.0, 2.0, 3.0]], "id": [1, 2]})
     assert with_probe_shape(config, tmp_path, lambda: [pool.slice(0, 1), pool.slice(1)]).probe_shape == (3,)  # type: ignore[union-attr]
-    assert with_probe_shape(config, tmp_path, lambda: []) == config
+    assert with_probe_shape(config, tmp_path, list) == config
     said = settings("a:1", probe_shape=[7])
     assert with_probe_shape(said, tmp_path, lambda: pytest.fail("nobody has to look")) == said
     other = parse_teacher_config({"kind": "torch", "model": "a.pt2", "input": {"column": "x"}})
@@ -102,7 +102,7 @@ def test_a_client_learns_the_shape_from_its_first_batch(program: Path) -> None:
     rows = pa.record_batch({"features": np.eye(WIDTH, dtype=np.float32).tolist()})
     with served(program) as server:
         unsaid: Any = load_teacher(settings(server.address))
-        with pytest.raises(ValueError, match="teacher.probe_shape must be given: the model does not say the shape"):
+        with pytest.raises(ValueError, match=r"teacher.probe_shape must be given: the model does not say the shape"):
             unsaid.fingerprint()
         unsaid.logits(rows)
         told: Any = load_teacher(settings(server.address, probe_shape=[WIDTH]))
