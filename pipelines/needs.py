@@ -35,8 +35,8 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     if getattr(getattr(config, "training", None), "tensorboard", False):
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     for name, place in (("data.pool", config.data.pool), ("run.directory", config.run.directory)):
-        if (extra := STORES.get(place.partition("://")[0])) and "://" in place:
-            yield Need(f"{name} = '{place}'", extra)
+        if (store := STORES.get(place.partition("://")[0])) and "://" in place:
+            yield Need(f"{name} = '{place}'", store)
 
 
 def needs_of_formats(formats: Sequence[str], pruned: str) -> Iterator[Need]:
@@ -73,5 +73,5 @@ def needs_of_ingest(format_: str, out: str) -> Iterator[Need]:
     """List what it takes to read a format and to write where the pool goes."""
     if format_ == "tfrecord":
         yield Need("--format tfrecord", "tfrecord")
-    if (extra := STORES.get(out.partition("://")[0])) and "://" in out:
-        yield Need(f"--out {out}", extra)
+    if (store := STORES.get(out.partition("://")[0])) and "://" in out:
+        yield Need(f"--out {out}", store)
