@@ -1,7 +1,9 @@
 """Teacher labels as tensors: dense, top-k with a tail, sampled, hard.
 
 Every container holds log-probabilities at temperature 1; the losses apply a temperature themselves. A batch has B rows
-and C classes; sparse labels keep k of them. An entry of a sparse label whose class is negative is padding.
+and C classes; sparse labels keep k of them. An entry of a sparse label whose class is negative is padding, wherever it stands.
+A log-probability of -inf is a probability of 0. Classes of a row should be distinct: one that is named twice counts as two
+classes of the same logit, with a probability each.
 """
 
 from __future__ import annotations
@@ -32,8 +34,7 @@ class TopKLabels:
 
     Attributes:
       logprobs: log-probabilities at temperature 1, floating [B, k].
-      classes: their classes, integer [B, k]; distinct within a row, negative where the entry is padding. The first
-        entry of a row is never padding.
+      classes: their classes, integer [B, k]; distinct within a row, negative where the entry is padding.
       tail_logmass: log of the probability that was not kept, floating [B]; None computes it from `logprobs`.
     """
 
@@ -55,8 +56,7 @@ class SampledLabels:
 
     Attributes:
       logprobs: log of count / draws, floating [B, k]; the exponentials of a row sum to one.
-      classes: the distinct classes drawn, integer [B, k]; negative where the entry is padding. The first entry of a row
-        is never padding.
+      classes: the distinct classes drawn, integer [B, k]; negative where the entry is padding.
     """
 
     logprobs: Tensor
@@ -71,7 +71,7 @@ class HardLabels:
     """One true class per row.
 
     Attributes:
-      classes: integer [B]; rows equal to `ignore_index` take no part in the loss.
+      classes: integer [B], at least 0; rows equal to `ignore_index` take no part in the loss.
       ignore_index: the class that marks such a row.
     """
 
@@ -113,3 +113,5 @@ def _sparse(logprobs: Tensor, classes: Tensor) -> None:
             f"classes must be integers of the shape of logprobs, {list(logprobs.shape)}, "
             f"got {classes.dtype} {list(classes.shape)}"
         )
+    if not classes.shape[1]:
+        raise ValueError(f"sparse labels must keep at least one class, got {list(classes.shape)}")

@@ -62,29 +62,26 @@ def interpreted(function: Callable[..., Any], *values: Tensor | float) -> tuple[
         return tuple(torch.utils.dlpack.from_dlpack(x.block_until_ready()).clone() for x in made)
 
 
-def buckets_with_gradient(buckets: Any, gradient: Any, differentiable: Sequence[int]) -> None:
+def buckets_with_gradient(buckets: Any, gradient: Any) -> None:
     """Give the operation that finds the buckets' logits the one that spreads their gradients as its derivative.
 
+    That the buckets are relative to the row's largest logit is left out of the derivative: no loss depends on it.
+
     Args:
-      buckets: from tensors, the last of them the kept classes, and tau, to the kept logits [B, K] and the rest's [B, 1].
-      gradient: from those tensors, the slopes of kept and rest, the rest's logit and tau, to the gradients of those that
-        have some.
-      differentiable: places of the tensors that have gradients.
+      buckets: from logits, kept classes and tau to the kept logits [B, K], the rest's, its largest and its sum [B, 1].
+      gradient: from logits, kept classes, the slopes of kept and rest, the rest's largest logit and tau to the logits'
+        gradient.
     """
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        *tensors, ctx.tau = inputs
-        ctx.save_for_backward(*tensors, output[1])
+        logits, classes, ctx.tau = inputs
+        ctx.save_for_backward(logits, classes, *output[2:])
 
-    def backward(ctx: Any, kept_BK: Tensor, slope_B1: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, rest_B1 = ctx.saved_tensors
-        rest_B1 = rest_B1.masked_fill(torch.isneginf(rest_B1), torch.inf)  # an empty rest takes no gradient
-        slopes = gradient(*tensors, kept_BK.contiguous(), slope_B1.contiguous(), rest_B1, ctx.tau)
-        slopes = slopes if isinstance(slopes, (tuple, list)) else (slopes,)
-        found: list[Tensor | None] = [None] * (len(tensors) + 1)
-        for place, slope in zip(differentiable, slopes, strict=True):
-            found[place] = slope.to(tensors[place].dtype)
-        return tuple(found)
+    def backward(ctx: Any, kept_BK: Tensor, slope_B1: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, classes, top_B1, total_B1 = ctx.saved_tensors
+        top_B1 = top_B1.masked_fill(torch.isneginf(top_B1), torch.inf)  # an empty rest takes no gradient
+        slope_B1 = torch.where(slope_B1 == 0, 0, slope_B1 / total_B1)
+        return gradient(logits, classes, kept_BK.contiguous(), slope_B1, top_B1, ctx.tau), None, None
 
     buckets.register_autograd(backward, setup_context=setup)
 

@@ -35,7 +35,8 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     if getattr(getattr(config, "training", None), "tensorboard", False):
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     for name, place in (("data.pool", config.data.pool), ("run.directory", config.run.directory)):
-        if (store := STORES.get(place.partition("://")[0])) and "://" in place:
+        store = STORES.get(place.partition("://")[0]) if "://" in place else None
+        if store is not None:
             yield Need(f"{name} = '{place}'", store)
 
 
@@ -73,5 +74,5 @@ def needs_of_ingest(format_: str, out: str) -> Iterator[Need]:
     """List what it takes to read a format and to write where the pool goes."""
     if format_ == "tfrecord":
         yield Need("--format tfrecord", "tfrecord")
-    if (store := STORES.get(out.partition("://")[0])) and "://" in out:
-        yield Need(f"--out {out}", store)
+    if (extra := STORES.get(out.partition("://")[0])) and "://" in out:
+        yield Need(f"--out {out}", extra)

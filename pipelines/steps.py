@@ -103,6 +103,7 @@ def run(
     beam_flags: Sequence[str] = (),
     display: Display | None = None,
     until: tuple[str, int | None] | None = None,
+    check_content: bool = False,
 ) -> Path:
     """Carry out a run, or what is left of it.
 
@@ -116,6 +117,7 @@ def run(
       beam_flags: Beam's own options, such as `--runner=DataflowRunner`.
       display: where to show progress; nothing is shown without one.
       until: name and round of the last step to do; all steps without it.
+      check_content: read all files of the pool to find out whether they changed, not only those that were touched since.
 
     Returns:
       The run directory.
@@ -138,10 +140,12 @@ def run(
         job = Job(config, base, directory, options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:
-            job.freeze()
+            job.freeze(check_content)
             directory.record(config)
         if not todo:
             display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
@@ -151,7 +155,7 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            job.freeze()
+            job.freeze(check_content)
         if todo[0] is steps[0]:
             for note in notes_on(job.inputs):
                 display.say(f"note: {note}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distilbeam.pipelines.display import configure_logs, plain_console
+from distilbeam.toml_files import read_toml
 
 console = plain_console()
 
@@ -82,11 +83,9 @@ def _text(path: Path | None) -> str | None:
 
 def _teacher_section(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(f"no configuration file at {path}") from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     if not isinstance(data.get("teacher"), dict):
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]
@@ -129,6 +128,10 @@ def verify(
             asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+    if teacher is not None:
+        from distilbeam.pipelines.pool_check import pool_problems
+
+        result = replace(result, problems=(*result.problems, *pool_problems(teacher, path)))
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)

@@ -59,7 +59,7 @@ def read_examples(
       classes: names of the classes in the order of the logits.
       config: how columns become the input.
       integers: what whole numbers mean, where that is known.
-      name: what the table is, in errors.
+      name: what to call them in errors.
 
     Returns:
       The examples, in the order of the table.

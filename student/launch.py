@@ -44,6 +44,7 @@ from distilbeam.student.labelled import with_meaning
 from distilbeam.student.torchrun_folders import remove_own
 from distilbeam.student.train import TrainResult, train
 from distilbeam.student.train_config import TrainConfig
+from distilbeam.toml_files import read_toml
 
 
 class DataConfig(BaseModel):
@@ -128,7 +129,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
       ValueError: it cannot be read, or a setting is not valid; a line for each.
     """
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
         for override in overrides:
             name, _, value = override.partition("=")
             section, _, key = name.partition(".")
@@ -138,7 +139,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
         lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
         raise ValueError("\n".join(lines)) from e
     except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} or a --set is not valid TOML: {e}") from e
+        raise ValueError(f"--set is not valid TOML: {e}") from e
 
 
 def main(

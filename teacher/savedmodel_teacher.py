@@ -27,7 +27,7 @@ class SavedModelTeacher(LocalTeacher):
     def __init__(self, config: SavedModelConfig) -> None:
         folder = Path(config.model)
         settings = config.model_dump_json(include={"input", "output", "signature"}, exclude={"input": {"tokenizer"}})
-        files = [folder, *config.input.files(), *function_sources(config.input)]
+        files: list[str | Path] = [folder, *config.input.files(), *function_sources(config.input)]
         super().__init__(f"savedmodel:{folder.name}", Artefact(files, settings + config.meaning()), config)
         self.repeats_itself = "asked"
         if not config.trust:

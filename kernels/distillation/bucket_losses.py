@@ -10,14 +10,15 @@ from torch import Tensor
 from distilbeam.kernels.distillation.reference import bucket_losses
 from distilbeam.kernels.distillation.terms import Term
 
-Find = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+Find = Callable[[Tensor, float], tuple[Tensor, ...]]
 
 
 def scaled_losses(find: Find, term: Term) -> Tensor:
     """Compute a term's losses.
 
     Args:
-      find: from the kept classes, int32 [B, K], and tau to the kept logits [B, K] and the rest's [B, 1].
+      find: from the kept classes, int32 [B, K], and tau to the kept logits [B, K], the rest's [B, 1] and what
+        else there is.
       term: with sparse labels.
 
     Returns:
@@ -26,7 +27,7 @@ def scaled_losses(find: Find, term: Term) -> Tensor:
     targets = term.targets
     assert targets.classes is not None
     tau = targets.rest_temperature
-    kept_BK, rest_B1 = find(targets.classes.to(torch.int32), 1.0 if tau is None else tau)
+    kept_BK, rest_B1, *_ = find(targets.classes.to(torch.int32), 1.0 if tau is None else tau)
     v_BN = kept_BK if targets.padding is None else kept_BK.masked_fill(targets.padding, -torch.inf)
     if tau is not None:
         v_BN = torch.cat([v_BN, rest_B1], dim=1)

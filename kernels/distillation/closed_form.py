@@ -12,7 +12,6 @@ and a rest bucket hands its gradient to its classes in proportion to exp((z_j - 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,17 +35,15 @@ def bucket_losses_and_gradient(v_BN: Tensor, targets: Targets, out: Tensor | Non
         easy = _where_every_bucket_exists(v_BN, targets, out)
         if easy is not None:
             return easy
-    logf_BN = _log_softmax(v_BN, targets.temperature)
     absent_BN = torch.isneginf(v_BN)
+    logf_BN = _log_softmax(v_BN.masked_fill(absent_BN.all(dim=1, keepdim=True), 0), targets.temperature)
     y_BN = targets.logprobs.exp().masked_fill_(absent_BN, 0)
     absent_BN |= y_BN == 0
     logmix_BN = logf_BN if targets.flip is None else log_mix(logf_BN, targets)
     value_BN = logmix_BN if not targets.entropy else logmix_BN - targets.logprobs
     loss_B = -(y_BN * value_BN.masked_fill(absent_BN, 0)).sum(dim=1)
     if targets.flip is None:
-        # what absent buckets would have taken is missing from the target
-        f_BN = torch.exp(logf_BN, out=logf_BN if out is None else out)
-        return _finished(loss_B, f_BN, y_BN, replace(targets, truncated=True))
+        return _finished(loss_B, torch.exp(logf_BN, out=logf_BN if out is None else out), y_BN, targets)
     s_BN = _slam_pull(y_BN, logf_BN, logmix_BN, targets)
     gradient_BN = s_BN - logf_BN.exp_() * s_BN.sum(dim=1, keepdim=True)
     return targets.temperature**2 * loss_B, torch.mul(gradient_BN, targets.temperature, out=out)
@@ -68,9 +65,8 @@ def _where_every_bucket_exists(v_BN: Tensor, targets: Targets, out: Tensor | Non
 
 
 def _finished(loss_B: Tensor, f_BN: Tensor, y_BN: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Overwrite f by S f - y and apply the temperature."""
-    if targets.truncated:
-        f_BN *= y_BN.sum(dim=1, keepdim=True)
+    """Overwrite f by S f - y and apply the temperature; S is below one where a part of the target has no bucket."""
+    f_BN *= y_BN.sum(dim=1, keepdim=True)
     f_BN -= y_BN
     if targets.temperature == 1:
         return loss_B, f_BN
@@ -78,7 +74,14 @@ def _finished(loss_B: Tensor, f_BN: Tensor, y_BN: Tensor, targets: Targets) -> t
 
 
 def _log_softmax(v_BN: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(v_BN if temperature == 1 else v_BN / temperature, dim=1)
+    return torch.log_softmax(over(v_BN, temperature), dim=1)
+
+
+def over(v_BN: Tensor, temperature: float) -> Tensor:
+    """Divide by a temperature, counted from a row's largest: what all have in common takes no digits from the quotients."""
+    if temperature == 1:
+        return v_BN
+    return (v_BN - v_BN.amax(dim=1, keepdim=True)).div_(temperature)
 
 
 def _slam_pull(y_BN: Tensor, logf_BN: Tensor, logmix_BN: Tensor, targets: Targets) -> Tensor:
@@ -90,7 +93,7 @@ def _slam_pull(y_BN: Tensor, logf_BN: Tensor, logmix_BN: Tensor, targets: Target
     if targets.forward:
         shift_B1 = reach_shift(logf_BN, targets)
         outside_BN = targets.flip <= 0
-        shared_BN = y_BN * targets.flip * (shift_B1 - logmix_BN).masked_fill(outside_BN, 0).exp()
+        shared_BN = y_BN * targets.flip * (shift_B1 - logmix_BN).masked_fill(outside_BN | (y_BN == 0), 0).exp()
         candidate_f_BN = (logf_BN - shift_B1).masked_fill(outside_BN, -torch.inf).exp()
         pull_BN = pull_BN - candidate_f_BN * shared_BN.sum(dim=1, keepdim=True)
     return pull_BN

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation import chunked, reference
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
@@ -46,7 +49,7 @@ def distill_loss(
       weight: factor of each row's loss, floating [B], a constant; None for 1.
       accuracy: `slam`: probability in [0, 1] that the teacher is right, [B] or a number.
       candidates: `slam`: how many of the teacher's top classes hold the truth, integer [B] or a number; None for 2.
-      temperature: T > 0. True classes are always compared at temperature 1.
+      temperature: T, between 1e-4 and 1e4. True classes are always compared at temperature 1.
       objective: `kl`: KL(y || f); on sparse labels the kept classes alone, unnormalised, which pulls the student
         towards y / sum y there. `ce`: the same without the teacher's entropy. `tail`: KL over the kept classes and one
         bucket of all others, bucketed at temperature 1. `renormalised`: KL with both sides normalised on the kept ones.
@@ -58,7 +61,8 @@ def distill_loss(
       mask: rows that count, bool [B]; the others, NaN or not, add nothing to value and gradient.
       ignore_index: the class of a row without a true class.
       reduction: `mean`, `sum` or `none` (weighted losses [B]).
-      normalizer: replaces the number of rows that count in `mean`, e.g. the count over all ranks.
+      normalizer: replaces the number of rows that count in `mean`, more than 0. Where gradients are averaged over
+        processes, as DistributedDataParallel does: the count over all of them, divided by their number.
       implementation: `reference`, `chunked`, `triton` (CUDA), `pallas` (TPU, sparse labels); None chooses by device.
         All but `reference` are differentiable once.
 
@@ -102,16 +106,20 @@ def distill_loss(
         as_labels(labels, ignore_index), logits.shape[0], logits.shape[1], compute, logits.device, options
     )
     name = resolve("distill_loss", implementation, _backends(logits, terms))
+    with not_narrowed(logits.device.type):
+        return _implementation(name)(logits, terms, reduction != "none")
+
+
+def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tensor]:
     if name == "triton":
         from distilbeam.kernels.distillation import triton_backend
 
-        return triton_backend.total(logits, terms, reduction != "none")
+        return triton_backend.total
     if name == "pallas":
         from distilbeam.kernels.distillation import pallas_backend
 
-        return pallas_backend.total(logits, terms, reduction != "none")
-    run = {"reference": reference.total, "chunked": chunked.total}[name]
-    return run(logits, terms, reduction != "none")
+        return pallas_backend.total
+    return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
 def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:

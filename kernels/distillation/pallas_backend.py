@@ -29,46 +29,44 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
 def logit_buckets() -> Any:
     """Give the operation that finds the buckets' logits; its derivative spreads their gradients over the logits."""
 
-    def find(logits: jax.Array, classes: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
+    def find(logits: jax.Array, classes: jax.Array, tau: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         return pallas_kernels.logit_buckets(logits, classes, tau)
 
     def spread(
-        logits: jax.Array, classes: jax.Array, kept: jax.Array, slope: jax.Array, rest: jax.Array, tau: float
+        logits: jax.Array, classes: jax.Array, kept: jax.Array, slope: jax.Array, top: jax.Array, tau: float
     ) -> jax.Array:
-        return pallas_kernels.logit_gradient(logits, classes, kept, slope, rest, tau)
+        return pallas_kernels.logit_gradient(logits, classes, kept, slope, top, tau)
 
     buckets = register("logit_buckets", find, _find, _find_like)
     gradient = register("logit_gradient", spread, _spread, lambda logits, *_: torch.empty_like(logits))
-    buckets_with_gradient(buckets, gradient, differentiable=(0,))
+    buckets_with_gradient(buckets, gradient)
     return buckets
 
 
-def _find(logits: Tensor, classes: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _find(logits: Tensor, classes: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = interpreted(pallas_kernels.logit_buckets, logits, classes, tau)
     if made is not None:
-        return made[0], made[1]
+        return made[0], made[1], made[2], made[3]
     z_BC = logits.float()
-    others_BC = z_BC.scatter(1, classes.long(), -torch.inf)
-    return z_BC.gather(1, classes.long()), tau * torch.logsumexp(others_BC / tau, dim=1, keepdim=True)
+    kept_BK, others_BC = z_BC.gather(1, classes.long()), z_BC.scatter(1, classes.long(), -torch.inf)
+    top_B1 = others_BC.amax(dim=1, keepdim=True)
+    safe_B1 = top_B1.masked_fill(torch.isneginf(top_B1), 0)
+    total_B1 = ((others_BC - safe_B1) / tau).exp().sum(dim=1, keepdim=True)
+    largest_B1 = torch.maximum(top_B1, kept_BK.amax(dim=1, keepdim=True))
+    largest_B1 = largest_B1.masked_fill(torch.isneginf(largest_B1), 0)
+    return kept_BK - largest_B1, top_B1 - largest_B1 + tau * total_B1.log(), top_B1, total_B1
 
 
-def _find_like(logits: Tensor, classes: Tensor, *_: float) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(classes.shape, dtype=torch.float32), logits.new_empty(len(logits), 1, dtype=torch.float32)
+def _find_like(logits: Tensor, classes: Tensor, *_: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept = logits.new_empty(classes.shape, dtype=torch.float32)
+    rest, top, total = (logits.new_empty(len(logits), 1, dtype=torch.float32) for _ in range(3))
+    return kept, rest, top, total
 
 
-def _spread(logits: Tensor, classes: Tensor, kept: Tensor, slope: Tensor, rest: Tensor, tau: float) -> Tensor:
-    made = interpreted(pallas_kernels.logit_gradient, logits, classes, kept, slope, rest, tau)
+def _spread(logits: Tensor, classes: Tensor, kept: Tensor, slope: Tensor, top: Tensor, tau: float) -> Tensor:
+    made = interpreted(pallas_kernels.logit_gradient, logits, classes, kept, slope, top, tau)
     if made is not None:
         return made[0]
-    return spread_over(logits.float(), classes.long(), kept, slope, rest, tau).to(logits.dtype)
-
-
-def spread_over(
-    z_BC: Tensor, classes_BK: Tensor, kept_BK: Tensor, slope_B1: Tensor, rest_B1: Tensor, tau: float
-) -> Tensor:
-    """Spread the buckets' gradients over float32 logits [B, C] in plain torch."""
-    gradient_BC = torch.where(slope_B1 == 0, 0, slope_B1 * torch.exp((z_BC - rest_B1) / tau))
-    repeated_BK = classes_BK == classes_BK[:, :1]
-    repeated_BK[:, 0] = False
-    once_BK = kept_BK.masked_fill(repeated_BK, 0)
-    return gradient_BC.scatter(1, classes_BK, 0).scatter_add(1, classes_BK, once_BK)
+    classes_BK = classes.long()
+    gradient_BC = torch.where(slope == 0, 0, slope * torch.exp((logits.float() - top) / tau))
+    return gradient_BC.scatter(1, classes_BK, 0).scatter_add(1, classes_BK, kept).to(logits.dtype)

@@ -3,6 +3,9 @@
     logit_buckets     logits of the kept classes, and the rest's logit: tau * logsumexp(z / tau) over the classes not kept
     logit_gradient    of the logits, from the gradients of the buckets
 
+Buckets are given relative to the row's largest logit, and the rest as its largest logit and a sum, so that an offset that
+all logits of a row share takes no digits from any of them.
+
 A program holds BLOCK_ROWS rows of BLOCK_CLASSES classes. Which classes a row keeps is a bit in a word of 32 rows, so
 that a word spreads over sublanes; the few kept logits are gathered, and their gradients scattered, by XLA, whose scatter
 into bfloat16 holds the gradient once in float32.
@@ -23,35 +26,39 @@ BLOCK_CLASSES = 1024
 NOTHING = -jnp.inf
 
 
-def logit_buckets(logits: Any, classes: Any, tau: float, *, interpret: bool = False) -> tuple[Any, Any]:
+def logit_buckets(logits: Any, classes: Any, tau: float, *, interpret: bool = False) -> tuple[Any, Any, Any, Any]:
     """Compute the logits of the buckets.
 
     Args:
       logits: float32 or bfloat16 [B, C].
-      classes: int32 [B, K], distinct but for padding, which repeats a row's first.
+      classes: int32 [B, K]; padding repeats another of its row.
       tau: temperature of the rest bucket.
       interpret: run the kernel in Pallas' interpreter, on any device.
 
     Returns:
-      float32 [B, K] and [B, 1]; the rest is -inf where a row keeps every class.
+      Logits of the kept classes [B, K] and of the rest [B, 1], relative to the row's largest; the rest's largest logit
+      [B, 1], and the sum of exp((z - largest) / tau) over the rest [B, 1]. float32; the rest and its largest are -inf
+      where a row keeps every class.
     """
     rows, count = logits.shape
     kept = jnp.take_along_axis(logits, classes, axis=1).astype(jnp.float32)
-    top, total = _rest(padded_rows(logits, 0), bits_of(classes, 0, count), tau, interpret)
-    return kept, jnp.where(total > 0, top + tau * jnp.log(total), NOTHING)[:rows]
+    top, total = (x[:rows] for x in _rest(padded_rows(logits, 0), bits_of(classes, 0, count), tau, interpret))
+    largest = jnp.maximum(top, kept.max(axis=1, keepdims=True))
+    largest = jnp.where(largest == NOTHING, 0.0, largest)
+    return kept - largest, jnp.where(total > 0, top - largest + tau * jnp.log(total), NOTHING), top, total
 
 
 def logit_gradient(
-    logits: Any, classes: Any, kept: Any, slope: Any, rest: Any, tau: float, *, interpret: bool = False
+    logits: Any, classes: Any, kept: Any, slope: Any, top: Any, tau: float, *, interpret: bool = False
 ) -> Any:
     """Compute the gradient of the logits.
 
     Args:
       logits: [B, C].
       classes: int32 [B, K], as for `logit_buckets`.
-      kept: gradient of the kept classes' logits, float32 [B, K].
-      slope: gradient of the rest's logit, float32 [B, 1]; a row where it is 0 may hold NaN.
-      rest: its logit, float32 [B, 1], +inf where it is empty.
+      kept: gradient of the kept classes' logits, to be added up by class, float32 [B, K].
+      slope: gradient of the rest's logit divided by the rest's sum, float32 [B, 1]; a row where it is 0 may hold NaN.
+      top: the rest's largest logit, float32 [B, 1], +inf where it is empty.
       tau: temperature of the rest bucket.
       interpret: run the kernel in Pallas' interpreter, on any device.
 
@@ -59,10 +66,9 @@ def logit_gradient(
       [B, C], of the dtype of the logits.
     """
     rows, count = logits.shape
-    columns = padded_rows(slope, 0), padded_rows(rest, jnp.inf)
+    columns = padded_rows(slope, 0), padded_rows(top, jnp.inf)
     spread = _spread(padded_rows(logits, 0), bits_of(classes, 0, count), *columns, tau, interpret)[:rows]
-    column = jnp.where(first_of_its_kind(classes) > 0, classes, count)  # padding is past the end: dropped
-    return spread.at[jnp.arange(rows)[:, None], column].set(kept.astype(logits.dtype), mode="drop")
+    return spread.at[jnp.arange(rows)[:, None], classes].add(kept.astype(logits.dtype))
 
 
 def _rest_kernel(logits, bits, top, total, *, classes: int, tau: float):
@@ -79,10 +85,10 @@ def _rest_kernel(logits, bits, top, total, *, classes: int, tau: float):
     top[...] = higher
 
 
-def _spread_kernel(logits, bits, slope, rest, out, *, classes: int, tau: float):
+def _spread_kernel(logits, bits, slope, top, out, *, classes: int, tau: float):
     z = without_kept(logits[...].astype(jnp.float32), bits[...], pl.program_id(1), classes)
     nothing = (z == NOTHING) | (slope[...] == 0)
-    out[...] = jnp.where(nothing, 0.0, slope[...] * jnp.exp((z - rest[...]) / tau)).astype(out.dtype)
+    out[...] = jnp.where(nothing, 0.0, slope[...] * jnp.exp((z - top[...]) / tau)).astype(out.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("tau", "interpret"))
@@ -102,7 +108,7 @@ def _rest(logits, bits, tau: float, interpret: bool):
 
 
 @functools.partial(jax.jit, static_argnames=("tau", "interpret"))
-def _spread(logits, bits, slope, rest, tau: float, interpret: bool):
+def _spread(logits, bits, slope, top, tau: float, interpret: bool):
     grid, (block, words, column) = _layout(logits)
     kernel = functools.partial(_spread_kernel, classes=logits.shape[1], tau=tau)
     call = pl.pallas_call(
@@ -113,7 +119,7 @@ def _spread(logits, bits, slope, rest, tau: float, interpret: bool):
         out_shape=jax.ShapeDtypeStruct(logits.shape, logits.dtype),
         interpret=interpret,
     )
-    return call(logits, bits, slope, rest)
+    return call(logits, bits, slope, top)
 
 
 def _layout(logits):
@@ -143,9 +149,10 @@ def padded_rows(value, fill):
 
 
 def first_of_its_kind(classes):
-    """One where an entry is no padding, float32 [B, K]."""
-    later = jnp.arange(classes.shape[1]) > 0
-    return 1.0 - (later & (classes == classes[:, :1])).astype(jnp.float32)
+    """Say which entries repeat no earlier one of their row, bool [B, K]."""
+    entry = jnp.arange(classes.shape[1])
+    earlier = entry[None, :] < entry[:, None]
+    return ~((classes[:, :, None] == classes[:, None, :]) & earlier).any(axis=2)
 
 
 def bits_of(classes, first: int, size: int):
@@ -153,7 +160,7 @@ def bits_of(classes, first: int, size: int):
     rows = classes.shape[0]
     words = (rows + -rows % BLOCK_ROWS) // 32
     row = jnp.arange(rows)[:, None]
-    counts = (classes >= first) & (classes < first + size) & (first_of_its_kind(classes) > 0)
+    counts = (classes >= first) & (classes < first + size) & first_of_its_kind(classes)
     column = jnp.where(counts, classes - first, size)  # past the end: dropped
     bit = jnp.left_shift(jnp.int32(1), (row % 32).astype(jnp.int32))
     return jnp.zeros((words, size), jnp.int32).at[row // 32, column].add(bit, mode="drop")

@@ -32,9 +32,18 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
     Returns:
       A scalar, or the rows' losses [B]; differentiable in the logits to any order.
     """
-    rows_B = sum(_scaled(logits_BC.to(term.scale.dtype), term) for term in terms)
+    wide_BC = _from_largest(logits_BC.to(terms[0].scale.dtype))
+    rows_B = sum(_scaled(wide_BC, term) for term in terms)
     assert isinstance(rows_B, Tensor)
     return rows_B.sum() if reduced else rows_B
+
+
+def _from_largest(logits_BC: Tensor) -> Tensor:
+    """Count logits from their row's largest, on which no loss depends: a common offset takes no digits from them."""
+    if not logits_BC.shape[1]:
+        return logits_BC
+    largest_B1 = logits_BC.detach().amax(dim=1, keepdim=True)
+    return logits_BC - largest_B1.masked_fill(torch.isneginf(largest_B1), 0)
 
 
 def _scaled(logits_BC: Tensor, term: Term) -> Tensor:
@@ -92,9 +101,11 @@ def bucket_losses(v_BN: Tensor, targets: Targets) -> Tensor:
     Returns:
       The losses, [B].
     """
+    absent_BN = torch.isneginf(v_BN)
+    v_BN = v_BN.masked_fill(absent_BN.all(dim=1, keepdim=True), 0)  # where nothing exists, the loss is 0
     logf_BN = torch.log_softmax(v_BN / targets.temperature, dim=1)
     y_BN = targets.logprobs.exp()
-    absent_BN = (y_BN == 0) | torch.isneginf(v_BN)  # 0 log 0 = 0, and a bucket without classes takes no target
+    absent_BN = absent_BN | (y_BN == 0)  # 0 log 0 = 0, and a bucket without classes takes no target
     logmix_BN = logf_BN if targets.flip is None else log_mix(logf_BN, targets)
     loss_B = -(y_BN * logmix_BN.masked_fill(absent_BN, 0)).sum(dim=1)
     if targets.entropy:

@@ -54,10 +54,10 @@ def _sparse(z_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor)
         loss_B, gradient_BN = bucket_losses_and_gradient(kept_BK, targets)
         z_BC.zero_()
     else:
-        rest_B1, mass_B1 = replace_by_shares(z_BC, classes_BK, targets.rest_temperature)
-        loss_B, gradient_BN = bucket_losses_and_gradient(torch.cat([kept_BK, rest_B1], dim=1), targets)
+        v_BN, mass_B1 = _buckets_and_shares(z_BC, kept_BK, classes_BK, targets.rest_temperature)
+        loss_B, gradient_BN = bucket_losses_and_gradient(v_BN, targets)
         z_BC *= gradient_BN[:, -1:] * scale_B[:, None] / mass_B1
-    z_BC.scatter_(1, classes_BK, kept_gradient(gradient_BN, targets) * scale_B[:, None])
+    z_BC.scatter_(1, classes_BK, 0).scatter_add_(1, classes_BK, kept_gradient(gradient_BN, targets) * scale_B[:, None])
     return loss_B
 
 
@@ -68,13 +68,13 @@ def kept_logits(z_BC: Tensor, targets: Targets, classes_BK: Tensor) -> Tensor:
 
 
 def kept_gradient(gradient_BN: Tensor, targets: Targets) -> Tensor:
-    """Give the gradient of the kept classes' logits, padding repeating the row's first class, [B, k]."""
+    """Give the gradient of the kept classes' logits, to be added up by class, 0 for padding, [B, k]."""
     assert targets.classes is not None
     kept_BK = gradient_BN[:, : targets.classes.shape[1]]
-    return kept_BK if targets.padding is None else torch.where(targets.padding, kept_BK[:, :1], kept_BK)
+    return kept_BK if targets.padding is None else kept_BK.masked_fill(targets.padding, 0)
 
 
-def replace_by_shares(z_BC: Tensor, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _buckets_and_shares(z_BC: Tensor, kept_BK: Tensor, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """Overwrite logits by exp(z / tau) over a sum, by one softmax, which reads a row from memory once.
 
     In the place of its first kept class a row is given the largest logit of the rest, so that the softmax also says how
@@ -82,21 +82,26 @@ def replace_by_shares(z_BC: Tensor, classes_BK: Tensor, tau: float) -> tuple[Ten
 
     Args:
       z_BC: contiguous logits, overwritten; what is left where a class is kept means nothing.
+      kept_BK: the kept classes' logits.
       classes_BK: the kept classes, of which a row has one at least.
       tau: temperature of the rest bucket.
 
     Returns:
-      The rest bucket's logit [B, 1], -inf where it is empty, and the sum of the rest's shares [B, 1], never zero.
+      The buckets' logits [B, k + 1], counted from the largest, the rest's -inf where it is empty; and the sum of the
+      rest's shares [B, 1], never zero.
     """
     z_BC.scatter_(1, classes_BK, -torch.inf)
     top_B1 = z_BC.amax(dim=1, keepdim=True)
+    largest_B1 = torch.maximum(top_B1, kept_BK.amax(dim=1, keepdim=True))
+    largest_B1.masked_fill_(torch.isneginf(largest_B1), 0)
     empty_B1 = torch.isneginf(top_B1)
     top_B1 = top_B1.masked_fill_(empty_B1, 0)
     z_BC.scatter_(1, classes_BK[:, :1], top_B1)
     if tau != 1.0:
-        z_BC /= tau
+        z_BC.sub_(top_B1).div_(tau)
     torch.softmax(z_BC, dim=1, out=z_BC)
     share_B1 = z_BC.gather(1, classes_BK[:, :1])
     mass_B1 = 1 - share_B1
-    rest_B1 = top_B1 + tau * (mass_B1 / share_B1).log()
-    return rest_B1.masked_fill_(empty_B1, -torch.inf), mass_B1.masked_fill_(empty_B1, 1)
+    rest_B1 = top_B1 - largest_B1 + tau * (mass_B1 / share_B1).log()
+    v_BN = torch.cat([kept_BK - largest_B1, rest_B1.masked_fill_(empty_B1, -torch.inf)], dim=1)
+    return v_BN, mass_B1.masked_fill_(empty_B1, 1)

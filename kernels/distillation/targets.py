@@ -25,6 +25,7 @@ Objective = Literal["kl", "ce", "tail", "renormalised", "sampled", "slam"]
 Mixing = Literal["plain", "normalised", "forward"]
 OBJECTIVES: tuple[Objective, ...] = ("kl", "ce", "tail", "renormalised", "sampled", "slam")
 MIXINGS: tuple[Mixing, ...] = ("plain", "normalised", "forward")
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4  # beyond, float32 holds neither z / T nor T^2 times a loss
 FLOOR = 1e-7  # the least accuracy: keeps log(mix) finite for classes outside the candidates
 
 
@@ -34,9 +35,9 @@ class Targets:
 
     Attributes:
       logprobs: log of the target, [B, n]; the rest bucket, where there is one, is the last. A bucket without a target
-        has the least finite number, padding -inf.
-      classes: the class of each bucket but the rest, int64 [B, k], padding replaced by the row's first class; None when
-        every class is a bucket of its own.
+        has the least finite number, and so has padding; among dense labels it may also be -inf.
+      classes: the class of each bucket but the rest, int64 [B, k], padding replaced by the row's first class that is none,
+        0 where there is none; None when every class is a bucket of its own.
       padding: True where an entry of `classes` is padding, bool [B, k]; None when there is none.
       rest_temperature: tau of the rest bucket; None when there is no such bucket.
       temperature: T, which divides the buckets' logits; the loss is multiplied by its square.
@@ -44,7 +45,6 @@ class Targets:
       accuracy: SLaM's a, [B, 1]; None for the other objectives.
       flip: SLaM's coefficient of the candidates, (1 - a) / (m - 1) or (1 - a), zero elsewhere, [B, n].
       forward: SLaM's candidates share their own mass instead of the complement's.
-      truncated: the target does not sum to one, its tail having no bucket.
       certain: one class has all of the target, and the rest has none.
     """
 
@@ -57,7 +57,6 @@ class Targets:
     accuracy: Tensor | None = None
     flip: Tensor | None = None
     forward: bool = False
-    truncated: bool = False
     certain: bool = False
 
     def rows(self, index: Tensor | slice) -> Targets:
@@ -83,7 +82,6 @@ class Targets:
             take(self.accuracy),
             take(self.flip),
             self.forward,
-            self.truncated,
             self.certain,
         )
 
@@ -122,17 +120,17 @@ def prepare(
     """
     if isinstance(labels, HardLabels):
         return _hard(labels, num_classes, dtype)
-    _check(labels, num_classes, objective, temperature, accuracy)
+    _check(labels, num_classes, objective, accuracy)
     logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype, padded)
     if objective != "slam":
-        truncated = objective in ("kl", "ce") and isinstance(labels, TopKLabels)
-        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce", truncated=truncated)
+        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
     rows = logprobs.shape[:1]
     assert accuracy is not None  # `_check` refuses
     a_B1 = _per_row("accuracy", accuracy, rows, logprobs).clamp(FLOOR, 1.0)
     m_B1 = _per_row("candidates", 2 if candidates is None else candidates, rows, logprobs)
     share_B1 = 1 - a_B1 if mixing == "plain" else (1 - a_B1) / (m_B1 - 1).clamp(min=1)
-    kept = logprobs if rest is None else logprobs[:, :-1]  # the rest bucket is never a candidate
+    kept = logprobs if rest is None else logprobs[:, :-1]  # the rest bucket is never a candidate, padding the last one
+    kept = kept if padding is None else kept.masked_fill(padding, -torch.inf)
     rank_BK = kept.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     flip = torch.zeros_like(logprobs)
     flip[:, : kept.shape[1]] = share_B1 * (rank_BK < m_B1)
@@ -140,7 +138,8 @@ def prepare(
 
 
 def _hard(labels: HardLabels, num_classes: int, dtype: torch.dtype) -> Targets:
-    classes_B1 = labels.classes.long().clamp(min=0)[:, None]
+    # a negative class beside the one to ignore is refused where looking is free, and poisons its row in the kernels
+    classes_B1 = labels.classes.long().masked_fill(labels.classes == labels.ignore_index, 0)[:, None]
     of_a_row = torch.zeros(min(2, num_classes), dtype=dtype, device=classes_B1.device)
     of_a_row[1:] = torch.finfo(dtype).min
     logprobs = of_a_row.expand(len(classes_B1), -1)
@@ -164,15 +163,18 @@ def _buckets(
     if padded:
         padding = classes < 0
         logprobs = logprobs.masked_fill(padding, -torch.inf)
-        classes = torch.where(padding, classes[:, :1], classes).clamp(min=0)
-    tail = _tail(labels, logprobs, num_classes) if objective != "renormalised" else None
+        first_B1 = padding.to(torch.int8).argmin(dim=1, keepdim=True)
+        classes = torch.where(padding, classes.gather(1, first_B1), classes).clamp(min=0)
+    tail = _tail(labels, logprobs, padding, num_classes) if objective != "renormalised" else None
     if tail is not None:
         logprobs = torch.cat([logprobs, tail], dim=1)
-    logprobs = _tempered(logprobs, temperature)
-    complete = logprobs.shape[1] == num_classes and tail is None and (padding is None or not bool(padding.any()))
-    if objective == "renormalised" or complete:
+    least = torch.finfo(dtype).min  # not -inf: 0 * -inf is no 0
+    without_B1 = torch.isneginf(logprobs.amax(dim=1, keepdim=True))  # a row of padding alone has no target
+    logprobs = _tempered(logprobs.masked_fill(without_B1, 0), temperature).clamp(min=least)
+    logprobs = logprobs.masked_fill(without_B1, least)
+    if objective == "renormalised" or (padding is None and tail is None and logprobs.shape[1] == num_classes):
         return logprobs, classes, padding, None
-    nothing = torch.full_like(logprobs[:, :1], torch.finfo(dtype).min)  # not -inf: 0 * -inf is no 0
+    nothing = torch.full_like(logprobs[:, :1], least)
     if objective in ("tail", "slam"):
         return (logprobs if tail is not None else torch.cat([logprobs, nothing], 1)), classes, padding, 1.0
     kept = logprobs if tail is None else logprobs[:, :-1]
@@ -183,12 +185,18 @@ def _tempered(logprobs: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logprobs if temperature == 1 else logprobs / temperature, dim=1)
 
 
-def _tail(labels: TopKLabels | SampledLabels, logprobs: Tensor, num_classes: int) -> Tensor | None:
+def _tail(
+    labels: TopKLabels | SampledLabels, logprobs: Tensor, padding: Tensor | None, num_classes: int
+) -> Tensor | None:
     """Give the tail's log-mass as a column, or None where the label has no tail."""
-    if isinstance(labels, SampledLabels) or logprobs.shape[1] >= num_classes:
+    full = logprobs.shape[1] >= num_classes
+    if isinstance(labels, SampledLabels) or (full and padding is None):
         return None
     mass = tail_logmass(logprobs) if labels.tail_logmass is None else labels.tail_logmass
-    return mass.to(logprobs.dtype)[:, None]
+    mass_B1 = mass.to(logprobs.dtype)[:, None]
+    if full and padding is not None:  # a row that keeps every class has no others that its tail could be of
+        mass_B1 = mass_B1.masked_fill(~padding.any(dim=1, keepdim=True), -torch.inf)
+    return mass_B1
 
 
 def _per_row(name: str, value: Tensor | float, rows: torch.Size, like: Tensor) -> Tensor:
@@ -205,7 +213,6 @@ def _check(
     labels: DenseLabels | TopKLabels | SampledLabels,
     num_classes: int,
     objective: Objective,
-    temperature: float,
     accuracy: Tensor | float | None,
 ) -> None:
     width = labels.logprobs.shape[1]
@@ -213,8 +220,6 @@ def _check(
         raise ValueError(f"dense labels must have the {num_classes} classes of the logits, got {width}")
     if isinstance(labels, TopKLabels) and width > num_classes:
         raise ValueError(f"top-k labels must keep at most the {num_classes} classes of the logits, got {width}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
     if objective == "tail" and isinstance(labels, SampledLabels):
         raise ValueError("objective 'tail' needs the mass that was left out, sampled labels have none: use 'sampled'")
     if objective == "sampled" and isinstance(labels, TopKLabels):

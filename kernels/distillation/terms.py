@@ -15,7 +15,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.distillation.targets import MIXINGS, OBJECTIVES, Mixing, Objective, Targets, prepare
+from distilbeam.kernels.distillation.ranges import check_values
+from distilbeam.kernels.distillation.targets import (
+    LEAST_TEMPERATURE,
+    MIXINGS,
+    MOST_TEMPERATURE,
+    OBJECTIVES,
+    Mixing,
+    Objective,
+    Targets,
+    prepare,
+)
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels
 
 Reduction = Literal["mean", "sum", "none"]
@@ -49,6 +59,12 @@ class Options:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 <= self.hard_share <= 1:
             raise ValueError(f"hard_share must be between 0 and 1, got {self.hard_share}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE:,.0f}, got {self.temperature}"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,11 @@ def make_terms(
     if isinstance(labels, HardLabels):
         valid = _both(valid, labels.classes != labels.ignore_index)
     valid = _unless_all(valid)
-    share = 1 / _denominator(options.normalizer, valid, num_rows) if options.reduction == "mean" else 1.0
+    if options.objective == "slam":
+        check_values("accuracy", options.accuracy, valid, least=0, most=1)
+        check_values("candidates", options.candidates, valid, least=1, whole=True)
+    check_values("normalizer", options.normalizer, None, least=0, open_below=True)
+    share = 1 / _denominator(options.normalizer, valid, num_rows, dtype) if options.reduction == "mean" else 1.0
     if options.weight is not None:
         scale = _vector("weight", options.weight, num_rows).to(dtype) * share
     elif isinstance(share, Tensor):
@@ -129,17 +149,19 @@ def make_terms(
     known = HardLabels(_vector("hard", options.hard, num_rows), options.ignore_index)
     _check_classes(known, num_classes)
     has_truth = known.classes != options.ignore_index
-    share = options.hard_share * has_truth
+    share = options.hard_share * has_truth.to(dtype)
     true_class = Term(
         prepare(known, num_classes, options.objective, dtype=dtype), scale * share, _unless_all(_both(valid, has_truth))
     )
     return [Term(prepared, scale * (1 - share), valid), true_class]
 
 
-def _denominator(normalizer: Tensor | float | None, valid: Tensor | None, num_rows: int) -> Tensor | float:
+def _denominator(
+    normalizer: Tensor | float | None, valid: Tensor | None, num_rows: int, dtype: torch.dtype
+) -> Tensor | float:
     if normalizer is not None:
-        return normalizer
-    return max(num_rows, 1) if valid is None else valid.sum().clamp(min=1)
+        return normalizer.detach().to(dtype) if isinstance(normalizer, Tensor) else normalizer
+    return max(num_rows, 1) if valid is None else valid.sum().clamp(min=1).to(dtype)
 
 
 def _unless_all(valid: Tensor | None) -> Tensor | None:
@@ -161,7 +183,14 @@ def _check_classes(labels: Labels, num_classes: int) -> int:
     """Check the classes and give the least; -1, as if there were padding, where looking would wait for a device."""
     if isinstance(labels, DenseLabels) or not labels.classes.is_cpu or not labels.classes.numel():
         return -1
-    least, largest = (int(bound) for bound in torch.aminmax(labels.classes))
+    classes = labels.classes
+    if isinstance(labels, HardLabels):
+        classes = classes.masked_fill(classes == labels.ignore_index, 0)
+    least, largest = (int(bound) for bound in torch.aminmax(classes))
     if largest >= num_classes:
         raise ValueError(f"classes of the labels must be below the {num_classes} classes of the logits, got {largest}")
+    if least < 0 and isinstance(labels, HardLabels):
+        raise ValueError(
+            f"true classes must be at least 0, or ignore_index ({labels.ignore_index}) where there is none, got {least}"
+        )
     return least

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.distillation.triton_kernels import (
@@ -33,8 +34,12 @@ LOOK = 1 << 28  # numbers of a dense gradient from which it is worth to look whe
 
 def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
     """Compute the scaled loss; see `chunked.total`."""
-    sparse = all(term.targets.classes is not None for term in terms)
-    rows_B: Tensor = (_SparseRows if sparse else _Rows).apply(logits_BC, list(terms))
+    if logits_BC.stride(1) != 1:  # columns further apart would be read one by one
+        logits_BC = logits_BC.contiguous()
+    if all(term.targets.classes is not None for term in terms):
+        rows_B: Tensor = _SparseRows.apply(logits_BC, list(terms), [Kept.of(term) for term in terms])[0]
+    else:
+        rows_B = _Rows.apply(logits_BC, list(terms))[0]
     return rows_B.sum() if reduced else rows_B
 
 
@@ -68,7 +73,13 @@ class Kept(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What is left of a term's problem: the rest's logit and gradient [B], and the kept classes' gradients [B, k]."""
+    """What is left of a term's problem; see `solve_rows`.
+
+    Attributes:
+      rests: the rest's largest logit, [B].
+      rest_slopes: gradient of the rest's logit over the rest's sum, [B].
+      kept_slopes: the kept classes' gradients, [B, k].
+    """
 
     rests: Tensor
     rest_slopes: Tensor
@@ -76,43 +87,66 @@ class Solved(NamedTuple):
 
 
 class _SparseRows(torch.autograd.Function):
+    """The rows' losses; then, for the backward pass, what is left of each term's problem."""
+
     @staticmethod
-    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term]) -> Tensor:
+    def forward(logits_BC: Tensor, terms: list[Term], kept: list[Kept]) -> tuple[Tensor, ...]:
         losses_B = torch.empty_like(terms[0].scale)
-        ctx.kept, ctx.taus = [Kept.of(term) for term in terms], [term.targets.rest_temperature for term in terms]
         solved: list[Tensor] = []
-        for number, (term, kept) in enumerate(zip(terms, ctx.kept, strict=True)):
-            solved += solve(logits_BC, term, kept, losses_B, add=number > 0)[0]
-        ctx.save_for_backward(logits_BC, *solved)
-        return losses_B
+        with on_device_of(logits_BC):
+            for number, (term, one) in enumerate(zip(terms, kept, strict=True)):
+                solved += solve(logits_BC, term, one, losses_B, add=number > 0)[0]
+        return losses_B, *solved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits_BC, terms, ctx.kept = inputs
+        ctx.taus = [term.targets.rest_temperature for term in terms]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits_BC, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream_B: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        if upstream_B is None:
+            return None, None, None
         logits_BC, *solved = ctx.saved_tensors
         gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
-        for number, (kept, tau) in enumerate(zip(ctx.kept, ctx.taus, strict=True)):
-            one = Solved(*solved[3 * number : 3 * number + 3])
-            spread(logits_BC, kept, one, tau, gradient_BC, upstream_B=upstream_B, add=number > 0)
-        return gradient_BC, None
+        with on_device_of(logits_BC):
+            for number, (kept, tau) in enumerate(zip(ctx.kept, ctx.taus, strict=True)):
+                one = Solved(*solved[3 * number : 3 * number + 3])
+                spread(logits_BC, kept, one, tau, gradient_BC, upstream_B=upstream_B, add=number > 0)
+        return gradient_BC, None, None
 
 
 class _Rows(torch.autograd.Function):
+    """The rows' losses and their gradient."""
+
     @staticmethod
-    def forward(ctx: Any, logits_BC: Tensor, terms: list[Term]) -> Tensor:
+    def forward(logits_BC: Tensor, terms: list[Term]) -> tuple[Tensor, Tensor]:
         losses_B = torch.empty_like(terms[0].scale)
         gradient_BC = torch.empty(logits_BC.shape, dtype=logits_BC.dtype, device=logits_BC.device)
-        for number, term in enumerate(terms):
-            launch(logits_BC, term, losses_B, gradient_BC, add=number > 0)
-        ctx.save_for_backward(gradient_BC)
-        return losses_B
+        with on_device_of(logits_BC):
+            for number, term in enumerate(terms):
+                launch(logits_BC, term, losses_B, gradient_BC, add=number > 0)
+        return losses_B, gradient_BC
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ARG004
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_B: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream_B: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if upstream_B is None:
+            return None, None
         (gradient_BC,) = ctx.saved_tensors
         # looking waits for the device, which is cheaper than another pass over many logits, and dearer than one over few
-        if gradient_BC.numel() > LOOK and bool((upstream_B == 1).all()):
+        looking = gradient_BC.numel() > LOOK and not (upstream_B.is_cuda and torch.cuda.is_current_stream_capturing())
+        if looking and bool((upstream_B == 1).all()):
             return gradient_BC, None
         return gradient_BC * upstream_B[:, None].to(gradient_BC.dtype), None
 
@@ -123,7 +157,7 @@ def launch(
     """Compute one term's losses and their gradient.
 
     Args:
-      logits_BC: of any strides.
+      logits_BC: rows that are dense.
       term: the term.
       losses_B: float32, written or, with `add`, added to.
       gradient_BC: rows that are dense, likewise; for sparse labels and the only term of the call it may begin, row by
@@ -143,14 +177,14 @@ def launch(
 
 
 def _dense(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor, add: bool) -> None:
-    (rows, classes), strides, targets = logits_BC.shape, logits_BC.stride(), term.targets
+    (rows, classes), stride, targets = logits_BC.shape, logits_BC.stride(0), term.targets
     valid_B = (
         torch.ones(rows, dtype=torch.int8, device=logits_BC.device) if term.valid is None else term.valid.to(torch.int8)
     )
     logy_BC = targets.logprobs.contiguous()
     if classes > MOST_IN_REGISTERS:
         dense_sweeps[(rows,)](
-            logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, *strides, targets.temperature,
+            logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, stride, targets.temperature,
             ENTROPY=targets.entropy, ADD=add, **LONG_DENSE,
         )  # fmt: skip
         return
@@ -159,7 +193,7 @@ def _dense(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     block = next_power_of_2(classes)
     dense_rows[(rows,)](
         logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
-        classes, *strides, targets.temperature, BLOCK=block, num_warps=dense_warps(block),
+        classes, stride, targets.temperature, BLOCK=block, num_warps=dense_warps(block),
         ENTROPY=targets.entropy, SLAM=targets.flip is not None, FORWARD=targets.forward, ADD=add,
     )  # fmt: skip
 
@@ -170,7 +204,7 @@ def solve(
     """Compute one term's losses, and what the gradient needs of its problem.
 
     Args:
-      logits_BC: of any strides.
+      logits_BC: rows that are dense.
       term: the term, with sparse labels.
       kept: its kept classes.
       losses_B: float32, written or, with `add`, added to.
@@ -193,7 +227,7 @@ def solve(
     solve_rows[(rows,)](
         logits_BC, _or(bias_C, logits_BC), bits_BW, kept.classes, _or(kept.padding, bits_BW), logy_BK, logy_rest_B,
         flip_BK, accuracy_B, term.scale, _or(kept.valid, bits_BW), losses_B, *solved,
-        classes, *logits_BC.stride(), words, targets.temperature, _or(targets.rest_temperature, 1.0),
+        classes, logits_BC.stride(0), words, targets.temperature, _or(targets.rest_temperature, 1.0),
         REST=targets.rest_temperature is not None, ENTROPY=targets.entropy, SLAM=targets.flip is not None,
         FORWARD=targets.forward, ADD=add, BIAS=bias_C is not None, **kept.flags(), **solving_block(classes),
     )  # fmt: skip
@@ -236,7 +270,7 @@ def spread(
         bits_BW = torch.empty(rows * parts, words_of(span), dtype=torch.int32, device=logits_BC.device)
     spread_rows[(rows, parts)](
         logits_BC, _or(bias_C, logits_BC), bits_BW, kept.classes, _or(kept.padding, bits_BW), *solved,
-        _or(upstream_B, solved.rests), _or(kept.valid, bits_BW), gradient_BC, classes, span, *logits_BC.stride(),
+        _or(upstream_B, solved.rests), _or(kept.valid, bits_BW), gradient_BC, classes, span, logits_BC.stride(0),
         gradient_BC.stride(0), 0 if upstream_B is None else upstream_B.stride(0), bits_BW.shape[1], _or(tau, 1.0),
         REST=tau is not None, SCALED=upstream_B is not None, MARKED=marked, IN_PLACE=in_place, ADD=add,
         BIAS=bias_C is not None, **kept.flags(), **spreading_block(span),

@@ -45,8 +45,10 @@ def _bucket_problem(
     NOTHING = -float("inf")
     u, u_rest = v / T, v_rest / T
     top = tl.maximum(tl.max(u, axis=0), u_rest)
+    top = tl.where(top == NOTHING, 0.0, top)  # where no bucket exists, the loss is 0
     e, e_rest = tl.exp(u - top), tl.exp(u_rest - top)
     total = tl.sum(e, axis=0) + e_rest
+    total = tl.where(total == 0.0, 1.0, total)
     f, f_rest = e / total, e_rest / total
     logf, logf_rest = u - top - tl.log(total), u_rest - top - tl.log(total)
     y = tl.where(v == NOTHING, 0.0, tl.exp(logy))
@@ -77,14 +79,29 @@ def _bucket_problem(
 
 @triton.jit
 def mark_row(words_row, ids, there, words, BLOCK: tl.constexpr):
-    """Set a row's bits of the classes `ids` where they are `there`, and clear all others; ends with a barrier."""
+    """Set a row's bits of the classes `ids` where they are `there`, and clear all others; ends with a barrier.
+
+    Gives one where a class is named twice.
+    """
     for start in range(0, words, BLOCK):
         word = start + tl.arange(0, BLOCK)
         tl.store(words_row + word, tl.zeros([BLOCK], tl.int32), mask=word < words)
     tl.debug_barrier()
     bit = tl.full(ids.shape, 1, tl.int32) << (ids % 32)
-    tl.atomic_or(words_row + ids // 32, bit, mask=there, sem="relaxed")
+    before = tl.atomic_or(words_row + ids // 32, bit, mask=there, sem="relaxed")
     tl.debug_barrier()
+    return tl.max((there & ((before & bit) != 0)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _together(g, ids, there, K: tl.constexpr):
+    """Give each entry the sum of the gradients of all entries of its class."""
+    k = tl.arange(0, g.shape[0])
+    sums = tl.zeros(g.shape, tl.float32)
+    for entry in range(K):
+        one = tl.sum(tl.where(k == entry, ids, 0), axis=0)
+        sums = tl.where(k == entry, tl.sum(tl.where(there & (ids == one), g, 0.0), axis=0), sums)
+    return sums
 
 
 @triton.jit
@@ -98,7 +115,7 @@ def mark_rows(classes, bits, first, size, words, K: tl.constexpr, KP: tl.constex
 
 @triton.jit
 def _others(
-    z_row, bias, words_row, start, C, column_stride, counts,
+    z_row, bias, words_row, start, C, counts,
     BLOCK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Logits of a block of octets, float32 [BLOCK / 8, 8], -inf where a class is kept or does not exist."""
@@ -106,7 +123,7 @@ def _others(
     j = start + octet * OCTET + lane
     word = (start + octet * OCTET) // 32
     marks = tl.load(words_row + word, mask=start + octet * OCTET < C, other=0) >> (octet * OCTET % 32)
-    z = tl.load(z_row + j * column_stride, mask=j < C, other=-float("inf")).to(tl.float32)
+    z = tl.load(z_row + j, mask=j < C, other=-float("inf")).to(tl.float32)
     if BIAS:
         z += tl.load(bias + j, mask=j < C, other=0.0).to(tl.float32)
     return tl.where((((marks >> lane) & 1) == 0) & counts, z, -float("inf")), j
@@ -115,15 +132,16 @@ def _others(
 @triton.jit
 def solve_rows(
     logits, bias, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid,
-    losses, rests, rest_slopes, kept_slopes, C, row_stride, column_stride, words, T, tau,
+    losses, rests, rest_slopes, kept_slopes, C, row_stride, words, T, tau,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     BIAS: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
     REST: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Solve the problem of a row of [B, C] logits with k kept classes.
 
-    Left for `spread_rows` are the rest's logit, +inf where there is no rest, and the scaled gradients by it and by the
-    kept classes' logits. `classes` repeats the row's first where `padding` is set.
+    Left for `spread_rows` are the rest's largest logit, +inf where there is no rest, the scaled gradient by the rest's logit
+    over the rest's sum, and those by the kept classes' logits, of entries that name one class each their sum. A class that
+    does not exist makes all of them NaN: nobody has looked at the classes before.
     """
     NOTHING = -float("inf")
     row = tl.program_id(0).to(tl.int64)
@@ -134,51 +152,63 @@ def solve_rows(
     k = tl.arange(0, KP)
     here = k < K
     ids = tl.load(classes + row * K + k, mask=here, other=0)
-    absent = k >= K
+    there = here
     if PADDED:
-        absent = absent | (tl.load(padding + row * K + k, mask=here, other=1) != 0)
-    v = tl.load(z_row + ids * column_stride, mask=here & counts, other=0.0).to(tl.float32)
+        there = there & (tl.load(padding + row * K + k, mask=here, other=1) == 0)
+    outside = there & ((ids < 0) | (ids >= C))
+    poison = tl.where(tl.max(outside.to(tl.int32), axis=0) > 0, float("nan"), 0.0)
+    there = there & (outside == 0)
+    ids = tl.where(there, ids, 0)
+    v = tl.load(z_row + ids, mask=there & counts, other=0.0).to(tl.float32)
     if BIAS:
-        v += tl.load(bias + ids, mask=here, other=0.0).to(tl.float32)
-    v = tl.where(absent, NOTHING, v)
+        v += tl.load(bias + ids, mask=there, other=0.0).to(tl.float32)
+    v = tl.where(there, v, NOTHING)
     target = tl.load(logy + row * K + k, mask=here, other=NOTHING)
     flips, a = tl.zeros([KP], tl.float32), 1.0
     if SLAM:
         flips = tl.load(flip + row * K + k, mask=here, other=0.0)
         a = tl.load(accuracy + row)
-    rest, target_rest = NOTHING, NOTHING
+    rest, target_rest, best, sums, twice = NOTHING, NOTHING, NOTHING, 1.0, 0
     by_tau = LOG2_E / tau  # exponentials are powers of two, which the hardware has
+    if REST or K > 1:
+        twice = mark_row(words_row, ids, there, words, BLOCK // 8)
+    largest = tl.max(v, axis=0)  # logits are counted from it: what all have in common takes no digits from them
     if REST:
-        mark_row(words_row, ids, here, words, BLOCK // 8)
         top = tl.full([BLOCK // OCTET], NOTHING, tl.float32)
         total = tl.zeros([BLOCK // OCTET], tl.float32)
         for start in range(0, C, BLOCK):  # a maximum and a sum in every octet: one reduction over all at the end
-            z, _ = _others(z_row, bias, words_row, start, C, column_stride, counts, BLOCK, BIAS)
+            z, _ = _others(z_row, bias, words_row, start, C, counts, BLOCK, BIAS)
             higher = tl.maximum(top, tl.max(z, axis=1))
             safe = tl.where(higher == NOTHING, 0.0, higher)
             total = total * tl.exp2((top - safe) * by_tau) + tl.sum(tl.exp2((z - safe[:, None]) * by_tau), axis=1)
             top = higher
         best = tl.max(top, axis=0)
         safe_best = tl.where(best == NOTHING, 0.0, best)
-        rest = best + tau * tl.log(tl.sum(total * tl.exp2((top - safe_best) * by_tau), axis=0))
-        rest = tl.where(best == NOTHING, NOTHING, rest)
+        sums = tl.sum(total * tl.exp2((top - safe_best) * by_tau), axis=0)
+        sums = tl.where(best == NOTHING, 1.0, sums)
+        largest = tl.maximum(largest, best)
+        largest = tl.where(largest == NOTHING, 0.0, largest)
+        rest = tl.where(best == NOTHING, NOTHING, best - largest + tau * tl.log(sums))
         target_rest = tl.load(logy_rest + row)
-    loss, g, g_rest = _bucket_problem(v, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
-    factor = tl.where(counts, tl.load(scale + row), 0.0)
+    largest = tl.where(largest == NOTHING, 0.0, largest)
+    loss, g, g_rest = _bucket_problem(v - largest, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
+    if twice > 0:
+        g = _together(g, ids, there, K)
+    factor = tl.where(counts, tl.load(scale + row), 0.0) + poison
     loss = tl.where(counts, loss * factor, 0.0)
     if ADD:
         loss += tl.load(losses + row)
     tl.store(losses + row, loss)
     tl.store(kept_slopes + row * K + k, tl.where(counts, g * factor, 0.0), mask=here)
     if REST:
-        tl.store(rests + row, tl.where(rest == NOTHING, float("inf"), rest))
-        tl.store(rest_slopes + row, tl.where(counts, g_rest * factor, 0.0))
+        tl.store(rests + row, tl.where(best == NOTHING, float("inf"), best))
+        tl.store(rest_slopes + row, tl.where(counts, g_rest * factor / sums, 0.0))
 
 
 @triton.jit
 def spread_rows(
     logits, bias, bits, classes, padding, rests, rest_slopes, kept_slopes, upstream, valid, gradient,
-    C, span, row_stride, column_stride, gradient_stride, upstream_stride, words, tau,
+    C, span, row_stride, gradient_stride, upstream_stride, words, tau,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     BIAS: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
     REST: tl.constexpr, SCALED: tl.constexpr, MARKED: tl.constexpr, IN_PLACE: tl.constexpr, ADD: tl.constexpr,
@@ -193,7 +223,7 @@ def spread_rows(
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * span
     size = tl.minimum(span, C - first)
-    z_row = logits + row * row_stride + first * column_stride
+    z_row = logits + row * row_stride + first
     g_row = gradient + row * gradient_stride + first
     words_row = bits + (row * tl.num_programs(1) + tl.program_id(1)) * words
     counts = row >= 0
@@ -202,6 +232,8 @@ def spread_rows(
     k = tl.arange(0, KP)
     ids = tl.load(classes + row * K + k, mask=k < K, other=-1) - first
     there = (k < K) & (ids >= 0) & (ids < size)
+    if PADDED:
+        there = there & (tl.load(padding + row * K + k, mask=there, other=1) == 0)
     ids = tl.where(there, ids, 0)
     factor = 1.0
     if SCALED:
@@ -212,15 +244,15 @@ def spread_rows(
         shift, g_rest = tl.load(rests + row), tl.load(rest_slopes + row) * factor
         if not MARKED:
             mark_row(words_row, ids, there, words, BLOCK // 8)
-    if PADDED:
-        there = there & (tl.load(padding + row * K + k, mask=there, other=1) == 0)
+    else:
+        poison = 0.0 * tl.sum(tl.load(kept_slopes + row * K + k, mask=k < K, other=0.0), axis=0)
     for start in range(0, size, BLOCK):
         if REST:
-            z, j = _others(z_row, bias + first, words_row, start, size, column_stride, counts, BLOCK, BIAS)
+            z, j = _others(z_row, bias + first, words_row, start, size, counts, BLOCK, BIAS)
             slope = tl.where(z == NOTHING, 0.0, g_rest * tl.exp2((z - shift) * by_tau))
         else:
             j = start + tl.arange(0, BLOCK // OCTET)[:, None] * OCTET + tl.arange(0, OCTET)[None, :]
-            slope = tl.zeros([BLOCK // OCTET, OCTET], tl.float32)
+            slope = tl.zeros([BLOCK // OCTET, OCTET], tl.float32) + poison
         if ADD:
             slope += tl.load(g_row + j, mask=j < size, other=0.0).to(tl.float32)
         if IN_PLACE:
@@ -229,13 +261,14 @@ def spread_rows(
     tl.debug_barrier()  # the kept classes are stored over the zeros that the sweep left in their places
     if ADD:
         g += tl.load(g_row + ids, mask=there, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # entries of one class have one sum, which each of them stores
     tl.store(g_row + ids, g.to(gradient.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def dense_rows(
     logits, logy, flip, accuracy, scale, valid, losses, gradient,
-    C, row_stride, column_stride, T,
+    C, row_stride, T,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One row of [B, C] logits with a target for every class; C is at most BLOCK."""
@@ -244,8 +277,10 @@ def dense_rows(
     counts = tl.load(valid + row) != 0
     j = tl.arange(0, BLOCK)
     here = j < C
-    v = tl.load(logits + row * row_stride + j * column_stride, mask=here & counts, other=0.0).to(tl.float32)
+    v = tl.load(logits + row * row_stride + j, mask=here & counts, other=0.0).to(tl.float32)
     v = tl.where(here, v, NOTHING)
+    largest = tl.max(v, axis=0)
+    v -= tl.where(largest == NOTHING, 0.0, largest)
     target = tl.load(logy + row * C + j, mask=here, other=NOTHING)
     flips, a = tl.zeros([BLOCK], tl.float32), 1.0
     if SLAM:
@@ -263,7 +298,7 @@ def dense_rows(
 
 @triton.jit
 def dense_sweeps(
-    logits, logy, scale, valid, losses, gradient, C, row_stride, column_stride, T,
+    logits, logy, scale, valid, losses, gradient, C, row_stride, T,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """One row of [B, C] logits with a target for every class, of any length, without SLaM's mixing."""
@@ -278,7 +313,7 @@ def dense_sweeps(
     for start in range(0, C, BLOCK):
         j = start + octets
         here = (j < C) & counts
-        z = tl.load(z_row + j * column_stride, mask=here, other=NOTHING, eviction_policy="evict_last").to(tl.float32)
+        z = tl.load(z_row + j, mask=here, other=NOTHING, eviction_policy="evict_last").to(tl.float32)
         target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_last")
         higher = tl.maximum(top, tl.max(z, axis=1))
         safe = tl.where(higher == NOTHING, 0.0, higher)
@@ -295,7 +330,7 @@ def dense_sweeps(
     for passed in range(0, C, BLOCK):
         j = last - passed + octets
         here = (j < C) & counts
-        z = tl.load(z_row + j * column_stride, mask=here, other=NOTHING, eviction_policy="evict_first").to(tl.float32)
+        z = tl.load(z_row + j, mask=here, other=NOTHING, eviction_policy="evict_first").to(tl.float32)
         target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_first")
         logf = tl.where(z == NOTHING, NOTHING, (z - best) / T - whole)
         y = tl.where(z == NOTHING, 0.0, tl.exp(target))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.laurel.operands import Gradients, Kept, Made, Operands, Slopes, Wanted
 from distilbeam.kernels.quantize.formats import Format
 
@@ -25,37 +26,47 @@ class Backend(Protocol):
 
 
 class Plan(NamedTuple):
-    """How to compute, and whether alpha, beta and gamma are learned."""
+    """How to compute, and which gradients somebody wants."""
 
     backend: Backend
     target: Format | None
-    learned: tuple[bool, bool, bool]
+    wanted: Wanted
 
 
 class LaurelFunction(torch.autograd.Function):
-    """x', then its normalised form or, when that is quantised, what stands for it, the values and their scale."""
+    """x', then its normalised form or, when that is quantised, what stands for it, the values and their scale.
+
+    The last two results are what the backward pass needs of the forward pass: x A, and 1 / root mean square.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute; None in the places of what was not asked for."""
         operands = _operands(tensors)
-        made = plan.backend.forward(operands, plan.target)
-        wanted = _wanted(ctx.needs_input_grad[1:], plan.learned)
-        ctx.plan, ctx.wanted = plan, wanted
+        with on_device_of(operands.update):
+            made = plan.backend.forward(operands, plan.target)
+        if plan.target is None:
+            return made.total, made.normed, None, None, made.low, made.inverse
+        normed = made.total.new_zeros((), dtype=operands.update.dtype).expand(made.total.shape)
+        return made.total, normed, made.values, made.scale, made.low, made.inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        """Keep what the gradients that are wanted need."""
+        plan, *tensors = inputs
+        wanted: Wanted = plan.wanted
+        ctx.plan = plan
         ctx.dtypes = [None if x is None else x.dtype for x in tensors]
         ctx.set_materialize_grads(False)
-        f, x, coefficients, down, up, norm_weight, previous = operands
-        kept_x = x if wanted.beta or wanted.maps else None
-        total = made.total if norm_weight is not None else None
+        total, _, values, scale, low, inverse = output
+        ctx.mark_non_differentiable(*(x for x in (values, scale, low, inverse) if x is not None))
+        f, x, coefficients, down, up, norm_weight, previous = _operands(tuple(tensors))
+        ctx.rows = (f.dtype, x.dtype, *(p.dtype for p in previous))
         ctx.save_for_backward(
-            f if wanted.alpha else None, kept_x, coefficients, down, up, norm_weight, total,
-            made.low if wanted.beta or wanted.maps else None, made.inverse, *(previous if wanted.gamma else ()),
+            f if wanted.alpha else None, x if wanted.beta or wanted.maps else None, coefficients, down, up, norm_weight,
+            total if norm_weight is not None else None, low if wanted.beta or wanted.maps else None, inverse,
+            *(previous if wanted.gamma else ()),
         )  # fmt: skip
-        if plan.target is None:
-            return made.total, made.normed, None, None
-        assert made.values is not None
-        ctx.mark_non_differentiable(made.values, made.scale)
-        return made.total, made.total.new_zeros(()).expand(made.total.shape), made.values, made.scale
 
     @staticmethod
     @once_differentiable
@@ -64,12 +75,21 @@ class LaurelFunction(torch.autograd.Function):
         if total is None and normed is None:
             return (None,) * (1 + len(ctx.dtypes))
         f, x, coefficients, down, up, norm_weight, stored, low, inverse, *previous = ctx.saved_tensors
-        kept = Kept(f, x, coefficients, down, up, norm_weight, previous, stored, low, inverse)
-        with torch.autocast(coefficients.device.type, enabled=False):  # a backward pass may be called inside of one
-            found = ctx.plan.backend.backward(kept, Slopes(total, normed), ctx.wanted)
+        kept = Kept(ctx.rows, f, x, coefficients, down, up, norm_weight, previous, stored, low, inverse)
+        # a backward pass may be called inside of autocast
+        with torch.autocast(coefficients.device.type, enabled=False), on_device_of(coefficients):
+            found = ctx.plan.backend.backward(kept, Slopes(total, normed), ctx.plan.wanted)
         # previous may be empty where none is wanted
         flat = [*found[:FIXED], *(found.previous or [None] * (len(ctx.dtypes) - FIXED))]
         return None, *(None if g is None else g.to(dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True))
+
+
+def wanted_of(tensors: tuple[Tensor | None, ...], learned: tuple[bool, bool, bool]) -> Wanted:
+    """Say which gradients somebody wants of the operands, in the order of `LaurelFunction`'s."""
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    update, residual, coefficients, down, up, norm_weight, *previous = needed
+    alpha, beta, gamma = (one and coefficients for one in learned)
+    return Wanted(update, residual, alpha, beta, gamma, down or up, norm_weight, any(previous))
 
 
 def _operands(tensors: tuple[Tensor | None, ...]) -> Operands:
@@ -78,8 +98,3 @@ def _operands(tensors: tuple[Tensor | None, ...]) -> Operands:
     assert x is not None
     assert coefficients is not None
     return Operands(f, x, coefficients, down, up, norm_weight, [p for p in previous if p is not None])
-
-
-def _wanted(needed: tuple[bool, ...], learned: tuple[bool, bool, bool]) -> Wanted:
-    update, residual, _, down, up, norm_weight, *previous = needed
-    return Wanted(update, residual, *learned, down or up, norm_weight, any(previous))

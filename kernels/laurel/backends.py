@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distilbeam.kernels.laurel import chunked
 from distilbeam.kernels.laurel.autograd import Backend
+from distilbeam.kernels.laurel.operands import stream_of
 from distilbeam.kernels.quantize.formats import FORMATS
 from distilbeam.kernels.quantize.interface import triton_refusals
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, triton_reasons
@@ -20,11 +21,12 @@ MOST_RANK = 64  # whose low-rank products fit the kernels' registers
 
 
 def backends(
-    update: Tensor, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None
+    update: Tensor, residual: Tensor, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None
 ) -> dict[str, Reasons]:
     """Order the backends for a call: on a GPU the fused kernel, on a CPU autograd while the tensors are small."""
-    triton: dict[str, Reasons] = {"triton": lambda: _triton(update, down, previous, quantize)}
-    pallas: dict[str, Reasons] = {"pallas": lambda: _pallas(update)}
+    stream = stream_of(update, residual, previous)
+    triton: dict[str, Reasons] = {"triton": lambda: _triton(update, stream, down, previous, quantize)}
+    pallas: dict[str, Reasons] = {"pallas": lambda: [*pallas_reasons(), *_wide(stream)]}
     if update.is_cuda:
         return {**triton, "chunked": never, "reference": never, **pallas}
     # a traced graph serves every number of rows, and compilers fuse the reference
@@ -46,10 +48,12 @@ def module_of(name: str) -> Backend:
     return cast("Backend", chunked)
 
 
-def _triton(update: Tensor, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None) -> list[str]:
+def _triton(
+    update: Tensor, stream: torch.dtype, down: Tensor | None, previous: Sequence[Tensor], quantize: str | None
+) -> list[str]:
     reasons = triton_reasons(update) if quantize is None else triton_refusals(FORMATS[quantize], update)
-    if quantize is None:
-        reasons += _wide(update)
+    if quantize is None or update.dtype != stream:
+        reasons += _wide(stream)
     if down is not None and down.shape[1] > MOST_RANK:
         reasons.append(f"the rank is at most {MOST_RANK} there, got {down.shape[1]}")
     if len(previous) > MOST_PREVIOUS:
@@ -57,11 +61,7 @@ def _triton(update: Tensor, down: Tensor | None, previous: Sequence[Tensor], qua
     return reasons
 
 
-def _pallas(update: Tensor) -> list[str]:
-    return [*pallas_reasons(), *_wide(update)]
-
-
-def _wide(update: Tensor) -> list[str]:
-    if update.element_size() <= 4:
+def _wide(stream: torch.dtype) -> list[str]:
+    if stream.itemsize <= 4:
         return []
-    return [f"it computes in float32, the update is {str(update.dtype).removeprefix('torch.')}"]
+    return [f"it computes in float32, the update is {str(stream).removeprefix('torch.')}"]

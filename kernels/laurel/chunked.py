@@ -37,9 +37,9 @@ def forward(operands: Operands, target: Format | None) -> Made:
       What was made.
     """
     f, x, coefficients, down, _, norm_weight, _ = operands
-    dtype, rows = width_of(f.dtype), len(f)
+    dtype, rows = width_of(operands.stream), len(f)
     made = Made(
-        total=torch.empty(f.shape, dtype=f.dtype, device=f.device),
+        total=torch.empty(f.shape, dtype=operands.stream, device=f.device),
         low=None if down is None else x.new_empty(rows, down.shape[1], dtype=dtype),
         inverse=None if norm_weight is None else x.new_empty(rows, 1, dtype=dtype),
         normed=torch.empty_like(f) if norm_weight is not None and target is None else None,
@@ -126,7 +126,7 @@ class _Sums:
     """The gradients, filled block by block."""
 
     def __init__(self, kept: Kept, like: Tensor, wanted: Wanted) -> None:
-        self.kept, self.wanted, self.dtype = kept, wanted, width_of(like.dtype)
+        self.kept, self.wanted, self.dtype = kept, wanted, width_of(kept.stream)
         self.factors: list[float] = kept.coefficients.tolist()
 
         def zeros(shape: Any, when: bool) -> Tensor | None:
@@ -135,9 +135,9 @@ class _Sums:
         self.down, self.up, self.weight = (
             None if x is None else x.to(self.dtype) for x in (kept.down, kept.up, kept.norm_weight)
         )
-        self.update = torch.empty_like(like) if wanted.update else None
-        self.residual = torch.empty_like(like) if wanted.residual else None
-        self.previous = [torch.empty_like(like) for _ in self.factors[2:]] if wanted.previous else []
+        of_rows = [torch.empty_like(like, dtype=dtype) if want else None for dtype, want in _rows(kept, wanted)]
+        self.update, self.residual = of_rows[:2]
+        self.previous = [x for x in of_rows[2:] if x is not None]
         self.d_coefficients = torch.zeros(len(self.factors), dtype=torch.float64, device=like.device)
         self.d_down = zeros(None if kept.down is None else kept.down.shape, wanted.maps and kept.down is not None)
         self.d_up = zeros(None if kept.up is None else kept.up.shape, wanted.maps and kept.up is not None)
@@ -211,6 +211,12 @@ class _Sums:
         if self.wanted.alpha or self.wanted.beta or self.wanted.gamma:
             coefficients = self.d_coefficients
         return Gradients(self.update, self.residual, coefficients, self.d_down, self.d_up, self.d_weight, self.previous)
+
+
+def _rows(kept: Kept, wanted: Wanted) -> list[tuple[torch.dtype, bool]]:
+    """Give the dtypes of the rows' gradients, and whether they are wanted."""
+    asked = [wanted.update, wanted.residual, *[wanted.previous] * (len(kept.dtypes) - 2)]
+    return list(zip(kept.dtypes, asked, strict=True))
 
 
 def _write(place: Tensor, x: Tensor, factor: float) -> None:

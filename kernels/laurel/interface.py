@@ -10,10 +10,10 @@ from torch import Tensor
 
 from distilbeam.kernels.compiling import not_compiled, not_narrowed
 from distilbeam.kernels.laurel import reference
-from distilbeam.kernels.laurel.autograd import LaurelFunction, Plan
+from distilbeam.kernels.laurel.autograd import Backend, LaurelFunction, Plan, wanted_of
 from distilbeam.kernels.laurel.backends import backends, module_of
-from distilbeam.kernels.laurel.operands import NormedResidual, width_of
-from distilbeam.kernels.quantize.formats import FORMATS, QuantizedRows, stand_in
+from distilbeam.kernels.laurel.operands import NormedResidual, stream_of, width_of
+from distilbeam.kernels.quantize.formats import FORMATS, Format, QuantizedRows, stand_in
 from distilbeam.kernels.quantize.interface import quantize_rowwise
 from distilbeam.kernels.resolve import resolve
 
@@ -106,8 +106,8 @@ def laurel_residual(
         None chooses by size and device.
 
     Returns:
-      x' in the dtype of `update`, [..., D]; with `norm_weight` a NormedResidual, whose second part is the norm of x' as
-      it is stored.
+      x' in the dtype that `update`, `residual` and `previous` are promoted to, [..., D]; with `norm_weight` a
+      NormedResidual, whose second part is the norm of x' as it is stored, in the dtype of `update`.
 
     Raises:
       ValueError: shapes disagree, or parts that belong together are not given together.
@@ -123,15 +123,16 @@ def laurel_residual(
       Menghani et al., Learned Augmented Residual Layer, arXiv:2411.07501, section 2.
     """
     _check(update, residual, down, up, norm_weight, quantize, previous, gamma)
-    name = resolve("laurel_residual", implementation, backends(update, down, previous, quantize))
+    name = resolve("laurel_residual", implementation, backends(update, residual, down, previous, quantize))
     with not_narrowed(update.device.type):
         if name == "reference":
             total = reference.residual_sum(update, residual, alpha, beta, down, up, previous, gamma)
-            return total if norm_weight is None else _normed_by_reference(total, norm_weight, quantize)
+            return total if norm_weight is None else _normed_by_reference(total, norm_weight, quantize, update.dtype)
         learned = _learned(alpha), _learned(beta), _learned(gamma)
-        plan = Plan(module_of(name), None if quantize is None else FORMATS[quantize], learned)
-        small = (_coefficients(update, alpha, beta, gamma), down, up, norm_weight)
-        made: list[Tensor] = _by_backend(plan, [update, residual, *previous], small)
+        coefficients = _coefficients(update, width_of(stream_of(update, residual, previous)), alpha, beta, gamma)
+        target = None if quantize is None else FORMATS[quantize]
+        small = (coefficients, down, up, norm_weight)
+        made: list[Tensor] = _by_backend(module_of(name), target, learned, [update, residual, *previous], small)
         whole, normed, values, scale = made
     if norm_weight is None:
         return whole
@@ -141,28 +142,35 @@ def laurel_residual(
 
 
 @not_compiled  # a kernel already
-def _by_backend(plan: Plan, rows: list[Tensor], small: tuple[Tensor | None, ...]) -> list[Any]:
+def _by_backend(
+    backend: Backend,
+    target: Format | None,
+    learned: tuple[bool, bool, bool],
+    rows: list[Tensor],
+    small: tuple[Tensor | None, ...],
+) -> list[Any]:
     shape = rows[0].shape
     flat = [x.reshape(-1, shape[-1]) for x in rows]
-    made = LaurelFunction.apply(plan, *flat[:2], *small, *flat[2:])
+    tensors = (*flat[:2], *small, *flat[2:])
+    made = LaurelFunction.apply(Plan(backend, target, wanted_of(tensors, learned)), *tensors)[:4]
     return [None if x is None else x.reshape(*shape[:-1], x.shape[-1]) for x in made]
 
 
 def _normed_by_reference(
-    total: Tensor, norm_weight: Tensor, quantize: Quantized | None
+    total: Tensor, norm_weight: Tensor, quantize: Quantized | None, dtype: torch.dtype
 ) -> NormedResidual[Tensor] | NormedResidual[QuantizedRows]:
     normed = reference.rms_norm(total, norm_weight)
     if quantize is None:
-        return NormedResidual(total, normed.to(total.dtype))
+        return NormedResidual(total, normed.to(dtype))
     rows = quantize_rowwise(normed.detach(), FORMATS[quantize].dtype, implementation="reference")
-    return NormedResidual(total, QuantizedRows(rows.values, rows.scale, stand_in(normed.to(total.dtype))))
+    return NormedResidual(total, QuantizedRows(rows.values, rows.scale, stand_in(normed.to(dtype))))
 
 
 def _coefficients(
-    update: Tensor, alpha: Tensor | float | None, beta: Tensor | float | None, gamma: Tensor | None
+    update: Tensor, dtype: torch.dtype, alpha: Tensor | float | None, beta: Tensor | float | None, gamma: Tensor | None
 ) -> Tensor:
     """Put alpha, beta and the gammas into one tensor, through which autograd reaches each."""
-    dtype, device = width_of(update.dtype), update.device
+    device = update.device
     parts = [
         x.to(device=device, dtype=dtype).reshape(1)
         if isinstance(x, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -47,12 +48,17 @@ class Operands(NamedTuple):
     norm_weight: Tensor | None
     previous: Sequence[Tensor]
 
+    @property
+    def stream(self) -> torch.dtype:
+        """The dtype of x'."""
+        return stream_of(self.update, self.residual, self.previous)
+
 
 class Made(NamedTuple):
     """What the forward pass makes.
 
     Attributes:
-      total: x' in the dtype of the update, [M, D].
+      total: x' in the dtype that holds update, residual and earlier ones, [M, D].
       low: x A, [M, r], or None.
       inverse: 1 / root mean square of x', [M, 1], or None.
       normed: [M, D] in the dtype of the update, or None.
@@ -82,7 +88,12 @@ class Wanted(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass is given; None where nobody wants what it is for."""
+    """What the backward pass is given; None where nobody wants what it is for.
+
+    `dtypes` are those of update, residual and earlier residuals, and of their gradients.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
 
     update: Tensor | None
     residual: Tensor | None
@@ -94,6 +105,11 @@ class Kept(NamedTuple):
     total: Tensor | None
     low: Tensor | None
     inverse: Tensor | None
+
+    @property
+    def stream(self) -> torch.dtype:
+        """The dtype of x'."""
+        return functools.reduce(torch.promote_types, self.dtypes)
 
 
 class Slopes(NamedTuple):
@@ -113,6 +129,11 @@ class Gradients(NamedTuple):
     up: Tensor | None
     norm_weight: Tensor | None
     previous: Sequence[Tensor]
+
+
+def stream_of(update: Tensor, residual: Tensor, previous: Sequence[Tensor] = ()) -> torch.dtype:
+    """Give the dtype of a sum of rows: narrow updates, as autocast makes them, do not narrow what they are added to."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in (residual, *previous)), update.dtype)
 
 
 def width_of(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,9 @@ def forward(operands: Operands, target: Format | None) -> Made:
     if not f.numel():
         return chunked.forward(operands, target)
     given = [_array(one) for one in (f, x, *small)]
-    made = pallas_kernels.forward(*given, [_array(p) for p in previous], target, interpret=interpreting_pallas())
+    stream = str(operands.stream).removeprefix("torch.")
+    earlier = [_array(p) for p in previous]
+    made = pallas_kernels.forward(*given, earlier, target, stream, interpret=interpreting_pallas())
     return Made(**{name: to_torch(value) for name, value in made.items()})
 
 
@@ -32,8 +34,9 @@ def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
     rows = next(slope for slope in slopes if slope is not None)
     if not rows.numel():
         return chunked.backward(kept, slopes, wanted)
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in kept.dtypes)
     found = pallas_kernels.backward(
-        _there(given), _array(kept.coefficients), _there(above), wanted, interpret=interpreting_pallas()
+        _there(given), _array(kept.coefficients), _there(above), wanted, dtypes, interpret=interpreting_pallas()
     )
     made = {name: to_torch(value) for name, value in found.items()}
     count = len(kept.coefficients)

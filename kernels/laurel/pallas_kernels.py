@@ -30,7 +30,7 @@ def block_rows(dim: int) -> int:
     return max(32, min(512, BLOCK_ELEMENTS // dim // 32 * 32))
 
 
-@functools.partial(jax.jit, static_argnames=("target", "interpret"))
+@functools.partial(jax.jit, static_argnames=("target", "stream", "interpret"))
 def forward(
     update: Any,
     residual: Any,
@@ -40,6 +40,7 @@ def forward(
     norm_weight: Any,
     previous: Sequence[Any],
     target: Format | None = None,
+    stream: str | None = None,
     *,
     interpret: bool = False,
 ) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def forward(
       norm_weight: [D], or None.
       previous: k earlier residuals, [M, D].
       target: format to quantise the normalised form to, or None.
+      stream: dtype of x'; None for the update's.
       interpret: run the kernel in Pallas' interpreter, on any device.
 
     Returns:
@@ -61,7 +63,7 @@ def forward(
     """
     rows, dim = update.shape
     given = {"f": update, "x": residual, **_numbered("p", previous), **_maps(down, up, norm_weight)}
-    results = {"total": (dim, update.dtype)}
+    results = {"total": (dim, jnp.dtype(stream or update.dtype))}
     if down is not None:
         results["low"] = (down.shape[1], jnp.float32)
     if norm_weight is not None:
@@ -74,9 +76,15 @@ def forward(
     return _call(kernel, coefficients, given, results, {}, rows, dim, interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("wanted", "interpret"))
+@functools.partial(jax.jit, static_argnames=("wanted", "dtypes", "interpret"))
 def backward(
-    kept: Mapping[str, Any], coefficients: Any, slopes: Mapping[str, Any], wanted: Any, *, interpret: bool = False
+    kept: Mapping[str, Any],
+    coefficients: Any,
+    slopes: Mapping[str, Any],
+    wanted: Any,
+    dtypes: tuple[str, ...] | None = None,
+    *,
+    interpret: bool = False,
 ) -> dict[str, Any]:
     """Compute the gradients that are wanted.
 
@@ -85,6 +93,7 @@ def backward(
       coefficients: float32 [2 + k].
       slopes: gradients from above: `d_total`, `d_normed`, or both, [M, D].
       wanted: which gradients, an `operands.Wanted`.
+      dtypes: of the gradients of f, x, p0, ...; None for that of the slopes.
       interpret: run the kernel in Pallas' interpreter, on any device.
 
     Returns:
@@ -95,7 +104,9 @@ def backward(
     count = coefficients.shape[0] - 2
     results = {"d_f": wanted.update, "d_x": wanted.residual}
     results |= {f"d_p{j}": wanted.previous for j in range(count)}
-    results = {name: (dim, slope.dtype) for name, asked in results.items() if asked}
+    kinds = dtypes or (slope.dtype,) * len(results)
+    pairs = zip(results.items(), kinds, strict=True)
+    results = {name: (dim, jnp.dtype(kind)) for (name, asked), kind in pairs if asked}
     sums = {"d_coefficients": (1, LANES)} if wanted.alpha or wanted.beta or wanted.gamma else {}
     if wanted.maps and "down" in kept:
         sums |= {"d_down": kept["down"].shape, "d_up": kept["up"].shape}
@@ -109,9 +120,9 @@ def _forward_kernel(refs: dict[str, Any], *, count: int, target: Format | None):
     alpha, beta = refs["coefficients"][0], refs["coefficients"][1]
     whole = refs["x"][...].astype(jnp.float32)
     if "down" in refs:
-        low = _dot(refs["x"][...], refs["down"][...], refs["x"].dtype)
+        low = _dot(refs["x"][...], refs["down"][...], refs["total"].dtype)
         refs["low"][...] = low
-        whole += _dot(low, refs["up"][...], refs["x"].dtype)
+        whole += _dot(low, refs["up"][...], refs["total"].dtype)
     whole = beta * whole + alpha * refs["f"][...].astype(jnp.float32)
     for j in range(count):
         whole += refs["coefficients"][2 + j] * refs[f"p{j}"][...].astype(jnp.float32)

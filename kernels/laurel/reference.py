@@ -1,6 +1,6 @@
 """The definition of the learned augmented residual, in plain torch; gradients by autograd.
 
-x'     = alpha f + beta (x + (x A) B) + sum_j gamma_j p_j, rounded to the dtype of f     arXiv:2411.07501, section 2
+x'     = alpha f + beta (x + (x A) B) + sum_j gamma_j p_j, in the dtype that holds f, x and p     arXiv:2411.07501, section 2
 normed = x' / sqrt(mean(x'^2) + 1e-6) * norm_weight
 
 The norm is taken of x' as it is stored, so that the backward pass finds in it all it needs.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.laurel.operands import EPSILON, width_of
+from distilbeam.kernels.laurel.operands import EPSILON, stream_of, width_of
 
 
 def residual_sum(
@@ -27,7 +27,8 @@ def residual_sum(
     gamma: Tensor | None,
 ) -> Tensor:
     """Compute x'; the arguments are those of `laurel_residual`."""
-    dtype = width_of(update.dtype)
+    stream = stream_of(update, residual, previous)
+    dtype = width_of(stream)
     x = residual.to(dtype)
     if down is not None and up is not None:
         low = x @ down.to(dtype)
@@ -36,7 +37,7 @@ def residual_sum(
     if gamma is not None:
         for coefficient, earlier in zip(gamma.to(dtype).unbind(), previous, strict=True):
             total = total + coefficient * earlier.to(dtype)
-    return total.to(update.dtype)
+    return total.to(stream)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ def forward(operands: Operands, target: Format | None) -> Made:
     f, x, previous = f.contiguous(), x.contiguous(), [p.contiguous() for p in previous]
     rows, dim = f.shape
     rank = 0 if down is None else down.shape[1]
+    stream = operands.stream
     made = Made(
-        total=torch.empty_like(f),
+        total=torch.empty_like(f, dtype=stream),
         low=f.new_empty(rows, rank, dtype=torch.float32) if rank else None,
         inverse=f.new_empty(rows, 1, dtype=torch.float32) if norm_weight is not None else None,
         normed=torch.empty_like(f) if norm_weight is not None and target is None else None,
@@ -34,14 +35,14 @@ def forward(operands: Operands, target: Format | None) -> Made:
     )
     if not f.numel():
         return made
-    tile = row_tile(rows, dim, rank, f.dtype == torch.float32, norm_weight is not None)
+    tile = row_tile(rows, dim, rank, stream == torch.float32, norm_weight is not None)
     formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if target is None else constants(target)
     given = [_or(one, f) for one in (coefficients, _dense(down), _dense(up), norm_weight)]
     results = [_or(one, f) for one in (made.total, made.low, made.inverse)]
     residual_rows[(cdiv(rows, tile["BM"]),)](
         f, x, *given, *_padded(previous, f), *results,
         _or(made.normed if made.values is None else made.values, f), _or(made.scale, f), rows, dim, rank,
-        RANK=padded_rank(rank), COUNT=len(previous), PRECISION=precision(f), NORM=norm_weight is not None,
+        RANK=padded_rank(rank), COUNT=len(previous), PRECISION=precision(stream), NORM=norm_weight is not None,
         QUANTIZE=target is not None, **formed, **tile,
     )  # fmt: skip
     return made
@@ -51,11 +52,12 @@ def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
     """Compute the gradients that are wanted; see `chunked.backward`."""
     given = slopes.total if slopes.normed is None else slopes.normed
     assert given is not None
-    rank, count = 0 if kept.down is None else kept.down.shape[1], len(kept.coefficients) - 2
+    rank = 0 if kept.down is None else kept.down.shape[1]
+    given = given.contiguous()
     slopes = Slopes(*(None if one is None else one.contiguous() for one in slopes))
-    d_update = torch.empty(given.shape, dtype=given.dtype, device=given.device) if wanted.update else None
-    d_residual = torch.empty(given.shape, dtype=given.dtype, device=given.device) if wanted.residual else None
-    d_previous = [torch.empty_like(given) for _ in range(count)] if wanted.previous else []
+    d_update = torch.empty_like(given, dtype=kept.dtypes[0]) if wanted.update else None
+    d_residual = torch.empty_like(given, dtype=kept.dtypes[1]) if wanted.residual else None
+    d_previous = [torch.empty_like(given, dtype=kind) for kind in kept.dtypes[2:]] if wanted.previous else []
     low = given.new_empty(len(given), rank, dtype=torch.float32)
     means = given.new_empty(len(given), dtype=torch.float32)
     if given.numel():
@@ -105,9 +107,9 @@ def padded_rank(rank: int) -> int:
     return max(16, next_power_of_2(rank)) if rank else 0
 
 
-def precision(x: Tensor) -> str:
+def precision(stream: torch.dtype) -> str:
     """Name the precision of the low-rank products."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+    return "tf32x3" if stream == torch.float32 else "tf32"
 
 
 def _slopes(
@@ -120,14 +122,14 @@ def _slopes(
     means: Tensor,
 ) -> None:
     rows, dim = given.shape
-    tile = row_tile(rows, dim, rank, given.dtype == torch.float32, slopes.normed is not None)
+    tile = row_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None)
     d_update, d_residual, d_previous = out
     operands = [_or(x, given) for x in (slopes.total, slopes.normed, kept.total, kept.inverse, kept.norm_weight)]
     maps = [_or(_dense(x), given) for x in (kept.down, kept.up)]
     slope_rows[(cdiv(rows, tile["BM"]),)](
         *operands, kept.coefficients, *maps, _or(d_update, given), _or(d_residual, given),
         *_padded(d_previous, given), low, means, rows, dim, rank,
-        RANK=padded_rank(rank), PRECISION=precision(given), DIRECT=slopes.total is not None,
+        RANK=padded_rank(rank), PRECISION=precision(kept.stream), DIRECT=slopes.total is not None,
         NORM=slopes.normed is not None, UPDATE=d_update is not None, RESIDUAL=d_residual is not None,
         COUNT=len(d_previous), **tile,
     )  # fmt: skip
@@ -143,7 +145,7 @@ def _sums(
     learned = wanted.alpha or wanted.beta or wanted.gamma
     if not (maps or weight or learned):
         return None, None, None, None
-    tile: dict[str, Any] = column_tile(rows, dim, rank, given.dtype == torch.float32, slopes.normed is not None)
+    tile: dict[str, Any] = column_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None)
     columns, parts = cdiv(dim, tile["BD"]), cdiv(cdiv(rows, tile["BM"]), tile["SPLIT"])
 
     # one buffer, one sum over the parts: A's gradient, B's, the norm weight's, the coefficients'
@@ -158,7 +160,7 @@ def _sums(
         column_sums[(columns, parts)](
             *operands, *_padded([_dense(p) for p in kept.previous[:count]], given), _or(kept.low, given), slope_low,
             first_W, first_W[of_map:], first_W[2 * of_map :], first_W[2 * of_map + of_weight :], rows, dim, rank, width,
-            RANK=padded_rank(rank) or 16, PRECISION=precision(given), DIRECT=slopes.total is not None,
+            RANK=padded_rank(rank) or 16, PRECISION=precision(kept.stream), DIRECT=slopes.total is not None,
             NORM=slopes.normed is not None, MAPS=maps, WEIGHT=weight, ALPHA=wanted.alpha, BETA=wanted.beta,
             INNER=wanted.beta and rank > 0, COUNT=count, **tile,
         )  # fmt: skip

@@ -41,9 +41,8 @@ class _Buckets:
 
     def solve(self) -> Tensor:
         """Solve the problem over the buckets and give the scaled losses, [B]."""
-        tau = self.term.targets.rest_temperature
-        rest_B1 = None if tau is None else self.top_B1 + tau * self.sum_B1.log()
-        self.solved = solve(self.kept_BK, rest_B1, self.term)
+        whole = self.term.targets.rest_temperature is None
+        self.solved = solve(self.kept_BK, None if whole else (self.top_B1, self.sum_B1), self.term)
         return self.solved.losses
 
     def spread(self, z_BW: Tensor, start: int) -> None:
@@ -52,8 +51,8 @@ class _Buckets:
         if self.term.targets.rest_temperature is None:
             z_BW.zero_()
         else:
-            z_BW.sub_(self.solved.rest).div_(self.term.targets.rest_temperature).exp_().mul_(self.solved.slope)
-        z_BW.scatter_(1, column_BK, self.solved.kept)
+            z_BW.sub_(self.solved.top).div_(self.term.targets.rest_temperature).exp_().mul_(self.solved.slope)
+        z_BW.scatter_(1, column_BK, 0).scatter_add_(1, column_BK, self.solved.kept)
 
 
 def sweep_classes(operands: Operands, terms: Sequence[Term], sums: Gradients, elements: int) -> Tensor:

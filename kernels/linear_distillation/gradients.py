@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilbeam.kernels.compiling import not_narrowed
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 
@@ -61,31 +63,75 @@ def apply_fused(run: Run, layer: Layer, terms: Sequence[Term], reduced: bool) ->
     Returns:
       A scalar, or the rows' losses [B]; differentiable once.
     """
-    value: Tensor = _Fused.apply(run, list(terms), reduced, layer.operands, *layer.leaves)
+    operands, leaves, terms = layer.operands, layer.leaves, list(terms)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    if not any(wanted):
+        losses_B = _undisturbed(run, operands, terms, wanted)[0]
+        return losses_B.sum() if reduced else losses_B
+    call = Call(run, terms, reduced, tuple(wanted), tuple(None if x is None else x.dtype for x in leaves))
+    value: Tensor = _Fused.apply(call, *operands, *leaves)[0]
     return value
 
 
+def _undisturbed(
+    run: Run, operands: Operands, terms: Sequence[Term], wanted: Sequence[bool]
+) -> tuple[Tensor, Gradients]:
+    """Run on the operands' device, where autocast narrows nothing; a backward pass may be called inside of one."""
+    with not_narrowed(operands.hidden.device.type), on_device_of(operands.hidden):
+        return run(operands, terms, wanted)
+
+
+class Call(NamedTuple):
+    """A call of the fused layer, but for its tensors.
+
+    Attributes:
+      run: gives losses and gradients together.
+      terms: of all rows.
+      reduced: whether to add the rows up.
+      wanted: which of hidden, weight and bias want a gradient.
+      dtypes: of these gradients.
+    """
+
+    run: Run
+    terms: list[Term]
+    reduced: bool
+    wanted: tuple[bool, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+OPERANDS = len(Operands._fields)
+
+
 class _Fused(torch.autograd.Function):
+    """The loss, and the gradients that its backward pass hands on, where the losses are added up."""
+
     @staticmethod
-    def forward(
-        ctx: Any, run: Run, terms: list[Term], reduced: bool, operands: Operands, *leaves: Tensor | None
-    ) -> Tensor:
-        ctx.run, ctx.terms, ctx.reduced = run, terms, reduced
-        ctx.dtypes = [None if x is None else x.dtype for x in leaves]
-        if not reduced:
-            ctx.save_for_backward(*operands)
-            return run(operands, terms, (False, False, False))[0]
-        losses_B, gradients = run(operands, terms, ctx.needs_input_grad[4:])
-        ctx.save_for_backward(*gradients.like(ctx.dtypes))
-        return losses_B.sum()
+    def forward(call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = Operands(*tensors[:OPERANDS])  # type: ignore[arg-type]
+        if not call.reduced:
+            return _undisturbed(call.run, operands, call.terms, (False, False, False))[0], None, None, None
+        losses_B, gradients = _undisturbed(call.run, operands, call.terms, call.wanted)
+        return losses_B.sum(), *gradients.like(call.dtypes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.call = inputs[0]
+        made = [x for x in output[1:] if x is not None]
+        ctx.mark_non_differentiable(*made)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(output[1:] if ctx.call.reduced else inputs[1 : 1 + OPERANDS]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.reduced:
-            terms = [Term(term.targets, term.scale * upstream, term.valid) for term in ctx.terms]
-            gradients = ctx.run(Operands(*ctx.saved_tensors), terms, ctx.needs_input_grad[4:])[1]
-            return None, None, None, None, *gradients.like(ctx.dtypes)
-        unit = float(upstream) == 1.0  # the loss itself was differentiated
-        scaled = [g if g is None or unit else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
-        return None, None, None, None, *scaled
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (1 + OPERANDS)
+        if upstream is None:
+            return *nothing, None, None, None
+        call: Call = ctx.call
+        if not call.reduced:
+            terms = [Term(term.targets, term.scale * upstream, term.valid) for term in call.terms]
+            gradients = _undisturbed(call.run, Operands(*ctx.saved_tensors), terms, call.wanted)[1]
+            return *nothing, *gradients.like(call.dtypes)
+        # that the loss itself was differentiated is looked at where looking waits for nobody
+        unit = upstream.is_cpu and float(upstream) == 1.0
+        return *nothing, *(g if g is None or unit else g * upstream.to(g.dtype) for g in ctx.saved_tensors)

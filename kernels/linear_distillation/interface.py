@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
 from distilbeam.kernels.linear_distillation.operands import Layer, Operands
-from distilbeam.kernels.linear_distillation.precision import Precision, checked, narrowed
+from distilbeam.kernels.linear_distillation.precision import Precision, autocast, checked, narrowed
 from distilbeam.kernels.quantize.formats import FORMAT_OF, QuantizedRows
 from distilbeam.kernels.quantize.interface import triton_refusals
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
@@ -42,7 +44,9 @@ def linear_distill_loss(
 ) -> Tensor:
     """Compute the distillation loss of a linear layer's outputs without holding them.
 
-    The result is `distill_loss(hidden @ weight.T + bias, labels, ...)`, with float32 accumulation whatever the dtypes.
+    The result is `distill_loss(hidden @ weight.T + bias, labels, ...)`, with float32 accumulation whatever the dtypes. Under
+    autocast, inputs and weight are rounded to its dtype first, as a linear layer's would be, and their gradients come in
+    their own.
 
     Args:
       hidden: inputs of the student's last layer, floating [B, H], or their rows in 8 bits.
@@ -65,8 +69,8 @@ def linear_distill_loss(
         `fp8` (e4m3) with a scale per row; the rounding is taken for the identity in the gradients, and
         `linear_distillation/precision.py` bounds what it does to the loss. None leaves them in their own precision;
         `table` rounds where that is known to pay, which `loss_precision` says and nobody else: print it.
-      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU, no `fp8`) for sparse labels; None chooses by
-        device. All but `reference` are differentiable once.
+      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU; holds the logits) for sparse labels; None
+        chooses by device. All but `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -90,6 +94,8 @@ def linear_distill_loss(
     layer = Layer(hidden, weight, bias)
     _check(layer.operands)
     rounded = checked(layer, precision)
+    if rounded is None:
+        layer, rounded = autocast(layer)
     options = Options(
         weight=example_weight,
         accuracy=accuracy,
@@ -104,11 +110,22 @@ def linear_distill_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    operands = layer.operands
+    with not_narrowed(layer.operands.hidden.device.type):
+        return _loss(layer, rounded, as_labels(labels, ignore_index), options, implementation)
+
+
+def _loss(
+    layer: Layer, rounded: Precision | None, labels: Labels, options: Options, implementation: str | None
+) -> Tensor:
+    operands, reduced = layer.operands, options.reduction != "none"
     (count, device), classes = (len(operands.hidden), operands.hidden.device), len(operands.weight)
     compute = torch.float64 if operands.hidden.dtype == torch.float64 else torch.float32
-    terms = make_terms(as_labels(labels, ignore_index), count, classes, compute, device, options)
-    index = _rows_that_count(terms)
+    terms = make_terms(labels, count, classes, compute, device, options)
+    valid = _rows_that_count(terms)
+    # hidden states of rows that do not count must not meet a gradient of zero; which they are, a GPU is not asked
+    index = valid.nonzero()[:, 0] if valid is not None and valid.is_cpu else None
+    if valid is not None and index is None:
+        layer = layer.without(~valid)
     if index is not None:
         layer = layer.rows(index)
         terms = [
@@ -117,8 +134,8 @@ def linear_distill_loss(
     if rounded is not None:
         layer = narrowed(layer, rounded)
     name = resolve("linear_distill_loss", implementation, _backends(layer.operands, terms))
-    value = _implementation(name)(layer, terms, reduction != "none")
-    if index is None or reduction != "none":
+    value = _implementation(name)(layer, terms, reduced)
+    if index is None or reduced:
         return value
     return value.new_zeros(count).index_put((index,), value)
 
@@ -129,9 +146,9 @@ def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor
 
         return triton_backend.total
     if name == "pallas":
-        from distilbeam.kernels.linear_distillation import pallas_backend
+        from distilbeam.kernels.distillation import pallas_backend
 
-        return pallas_backend.total
+        return partial(reference.total, of_logits=pallas_backend.total)
     return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
@@ -140,7 +157,7 @@ def _backends(operands: Operands, terms: list[Term]) -> dict[str, Reasons]:
     hidden, weight = operands[:2]
     tiled: dict[str, Reasons] = {
         "triton": lambda: _triton_reasons(operands) + _tiled_reasons(hidden, weight, terms),
-        "pallas": lambda: _pallas_reasons(operands) + _tiled_reasons(hidden, weight, terms),
+        "pallas": lambda: pallas_reasons(*operands[:3]) + _tiled_reasons(hidden, weight, terms),
     }
     if hidden.device.type == "tpu":
         return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
@@ -156,13 +173,6 @@ def _triton_reasons(operands: Operands) -> list[str]:
     return triton_reasons(hidden, weight, bias)
 
 
-def _pallas_reasons(operands: Operands) -> list[str]:
-    reasons = pallas_reasons(*operands[:3])
-    if operands.hidden.dtype == torch.float8_e4m3fn:
-        reasons.append("TPUs up to v6e have no fp8 products; int8 is theirs")
-    return reasons
-
-
 def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
     reasons = []
     if hidden.dtype != weight.dtype or hidden.dtype == torch.float64:
@@ -173,11 +183,9 @@ def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[st
 
 
 def _rows_that_count(terms: list[Term]) -> Tensor | None:
-    """Give the rows of any term, or None for all; the others' hidden states must not meet a gradient of zero."""
+    """Say which rows are of any term, bool [B], or None for all."""
     masks = [term.valid for term in terms if term.valid is not None]
-    if len(masks) < len(terms):
-        return None
-    return torch.stack(masks).any(dim=0).nonzero()[:, 0]
+    return torch.stack(masks).any(dim=0) if len(masks) == len(terms) else None
 
 
 def _check(operands: Operands) -> None:

@@ -75,6 +75,17 @@ class Layer(NamedTuple):
         """Take some rows of the inputs."""
         return self._replace(hidden=rows_of(self.hidden, index))
 
+    def without(self, absent: Tensor) -> Layer:
+        """Put zeros in the place of some rows of the inputs, bool [B]; their gradient is zero."""
+        absent_B1, x = absent[:, None], self.hidden
+        if isinstance(x, Tensor):
+            return self._replace(hidden=x.masked_fill(absent_B1, 0))
+        kind = x.values.dtype
+        bits = x.values if kind.itemsize > 1 else x.values.view(torch.uint8)  # zero is zero in every format
+        straight = None if x.straight is None else x.straight.masked_fill(absent_B1, 0)
+        rows = QuantizedRows(bits.masked_fill(absent_B1, 0).view(kind), x.scale.masked_fill(absent_B1, 1), straight)
+        return self._replace(hidden=rows)
+
 
 def rows_of(x: Tensor | QuantizedRows, index: Tensor) -> Tensor | QuantizedRows:
     """Take some rows."""

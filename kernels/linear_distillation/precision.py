@@ -64,6 +64,27 @@ def checked(layer: Layer, precision: str | None) -> Precision | None:
     return loss_precision(len(hidden), hidden.shape[1], len(weight), hidden.device)[0]
 
 
+def autocast(layer: Layer) -> tuple[Layer, Precision | None]:
+    """Do to a layer what autocast does to linear layers where it is on.
+
+    Args:
+      layer: of a call that rounds to no precision of its own.
+
+    Returns:
+      The layer, brought to autocast's dtype unless that is bfloat16; and `bf16`, to round it to, if it is.
+    """
+    hidden, weight, bias = layer
+    given = (hidden, weight)
+    kind = layer.operands.hidden.device.type
+    if not torch.is_autocast_enabled(kind) or any(not isinstance(x, Tensor) or x.dtype == torch.float64 for x in given):
+        return layer, None
+    dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.bfloat16:
+        return layer, "bf16"
+    hidden, weight = (x.to(dtype) for x in given if isinstance(x, Tensor))
+    return Layer(hidden, weight, bias), None
+
+
 def loss_precision(rows: int, features: int, classes: int, device: torch.device) -> tuple[Precision | None, str]:
     """Say what `precision="table"` makes of a last layer, for a trainer to print.
 

@@ -126,8 +126,8 @@ def _first_pass(operands: Operands, term: Term) -> Solved:
     targets = term.targets
     assert targets.classes is not None
     tau = targets.rest_temperature
-    rest_B1 = None if tau is None else _rest(operands, targets.classes, tau)[:, None]
-    return solve(_kept(operands, targets.classes), rest_B1, term)
+    rest = None if tau is None else _rest(operands, targets.classes, tau)
+    return solve(_kept(operands, targets.classes), rest, term)
 
 
 def _width(operands: Operands) -> int:
@@ -168,14 +168,13 @@ def _spread(part: Operands, targets: Targets, one: Solved, buffer_BW: Tensor, fi
     bits_BW = of_logits.kept_bits(targets.classes, first, size)
     grid = (cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"]))
     gradient_of_tile[grid](
-        *_pointers(part), bits_BW, one.rest, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
+        *_pointers(part), bits_BW, one.top, one.slope, buffer_BW, rows, size, part.hidden.shape[1], bits_BW.shape[1],
         buffer_BW.shape[1], targets.rest_temperature or 1.0, ADD=add, num_warps=WARPS, num_stages=STAGES, **_flags(part), **TILE,
     )  # fmt: skip
     column_BK, _ = columns_of(targets.classes, first, size)
-    kept_BK = one.kept.to(buffer_BW.dtype)
-    if add:
-        kept_BK = kept_BK + buffer_BW.gather(1, column_BK)
-    buffer_BW.scatter_(1, column_BK, kept_BK)
+    if not add:
+        buffer_BW.scatter_(1, column_BK, 0)
+    buffer_BW.scatter_add_(1, column_BK, one.kept.to(buffer_BW.dtype))
 
 
 def _accumulate(part: Operands, gradient_BW: Tensor, classes: slice, sums: Gradients) -> None:
@@ -208,12 +207,16 @@ def _kept(operands: Operands, classes_BK: Tensor) -> Tensor:
     return logits_BK
 
 
-def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> Tensor:
-    levels = [_rest_of_part(operands.part(part), classes_BK, part.start, tau) for part in _parts(operands)]
-    return tau * torch.logsumexp(torch.cat(levels) / tau, dim=0)
+def _rest(operands: Operands, classes_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Find the largest logit of the rest and the sum of exponentials relative to it, [B, 1] each."""
+    found = [_rest_of_part(operands.part(part), classes_BK, part.start, tau) for part in _parts(operands)]
+    tops, totals = (torch.cat(parts) for parts in zip(*found, strict=True))
+    best = tops.amax(dim=0)
+    factors = ((tops - best.masked_fill(torch.isneginf(best), 0)) / tau).exp()
+    return best[:, None], (totals * factors).sum(dim=0)[:, None]
 
 
-def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) -> Tensor:
+def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) -> tuple[Tensor, Tensor]:
     rows, size = len(part.hidden), len(part.weight)
     bits_BW = of_logits.kept_bits(classes_BK, first, size)
     blocks, tiles = cdiv(rows, TILE["BM"]), cdiv(size, TILE["BN"])
@@ -224,4 +227,4 @@ def _rest_of_part(part: Operands, classes_BK: Tensor, first: int, tau: float) ->
         *_pointers(part), bits_BW, tops, totals, rows, size, part.hidden.shape[1], bits_BW.shape[1], tau,
         SPLIT=split, num_warps=WARPS, num_stages=STAGES, **_flags(part), **TILE,
     )  # fmt: skip
-    return tops + tau * totals.log()
+    return tops, totals

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.low_precision.products import Product
 from distilbeam.kernels.quantize.formats import QuantizedRows
 
@@ -39,7 +40,6 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         straight_MK: Tensor,
         weight_NK: Tensor,
         bias_N: Tensor | None,
@@ -48,24 +48,31 @@ class LinearFunction(torch.autograd.Function):
         recipe: Recipe,
     ) -> Tensor:
         """Compute y in the dtype of `straight`."""
-        ctx.save_for_backward(x.values, x.scale, w.values, w.scale)
-        ctx.recipe, ctx.dtypes = recipe, (straight_MK.dtype, weight_NK.dtype, None if bias_N is None else bias_N.dtype)
         if not x.values.numel():
             start = straight_MK.new_zeros(len(x.values), len(weight_NK))
             return start if bias_N is None else start + bias_N.to(start.dtype)
-        return recipe.product(x.values, x.scale, w.values, w.scale, bias_N, straight_MK.dtype)
+        with on_device_of(x.values):
+            return recipe.product(x.values, x.scale, w.values, w.scale, bias_N, straight_MK.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Keep the rows of the forward pass."""
+        straight_MK, weight_NK, bias_N, x, w, ctx.recipe = inputs
+        ctx.rows = QuantizedRows(x.values, x.scale), QuantizedRows(w.values, w.scale)
+        ctx.dtypes = (straight_MK.dtype, weight_NK.dtype, None if bias_N is None else bias_N.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Compute the gradients that somebody wants."""
-        x_MK, scale_x, w_NK, scale_w = ctx.saved_tensors
+        x, w = ctx.rows
         dx_MK = dw_NK = db_N = None
-        with torch.autocast(dy_MN.device.type, enabled=False):  # a backward pass may be called inside of one
+        # a backward pass may be called inside of autocast
+        with torch.autocast(dy_MN.device.type, enabled=False), on_device_of(dy_MN):
             if ctx.needs_input_grad[0]:
-                dx_MK = _back(_slope(dy_MN, scale_w.T, ctx.recipe), w_NK, ctx.recipe, ctx.dtypes[0])
+                dx_MK = _back(_slope(dy_MN, w.scale.T, ctx.recipe), w.values, ctx.recipe, ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                dw_NK = _back(_slope(dy_MN, scale_x, ctx.recipe).T, x_MK, ctx.recipe, ctx.dtypes[1])
+                dw_NK = _back(_slope(dy_MN, x.scale, ctx.recipe).T, x.values, ctx.recipe, ctx.dtypes[1])
             if ctx.needs_input_grad[2]:
                 db_N = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx_MK, dw_NK, db_N, None, None, None

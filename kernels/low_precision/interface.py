@@ -34,7 +34,7 @@ def fp8_linear(
         scale per row.
       cache: keeps the quantised weight from call to call; None quantises it now.
       implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9, bfloat16), `triton` (the
-        same GPUs), `pallas` (TPU); None chooses.
+        same GPUs); None chooses.
 
     Returns:
       The outputs, [..., N], in the dtype of the input, float32 for quantised rows without a gradient; differentiable
@@ -74,7 +74,7 @@ def int8_linear(
       weight: floating [N, K], kept in its own precision by the caller.
       bias: floating [N], added in float32; None for 0.
       cache: keeps the quantised weight from call to call; None quantises it now.
-      implementation: `reference` (any device), `triton` (CUDA), `int_mm` (CUDA), `pallas` (TPU); None chooses.
+      implementation: `reference` (any device), `triton` (CUDA), `int_mm` (CUDA); None chooses.
 
     Returns:
       The outputs, as for `fp8_linear`.
@@ -110,7 +110,7 @@ def _linear(
     given = rows.values if isinstance(rows, QuantizedRows) else rows
     call = Call(form, given, weight, _dtype(rows), gradients)
     name = resolve(f"{form}_linear", implementation, backends(call))
-    quantizing = name if name in ("triton", "pallas") else None
+    quantizing = name if name == "triton" else None
 
     def quantize(x: Tensor) -> QuantizedRows:
         return quantize_rowwise(x, FORMATS[form].dtype, implementation=quantizing)

@@ -3,7 +3,7 @@
 reference   float64 for int8, whose sums it holds exactly, float32 for the floating formats: the definition
 scaled_mm   torch's own fp8 product, on the tensor cores of GPUs from compute capability 8.9
 int_mm      torch's own int8 product, whose sums are scaled in a second pass
-triton, pallas   in files of their own
+triton      int8 alone, in a file of its own
 """
 
 from __future__ import annotations
@@ -66,8 +66,4 @@ def named(name: str) -> Product:
         from distilbeam.kernels.low_precision import triton_backend
 
         return triton_backend.product
-    if name == "pallas":
-        from distilbeam.kernels.low_precision import pallas_backend
-
-        return pallas_backend.product
     return {"reference": reference, "scaled_mm": scaled_mm, "int_mm": int_mm}[name]

@@ -32,10 +32,14 @@ def backends(call: Call) -> dict[str, Reasons]:
         {"scaled_mm": lambda: _scaled_mm(call)} if call.form == "fp8" else {"int_mm": lambda: _int_mm(call)}
     )
     triton: dict[str, Reasons] = {"triton": lambda: triton_refusals(FORMATS[call.form], call.given, call.weight)}
-    last: dict[str, Reasons] = {"reference": never, "pallas": pallas_reasons}
+    last: dict[str, Reasons] = {"reference": never, "pallas": _pallas}
     if call.form == "fp8":
         return {**own, **triton, **last}
     return {**triton, **own, **last} if call.given.is_cuda else {**last, **triton, **own}
+
+
+def _pallas() -> list[str]:
+    return [*pallas_reasons(), "layers in 8 bits have no kernel there before a TPU has run one"]
 
 
 def _scaled_mm(call: Call) -> list[str]:

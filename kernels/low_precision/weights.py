@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distilbeam.kernels.quantize.formats import QuantizedRows
@@ -19,7 +20,8 @@ class WeightCache:
     """Keeps a weight's rows in 8 bits until the weight changes.
 
     A change is a write that autograd counts (`copy_`, `load_state_dict`, most optimisers), a step of any torch optimiser
-    (fused ones write without being counted), or other memory. Who writes to `weight.data` by hand calls `clear()`.
+    (fused ones write without being counted), or other memory: another storage, whether or not it lies where a former one
+    lay. Who writes to `weight.data` by hand calls `clear()`.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,11 @@ class WeightCache:
         """
         if weight.is_inference():  # nobody counts the writes to it
             return quantize(weight.detach())
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _steps)
+        # a weak reference keeps the storage's identity from being given away, not its memory; one to the tensor itself
+        # would forbid torch.utils.swap_tensors
+        storage = StorageWeakRef(weight.untyped_storage())
+        place = weight.storage_offset(), weight.shape, weight.stride()
+        key = (storage, place, weight._version, weight.dtype, weight.device, _steps)
         if self._rows is None or key != self._key:
             with torch.inference_mode(False), torch.no_grad():  # kept beyond an inference, for a backward pass as well
                 self._key, self._rows = key, quantize(weight.detach())

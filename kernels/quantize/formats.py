@@ -69,9 +69,13 @@ class StraightThrough(torch.autograd.Function):
     """A tensor without numbers that hands its gradient to x as it is."""
 
     @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         """Stand for x."""
         return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.quantize import reference
 from distilbeam.kernels.quantize.formats import FORMAT_OF, Format, QuantizedRows, stand_in
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
@@ -46,7 +47,8 @@ def quantize_rowwise(x: Tensor, dtype: torch.dtype, *, implementation: str | Non
     if not x.is_floating_point() or not x.ndim:
         raise ValueError(f"x must be floating [..., D], got {x.dtype} {list(x.shape)}")
     name = resolve("quantize_rowwise", implementation, backends(target, x))
-    return QuantizedRows(*backend(name)(x.detach(), target), stand_in(x))
+    with on_device_of(x):
+        return QuantizedRows(*backend(name)(x.detach(), target), stand_in(x))
 
 
 def dequantize_rowwise(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,9 +114,12 @@ def triton_refusals(target: Format, *tensors: Tensor) -> list[str]:
 
 class _Dequantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, straight: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = straight.dtype
+    def forward(straight: Tensor, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004
         return reference.dequantize(values, scale).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:

@@ -42,25 +42,14 @@ def test_quantisation_has_the_bits_of_the_reference(dtype, source, rng):
     assert torch.equal(found.scale.view(torch.int32), exact.scale.view(torch.int32))
 
 
-@needs_jax
-@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("form", "gradients"), [("fp8", "bf16"), ("fp8", "fp8"), ("int8", "bf16")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_agree_with_the_reference(form, gradients, dtype, rng, monkeypatch):
-    from distilbeam.kernels.low_precision import pallas_kernels
-
-    monkeypatch.setattr(pallas_kernels, "BLOCK", {"m": 32, "n": 128, "k": 128})  # several blocks each way, all ragged
-    x, w = torch.randn(70, 200, generator=rng).to(dtype), torch.randn(130, 200, generator=rng)
-    bias, above = torch.randn(130, generator=rng), torch.randn(70, 130, generator=rng).to(dtype)
-    options = {"gradients": gradients} if form == "fp8" else {}
-    found = {}
-    for implementation in ("reference", "pallas"):
-        leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
-        y = {"fp8": fp8_linear, "int8": int8_linear}[form](*leaves, implementation=implementation, **options)
-        found[implementation] = [t.detach().double() for t in (y, *torch.autograd.grad(y, leaves, above))]
-    for a, b, kind in zip(*found.values(), (dtype, dtype, torch.float32, torch.float32), strict=True):
-        assert (a - b).abs().max() <= (torch.finfo(kind).eps + 2e-6) * a.abs().max()
+def test_layers_have_no_kernel_there():
+    x = torch.zeros(2, 16)
+    for layer in (fp8_linear, int8_linear):
+        with pytest.raises(
+            NotImplementedError, match=r"pallas: layers in 8 bits have no kernel there.*; reference can"
+        ):
+            layer(x, x, implementation="pallas")
 
 
 CASES = [
@@ -104,7 +93,7 @@ def test_the_tpu_compiler_accepts_the_kernels_and_needs_no_room_beside_them():
     done = subprocess.run([sys.executable, program, *chips], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    forms = [f"{work}-{form}" for work in ("quantize", "product") for form in ("int8", "fp8")]
+    forms = ["quantize-int8", "quantize-fp8"]
     expected = {(chip, work) for chip in chips for work in [*forms, "residual", "residual-int8", "gradients"]}
     assert {(report["chip"], report["work"]) for report in reports} == expected
     assert {report["kernels"] for report in reports} == {1}  # one pass over memory

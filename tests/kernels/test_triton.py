@@ -206,6 +206,42 @@ def test_the_gradient_may_take_the_place_of_the_logits(dtype, classes, rng):
     assert torch.equal(taken, apart)
 
 
+@pytest.mark.parametrize("objective", ["tail", "renormalised", "hard"])
+@pytest.mark.parametrize("outside", [70, 1000, 2**31 - 1])
+def test_a_class_that_does_not_exist_makes_its_row_nan_and_no_other(objective, outside, make_labels, rng):
+    """Nobody looks at classes on a GPU before; without this, a neighbouring row's logit would be taken."""
+    from distilbeam.kernels.distillation.targets import prepare
+    from distilbeam.kernels.distillation.terms import Term
+    from distilbeam.kernels.distillation.triton_backend import total
+
+    labels = make_labels("hard" if objective == "hard" else "top_k", ROWS, 70)
+    if objective == "hard":
+        labels.classes[2] = outside
+    else:
+        labels.classes[2, 1] = outside
+    leaf = torch.randn(ROWS, 70, generator=rng).to(DEVICE).requires_grad_()
+    targets = prepare(moved(labels), 70, "kl" if objective == "hard" else objective)
+    term = Term(targets, torch.ones(ROWS, device=DEVICE), None)
+    found = total(leaf, [term], False)
+    slope = torch.autograd.grad(found.sum(), leaf)[0].cpu()
+    others = torch.arange(ROWS) != 2
+    assert bool(found.isnan()[2])
+    assert bool(slope[2].isnan().all())
+    assert bool(found.detach().cpu()[others].isfinite().all())
+    assert bool(slope[others].isfinite().all())
+
+
+def test_logits_that_lie_column_by_column(make_labels, rng):
+    """20,000 x 128,256 of them reach beyond 2^31 numbers, which an offset of 32 bits does not."""
+    labels = make_labels("top_k", ROWS, 70)
+    wide = torch.randn(70, ROWS, generator=rng).T
+    found = [
+        distill_loss(z.to(DEVICE).requires_grad_(), moved(labels), objective="tail", implementation="triton").detach()
+        for z in (wide, wide.contiguous())
+    ]
+    assert torch.equal(*found)
+
+
 def unpacked(words, size):
     bits = (words.cpu()[:, :, None] >> torch.arange(32)) & 1
     return bits.flatten(1).bool()[:, :size], bits.flatten(1).bool()[:, size:]

@@ -43,7 +43,7 @@ def test_rows_are_solved_sixteen_bytes_at_a_time_without_spills(capability, slam
     from distilbeam.kernels.distillation.triton_kernels import solve_rows
 
     flags = {"REST": True, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False, "BIAS": False}
-    flags |= {"PADDED": True, "MASKED": True, "column_stride": 1, "K": kept, "KP": kept}
+    flags |= {"PADDED": True, "MASKED": True, "K": kept, "KP": kept}
     block = solving_block(classes)
     constants = {"BLOCK": block.pop("BLOCK"), **flags}
     found = compile_for(capability, solve_rows, for_kernel(solve_rows), constants, **block)
@@ -64,7 +64,7 @@ def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability,
 
     back = kind == "backward"
     flags = {"REST": True, "ADD": False, "BIAS": not back, "SCALED": back, "MARKED": not back, "IN_PLACE": not back}
-    flags |= {"PADDED": True, "MASKED": True, "column_stride": 1, "K": 64, "KP": 64}
+    flags |= {"PADDED": True, "MASKED": True, "K": 64, "KP": 64}
     block = spreading_block(128_256)
     constants = {"BLOCK": block.pop("BLOCK"), **flags}
     signature = {**for_kernel(spread_rows), "logits": "*bf16" if back else "*fp32"}
@@ -87,7 +87,7 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
     from distilbeam.kernels.distillation.triton_kernels import dense_rows
 
     block = triton.next_power_of_2(classes)
-    constants = {"column_stride": 1, "BLOCK": block, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False}
+    constants = {"BLOCK": block, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False}
     found = compile_for(capability, dense_rows, for_kernel(dense_rows), constants, num_warps=dense_warps(block))
     assert found.spills == 0
     assert found.registers <= 112
@@ -105,7 +105,7 @@ def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_
     from distilbeam.kernels.distillation.triton_kernels import dense_sweeps
 
     block = dict(LONG_DENSE)
-    constants = {"column_stride": 1, "BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
+    constants = {"BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
     found = compile_for(capability, dense_sweeps, for_kernel(dense_sweeps), constants, **block)
     assert found.spills == 0
     assert found.instructions["LDG.E.EL.128"] >= 2  # logits and targets

@@ -11,6 +11,6 @@ from triton_device import INTERPRETED, needs_triton, run_interpreted
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
-@pytest.mark.parametrize("tests", ["test_triton.py", "test_low_precision_triton.py"])
+@pytest.mark.parametrize("tests", ["test_triton.py", "test_low_precision_triton.py", "test_loss_fuzz.py"])
 def test_the_kernels_in_the_interpreter(tests):
     run_interpreted(Path(__file__).with_name(tests))

@@ -129,7 +129,7 @@ def test_a_pool_that_grows_pays_for_the_new_rows(
     assert "170 rows in 4 file(s); 120 are labelled, 50 are not." in output
     assert "1 file(s) gone: 1.parquet" in output
     (tmp_path / "asked.log").unlink()
-    command("label")
+    command("label", "--prune")
     assert len(asked(tmp_path)) == 50
     assert sorted(labelled_ids(bucket)) == sorted(pool_ids(tmp_path))
     named = {path.name for path in read_manifest(bucket / "job" / "labels").paths()}
@@ -268,7 +268,7 @@ def test_rows_that_fail_are_in_the_stores_dead_letters(
     assert 0 < failed < 60
     assert len(labelled_ids(bucket)) == 240 - failed
     (bucket / "pool" / "3.parquet").unlink()
-    command("label")
+    command("label", "--prune")
     after = read_json(bucket / "job" / "metrics.json")
     assert after["rows"] + after["failed"] == 180
     add_file(tmp_path, bucket, "9.parquet", rows=60, seed=1)
@@ -311,7 +311,9 @@ def test_requests_grow_with_the_work_and_a_call_without_work_needs_few(
     count = len(shards(bucket))
     assert count == 12
     # of a shard: is it there (2), its rows (3), itself, its entry, and its entry once more when they are gathered
-    assert len(first) <= 8 * count + 80, first
+    # and of the pool's rows once more, to compare them
+    print("REQUESTS", len(first))
+    assert len(first) <= 12 * count + 120, first
     with store.counted() as second:
         command("label")
     assert len(second) <= 46, second

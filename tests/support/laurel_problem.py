@@ -82,7 +82,7 @@ def check(case: Case, implementation: str, device: str = "cpu") -> None:
     for name, truth in exact.items():
         size = float(truth.abs().max())
         # one rounding of the rows' dtype, and the order of sums in float32
-        allowed = torch.finfo(case.dtype).eps * size + 2e-6 * max(1.0, size)
+        allowed = torch.finfo(case.dtype).eps * size + 5e-6 * max(1.0, size)
         if name == "normed" and case.quantize:
             allowed += HALF_A_STEP[case.quantize] * size
         else:

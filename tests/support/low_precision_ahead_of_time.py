@@ -9,9 +9,8 @@ from tpu_compiler import Array, Works, compile_for
 
 from distilbeam.kernels.laurel import pallas_kernels as laurel
 from distilbeam.kernels.laurel.operands import Wanted
-from distilbeam.kernels.low_precision.pallas_kernels import scaled_product
 from distilbeam.kernels.quantize.formats import FORMATS
-from distilbeam.kernels.quantize.pallas_kernels import JAX_DTYPES, quantize
+from distilbeam.kernels.quantize.pallas_kernels import quantize
 
 ROWS, DIM, RANK = 1024, 2048, 16
 
@@ -23,10 +22,7 @@ def works(array: Array) -> Works:
     found: Works = {}
     for form in ("int8", "fp8"):
         target = FORMATS[form]
-        narrow = array((ROWS, DIM), JAX_DTYPES[str(target.dtype)])
-        scales = [column, array((1, ROWS)), array((1, ROWS))]
         found[f"quantize-{form}"] = (lambda x, target=target: quantize(x, target), [rows])
-        found[f"product-{form}"] = (lambda *a: scaled_product(*a, "bfloat16"), [narrow, narrow, *scales])
     forward = [rows, rows, array((3,)), *maps, array((DIM,)), [rows]]
     found["residual"] = (laurel.forward, [*forward[:5], None, [rows]])
     found["residual-int8"] = (lambda *a: laurel.forward(*a, FORMATS["int8"]), forward)

@@ -14,7 +14,6 @@ from distilbeam.kernels import TopKLabels, linear_distill_loss
 from distilbeam.kernels.distillation import pallas_backend as of_logits
 from distilbeam.kernels.distillation.bucket_losses import scaled_losses
 from distilbeam.kernels.distillation.terms import Options, make_terms
-from distilbeam.kernels.linear_distillation import pallas_backend as of_layer
 
 ROWS, FEATURES, CLASSES, KEPT = 32, 16, 200, 4
 
@@ -28,16 +27,9 @@ def examples() -> list[torch.Tensor]:
     return [*layer, chosen.to(torch.int32)]
 
 
-def scales() -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the factors of rows, which floating rows have none of."""
-    return torch.ones(ROWS, 1), torch.ones(CLASSES)
-
-
 def check_registration() -> None:
     """Run torch's own checks of schema, shapes under tracing, and gradients, with fixed and with symbolic sizes."""
-    hidden, weight, bias, classes = examples()
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    torch.library.opcheck(of_layer.layer_buckets(), (*leaves[:2], *scales(), leaves[2], classes, 1.5))
+    classes = examples()[3]
     logits = torch.randn(ROWS, CLASSES, requires_grad=True)
     torch.library.opcheck(of_logits.logit_buckets(), (logits, classes, 1.0))
 
@@ -45,10 +37,10 @@ def check_registration() -> None:
 def check_shapes_without_data() -> None:
     """Shapes and dtypes of results whose arguments have no data."""
     with FakeTensorMode() as mode:
-        hidden, weight, bias, classes = (mode.from_tensor(x) for x in examples())
-        layer = hidden.bfloat16(), weight.bfloat16(), *map(mode.from_tensor, scales()), bias
-        kept, rest = of_layer.layer_buckets()(*layer, classes, 1.0)
-        assert (kept.shape, rest.shape, kept.dtype) == ((ROWS, KEPT), (ROWS, 1), torch.float32)
+        hidden, weight, _, classes = (mode.from_tensor(x) for x in examples())
+        kept, *columns = of_logits.logit_buckets()(hidden.bfloat16() @ weight.bfloat16().T, classes, 1.0)
+        assert (kept.shape, kept.dtype) == ((ROWS, KEPT), torch.float32)
+        assert {(x.shape, x.dtype) for x in columns} == {((ROWS, 1), torch.float32)}
 
 
 def check_a_traced_training_step() -> None:
@@ -63,15 +55,15 @@ def check_a_traced_training_step() -> None:
 
     def step(hidden, weight, bias, inputs):
         features = torch.tanh(inputs @ hidden)
-        layer = features, weight, *scales(), bias
-        loss = scaled_losses(lambda c, tau: of_layer.layer_buckets()(*layer, c, tau), term).sum()
+        logits = torch.nn.functional.linear(features, weight, bias)
+        loss = scaled_losses(lambda c, tau: of_logits.logit_buckets()(logits, c, tau), term).sum()
         return loss, *torch.autograd.grad(loss, (hidden, weight, bias))
 
     arguments = [x.requires_grad_() for x in (hidden, weight, bias)] + [inputs]
     graph = make_fx(step)(*arguments)
     called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
-    assert torch.ops.distilbeam.layer_buckets.default in called
-    assert torch.ops.distilbeam.layer_gradients.default in called
+    assert torch.ops.distilbeam.logit_buckets.default in called
+    assert torch.ops.distilbeam.logit_gradient.default in called
     plain = linear_distill_loss(
         torch.tanh(inputs @ hidden), weight, bias, labels, objective="tail", implementation="reference"
     )

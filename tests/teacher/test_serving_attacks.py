@@ -460,7 +460,7 @@ def test_headers_are_lowered_and_their_secrets_stay_out_of_errors(monkeypatch: p
         ("authorization", "Bearer secret")
     ]
     monkeypatch.setenv("KEY", "secret\nsecond")
-    with pytest.raises(ValueError, match="teacher.headers.x: its value must be one line of printable ASCII") as caught:
+    with pytest.raises(ValueError, match=r"teacher.headers.x: its value must be one line of printable ASCII") as caught:
         request_headers({"x": HeaderConfig(env="KEY")})
     assert "secret" not in str(caught.value)
 
