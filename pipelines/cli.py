@@ -37,6 +37,7 @@ from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
+from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
     name="distilbeam",
@@ -54,6 +55,8 @@ errors = plain_console(stderr=True)
 def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
+    if not wants_everything(arguments):
+        keep_quiet()
     try:
         app(args=arguments, standalone_mode=True)
     except SystemExit as e:

@@ -11,8 +11,6 @@ import typer
 
 from distilbeam.pipelines.command_options import stop_at_once
 from distilbeam.pipelines.display import Display, configure_logs, plain_console
-from distilbeam.pipelines.needs import needs_of_ingest
-from distilbeam.teacher.softlabels.extras import require_extras
 
 console = plain_console()
 
@@ -65,6 +63,9 @@ def ingest(
 ) -> None:
     """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates."""
     configure_logs(log_level, console)
+    from distilbeam.pipelines.needs import needs_of_ingest
+    from distilbeam.teacher.softlabels.extras import require_extras
+
     require_extras(needs_of_ingest(format_, out))
     display = Display(console)
     sources, flags = _split(sources)

@@ -17,6 +17,11 @@ from distilbeam.pipelines.units import Pool, Unit
 from distilbeam.teacher.softlabels.places import list_files, readable, remove_files
 
 
+def any_letters(folder: Path) -> bool:
+    """Tell whether there are dead letters, those that were set aside among them."""
+    return bool(list_files(folder, "*.parquet") or list_files(folder / AGAIN, "*.parquet"))
+
+
 def dead_rows(folder: Path, pool: Pool) -> dict[str, Mask]:
     """Find the rows of each unit that are in dead letters; a file that is another now has none.
 

@@ -100,7 +100,7 @@ class Job:
         Raises:
           ValueError: the data or the teacher changed since the run was started.
         """
-        contents = content_digests(self.inputs.pool, self._digest_cache, check_content)
+        contents = content_digests(self.inputs.pool, self.directory.digest_cache, check_content)
         now: dict[str, Any] = {
             "inputs": self.inputs.files_digest,
             "pool": self.inputs.pool.digest,
@@ -135,12 +135,8 @@ class Job:
     def changed_files(self) -> list[str]:
         """Read all files of the pool and list those that are not what the run was started with."""
         then = read_json(self.directory.frozen).get("contents", {})
-        now = content_digests(self.inputs.pool, self._digest_cache, check_all=True)
+        now = content_digests(self.inputs.pool, self.directory.digest_cache, check_all=True)
         return [name for name, digest in now.items() if then.get(name, digest) != digest]
-
-    @property
-    def _digest_cache(self) -> Path:
-        return self.directory.top / "content-digests.json"
 
     def reopen_failed(self) -> None:
         """Let the teacher be asked again about rows that had no answer, as long as nothing was made of their labels."""

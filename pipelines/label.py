@@ -107,7 +107,7 @@ class Label:
             if finished:
                 saved_answers.forget_all(self.output)
             for flight in gone:
-                if flight.shard in done or not flight.suspect:
+                if finished or flight.shard in done or not flight.suspect:
                     flight.path.unlink(missing_ok=True)
         saved_answers.tidy(self.output)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from distilbeam.pipelines.comparing import changed_files, find_rows
 from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.contents import Contents, read_contents
 from distilbeam.pipelines.copying import Copy, answers_fit, copy_answers, plan_copies
-from distilbeam.pipelines.dead_letter_rows import dead_rows, set_aside
+from distilbeam.pipelines.dead_letter_rows import any_letters, dead_rows, set_aside
 from distilbeam.pipelines.dead_letters import drop_answered, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.files import read_json, write_json
@@ -63,7 +63,8 @@ class LabelPlan:
     Attributes:
       pool: the pool as it is now.
       standing: how the dataset stands to it.
-      contents: what is known of its files from now on.
+      before: what was known of its files.
+      contents: what is known of them from now on.
       tasks: the shards to label.
       copies: the shards whose answers are known.
       changes: "new", "changed" or "gone" by name of a file.
@@ -78,6 +79,7 @@ class LabelPlan:
 
     pool: Pool
     standing: Standing
+    before: Contents
     contents: Contents
     tasks: tuple[Task, ...]
     copies: tuple[Copy, ...]
@@ -180,7 +182,7 @@ class LabellingJob:
         because = tuple(_differences(entries[0].spec, self.spec)) if entries else ()
         dataset = self._set_aside(self.spec) if because or not entries else self.dataset
         former = entries if dataset == self.dataset else self._entries(dataset)
-        contents = read_contents(self._contents)
+        before = contents = read_contents(self._contents)
         pool = contents.versioned(planned)
         touched = contents.touched(pool, check_content)
         contents = contents.with_changed(changed_files(pool, touched, dataset, former, self._labelling))
@@ -199,7 +201,8 @@ class LabellingJob:
         same = contents.same if not (prune or standing.rows_dropped) else {}
         dead = dead_rows(self.dead_letters, pool)
         wanted = _wanted(pool, standing, same, {} if retry else dead)
-        return self._plan(pool, standing, contents, wanted, same, dead, because, entries, search_all)
+        plan = self._plan(pool, standing, contents, wanted, same, dead, because, entries, search_all)
+        return replace(plan, before=before, changes=self._changes(pool, before, contents))
 
     def _plan(
         self,
@@ -245,7 +248,8 @@ class LabellingJob:
             contents=contents.of(pool, same),
             tasks=tuple(plan_pieces(parts, bounds, self.spec)),
             copies=copies,
-            changes=self._changes(pool, contents),
+            before=contents,
+            changes={},
             rows_wanted=rows,
             rows_waiting=waiting,
             rows_same=sum(len(from_ranges(ranges)) for ranges in same.values()),
@@ -293,10 +297,14 @@ class LabellingJob:
                 )
             move_folder(self.dataset, self._set_aside(read_manifest(self.dataset).spec), self.directory.root)
         plan = self.prepare(plan, **how)
-        self._set_letters_aside(plan)
+        letters = any_letters(self.dead_letters)
+        if letters:
+            self._set_letters_aside(plan)
         done = self._phase(plan, options, report)
-        drop_answered(self.dead_letters, committed(self.dataset))
-        self._require_some()
+        if letters:
+            drop_answered(self.dead_letters, committed(self.dataset))
+        if plan.tasks:
+            self._require_some()
         if plan.rows_waiting:
             self._bring_up(self.plan(retry=False, search_all=True))
         if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
@@ -316,7 +324,8 @@ class LabellingJob:
 
     def _bring_up(self, plan: LabelPlan) -> None:
         """Copy known answers and take out what does not hold; a call that is killed in between is repeated."""
-        plan.contents.write(self._contents)
+        if plan.contents != plan.before:
+            plan.contents.write(self._contents)
         copy_answers(plan.copies, self.dataset, self.work(self.dataset, self.dead_letters))
         growth.mend(plan.standing.stored)
 
@@ -422,12 +431,12 @@ class LabellingJob:
         keys = {entry.key for entry in there}
         return there + tuple(entry for entry in placed_entries(dataset) if entry.key not in keys)
 
-    def _changes(self, pool: Pool, contents: Contents) -> dict[str, str]:
+    def _changes(self, pool: Pool, before: Contents, contents: Contents) -> dict[str, str]:
         path = self.directory.root / "pool.json"
-        then, before = read_json(path) if path.exists() else {}, read_contents(self._contents).files
+        then = read_json(path) if path.exists() else {}
         now = dict(pool.files)
         found = {name: "changed" if name in then else "new" for name in now if then.get(name) != now[name]}
-        again = {name: "changed" for name, file in before.items() if file.version != contents.files[name].version}
+        again = {name: "changed" for name, file in before.files.items() if file.version != contents.files[name].version}
         return found | again | {name: "gone" for name in then if name not in now}
 
     def _set_aside(self, spec: SoftLabelSpec) -> Path:

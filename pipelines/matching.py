@@ -97,18 +97,22 @@ def read_rows_of(parts: Sequence[Part], columns: Sequence[str], labelling: Label
     """
     id_columns = [labelling.id_column] if labelling.id_column else list(labelling.spec.carried)
     read = tuple(dict.fromkeys([*columns, *id_columns]))
-    grouped = [list(group) for _, group in groupby(parts, key=lambda part: part.unit.uid)]
+    grouped = [list(group) for _, group in groupby(parts, key=lambda part: part.unit.path)]
 
-    def read_unit_rows(group: list[Part]) -> list[tuple[Digests, pa.Array]]:
+    def read_file(group: list[Part]) -> list[tuple[Digests, pa.Array]]:
+        reader = RowReader(read, 65_536)
+        return [one for _, unit in groupby(group, key=lambda part: part.unit.uid) for one in read_one(reader, list(unit))]
+
+    def read_one(reader: RowReader, group: list[Part]) -> list[tuple[Digests, pa.Array]]:
         numbers = np.concatenate([part.numbers() for part in group])
-        batches = (batch for batch, _ in RowReader(read, 65_536).read(group[0].unit, numbers))
+        batches = (batch for batch, _ in reader.read(group[0].unit, numbers))
         try:
             return [(question_digests(batch, columns), _ids(batch, labelling)) for batch in batches]
         except DamagedFileError:  # its worker will say so, and other files are labelled
             return [(np.zeros((len(numbers), 2), np.uint64), pa.nulls(len(numbers), pa.large_binary()))]
 
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-        found = [one for unit in pool.map(read_unit_rows, grouped) for one in unit]
+        found = [one for file in pool.map(read_file, grouped) for one in file]
     questions = np.concatenate([q for q, _ in found]) if found else np.empty((0, 2), np.uint64)
     ids = pa.concat_arrays([chunk for _, chunk in found]) if found else pa.array([], pa.large_binary())
     return Rows(tuple(parts), np.cumsum([part.rows for part in parts], dtype=np.int64), questions, ids)

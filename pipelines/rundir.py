@@ -187,6 +187,18 @@ class RunDirectory:
         with replacing(self.config) as temporary:
             write_config(temporary, config)
 
+    def forget_unstarted(self) -> None:
+        """Let the directory belong to no configuration again, where what it names was refused before anything was made."""
+        ours = (self.config, self.digest_cache)
+        if {path.name for path in self.root.iterdir()} <= {".lock", *(path.name for path in ours)}:
+            for path in ours:
+                path.unlink(missing_ok=True)
+
+    @property
+    def digest_cache(self) -> Path:
+        """Digests of the content of the pool's files, by what tells that they were not touched."""
+        return self.top / "content-digests.json"
+
     def stored_config(self) -> dict[str, Any]:
         """Read the resolved configuration as plain data, with today's defaults for settings that it did not know."""
         former = tomllib.loads(read_texts([self.config])[0])
@@ -361,8 +373,6 @@ def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDir
         way_out = "Set these back, or choose another run.directory"
     else:
         former = directory.stored_config()
-        if not directory.frozen.exists() and "labelled" in former["data"]:  # its data or its teacher were refused
-            return directory
         ignored = () if directory.selected(0).exists() else ("selection",)  # nothing was chosen by it yet
         differing = differing_keys(_essential(former, ignored), _essential(config.dump(), ignored))
         way_out = (

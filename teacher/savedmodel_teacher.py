@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from distilbeam.quiet import native_lines_dropped
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import SavedModelConfig
 from distilbeam.teacher.halving import Inputs
@@ -33,7 +34,8 @@ class SavedModelTeacher(LocalTeacher):
         if not config.trust:
             require_harmless(folder)
         self._config = config
-        import tensorflow as tf
+        with native_lines_dropped():
+            import tensorflow as tf
 
         self._tf: Any = tf
         try:

@@ -261,6 +261,11 @@ def test_a_run_whose_data_were_refused_takes_the_corrected_configuration(
     with pytest.raises(ValueError, match=r"data.labelled has no column truth"):
         run(problem, base=tmp_path)
     problem["data"]["label"] = "label"
+    teacher = problem["teacher"]
+    problem["teacher"] = {"kind": "torch", "model": "gone.pt2", "input": {"columns": ["x"]}}
+    with pytest.raises(ValueError, match=r"gone.pt2"):
+        run(problem, base=tmp_path)
+    problem["teacher"] = teacher
     run(problem, base=tmp_path, until=("train", 0))
     problem["data"]["classes"] = ["0", "1", "2"]
     with pytest.raises(ValueError, match=r"was made by another configuration; it differs in data.classes"):
