@@ -303,7 +303,7 @@ class LabellingJob:
         done = self._phase(plan, options, report)
         if letters:
             drop_answered(self.dead_letters, committed(self.dataset))
-        if plan.tasks:
+        if plan.tasks or letters:
             self._require_some()
         if plan.rows_waiting:
             self._bring_up(self.plan(retry=False, search_all=True))
