@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -12,6 +11,7 @@ from distilbeam.pipelines.job import Job
 from distilbeam.pipelines.labelling_job import LabellingJob
 from distilbeam.pipelines.rundir import RunDirectory
 from distilbeam.teacher.softlabels.places import to_path, within
+from distilbeam.toml_files import read_toml
 
 
 def pool_problems(config: Path, dataset: str) -> list[str]:
@@ -27,7 +27,7 @@ def pool_problems(config: Path, dataset: str) -> list[str]:
     Raises:
       ValueError: the configuration is not valid, or its pool is not there.
     """
-    if "data" not in tomllib.loads(config.read_text()):
+    if "data" not in read_toml(config):
         return []
     settings, base = load_any_config(config), config.parent.resolve()
     directory = RunDirectory(within(base, settings.run.directory).resolve())

@@ -99,6 +99,7 @@ def inspect(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Show what a soft-label dataset is: its specification, shards, sizes, the teacher's confidence, some rows."""
+    configure_logs("warning", console)
     from distilbeam.teacher.softlabels.inspect import inspect_labels
 
     console.print(inspect_labels(path, samples=samples, seed=seed))
@@ -117,6 +118,7 @@ def verify(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
+    configure_logs("warning", console)
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
