@@ -96,5 +96,5 @@ def test_a_run_directory_and_its_pool_do_not_hold_each_other(
     if not refused:
         require_apart(tmp_path / run, tmp_path / pool, "data.pool")
         return
-    with pytest.raises(ValueError, match="must not be inside .* labels would be read as rows to be labelled"):
+    with pytest.raises(ValueError, match=r"must not be inside .* labels would be read as rows to be labelled"):
         require_apart(tmp_path / run, tmp_path / pool, "data.pool")
