@@ -101,7 +101,9 @@ def read_rows_of(parts: Sequence[Part], columns: Sequence[str], labelling: Label
 
     def read_file(group: list[Part]) -> list[tuple[Digests, pa.Array]]:
         reader = RowReader(read, 65_536)
-        return [one for _, unit in groupby(group, key=lambda part: part.unit.uid) for one in read_one(reader, list(unit))]
+        return [
+            one for _, unit in groupby(group, key=lambda part: part.unit.uid) for one in read_one(reader, list(unit))
+        ]
 
     def read_one(reader: RowReader, group: list[Part]) -> list[tuple[Digests, pa.Array]]:
         numbers = np.concatenate([part.numbers() for part in group])
