@@ -3,8 +3,8 @@
     python -m distilbeam.pipelines.asking_apart FOLDER
 
 The process asks request by request and writes down each before it is sent, in files that outlive it. When it dies, the
-request in flight is halved and another process goes on, down to the row that it dies of: about 2 log2 n processes for one
-of n rows. What was answered is kept.
+request in flight is quartered and another process goes on, down to the row that it dies of: among n rows that takes log4 n
+further processes, which load the teacher anew, and at most 2 log2 n requests. What was answered is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ import pyarrow as pa
 
 from distilbeam.pipelines.private_folders import private_folder
 from distilbeam.teacher.asking import Answers, RowError
-from distilbeam.teacher.protocol import TeacherChanged, TeacherUnavailable
+from distilbeam.teacher.protocol import TeacherChanged, TeacherMisfit, TeacherUnavailable
 
 Range = tuple[int, int]
 
 FRESH, IN_FLIGHT, DONE = range(3)
 _WORDS = 4000
+_PIECES = 4
 
 log = logging.getLogger("distilbeam.label")
 
@@ -83,20 +85,18 @@ def _after_death(desk: _Desk, todo: Sequence[Range], deaths: dict[int, int], how
     start, stop = int(flying[0]), int(flying[-1]) + 1
     for row in range(start, stop):
         deaths[row] = deaths.get(row, 0) + 1
-    log.warning(
-        "the process that asked the teacher about %d row(s) %s; it is found out which of them", stop - start, how
-    )
+    log.info("the process that asked the teacher about %d row(s) %s; it is found out which of them", stop - start, how)
     if stop - start == 1:
         message = f"the process that asks the teacher {how} whenever this row is asked"
         desk.keep([RowError(start, "teacher", message, deaths[start])])
         desk.states[start] = DONE
-        halves = []
+        pieces: list[Range] = []
     else:
         desk.states[start:stop] = FRESH
-        middle = (start + stop) // 2
-        halves = [(start, middle), (middle, stop)]
+        edges = np.unique(np.linspace(start, stop, _PIECES + 1).astype(int)).tolist()
+        pieces = list(pairwise(edges))
     rest = [(a, b) for a, b in todo if (a, b) != (start, stop) and (desk.states[a:b] == FRESH).any()]
-    return [*halves, *rest]
+    return [*pieces, *rest]
 
 
 def _raise_kept(folder: Path) -> None:
@@ -104,7 +104,8 @@ def _raise_kept(folder: Path) -> None:
     path = folder / "error.json"
     if path.exists():
         name, message = json.loads(path.read_text())
-        kinds = {"TeacherChanged": TeacherChanged, "TeacherUnavailable": TeacherUnavailable, "ValueError": ValueError}
+        known = (TeacherChanged, TeacherMisfit, TeacherUnavailable, ValueError)
+        kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in known}
         raise kinds.get(name, RuntimeError)(message if name in kinds else f"{name}: {message}")
 
 
@@ -114,7 +115,7 @@ def _requests(rows: int, batch_size: int) -> list[Range]:
 
 def _run(folder: Path, todo: Sequence[Range]) -> tuple[int, str]:
     (folder / "todo.json").write_text(json.dumps(list(todo)))
-    command = [sys.executable, "-m", __spec__.name, str(folder)]
+    command = [sys.executable, "-P", "-m", __spec__.name, str(folder)]  # modules are found as here
     single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **single}

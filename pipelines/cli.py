@@ -19,10 +19,12 @@ from rich.text import Text
 import distilbeam
 from distilbeam.pipelines.command_options import (
     BeamArgument,
+    CheckContentOption,
     ConfigArgument,
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -35,6 +37,7 @@ from distilbeam.pipelines.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.label_commands import label, plan
 from distilbeam.pipelines.student_commands import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.teacher_commands import inspect, serve_teacher, verify
+from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
     name="distilbeam",
@@ -52,6 +55,8 @@ errors = plain_console(stderr=True)
 def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
+    if not wants_everything(arguments):
+        keep_quiet()
     try:
         app(args=arguments, standalone_mode=True)
     except SystemExit as e:
@@ -68,7 +73,8 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--debug" in own:
         errors.print_exception()
-    errors.print(Text.assemble(("error:", "bold red"), " ", _message(error)), soft_wrap=True)
+    said = _message(error).encode("utf-8", "backslashreplace").decode()  # halves of surrogate pairs written out
+    errors.print(Text.assemble(("error:", "bold red"), " ", said), soft_wrap=True)
     _exit(status)
 
 
@@ -133,12 +139,15 @@ def run(
     config: ConfigArgument,
     beam_options: BeamArgument = None,
     max_failures: MaxFailuresOption = None,
+    check_content: CheckContentOption = False,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    directory = run_steps(config, beam_options, with_max_failures(overrides, max_failures), log_level, None)
+    settings = with_max_failures(overrides, max_failures, retry)
+    directory = run_steps(config, beam_options, settings, log_level, None, check_content)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -40,9 +40,19 @@ RoundOption = Annotated[
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
 ]
+CheckContentOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-content", help="Compare all rows with what was labelled, not only those of files touched since."
+    ),
+]
 TrustOption = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
+]
+RetryOption = Annotated[
+    bool,
+    typer.Option("--retry/--no-retry", help="Ask again about the rows that had no answer before (engine.retry)."),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
@@ -54,6 +64,7 @@ def run_steps(
     overrides: list[str] | None,
     log_level: str,
     until: tuple[str, int | None] | None,
+    check_content: bool = False,
 ) -> Path:
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
@@ -65,17 +76,28 @@ def run_steps(
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
-    return run(settings, base=config.parent, beam_flags=flags or (), display=Display(console), until=until)
+    return run(
+        settings,
+        base=config.parent,
+        beam_flags=flags or (),
+        display=Display(console),
+        until=until,
+        check_content=check_content,
+    )
 
 
 def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:
     """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
 
     Raises:
-      ValueError: the run directory belongs to another configuration, or Beam does not know a flag.
+      ValueError: an extra is not installed, the run directory belongs to another configuration, or Beam does not know a
+        flag.
     """
+    from distilbeam.pipelines.needs import needs_of
     from distilbeam.pipelines.rundir import check_former
+    from distilbeam.teacher.softlabels.extras import require_extras
 
+    require_extras(needs_of(settings))
     check_former(settings, base)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.beam_options import pipeline_options
@@ -103,6 +125,7 @@ def end_stopped(sentence: str) -> None:
     os._exit(130)
 
 
-def with_max_failures(overrides: list[str] | None, limit: int | None) -> list[str]:
-    """Add the option `--max-failures` to the settings that are overridden."""
-    return [*(overrides or []), *([] if limit is None else [f"engine.max_failures={limit}"])]
+def with_max_failures(overrides: list[str] | None, limit: int | None, retry: bool = True) -> list[str]:
+    """Add the options `--max-failures` and `--no-retry` to the settings that are overridden."""
+    limited = [] if limit is None else [f"engine.max_failures={limit}"]
+    return [*(overrides or []), *limited, *([] if retry else ["engine.retry=false"])]

@@ -24,6 +24,7 @@ from distilbeam.student.config import StudentConfig
 from distilbeam.student.search_space import ParetoConfig, TuneConfig
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
+from distilbeam.toml_files import read_toml
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -171,6 +172,17 @@ class EngineSection(_Section):
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
     shard_rows: int = Field(65_536, ge=1, description="most rows of a shard of soft labels")
+    shard_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="most bytes that a shard's carried columns and labels take, by the pool's footers",
+    )
+    compare_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="most rows without a label that are read beforehand, so that identical ones are asked once and ids "
+        "that come twice are found; more only where labelled rows have left the pool, whose answers they may have",
+    )
     batch_rows: int = Field(
         65_536, ge=1, description="most rows read and scored at a time; fewer where rows are large or classes many"
     )
@@ -313,15 +325,13 @@ def describes_labelling(data: Mapping[str, Any]) -> bool:
 
 def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(
             f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
         ) from e
     except IsADirectoryError as e:
         raise ValueError(f"{path} is a directory; name the configuration file in it") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     for override in overrides:
         _apply(data, override)
     return data

@@ -19,7 +19,8 @@ def ingest(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE... [-- BEAM OPTIONS]", help="Files, directories or glob patterns; .gz is unpacked."
+            metavar="SOURCE... [-- BEAM OPTIONS]",
+            help="Files, directories or glob patterns; .gz and .zst are unpacked. Beam's options are for tfrecord and images.",
         ),
     ],
     out: Annotated[
@@ -54,18 +55,26 @@ def ingest(
         str | None, typer.Option(metavar="NAME,...", help="csv: columns of files without a header.")
     ] = None,
     delimiter: Annotated[str, typer.Option(help="csv: what separates fields; 'tab' for a tabulator.")] = ",",
+    max_record_bytes: Annotated[
+        int, typer.Option(help="csv, jsonl, text: a longer record is a bad one; bounds memory.")
+    ] = 16 * 2**20,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates."""
     configure_logs(log_level, console)
+    from distilbeam.pipelines.needs import needs_of_ingest
+    from distilbeam.teacher.softlabels.extras import require_extras
+
+    require_extras(needs_of_ingest(format_, out))
     display = Display(console)
-    with display.waiting("loading"):  # Beam takes seconds to import
-        from distilbeam.pipelines.beam_options import pipeline_options
+    sources, flags = _split(sources)
+    with display.waiting("loading"):
         from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
         from distilbeam.pipelines.ingest.settings import ingest_options
         from distilbeam.teacher.softlabels.places import to_path
-    sources, flags = _split(sources)
+
+        beam = _beam_options(flags)
     options = ingest_options(
         format=format_,
         id_column=id_column,
@@ -74,9 +83,10 @@ def ingest(
         columns=tuple(columns.split(",")) if columns else (),
         vectors=_vectors(vector or [], shape or []),
         types=dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
+        max_record_bytes=max_record_bytes,
     )
     place = to_path(out)
-    summary = ingest_sources(sources, place, options, beam=pipeline_options(flags), display=display)
+    summary = ingest_sources(sources, place, options, beam=beam, display=display)
     for sentence in _sentences(summary, place):
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
@@ -87,6 +97,14 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     if not end:
         raise ValueError("SOURCE must come before the '--' that Beam's options follow")
     return words[:end], words[end:]
+
+
+def _beam_options(flags: list[str]) -> Any:
+    if not flags:
+        return None
+    from distilbeam.pipelines.beam_options import pipeline_options  # Beam takes seconds to import
+
+    return pipeline_options(flags)
 
 
 def _vectors(vectors: list[str], shapes: list[str]) -> dict[str, dict[str, Any]]:
@@ -146,4 +164,4 @@ def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]
     if totals["unreadable"]:
         sentences.append(f"Never whole: {', '.join(totals['unreadable'][:5])}; they are taken when they are")
     for sentence in (*sentences, f"Labels: {job.dataset}"):
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)

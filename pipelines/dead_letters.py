@@ -26,6 +26,7 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.places import list_files, readable, remove_files
 
 AGAIN = "again"
+_PREFIX = "again_"  # of the keys of shards of rows that had failed before
 _ANSWERED = b"distilbeam.answered"
 _MESSAGE = 300  # characters of a message, in a sentence
 
@@ -103,7 +104,7 @@ def ask_again(
     """
     drop_answered(directory, done)
     for path in _files(directory):
-        if path.stem not in done:
+        if path.stem not in done and not (none_answered(path) and is_of_again(path.stem)):
             if none_answered(path):
                 write_letters(directory / AGAIN / path.name, _read(path), 0)
             remove_files([path])  # else what a killed process wrote of a shard that is asked about again
@@ -119,6 +120,11 @@ def ask_again(
         tasks.append(Task((shard,)))
     remove_files([path for path in files if path not in kept])
     return tasks
+
+
+def is_of_again(key: str) -> bool:
+    """Tell whether a shard is of rows that had failed before, which are planned from their dead letters alone."""
+    return key.startswith(_PREFIX)
 
 
 def leave(directory: Path, done: set[str]) -> None:
@@ -159,7 +165,8 @@ def _located(letters: Sequence[pa.Table], units: Sequence[Unit]) -> list[tuple[U
     found: dict[tuple[int, int], tuple[Unit, int, dict[str, Any]]] = {}
     for letter in (row for table in letters for row in table.to_pylist()):
         for unit in by_file.get(letter["file"], ()):
-            if unit.first_row <= letter["row"] < unit.first_row + unit.rows:
+            same = letter.get("unit") in (None, unit.uid)  # former versions did not write it
+            if same and unit.first_row <= letter["row"] < unit.first_row + unit.rows:
                 row = letter["row"] - unit.first_row
                 known = found.get((unit.pool_row, row))
                 if known is None or known[2]["attempts"] < letter["attempts"]:
@@ -176,4 +183,5 @@ def _shard(rows: Sequence[tuple[Unit, int, dict[str, Any]]], picks: str | None, 
         if picks is not None:  # a part counts within what was chosen of the unit
             own = np.searchsorted(pq.read_table(picks_file(picks, unit), columns=["row"])["row"].to_numpy(), own)
         parts += [Part(unit, start, stop) for start, stop in runs(own)]
-    return Shard(shard_key([(f"again {p.unit.uid}", range_bytes(p.start, p.stop)) for p in parts], spec), tuple(parts))
+    key = shard_key([(part.unit.uid, range_bytes(part.start, part.stop)) for part in parts], spec)
+    return Shard(f"{_PREFIX}{key}", tuple(parts))

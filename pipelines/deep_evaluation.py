@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -23,6 +22,7 @@ from distilbeam.student.evaluate import evaluate, per_class, worst_classes
 from distilbeam.student.labelled import class_indices, inputs_of
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import read_manifest
+from distilbeam.toml_files import read_toml
 
 
 def evaluate_directory(
@@ -102,7 +102,7 @@ def _row_name(file: Path, row: int) -> str:
 
 
 def _teacher_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] | None = tomllib.loads(path.read_text()).get("teacher")
+    config: dict[str, Any] | None = read_toml(path).get("teacher")
     if config is None:
         raise ValueError(f"{path} must have a section [teacher]")
     return config

@@ -17,7 +17,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-NOISY = ("apache_beam", "google", "grpc", "h5py", "matplotlib", "tensorflow", "absl", "root")
+NOISY = (
+    *("absl", "apache_beam", "google", "grpc", "h5py", "huggingface_hub", "jax", "matplotlib", "onnxruntime", "PIL"),
+    *("root", "tensorflow", "tokenizers", "torch", "torchao", "transformers"),
+)
 
 
 class Report(Protocol):

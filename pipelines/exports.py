@@ -9,11 +9,14 @@ from typing import Any
 import numpy.typing as npt
 
 from distilbeam.pipelines.display import Display, Report
-from distilbeam.pipelines.files import read_json, write_json
-from distilbeam.student.checkpoint import load_student
-from distilbeam.student.compress.prune import prune_student
+from distilbeam.pipelines.files import read_json, sweep, write_json
+from distilbeam.pipelines.needs import needs_of_formats
+from distilbeam.pipelines.rundir import held
+from distilbeam.student.checkpoint import Student, load_student
+from distilbeam.student.compress.prune import prune_student, require_prunable
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.export import FORMATS, export_student
+from distilbeam.teacher.softlabels.extras import require_extras
 
 PRUNED, CUT = "pruned", "pruned-untrained"
 ALL_FORMATS = (*FORMATS, PRUNED)
@@ -23,10 +26,11 @@ Retrain = Callable[[StudentConfig, Path, Path, Report], object]
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Refuse a format that there is not."""
+    """Refuse a format that there is not, or whose packages are not installed."""
     for name in formats:
         if name not in ALL_FORMATS:
             raise ValueError(f"--format must be one of {', '.join(ALL_FORMATS)}, got {name}")
+    require_extras(needs_of_formats(formats, PRUNED))
 
 
 def write_exports(
@@ -62,7 +66,30 @@ def write_exports(
       ValueError: an unknown format, missing examples, or a directory in the way that holds another student's export.
     """
     check_formats(formats)
-    fingerprint = load_student(student).fingerprint()
+    loaded = load_student(student)
+    fingerprint = loaded.fingerprint()
+    if PRUNED in formats:
+        _require_pruning(loaded, ratio, retrain)
+    with held(output, "--output", "--output"):
+        sweep(output)  # what was left by one that was killed
+        return _exported(
+            student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio
+        )
+
+
+def _exported(
+    student: Path,
+    fingerprint: str,
+    formats: Sequence[str],
+    output: Path,
+    judge: Judge,
+    display: Display,
+    examples: npt.NDArray[Any] | None,
+    origin: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+    retrain: Retrain | None,
+    ratio: float,
+) -> list[dict[str, Any]]:
     for name in formats:
         directory = output / name
         with display.step(f"export {name}") as report:
@@ -82,11 +109,19 @@ def write_exports(
     return table
 
 
-def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+def _require_pruning(student: Student, ratio: float, retrain: Retrain | None) -> None:
+    """Refuse what pruning would, before other formats take their time."""
     if retrain is None:
         raise ValueError(
             "a pruned student must be trained again: name the run's configuration instead of the student's directory"
         )
+    if not 0 < ratio < 1:
+        raise ValueError(f"--ratio must be a share of the channels between 0 and 1, got {ratio}")
+    require_prunable(student.module)
+
+
+def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+    assert retrain is not None  # `_require_pruning` refuses
     cut = output / CUT
     if not cut.exists():
         prune_student(student, ratio, cut)

@@ -1,7 +1,7 @@
-"""What a run or a labelling job will cost, before anything is spent: from footers and one timed sample.
+"""What a run or a labelling job will cost, before anything is spent: from footers and, where it is wanted, one timed sample.
 
-The sample labels some rows for good, into a folder that is thrown away, and measures seconds and bytes per row as the real
-work will have them: read, teacher, encoding, writing. Training and the start of a cluster are not in the forecast.
+The sample labels some rows for good and keeps their labels, and measures seconds and bytes per row as the rest of the work will
+have them: read, teacher, encoding, writing. Training and the start of a cluster are not in the forecast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich import box
 
 from distilbeam.pipelines.config import PricesSection
 from distilbeam.pipelines.label import Label
+from distilbeam.pipelines.labelling import Labelled
 from distilbeam.pipelines.phases import threads
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.score import Score
@@ -112,70 +113,73 @@ class Forecast:
         return {"lines": lines, "workers": self.workers, "sampled": self.sampled, "money": self.money}
 
 
-def measure_rates(work: Callable[[Path, Path], Label], units: Sequence[Unit], rows: int) -> tuple[Rates, int]:
-    """Label a sample and time it: reading, asking and writing each by itself, as shards are much larger than the sample.
+def measure_rates(label: Label, shard: Shard) -> Rates:
+    """Label a small shard for good and time it: reading, asking and writing each by itself, as other shards are much larger.
 
     Args:
-      work: makes the label phase's work for an output and a dead-letter directory.
-      units: the units to take the sample from.
-      rows: most rows to time; some of them are labelled before to warm up.
+      label: the label phase's work.
+      shard: rows of one unit.
 
     Returns:
-      The rates and the rows asked about. All rates are 0 where `rows` is 0.
+      The rates.
 
     Raises:
-      ValueError: the teacher answers none of the sample.
+      ValueError: the teacher answers none of the rows.
     """
-    if rows == 0 or not units:
-        return Rates(), 0
-    unit = max(units, key=lambda unit: unit.rows)
+    unit = shard.parts[0].unit
     with tempfile.TemporaryDirectory(prefix="distilbeam-plan-") as directory, threads(1):
-        label = work(Path(directory) / "labels", Path(directory) / "dead")
-        sample, read_s = _read(label, unit, min(rows, unit.rows))
-        warm_up = sample.slice(0, _WARM_UP)
-        label.labelling(warm_up)
-        parts = _requests(sample, label.labelling.teacher_batch)
-        labelled, ask_s = zip(*(_asked(label, part) for part in parts), strict=True)
-        answered = pa.concat_tables(labelled)
-        if not answered.num_rows:
+        read_s = _reading_s(label, unit, shard.rows)
+        reader = RowReader(label.columns, label.rows_at_once)
+        sample = pa.concat_tables([table for part in shard.parts for table in read_rows(reader, part, None)])
+        warm_up = min(_WARM_UP, sample.num_rows // 4)
+        timed, rest = _requests(sample.slice(warm_up), label.labelling.teacher_batch)
+        first = [label.labelling(sample.slice(0, warm_up))] if warm_up else []
+        labelled, ask_s = zip(*(_asked(label, part) for part in timed), strict=True)
+        parts = [*first, *labelled, *(label.labelling(part) for part in rest)]
+        if not any(part.table.num_rows for part in parts):
             raise ValueError(f"the teacher answers none of the {sample.num_rows:,} rows of the sample")
-        write_s, shard_s, file = _write(label, unit, answered)
+        label.keep(shard, parts)
+        answered = pa.concat_tables([part.table for part in parts if part.table.num_rows])
+        write_s, shard_s, file = _write(replace(label, output=directory), unit, answered)
         row_bytes, shard_bytes = _bytes(file)
-    rates = Rates(read_s + statistics.median(ask_s) + write_s, shard_s, row_bytes, shard_bytes)
-    return rates, warm_up.num_rows + sum(part.num_rows for part in parts)
+    return Rates(read_s + statistics.median(ask_s) + write_s, shard_s, row_bytes, shard_bytes)
 
 
-def _read(label: Label, unit: Unit, rows: int) -> tuple[pa.Table, float]:
+def _reading_s(label: Label, unit: Unit, rows: int) -> float:
     """Read at least `rows` rows of a unit, a row group where that does not take long.
 
     Returns:
-      The rows, and seconds per row; without the first table's, which opening the file is part of, where there are others.
+      Seconds per row; without the first table's, which opening the file is part of, where there are others.
     """
-    kept: list[pa.Table] = []
     marks: list[tuple[int, float]] = []  # rows read until then, and when
     start = time.perf_counter()
     for table in read_rows(RowReader(label.columns, label.rows_at_once), Part(unit, 0, unit.rows), None):
         count = table.num_rows + (marks[-1][0] if marks else 0)
         marks.append((count, time.perf_counter()))
-        if not kept or marks[-2][0] < rows:
-            kept.append(table)
         if count >= max(rows, unit.sizes[0]) or (count >= rows and marks[-1][1] - start > _READING_S):
             break
     since_rows, since = marks[0] if len(marks) > 1 else (0, start)
-    return pa.concat_tables(kept).slice(0, rows), (marks[-1][1] - since) / (marks[-1][0] - since_rows)
+    return (marks[-1][1] - since) / (marks[-1][0] - since_rows)
 
 
-def _requests(sample: pa.Table, teacher_batch: int) -> list[pa.Table]:
-    """Cut a sample into parts of whole requests, whose median a moment in which a processor is busy does not change."""
+def _requests(sample: pa.Table, teacher_batch: int) -> tuple[list[pa.Table], list[pa.Table]]:
+    """Cut a sample into parts of whole requests, whose median a moment in which a processor is busy does not change.
+
+    Returns:
+      The parts, and what is left.
+    """
     rows = sample.num_rows // _PARTS
     rows -= rows % teacher_batch if rows > teacher_batch else 0
-    return [sample.slice(i * rows, rows) for i in range(_PARTS)] if rows else [sample]
+    if not rows:
+        return [sample], []
+    rest = sample.slice(_PARTS * rows)
+    return [sample.slice(i * rows, rows) for i in range(_PARTS)], [rest] if rest.num_rows else []
 
 
-def _asked(label: Label, rows: pa.Table) -> tuple[pa.Table, float]:
+def _asked(label: Label, rows: pa.Table) -> tuple[Labelled, float]:
     start = time.perf_counter()
-    table = label.labelling(rows).table
-    return table, (time.perf_counter() - start) / rows.num_rows
+    labelled = label.labelling(rows)
+    return labelled, (time.perf_counter() - start) / rows.num_rows
 
 
 def _write(label: Label, unit: Unit, labelled: pa.Table) -> tuple[float, float, Path]:

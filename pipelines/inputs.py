@@ -12,7 +12,7 @@ import pyarrow as pa
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.labelled_sets import LabelledSet, RawSet, join_sets, read_set
 from distilbeam.pipelines.reserved_names import require_free_names
-from distilbeam.pipelines.units import Pool, find_files, open_parquet, plan_pool, plan_units
+from distilbeam.pipelines.units import Pool, find_files, plan_pool, plan_units
 from distilbeam.teacher.softlabels.places import within
 
 
@@ -84,12 +84,12 @@ def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> 
     student_columns = tuple(config.student.input.columns)
     teacher_columns = tuple(config.teacher.input.columns)
     _require_names(config)
-    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool")
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
+    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool", wanted)
     require_columns(pool.columns, wanted, "data.pool")
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
-    schema = open_parquet(pool.units[0].path, "data.pool").schema_arrow
+    schema = pa.schema(pool.types)
     raw = [_read(base / path, name, config, read) for name, path in _sets(config).items()]
     for one in raw:
         _require_types(schema, one.table.schema, read, one.name)

@@ -22,10 +22,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.answers import calibrated, count_dead_letters, read_answers, tally
 from distilbeam.pipelines.choose import Choice, choose
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.content_digests import content_digests
 from distilbeam.pipelines.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.display import Report
 from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.files import read_json, write_json
+from distilbeam.pipelines.first_rows import first_rows
 from distilbeam.pipelines.herding_choice import candidates_share
 from distilbeam.pipelines.inputs import Inputs, load_inputs
 from distilbeam.pipelines.label import Label
@@ -51,6 +53,7 @@ from distilbeam.selection.pooling import BeliefPool
 from distilbeam.student.blind import train_blind
 from distilbeam.student.train import train
 from distilbeam.student.trust import trust_config, trusted
+from distilbeam.teacher.probing import with_probe_shape
 from distilbeam.teacher.softlabels import SoftLabelSpec, committed, read_manifest
 from distilbeam.teacher.softlabels.atomic import replacing
 
@@ -79,19 +82,25 @@ class Job:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
-        return teacher_text(self.config.teacher, self.base, self.inputs.classes)
+        columns = self.config.teacher.input.columns
+        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.base, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
         """The teacher's fingerprint."""
         return cached_teacher(self.teacher).fingerprint()
 
-    def freeze(self) -> None:
+    def freeze(self, check_content: bool = False) -> None:
         """Record which data and which teacher the run belongs to, or check that they are still the same.
+
+        Args:
+          check_content: read all files of the pool, not only those that were touched since.
 
         Raises:
           ValueError: the data or the teacher changed since the run was started.
         """
+        contents = content_digests(self.inputs.pool, self.directory.digest_cache, check_content)
         now: dict[str, Any] = {
             "inputs": self.inputs.files_digest,
             "pool": self.inputs.pool.digest,
@@ -99,6 +108,7 @@ class Job:
             "files": dict(self.inputs.pool.files),
             "teacher": self.fingerprint,
             "classes": list(self.inputs.classes),
+            "contents": contents,
         }
         path = self.directory.frozen
         if not path.exists():
@@ -119,7 +129,28 @@ class Job:
                 "changed until now cannot be told",
                 self.directory.root,
             )
-            write_json(path, {**then, "pool": now["pool"], "sets": now["sets"]})
+        if "sets" not in then or "contents" not in then:
+            write_json(path, {**then, **{name: now[name] for name in ("pool", "sets", "contents")}})
+
+    def changed_files(self) -> list[str]:
+        """Read all files of the pool and list those that are not what the run was started with."""
+        then = read_json(self.directory.frozen).get("contents", {})
+        now = content_digests(self.inputs.pool, self.directory.digest_cache, check_all=True)
+        return [name for name, digest in now.items() if then.get(name, digest) != digest]
+
+    def reopen_failed(self) -> None:
+        """Let the teacher be asked again about rows that had no answer, as long as nothing was made of their labels."""
+        where = self.directory
+        used = {
+            ("ask-validation", where.asked("validation")): [where.calibration, where.picks(0)],
+            ("ask-test", where.asked("test")): [where.metrics],
+            ("ask-labelled", where.asked("labelled")): [where.student(1)],
+            **{(f"round={r:03d}", where.labels(r)): [where.student(r + 1)] for r in range(self.config.run.rounds)},
+        }
+        for (name, dataset), made in used.items():
+            failed = where.summary(dataset).exists() and count_dead_letters(where.dead_letters(name))
+            if failed and not any(path.exists() for path in made):
+                where.summary(dataset).unlink()
 
     def train(self, number: int, report: Report) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
@@ -197,7 +228,7 @@ class Job:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
         labelling = Labelling(
             self.teacher,
-            self._spec(self.config.labels, 1.0),
+            self.sample_spec,
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
         )
@@ -248,6 +279,16 @@ class Job:
     def calibrated_answers(self, name: str) -> npt.NDArray[np.float32]:
         """Return the log-probabilities of `answers` as soft labels of the pool would say them."""
         return calibrated(self.answers(name), self.temperature)
+
+    @property
+    def sampled(self) -> Path:
+        """Dense answers to the samples of `plan`, which no round asks again."""
+        return self.directory.top / "sampled"
+
+    @property
+    def sample_spec(self) -> SoftLabelSpec:
+        """How these are stored."""
+        return replace(self._spec(self.config.labels, 1.0), kind="dense", k=None)
 
     @property
     def wrong_share(self) -> float:
@@ -302,7 +343,7 @@ class Job:
             estimates=self._estimates(output, student),
             student=str(student),
             trust=trusted(),
-            reuse=reuse,
+            reuse=(*reuse, *([str(self.sampled)] if self.sampled.exists() else [])),
         )
         self._label(output, name, self.inputs.pool, labelling, str(picks), report)
 
@@ -311,7 +352,8 @@ class Job:
     ) -> None:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
-        tasks = plan_shards(plan.units, picks, self.config.engine.shard_rows, labelling.spec)
+        engine = self.config.engine
+        tasks = plan_shards(plan.units, picks, engine.shard_rows, labelling.spec, engine.shard_bytes)
         again = self._again(dead_letters, plan, picks, labelling, output)
         done = self._phase("label", work, [*tasks, *again], report)
         drop_answered(dead_letters, committed(output))
@@ -410,7 +452,10 @@ class Job:
 
     def _asked_spec(self, name: str) -> SoftLabelSpec:
         """The form of the answers for a labelled set: calibration is fitted on them, but the labelled one's are learned."""
-        return self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        spec = self._spec(RunLabelsSection(), self.temperature if name == "labelled" else 1.0)
+        return replace(
+            spec, carried=tuple(dict.fromkeys(self.inputs.student_columns))
+        )  # what else is carried is the pool's
 
     def _spec(self, labels: RunLabelsSection, temperature: float) -> SoftLabelSpec:
         return SoftLabelSpec(
@@ -452,7 +497,9 @@ def _changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if "sets" in then:
         sets = [name for name, digest in now["sets"].items() if digest != then["sets"].get(name)]
         if then["pool"] == now["pool"]:
-            return ", ".join(sets)
+            known = then.get("contents", {})
+            values = [name for name, digest in now["contents"].items() if known.get(name, digest) != digest]
+            return ", ".join(sets + [f"values in pool file {name}" for name in values[:3]])
     elif then["inputs"] == now["inputs"]:
         return ""
     files = sorted({name for name, _ in {*then["files"].items()} ^ {*now["files"].items()}})

@@ -25,17 +25,19 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines import saved_answers
 from distilbeam.pipelines.dead_letters import attempts_before, letters_table, none_answered, runs, write_letters
+from distilbeam.pipelines.growth import parts_of
 from distilbeam.pipelines.in_flight import read_flights
-from distilbeam.pipelines.labelling import ROW, Labelling
+from distilbeam.pipelines.labelling import ROW, Labelled, Labelling
 from distilbeam.pipelines.meter import count, count_seconds, timed
 from distilbeam.pipelines.reading_ahead import read_from
+from distilbeam.pipelines.row_ranges import to_ranges
 from distilbeam.pipelines.row_reader import RowReader
 from distilbeam.pipelines.saved_answers import PLACE, Answered
 from distilbeam.pipelines.score import unit_name
-from distilbeam.pipelines.shard_work import ShardSettings, ShardWork, has_kept
+from distilbeam.pipelines.shard_work import COSTS, ShardSettings, ShardWork, has_kept, part_rows
 from distilbeam.pipelines.shards import Part, Shard, Task, read_rows
 from distilbeam.pipelines.stopping import cannot_be_written, stop_everybody
-from distilbeam.pipelines.units import BATCH_BYTES, answered_rows
+from distilbeam.pipelines.units import BATCH_BYTES, answered_rows, require_unchanged
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 from distilbeam.teacher.softlabels.places import is_remote, list_files, readable, to_path
@@ -95,14 +97,18 @@ class Label:
         found = read_flights(self._flights) if self._flights is not None else ()
         return frozenset((flight.shard, flight.start, flight.stop) for flight in found if flight.suspect)
 
-    def tidy(self) -> None:
-        """Remove what is left over of shards that are committed."""
-        if self._flights is not None:
-            done = _committed_keys(self.output) | self._all_failed(set())
-            for flight in read_flights(self._flights):
-                if not flight.alive and (flight.shard in done or not flight.suspect):
+    def tidy(self, finished: bool) -> None:
+        """Remove what is left over of shards that are committed; of all where everything is finished."""
+        flights = read_flights(self._flights) if self._flights is not None else ()
+        gone = [flight for flight in flights if not flight.alive]
+        if gone or saved_answers.has_saved(self.output):
+            done = _committed_keys(self.output)
+            done |= self._all_failed(done)
+            if finished:
+                saved_answers.forget_all(self.output)
+            for flight in gone:
+                if finished or flight.shard in done or not flight.suspect:
                     flight.path.unlink(missing_ok=True)
-            saved_answers.forget_but(self.output, done)
         saved_answers.tidy(self.output)
 
     def remaining(self, tasks: Sequence[Task]) -> list[Task]:
@@ -142,6 +148,7 @@ class Label:
         One that a killed process had placed comes as its entry, and answers that it had saved come before the other rows.
         """
         any_saved = saved_answers.has_saved(self.output)
+        all_saved = saved_answers.saved(self.output, self.labelling.spec.to_json()) if any_saved else []
         reader = RowReader(self.columns, self.rows_at_once)
         for shard in task.shards:
             if entry_path(self.output, shard.key).exists():  # another worker may have been given it too
@@ -149,7 +156,10 @@ class Label:
             if (entry := placed_entry(self.output, shard.key)) is not None:
                 yield shard, entry
                 continue
-            kept = saved_answers.saved(self.output, shard.key) if any_saved else []
+            parts = part_rows(shard)
+            kept = [found for answered in all_saved if (found := answered.of_shard(parts)) is not None]
+            if self.picks is None:
+                kept = [_numbered(answered, shard) for answered in kept]
             if self.retry:
                 kept = [replace(answered, failures=[]) for answered in kept]
             yield from ((shard, answered) for answered in kept)
@@ -176,7 +186,7 @@ class Label:
                 work.ask(found.drop_columns([PLACE]), found[PLACE].to_numpy())
             entry = self._finish(shard, work.result(), time.perf_counter() - start)
             work.clear_suspects()
-        except Exception as e:
+        except (Exception, KeyboardInterrupt) as e:
             if cannot_be_written(e) or isinstance(e, TooManyFailures):
                 stop_everybody()
             _save(work, shard)
@@ -191,8 +201,7 @@ class Label:
         return ShardSettings(
             labelling=self.labelling,
             output=self.output,
-            key=shard.key,
-            rows=shard.rows,
+            shard=shard,
             flush_s=self.flush_s,
             flights=flights,
             suspects=tuple(flight for flight in found if flight.shard == shard.key and flight.suspect),
@@ -200,7 +209,13 @@ class Label:
         )
 
     def _finish(self, shard: Shard, answered: Answered, seconds: float) -> ManifestEntry | None:
-        """Write the dead letters and the shard."""
+        """Write the dead letters and the shard.
+
+        Raises:
+          ValueError: a file was replaced meanwhile: what was read is not committed under the key of what was there before.
+        """
+        for unit in {part.unit.path: part.unit for part in shard.parts}.values():
+            require_unchanged(unit)
         if answered.failures:
             self._write_dead_letters(shard, answered.failures, answered.table.num_rows)
             count("dead_letters", len(answered.failures))
@@ -210,10 +225,20 @@ class Label:
         facts = {**answered.costs, "failed": len(answered.failures), "seconds": round(seconds, 4)}
         return self.place(shard, answered.table, facts)
 
+    def keep(self, shard: Shard, parts: Sequence[Labelled]) -> None:
+        """Commit rows that were labelled elsewhere: those of a sample."""
+        tables = [part.table for part in parts if part.table.num_rows]
+        table = pa.concat_tables(tables) if tables else pa.table({})
+        costs = {name: sum(getattr(part, name) for part in parts) for name in COSTS}
+        failures = [failure for part in parts for failure in part.failures]
+        entry = self._finish(shard, Answered(table, np.arange(table.num_rows), failures, costs), 0.0)
+        if entry is not None:
+            self.settle([entry])
+
     def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
         """Write a shard of labelled rows; `settle` commits it."""
         if self.growing:
-            facts["parts"] = _parts(shard, table[ROW].to_numpy())
+            facts |= _parts(shard, table[ROW].to_numpy())
             table = table.drop_columns([ROW])
         with timed("write"):
             entry = place_shard(self.output, table, self.labelling.spec, shard.key, facts)
@@ -227,14 +252,16 @@ class Label:
         Their column `saved_answers.PLACE` is the row of the shard.
         """
         waiting: list[pa.Table] = []
+        waiting_rows = size = 0
         for part, place in _parts_left(shard, done):
             first = place
             for table in read_rows(reader, part, self.picks):
                 waiting.append(table.append_column(PLACE, pa.array(np.arange(first, first + table.num_rows))))
                 first += table.num_rows
-                if _full(waiting, self.rows_at_once):
+                waiting_rows, size = waiting_rows + table.num_rows, size + table.nbytes
+                if waiting_rows >= self.rows_at_once or size >= BATCH_BYTES:
                     yield pa.concat_tables(waiting)
-                    waiting = []
+                    waiting, waiting_rows, size = [], 0, 0
         if waiting:
             yield pa.concat_tables(waiting)
 
@@ -283,6 +310,16 @@ def _save(work: ShardWork, shard: Shard) -> None:
         log.error("the answers to a part of shard %s could not be kept: %s", shard.key, e)
 
 
+def _numbered(answered: Answered, shard: Shard) -> Answered:
+    """Number rows by the pool as it is now: files may have come before theirs."""
+    numbers = np.concatenate([part.unit.pool_row + part.numbers() for part in shard.parts])
+    table = answered.table
+    if table.num_rows:
+        table = table.set_column(table.schema.get_field_index(ROW), ROW, pa.array(numbers[answered.places]))
+    failures = [{**failure, ROW: int(numbers[failure["place"]])} for failure in answered.failures]
+    return replace(answered, table=table, failures=failures)
+
+
 def _places_done(kept: Sequence[Answered], rows: int) -> npt.NDArray[np.bool_] | None:
     """Mark the rows of a shard that need not be read; None where that is none."""
     if not kept:
@@ -302,13 +339,16 @@ def _parts_left(shard: Shard, done: npt.NDArray[np.bool_] | None) -> Iterator[tu
             yield part, place
         else:
             for start, stop in runs(np.flatnonzero(~done[place : place + part.rows])):
-                yield Part(part.unit, part.start + start, part.start + stop), place + start
+                yield _piece(part, start, stop), place + start
         place += part.rows
 
 
-def _full(tables: Sequence[pa.Table], batch_rows: int) -> bool:
-    rows, size = (sum(getattr(table, name) for table in tables) for name in ("num_rows", "nbytes"))
-    return bool(rows >= batch_rows or size >= BATCH_BYTES)
+def _piece(part: Part, start: int, stop: int) -> Part:
+    """Cut rows out of a part, counted within it."""
+    if part.ranges is None:
+        return Part(part.unit, part.start + start, part.start + stop)
+    rows = part.numbers()[start:stop]
+    return Part(part.unit, int(rows[0]), int(rows[-1]) + 1, to_ranges(rows))
 
 
 def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
@@ -316,15 +356,18 @@ def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
     failure = {name: value for name, value in failure.items() if name != "place"}
     row = failure[ROW]
     unit = next(p.unit for p in shard.parts if p.unit.pool_row <= row < p.unit.pool_row + p.unit.rows)
-    return {**failure, "file": unit.path, "row": row - unit.pool_row + unit.first_row}
+    return {**failure, "file": unit.path, "unit": unit.uid, "row": row - unit.pool_row + unit.first_row}
 
 
-def _parts(shard: Shard, pool_rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[list[Any]]:
-    """List unit, first row, row after the last and labelled rows of each part, in the order of the shard's rows."""
-    return [
-        [part.unit.uid, part.start, part.stop, int(np.diff(np.searchsorted(pool_rows, [part.begin, part.end]))[0])]
-        for part in shard.parts
-    ]
+def _parts(shard: Shard, pool_rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Describe which rows of its parts a shard has, in the order of its rows."""
+    edges = np.searchsorted(pool_rows, [[part.begin, part.end] for part in shard.parts])
+    return parts_of(
+        [
+            (part.unit.uid, part.start, part.stop, pool_rows[first:stop] - part.unit.pool_row)
+            for part, (first, stop) in zip(shard.parts, edges.tolist(), strict=True)
+        ]
+    )
 
 
 def _committed_keys(dataset: str) -> set[str]:

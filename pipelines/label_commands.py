@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +13,12 @@ import typer
 
 from distilbeam.pipelines.command_options import (
     BeamArgument,
+    CheckContentOption,
     ConfigArgument,
     DebugOption,
     LogOption,
     MaxFailuresOption,
+    RetryOption,
     RoundOption,
     SetOption,
     TrustOption,
@@ -40,8 +44,13 @@ def label(
     watch: Annotated[
         Path | None, typer.Option(help="Go on labelling the Parquet files that arrive in this directory.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop the labels of files that are gone from the pool.")
+    ] = False,
+    check_content: CheckContentOption = False,
     max_failures: MaxFailuresOption = None,
     trust: TrustOption = None,
+    retry: RetryOption = True,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -49,7 +58,7 @@ def label(
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
     begin(beam_options or [])
-    overrides = with_max_failures(overrides, max_failures)
+    overrides = with_max_failures(overrides, max_failures, retry)
     settings = _settings(config, overrides)
     from distilbeam.pipelines.config import LabelConfig
 
@@ -58,6 +67,8 @@ def label(
             raise ValueError(
                 f"--watch is for labelling jobs, {config} describes a run: leave out [selection], [student] and [training]"
             )
+        if prune:
+            raise ValueError("--prune is for labelling jobs, whose pool may lose files: leave it out")
         if relabel:
             raise ValueError(
                 "--relabel is for labelling jobs: a run belongs to one teacher, choose another run.directory"
@@ -66,6 +77,8 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if watch is not None and (prune or check_content):
+        raise ValueError("--prune and --check-content are for a pool, --watch labels what arrives: leave them out")
     if trust:
         from distilbeam.student.trust import trust as trust_code
 
@@ -73,15 +86,20 @@ def label(
     if watch is not None:
         watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
         return
-    _label_pool(settings, config.parent.resolve(), beam_options or [], relabel)
+    how = {"prune": prune, "check_content": check_content, "retry": settings.engine.retry}
+    _label_pool(settings, config.parent.resolve(), beam_options or [], relabel, how)
 
 
 def plan(
     config: ConfigArgument,
     beam_options: BeamArgument = None,
     sample: Annotated[
-        int, typer.Option(min=0, help="Rows to ask the teacher about, to measure time and bytes; 0 asks nothing.")
-    ] = 1024,
+        int,
+        typer.Option(
+            min=0, help="Rows to ask the teacher about, to measure time and bytes; the answers are kept as labels."
+        ),
+    ] = 0,
+    check_content: CheckContentOption = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the forecast to this file.")] = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
@@ -95,20 +113,18 @@ def plan(
         from distilbeam.pipelines.beam_options import pipeline_options
         from distilbeam.pipelines.config import LabelConfig
         from distilbeam.pipelines.job import Job
-        from distilbeam.pipelines.labelling_job import LabellingJob
         from distilbeam.pipelines.plans import forecast_labelling, forecast_run
-        from distilbeam.pipelines.rundir import planned_run
 
     options = pipeline_options(flags)
-    directory = planned_run(settings, base)
     if isinstance(settings, LabelConfig):
-        job = LabellingJob(settings, base, directory)
-        label_plan = job.plan()
-        for sentence in plan_sentences(label_plan):
-            console.print(sentence, highlight=False, soft_wrap=True)
-        forecast = forecast_labelling(job, label_plan, options, sample)
+        with _job(settings, base, held=sample > 0) as job:
+            label_plan = job.plan(check_content=check_content)
+            for sentence in plan_sentences(label_plan):
+                console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+            forecast = forecast_labelling(job, label_plan, options, sample)
     else:
-        forecast = forecast_run(Job(settings, base, directory, options), sample)
+        with _run_directory(settings, base, held=sample > 0) as directory:
+            forecast = forecast_run(Job(settings, base, directory, options), sample)
     _print_forecast(forecast)
     if json_file is not None:
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
@@ -118,17 +134,29 @@ def plan_sentences(plan: Any) -> list[str]:
     """Say what a labelling job's plan keeps, drops and labels, and why."""
     standing, changes = plan.standing, plan.changes
     sentences = [
-        f"The pool has {plan.pool.rows:,} rows in {len(plan.pool.files):,} file(s); {standing.rows_kept:,} are labelled, "
-        f"{standing.rows_wanted:,} are not."
+        f"The pool has {plan.pool.rows:,} rows in {len(plan.pool.files):,} file(s); {plan.rows_labelled:,} are labelled, "
+        f"{plan.rows_wanted:,} are not."
     ]
     for what in ("new", "changed", "gone"):
         names = [name for name, change in changes.items() if change == what]
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
             sentences.append(f"{len(names):,} file(s) {what}: {shown}.")
-    if standing.rows_dropped:
+    facts = (
+        (plan.rows_copied, "rows ask what was answered already: the answers are copied."),
+        (plan.rows_waiting, "rows ask what other rows ask: they are not asked, but get their answers."),
+        (plan.rows_same, "rows are the same as others, id and content, and are kept once."),
+        (
+            plan.rows_dead,
+            "rows had no answer before (see the dead letters); 'label' asks them again, with --no-retry not.",
+        ),
+        (standing.rows_gone, "labels are of files that are gone; they are kept until 'label --prune'."),
+        (standing.rows_dropped, "labels are of rows that are no longer in the pool and are dropped."),
+    )
+    sentences += [f"{rows:,} {said}" for rows, said in facts if rows]
+    if not plan.compared:
         sentences.append(
-            f"{standing.rows_dropped:,} labels are of rows that are no longer in the pool and are dropped."
+            f"{plan.rows_wanted:,} rows are more than engine.compare_rows: identical ones among them are each asked."
         )
     if plan.because:
         sentences.append(
@@ -137,13 +165,34 @@ def plan_sentences(plan: Any) -> list[str]:
     return sentences
 
 
+@contextmanager
+def _job(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
+    """Give a labelling job, held where something is to be kept in its directory."""
+    from distilbeam.pipelines.labelling_job import LabellingJob
+
+    with _run_directory(settings, base, held=held) as directory:
+        yield LabellingJob(settings, base, directory)
+
+
+@contextmanager
+def _run_directory(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
+    """Give a run directory, made and held where something is to be kept in it."""
+    from distilbeam.pipelines.rundir import opened_run, planned_run
+
+    if not held:
+        yield planned_run(settings, base)
+        return
+    with opened_run(settings, base) as directory:
+        yield directory
+
+
 def _settings(config: Path, overrides: list[str] | None) -> Any:
     from distilbeam.pipelines.config import load_any_config
 
     return load_any_config(config, overrides or ())
 
 
-def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> None:
+def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how: dict[str, bool]) -> None:
     check_early(settings, base, flags)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.beam_options import pipeline_options
@@ -154,11 +203,11 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool) -> N
     signal.signal(signal.SIGINT, stop_at_once)
     with opened_job(settings, base) as job:
         with display.step("read the pool and load the teacher"):
-            plan = job.plan()
+            plan = job.plan(**how)
         for sentence in plan_sentences(plan):
             display.say(sentence)
-        with display.step(f"label {plan.standing.rows_wanted:,} rows") as report:
-            done = job.label(plan, options, report, relabel=relabel)
+        with display.step(f"label {plan.rows_asked:,} rows") as report:
+            done = job.label(plan, options, report, relabel=relabel, **how)
         metrics = write_metrics(job, plan, done)
     if metrics["work"]:
         console.print(work_table(metrics["work"]))
@@ -174,9 +223,13 @@ def _print_forecast(forecast: Any) -> None:
     workers = f"{forecast.workers} worker(s)"
     if forecast.sampled:
         console.print(
-            f"Measured on {forecast.sampled:,} rows that the teacher answered; for {workers}.", highlight=False
+            f"Measured on {forecast.sampled:,} rows that the teacher was asked about, whose labels are kept; for {workers}.",
+            highlight=False,
         )
     else:
-        console.print(f"Nothing was asked: times and bytes are not known; for {workers}.", highlight=False)
+        console.print(
+            f"Nothing was asked: times and bytes are not known, 'plan --sample 1024' measures them; for {workers}.",
+            highlight=False,
+        )
     if (sentence := money_sentence(forecast)) is not None:
         console.print(sentence, highlight=False)

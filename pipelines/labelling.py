@@ -19,6 +19,7 @@ from distilbeam.pipelines.estimates import Estimates
 from distilbeam.pipelines.meter import timed
 from distilbeam.pipelines.models import cached_student, cached_teacher
 from distilbeam.pipelines.portions import Asked, Portions, as_batch
+from distilbeam.pipelines.questions import question_digests
 from distilbeam.pipelines.reuse import known_logits
 from distilbeam.pipelines.usable_answers import ask_student
 from distilbeam.teacher.asking import RowError
@@ -27,6 +28,7 @@ from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 
 ROW = "pool_row"  # int64, row of the frozen pool; only in what a run labels
 KEPT = (ROW, "gain", "inclusion_probability")
+QUESTION = "teacher_question"  # binary of 16 bytes, digest of what the teacher read
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Labelling:
       student: checkpoint whose logits the weights need; given together with `estimates`.
       reuse: datasets of the same pool whose answers are copied instead of asked again.
       trust: modules whose code the student may call; see `student.trust`.
+      question: columns whose digest is stored, so that the answer is found again where they are not carried.
     """
 
     teacher: str
@@ -75,6 +78,7 @@ class Labelling:
     student: str | None = None
     reuse: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
+    question: tuple[str, ...] = ()
 
     def __call__(self, rows: pa.Table) -> Labelled:
         """Label rows.
@@ -153,9 +157,18 @@ class Labelling:
             student_logits = cached_student(self.student, self.trust).logits(as_batch(rows))
             said = log_softmax(logits / np.float32(self.spec.temperature), axis=1)
             columns |= Estimates.from_text(self.estimates).columns(said, student_logits)
+        columns |= self.question_column(rows)
         fields = {field.name: field for field in (*rows.schema, *labels.schema)}
         schema = pa.schema([fields.get(name, pa.field(name, column.type)) for name, column in columns.items()])
         return pa.table(list(columns.values()), schema=schema)
+
+    def question_column(self, rows: pa.Table) -> dict[str, pa.Array]:
+        """Digest what each row asks, where that is stored."""
+        if not self.question:
+            return {}
+        digests = question_digests(rows, self.question)
+        kind = pa.binary(ID_BYTES)
+        return {QUESTION: pa.Array.from_buffers(kind, len(digests), [None, pa.py_buffer(digests.tobytes())])}
 
     def _ids(self, rows: pa.Table) -> pa.Array:
         if self.id_column is None:

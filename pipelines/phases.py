@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -57,6 +58,7 @@ from distilbeam.teacher.softlabels.places import StoreError, list_files, remove_
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+_LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
 
 class Work(Protocol[Item]):
@@ -247,6 +249,10 @@ def run_phase(
             attempt += 1
             _clear(errors, private)
             lost, known = "", _dangers(work)
+            if known:
+                log.warning(
+                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
+                )
             with _Watch(work, items, progress, poll_s):
                 try:
                     counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
@@ -255,18 +261,18 @@ def run_phase(
                     log.warning("%s: %s", phase, lost)
             todo = work.remaining(todo)
             if interrupted.is_set():
-                _tidy(work)
+                _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")
             failed = _failures(errors, private)
             if lost and _dangers(work) - known:
                 attempt -= 1  # it is known better what the process dies of
             elif todo and (attempt >= attempts or _hopeless(failed)):
-                _tidy(work)
+                _tidy(work, finished=False)
                 raise PhaseError(_sentence(phase, todo, failed, work, lost))
             if todo:
                 log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
                 retried += len(todo)
-    _tidy(work)
+    _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
 
 
@@ -298,12 +304,12 @@ def _dangers(work: Work[Item]) -> frozenset[Any]:
     return dangers() if dangers is not None else frozenset()
 
 
-def _tidy(work: Work[Item]) -> None:
+def _tidy(work: Work[Item], *, finished: bool) -> None:
     """Let work that leaves something beside its results remove it."""
-    tidy: Callable[[], None] | None = getattr(work, "tidy", None)
+    tidy: Callable[[bool], None] | None = getattr(work, "tidy", None)
     if tidy is not None:
         with suppress(OSError):
-            tidy()
+            tidy(finished)
 
 
 def _clear(errors: Path, private: Path) -> None:
@@ -325,6 +331,7 @@ def _submit(
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
+        _keep_inside(pipeline, private)
         run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
@@ -334,6 +341,13 @@ def _submit(
             | phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
+
+
+def _keep_inside(pipeline: Any, private: Path) -> None:
+    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
+    with suppress(OSError):
+        Path(pipeline.local_tempdir).rmdir()
+    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
 
 
 class _Watch(Generic[Item]):
@@ -360,9 +374,13 @@ class _Watch(Generic[Item]):
 
     def _watch(self) -> None:
         assert self._progress is not None
-        while not self._stop.wait(self._poll_s):
+        wait_s = self._poll_s
+        while not self._stop.wait(wait_s):
+            start = time.perf_counter()
             with suppress(StoreError):  # the next look will tell
                 self._report(self._progress)
+            # a look lists every file that is committed, which may not take the work's time
+            wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
     def _report(self, progress: Callable[[int, int], None]) -> None:
         self._pending = self._work.remaining(self._pending)

@@ -69,7 +69,9 @@ class Portions:
     ) -> None:
         self._teacher, self._rows, self._asked = teacher, rows, asked
         self.errors = list(refused)
-        wanted = np.ones(rows.num_rows, bool) if known is None else np.isnan(known).any(axis=1)
+        wanted: npt.NDArray[np.bool_] = np.ones(rows.num_rows, bool)
+        if known is not None:
+            wanted = np.asarray(np.isnan(known).any(axis=1))
         self._reused = rows.num_rows - int(wanted.sum())
         wanted[[error.row for error in refused]] = False
         self._logits = known
@@ -178,8 +180,8 @@ class Portions:
                     _witnesses.setdefault(self._asked.teacher, _copied(self._batch.slice(row, 1)))
         if len(failed) == 2 and self._asked.teacher not in _witnesses:
             raise error
-        for first, last, e in failed:
-            self._look_for_the_cause(first, last, asked + 1, e)
+        for first, last, again in failed:
+            self._look_for_the_cause(first, last, asked + 1, again)
 
     def _keep(self, rows: npt.NDArray[np.int64], answers: Answers) -> None:
         self._calls += answers.calls

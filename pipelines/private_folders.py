@@ -21,6 +21,7 @@ import psutil
 PREFIX = "distilbeam-"
 _PROCESS = ".process"  # the file that says whose folder it is
 _OLD_S = 24 * 3600.0
+_UNCLAIMED = tuple(f"{PREFIX}{purpose}-" for purpose in ("upload", "download", "plan", "deploy"))
 
 
 @contextmanager
@@ -78,16 +79,11 @@ def remove_left() -> int:
 def _is_left(folder: Path) -> bool:
     try:
         process, started = (folder / _PROCESS).read_text().split()
-        return abs(psutil.Process(int(process)).create_time() - float(started)) > 1
+        return bool(abs(psutil.Process(int(process)).create_time() - float(started)) > 1)
     except psutil.NoSuchProcess:
         return True
-    except (OSError, ValueError, psutil.Error):
-        return _is_upload(folder) and _age_s(folder) > _OLD_S
-
-
-def _is_upload(folder: Path) -> bool:
-    """Tell folders that `teacher.softlabels` makes and removes within a transfer, and that say not whose they are."""
-    return folder.name.startswith((f"{PREFIX}upload-", f"{PREFIX}download-"))
+    except (OSError, ValueError, psutil.Error):  # of those that say not whose they are, old ones
+        return folder.name.startswith(_UNCLAIMED) and _age_s(folder) > _OLD_S
 
 
 def _age_s(folder: Path) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.teacher.softlabels.places import asking_store, read_ranges
+from distilbeam.teacher.softlabels.places import asking_store, object_version, read_ranges
 
 _TAIL_BYTES = 64 * 2**10  # the last part of a file, in which most footers are whole
 _ENDING = 8  # length of the footer and the magic number
@@ -27,11 +27,13 @@ class PoolObject:
       path: where it is.
       name: its name relative to the pool's root.
       bytes: its size.
+      version: what tells it from an object that replaces it.
     """
 
     path: Path
     name: str
     bytes: int
+    version: Any = None
 
 
 def list_pool(where: Path) -> list[PoolObject]:
@@ -48,7 +50,7 @@ def list_pool(where: Path) -> list[PoolObject]:
             return []
     root = _root(store.path, found)
     return [
-        PoolObject(_path_of(store, name), posixpath.relpath(name, root), int(info["size"]))
+        PoolObject(_path_of(store, name), posixpath.relpath(name, root), int(info["size"]), object_version(info))
         for name, info in sorted(found.items())
     ]
 
@@ -87,17 +89,27 @@ def metadata_of(footer: bytes) -> pq.FileMetaData:
 
 def _found(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     if glob.has_magic(path):
-        found = {name: info for name, info in fs.glob(path, detail=True).items() if "/." not in name}
+        root, literal = _root(path, {}), set(path.split("/"))
+        found = {
+            name: info
+            for name, info in fs.glob(path, detail=True).items()
+            if not is_hidden("/".join(set(posixpath.relpath(name, root).split("/")) - literal))
+        }
     else:
         found = fs.find(path, detail=True)
         if path in found:
             return {path: found[path]}
-        found = {name: info for name, info in found.items() if name.endswith(".parquet") and not _hidden(name)}
+        found = {
+            name: info
+            for name, info in found.items()
+            if name.endswith(".parquet") and not is_hidden(posixpath.relpath(name, path))
+        }
     return {name: info for name, info in found.items() if info["type"] == "file"}
 
 
-def _hidden(name: str) -> bool:
-    return posixpath.basename(name).startswith((".", "_"))
+def is_hidden(name: str) -> bool:
+    """Tell whether a part of a file's name relative to the pool begins with a dot or an underscore."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _root(path: str, found: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ def known_logits(
 ) -> npt.NDArray[np.float32]:
     """Look rows up in soft-label datasets of the same pool.
 
-    Only dense labels hold every class, so that rows of other kinds are not found. The row groups to read are chosen by the
-    statistics of `pool_row`, which ascends within a dataset.
+    Only dense labels hold every class, so that rows of other kinds are not found; they give labels of any kind. The row groups to
+    read are chosen by the statistics of `pool_row`, which ascends within a dataset.
 
     Args:
       datasets: directories of datasets made from the same frozen pool.
@@ -29,14 +29,14 @@ def known_logits(
       is known.
     """
     found = np.full((len(pool_rows), spec.num_classes), np.nan, np.float32)
-    if spec.kind != "dense" or not len(pool_rows):
+    if not len(pool_rows):
         return found
     position = {int(row): i for i, row in enumerate(pool_rows)}
     bounds = [("pool_row", ">=", int(pool_rows.min())), ("pool_row", "<=", int(pool_rows.max()))]
     for directory in datasets:
         manifest = read_manifest(directory)
         for path in manifest.paths():
-            if (manifest.spec.kind, manifest.spec.teacher) == (spec.kind, spec.teacher):
+            if (manifest.spec.kind, manifest.spec.teacher) == ("dense", spec.teacher):
                 table = pq.read_table(path, filters=bounds, page_checksum_verification=True)
                 here = [position.get(row, -1) for row in table["pool_row"].to_pylist()]
                 wanted = np.flatnonzero(np.array(here, np.int64) >= 0)

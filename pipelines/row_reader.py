@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.units import Unit, open_parquet, read_groups
+from distilbeam.pipelines.pool_types import cast_batches
+from distilbeam.pipelines.units import Unit, open_parquet, read_groups, require_unchanged
 
 
 class RowReader:
@@ -24,6 +25,7 @@ class RowReader:
         self._columns, self._batch_rows = columns, batch_rows
         self._path = ""
         self._file: pq.ParquetFile | None = None
+        self._casts: Sequence[tuple[str, pa.DataType]] = ()
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
@@ -41,7 +43,7 @@ class RowReader:
           are not copied.
 
         Raises:
-          ValueError: the file is damaged.
+          ValueError: the file is damaged, or was replaced since it was planned.
         """
         file = self._open(unit)
         first = 0
@@ -57,7 +59,8 @@ class RowReader:
     ) -> Iterator[tuple[pa.RecordBatch, slice]]:
         if group != self._group or self._batch is None or rows[wanted.start] < self._start:
             self._group, self._start = group, first
-            self._batches = read_groups(file, self._path, [group], self._columns, self._batch_rows)
+            batches = read_groups(file, self._path, [group], self._columns, self._batch_rows)
+            self._batches = cast_batches(batches, self._casts, self._path)
             self._batch = next(self._batches)
         lo = wanted.start
         while lo < wanted.stop:
@@ -72,7 +75,8 @@ class RowReader:
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
         if self._file is None or unit.path != self._path:
-            self._path, self._file, self._group = unit.path, open_parquet(unit.path), -1
+            self._path, self._file, self._group, self._casts = unit.path, open_parquet(unit.path), -1, unit.casts
+            require_unchanged(unit)
         return self._file
 
 

@@ -19,6 +19,9 @@ from distilbeam.pipelines.files import read_json, sweep
 from distilbeam.pipelines.lease import FOLDER as LEASE
 from distilbeam.pipelines.lease import leased
 from distilbeam.pipelines.moving import finish_move
+from distilbeam.pipelines.private_folders import remove_left
+from distilbeam.pipelines.remote_pool import is_hidden
+from distilbeam.pipelines.units import root_of
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import is_remote, read_texts, within
 from distilbeam.teacher.softlabels.placing import commit_all_left
@@ -184,6 +187,18 @@ class RunDirectory:
         with replacing(self.config) as temporary:
             write_config(temporary, config)
 
+    def forget_unstarted(self) -> None:
+        """Let the directory belong to no configuration again, where what it names was refused before anything was made."""
+        ours = (self.config, self.digest_cache)
+        if {path.name for path in self.root.iterdir()} <= {".lock", *(path.name for path in ours)}:
+            for path in ours:
+                path.unlink(missing_ok=True)
+
+    @property
+    def digest_cache(self) -> Path:
+        """Digests of the content of the pool's files, by what tells that they were not touched."""
+        return self.top / "content-digests.json"
+
     def stored_config(self) -> dict[str, Any]:
         """Read the resolved configuration as plain data, with today's defaults for settings that it did not know."""
         former = tomllib.loads(read_texts([self.config])[0])
@@ -212,6 +227,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
       ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
     """
     root = within(base, config.run.directory).resolve()
+    _check_apart(config, base)
     if is_remote(root) and isinstance(config, RunConfig):
         raise ValueError(
             f"run.directory must be on a file system, a run trains students there; got {root}. Labelling jobs (without "
@@ -226,6 +242,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
         else:
             from distilbeam.student.training_directory import remove_finished  # takes torch's seconds to import
 
+            remove_left()
             sweep(root)
             commit_all_left(root)
             remove_finished(root)
@@ -251,6 +268,47 @@ def planned_run(config: RunConfig | LabelConfig, base: Path) -> RunDirectory:
     if isinstance(config, RunConfig) and directory.config.exists():
         return _checked(directory, config)
     return directory
+
+
+def require_apart(directory: Path, source: Path, setting: str) -> None:
+    """Check that a run directory and a folder, or pattern, of files to be labelled do not hold each other.
+
+    What the run writes would be read as rows to be labelled otherwise.
+
+    Args:
+      directory: the run directory.
+      source: where the files are.
+      setting: what named them, for errors.
+
+    Raises:
+      ValueError: one is in the other.
+    """
+    directory, source = directory.resolve(), _searched(source)
+    outer, inner = (source, directory) if directory.is_relative_to(source) else (directory, source)
+    if not inner.is_relative_to(outer) or (inner != outer and outer == source and is_hidden(_below(inner, outer))):
+        return
+    names = ("run.directory", setting) if inner == directory else (setting, "run.directory")
+    raise ValueError(
+        f"{names[0]} ({inner}) must not be inside {names[1]} ({outer}): labels would be read as rows to be labelled; choose "
+        "another run.directory"
+    )
+
+
+def _searched(source: Path) -> Path:
+    """Return the folder of which all files are read; a pattern without `**` reads none of a folder below."""
+    if is_remote(source):
+        return source
+    return root_of(source) if source.is_dir() or "**" in source.parts else source.resolve()
+
+
+def _below(inner: Path, outer: Path) -> str:
+    return inner.relative_to(outer).as_posix()
+
+
+def _check_apart(config: RunConfig | LabelConfig, base: Path) -> None:
+    root, pool = within(base, config.run.directory), within(base, config.data.pool)
+    if is_remote(root) == is_remote(pool):
+        require_apart(root, pool, "data.pool")
 
 
 @contextmanager

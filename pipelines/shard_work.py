@@ -17,8 +17,9 @@ from distilbeam.pipelines.in_flight import Flight, InFlight
 from distilbeam.pipelines.labelling import Labelled, Labelling
 from distilbeam.pipelines.meter import timed
 from distilbeam.pipelines.portions import Portions
-from distilbeam.pipelines.saved_answers import Answered
-from distilbeam.pipelines.stopping import require_going_on, stop_everybody
+from distilbeam.pipelines.saved_answers import Answered, PartRows
+from distilbeam.pipelines.shards import Shard
+from distilbeam.pipelines.stopping import cannot_be_written, require_going_on, stop_everybody
 
 COSTS = ("calls", "requests", "reused")
 _kept: set[tuple[str, str]] = set()  # datasets and keys of which this process has seen saved answers
@@ -31,8 +32,7 @@ class ShardSettings:
     Attributes:
       labelling: how rows are labelled.
       output: directory of the soft-label dataset.
-      key: the shard's key.
-      rows: its rows.
+      shard: the shard.
       flush_s: seconds after which answers are saved.
       flights: folder of the files that say what is in flight; None where there are none.
       suspects: what was in flight in this shard when its process died.
@@ -41,8 +41,7 @@ class ShardSettings:
 
     labelling: Labelling
     output: str
-    key: str
-    rows: int
+    shard: Shard
     flush_s: float
     flights: Path | None
     suspects: Sequence[Flight]
@@ -58,13 +57,13 @@ class ShardWork:
         self._saved_parts = 0  # of `_parts`, those that are in saved files
         self._current: _Current | None = None
         self._costs = dict.fromkeys(COSTS, 0)
-        self._done = np.zeros(settings.rows, bool)
-        self._flight = InFlight(settings.flights, settings.key) if settings.flights is not None else None
+        self._done = np.zeros(settings.shard.rows, bool)
+        self._flight = _opened_flight(settings)
         self._flushed = time.monotonic()
 
     def resume(self, answered: Answered) -> None:
         """Take up answers that were saved; those to rows that are there already are passed over."""
-        _kept.add((self._settings.output, self._settings.key))
+        _kept.add((self._settings.output, self._settings.shard.key))
         fresh = np.flatnonzero(~self._done[answered.places])
         self._done[answered.places] = True
         table = answered.table if len(fresh) == answered.table.num_rows else answered.table.take(fresh)
@@ -106,8 +105,9 @@ class ShardWork:
         if current is not None and current.asking.done > current.saved:
             pieces = [*pieces, self._labelled(current, slice(current.saved, current.asking.done))]
         if pieces:
-            saved_answers.save(self._settings.output, self._settings.key, pieces)
-            _kept.add((self._settings.output, self._settings.key))
+            shard, spec = self._settings.shard, self._settings.labelling.spec.to_json()
+            saved_answers.save(self._settings.output, shard.key, spec, part_rows(shard), pieces)
+            _kept.add((self._settings.output, self._settings.shard.key))
             self._saved_parts = len(self._parts)
             if current is not None:
                 current.saved = max(current.saved, current.asking.done)
@@ -192,6 +192,28 @@ class _Current:
     places: npt.NDArray[np.int64]
     asking: Portions
     saved: int = 0
+
+
+def _opened_flight(settings: ShardSettings) -> InFlight | None:
+    """Open the file that says what is in flight; file systems without locks have none."""
+    if settings.flights is None:
+        return None
+    try:
+        return InFlight(settings.flights, settings.shard.key)
+    except OSError as e:
+        if cannot_be_written(e):
+            stop_everybody()
+            raise
+        return None
+
+
+def part_rows(shard: Shard) -> tuple[PartRows, ...]:
+    """Name the rows of a shard's parts by their units; a part with gaps is several."""
+    found: list[PartRows] = []
+    for part in shard.parts:
+        edges = part.ranges or (part.start, part.stop)
+        found += [(part.unit.uid, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return tuple(found)
 
 
 def has_kept(output: str, key: str) -> bool:

@@ -17,10 +17,12 @@ from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report import write_report
 from distilbeam.pipelines.results import are_current, write_results
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
 from distilbeam.pipelines.set_notes import notes_on
+from distilbeam.teacher.softlabels.extras import require_extras
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def run(
     beam_flags: Sequence[str] = (),
     display: Display | None = None,
     until: tuple[str, int | None] | None = None,
+    check_content: bool = False,
 ) -> Path:
     """Carry out a run, or what is left of it.
 
@@ -114,6 +117,7 @@ def run(
       beam_flags: Beam's own options, such as `--runner=DataflowRunner`.
       display: where to show progress; nothing is shown without one.
       until: name and round of the last step to do; all steps without it.
+      check_content: read all files of the pool to find out whether they changed, not only those that were touched since.
 
     Returns:
       The run directory.
@@ -130,15 +134,18 @@ def run(
     elif isinstance(config, Mapping):
         config = parse_config(config)
     base = Path(base or ".").resolve()
+    require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
     with opened_run(config, base) as directory:
         job = Job(config, base, directory, options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
+        if config.engine.retry:
+            job.reopen_failed()
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:
-            job.freeze()
+            job.freeze(check_content)
             directory.record(config)
         if not todo:
             display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
@@ -148,7 +155,11 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            job.freeze()
+            try:
+                job.freeze(check_content)
+            except ValueError:
+                directory.forget_unstarted()
+                raise
         if todo[0] is steps[0]:
             for note in notes_on(job.inputs):
                 display.say(f"note: {note}")

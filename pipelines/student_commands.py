@@ -90,6 +90,10 @@ def tune(
     """Search for better settings of a run's student and training; a search that was stopped goes on."""
     configure_logs(log_level, console)
     signal.signal(signal.SIGINT, stop_at_once)
+    from distilbeam.pipelines.needs import needs_of_search
+    from distilbeam.teacher.softlabels.extras import require_extras
+
+    require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
     with _material(config, [*(overrides or []), *more]) as material:
         from distilbeam.pipelines.student_tables import trial_table
@@ -190,8 +194,11 @@ def _material(config: Path, overrides: list[str] | None) -> Iterator[Material]:
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.config import load_config
         from distilbeam.pipelines.material import Material
+        from distilbeam.pipelines.needs import needs_of
         from distilbeam.pipelines.rundir import opened_run
+        from distilbeam.teacher.softlabels.extras import require_extras
     settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    require_extras(needs_of(settings))
     with opened_run(settings, base) as directory:
         if (sentence := directory.sentence(settings.run.rounds)) is not None:
             Display(console).say(sentence)

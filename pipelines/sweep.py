@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.config import RunConfig
+from distilbeam.pipelines.config import RunConfig, differing_keys
 from distilbeam.pipelines.display import Display, Report
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.material import Material
+from distilbeam.pipelines.needs import needs_of_sweep
 from distilbeam.pipelines.plots import draw_pareto
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.compress.prune import prune_student, require_prunable
@@ -16,6 +18,7 @@ from distilbeam.student.config import StudentConfig
 from distilbeam.student.export import export_student
 from distilbeam.student.models import build_student
 from distilbeam.student.pareto import Stage, front, plan
+from distilbeam.teacher.softlabels.extras import require_extras
 
 WITH_WIDTH = ("mlp", "cnn", "resnet", "text", "transformer")
 WIDEST = 16.0
@@ -41,6 +44,7 @@ def sweep_widths(material: Material, display: Display) -> dict[str, Any]:
         other settings.
     """
     config, root = material.config, material.directory.root / "pareto"
+    require_extras(needs_of_sweep(config.pareto))
     stages = plan(config.pareto)
     material.require_soft_labels("the sweep compares students before and after they learn from soft labels")
     _require_widths(config, stages)
@@ -155,7 +159,8 @@ def _require_same_settings(root: Path, material: Material) -> None:
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
     former = read_json(path)
-    if differing := [name for name in now if former.get(name) != now[name]]:
+    if differing := differing_keys(former, json.loads(json.dumps(now))):
         raise ValueError(
-            f"{root} was made with another {' and '.join(differing)}; set it back, or remove the directory to begin anew"
+            f"{root} was made with other settings, which differ in {'; '.join(differing)}. Set these back, or remove the "
+            "directory to begin anew (data: the labels that students learn from; more rounds make them others)"
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distilbeam.pipelines.display import configure_logs, plain_console
+from distilbeam.toml_files import read_toml
 
 console = plain_console()
 
@@ -82,11 +83,9 @@ def _text(path: Path | None) -> str | None:
 
 def _teacher_section(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
     except FileNotFoundError as e:
         raise ValueError(f"no configuration file at {path}") from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not valid TOML: {e}") from e
     if not isinstance(data.get("teacher"), dict):
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]
@@ -100,6 +99,7 @@ def inspect(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Show what a soft-label dataset is: its specification, shards, sizes, the teacher's confidence, some rows."""
+    configure_logs("warning", console)
     from distilbeam.teacher.softlabels.inspect import inspect_labels
 
     console.print(inspect_labels(path, samples=samples, seed=seed))
@@ -118,6 +118,7 @@ def verify(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
+    configure_logs("warning", console)
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
@@ -129,6 +130,10 @@ def verify(
             asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+    if teacher is not None:
+        from distilbeam.pipelines.pool_check import pool_problems
+
+        result = replace(result, problems=(*result.problems, *pool_problems(teacher, path)))
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)

@@ -73,6 +73,8 @@ def _objective(material: Material, root: Path) -> Callable[[Mapping[str, Any], A
         directory = root / "trials" / digest
         lines = directory.with_name(directory.name + SUFFIX) / METRICS
         student = config.student.model_copy(update={"input": config.student.input.relative_to(material.base)})
+        if directory.exists():  # a killed search had trained it to its end: the search learns its epochs now
+            _Watch(directory / METRICS, metric, watch).all_but_the_last()
         try:
             metrics = material.train(student, config.training, directory, _muted, watch=_Watch(lines, metric, watch))
         except CutShort:
@@ -95,10 +97,20 @@ class _Watch:
         if size == self._size:
             return
         self._size = size
+        self._pass_on(self._read())
+
+    def all_but_the_last(self) -> None:
+        """Pass on what is passed on of a training that goes on to its end, whose last epoch no step follows."""
+        self._pass_on(self._read()[:-1])
+
+    def _read(self) -> list[float]:
         figures = [json.loads(line) for line in self._lines.read_text().splitlines()]
-        for epoch in [line for line in figures if "epoch" in line][self._epochs :]:
+        return [line[self._metric] for line in figures if "epoch" in line]
+
+    def _pass_on(self, values: list[float]) -> None:
+        for value in values[self._epochs :]:
             self._epochs += 1
-            self._report(self._epochs, epoch[self._metric])
+            self._report(self._epochs, value)
 
 
 def _muted(done: int, total: int, note: str = "") -> None:

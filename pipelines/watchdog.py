@@ -8,6 +8,7 @@ is given up, and the caller decides what to repeat. Nothing is lost: what was co
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.warm_workers import CLIENT, deaths, in_processes
 
 _FIRST_LOOK_S = 0.02  # a worker may die at once
+_CONNECTIONS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")  # Beam's threads, by name
+_hooks: list[Any] = []
 _given_up = threading.Event()
 
 
@@ -46,6 +49,7 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
     """
     if not in_processes(options):
         return _finished(pipeline)
+    _silence_connections()
     outcome: Future[Any] = Future()
     threading.Thread(target=_run, args=(pipeline, outcome), daemon=True).start()
     workers: dict[int, psutil.Process] = {}
@@ -76,6 +80,20 @@ def end_given_up(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _silence_connections() -> None:
+    """Say nothing of the connections of a worker that died, which Beam's threads end with; the driver says that it died."""
+    logging.getLogger("apache_beam.runners.worker.data_plane").setLevel(logging.CRITICAL)
+    former = threading.excepthook
+    if former is not _without_connections:
+        _hooks.append(former)
+        threading.excepthook = _without_connections
+
+
+def _without_connections(arguments: Any) -> None:
+    if arguments.thread is None or not arguments.thread.name.startswith(_CONNECTIONS):
+        _hooks[-1](arguments)
 
 
 def _run(pipeline: Any, outcome: Future[Any]) -> None:

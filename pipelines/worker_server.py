@@ -163,8 +163,10 @@ def main() -> None:
         listener.bind(SOCKET)
         os.chdir(directory)
         listener.listen()
+        logging.disable(logging.WARNING)  # what packages say of others that are missing, the driver has heard already
         for module in modules:
             __import__(module)
+        logging.disable(logging.NOTSET)
         print("ready", flush=True)
         Server(listener, sys.stdin.fileno(), Path(folder).absolute()).serve()
     finally:

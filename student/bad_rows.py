@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from distilbeam.student.column_types import Array
 from distilbeam.student.row_groups import RowGroup
-from distilbeam.teacher.preprocess import InputConfig, InputError, make_input
+from distilbeam.student.usable_rows import odd_rows, reason_of
+from distilbeam.teacher.preprocess import InputError
 
-CHECKED_ROWS = 4096  # at a time
 ID = "example_id"
 ALONE = r"\brow 0\b"  # what a row by itself is called by who makes its input
 
@@ -33,26 +32,15 @@ class BadRowError(ValueError):
         self.row = row
 
 
-def first_not_finite(inputs: npt.NDArray[np.floating] | Array) -> int | None:
-    """Find the first row [n, ...] that holds NaN or an infinity; None where all are finite."""
-    # one pass without memory of its own; a sum of finite numbers may overflow, which the second look settles
-    with np.errstate(over="ignore", invalid="ignore"):
-        if inputs.dtype.kind != "f" or np.isfinite(inputs.sum()):
-            return None
-    bad = np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(axis=1))
-    return int(bad[0]) if len(bad) else None
-
-
 def require_finite(inputs: Array) -> None:
     """Check inputs [n, ...].
 
     Raises:
-      BadRowError: a row holds NaN or an infinity.
+      BadRowError: a row holds NaN, an infinity or a number too large for a network.
     """
-    row = first_not_finite(inputs)
-    if row is not None:
-        numbers = inputs[row].ravel()
-        raise BadRowError(row, f"has {numbers[~np.isfinite(numbers)][0]} among the numbers of the student's input")
+    bad = np.flatnonzero(odd_rows(inputs))
+    if len(bad):
+        raise BadRowError(int(bad[0]), f"cannot be used: {reason_of(inputs[bad[0]])}")
 
 
 def first_without_input(
@@ -67,38 +55,6 @@ def first_without_input(
         except InputError as e:
             return BadRowError(row, f"gives no input: {re.sub(ALONE, 'it', str(e))}")
     return None
-
-
-def require_usable(table: pa.Table, config: InputConfig, name: str) -> None:
-    """Check that every row of a table gives an input of finite numbers.
-
-    Args:
-      table: with the columns of the input.
-      config: how they become the input.
-      name: what the table is, such as its setting and its file, for the message.
-
-    Raises:
-      ValueError: a row does not; the message has the name and the row's number.
-    """
-    make, start = make_input(config), 0
-    for batch in table.select(list(config.columns)).to_batches(max_chunksize=CHECKED_ROWS):
-        try:
-            made = make(batch)
-            if isinstance(made, np.ndarray):
-                require_finite(made)
-        except BadRowError as e:
-            raise ValueError(row_sentence(name, start + e.row, str(e), config.columns)) from None
-        except InputError as e:
-            bad = first_without_input(make, batch)
-            if bad is None:  # only together are they wrong: of two shapes, for instance
-                raise ValueError(f"{name}: {e}") from e
-            raise ValueError(row_sentence(name, start + bad.row, str(bad), config.columns)) from e
-        start += len(batch)
-
-
-def row_sentence(name: str, row: int, what: str, columns: Sequence[str]) -> str:
-    """Say which row of a labelled set cannot be used, and the way out."""
-    return f"{name}: row {row:,} {what} (column {', '.join(columns)}); correct the row or leave it out"
 
 
 def require_values(groups: Sequence[RowGroup], column: str, least: float, greatest: float) -> None:

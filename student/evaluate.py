@@ -15,6 +15,7 @@ from distilbeam.student.checkpoint import Student
 from distilbeam.student.measuring import named_latencies
 
 Logits = npt.NDArray[np.floating]
+_LEAST_LOG_PROBABILITY = -60.0
 Labels = npt.NDArray[np.integer]
 
 
@@ -34,11 +35,12 @@ def evaluate(
       bins: equally wide bins of the calibration error.
 
     Returns:
-      `examples`; `accuracy`; `nll`, the mean negative log-likelihood in nats; `ece`, the expected calibration error;
+      `examples`; `accuracy`; `nll`, the mean negative log-likelihood in nats, where a class of probability 0 that turns out
+      true costs 60 (as in `selection.calibration`) and not infinitely much; `ece`, the expected calibration error;
       `agreement`, the share of rows whose top class is the teacher's, when it answered any.
 
     Raises:
-      ValueError: there is no row, the numbers of rows differ, or a logit is NaN.
+      ValueError: there is no row, the numbers of rows differ, a label is no class, or a logit is NaN.
 
     References:
       Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, section 2 (expected calibration error).
@@ -49,7 +51,7 @@ def evaluate(
     result = {
         "examples": len(labels),
         "accuracy": float((predicted == labels).mean()),
-        "nll": float(-logprobs[np.arange(len(labels)), labels].mean()),
+        "nll": float(-np.maximum(logprobs[np.arange(len(labels)), labels], _LEAST_LOG_PROBABILITY).mean()),
         "ece": expected_calibration_error(logprobs, labels, bins),
     }
     if teacher_logprobs is not None:
@@ -164,6 +166,10 @@ def _require_logits(logits: Logits, labels: Labels) -> None:
         raise ValueError(
             f"evaluation needs as many labels as logits, at least one, got {len(labels)} and {len(logits)}"
         )
+    wrong = (np.asarray(labels) < 0) | (np.asarray(labels) >= logits.shape[1])
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"labels must be classes from 0 to {logits.shape[1] - 1:,}, row {row} has {labels[row]}")
     if np.isnan(logits).any():
         raise ValueError(f"logits must be numbers, row {np.isnan(logits).any(axis=1).argmax()} has NaN")
 

@@ -38,6 +38,7 @@ from distilbeam.student.compress.quantise import quantise_static, quantise_weigh
 from distilbeam.student.own_files import with_own_files
 from distilbeam.student.runners import open_runner
 from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 FORMATS = ("pt2", "onnx", "int8", "int8-weights")
 EXPORT_VERSION = 1
@@ -78,6 +79,8 @@ def export_student(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "int8" and (examples is None or not len(examples)):
         raise ValueError("int8 needs examples to calibrate on, got none; give it some of the pool, never the test set")
+    if format != "pt2":
+        require_extras([Need(f"the format {format}", "onnx", way_round="choose pt2")])
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds something; choose another directory or remove it")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ValidationError
 
 from distilbeam.student.export import EXPORT_VERSION
 from distilbeam.student.own_files import found_in
@@ -71,7 +72,8 @@ def load_export(directory: str | Path, threads: int | None = None, trust: Sequen
       The export.
 
     Raises:
-      ValueError: the directory holds no export, one of a newer format, or a file that is not the one that was exported.
+      ValueError: the directory holds no export, one of a newer format, or a file that is not the one that was exported;
+        or it names code that nobody trusts (see `student.trust`).
     """
     directory = Path(directory)
     try:
@@ -80,10 +82,19 @@ def load_export(directory: str | Path, threads: int | None = None, trust: Sequen
         raise ValueError(f"{directory} holds no export: export.json is missing") from e
     except ValueError as e:
         raise ValueError(f"{directory / 'export.json'} is not valid JSON: {e}") from e
-    if description.get("format_version") != EXPORT_VERSION:
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != EXPORT_VERSION:
+        raise ValueError(f"{directory} has format version {version}, this release reads {EXPORT_VERSION}")
+    try:
+        return _opened(directory, description, threads, trust)
+    except (AttributeError, KeyError, TypeError, ValidationError) as e:
+        why = "it has no " + str(e) if isinstance(e, KeyError) else str(e).splitlines()[0]
         raise ValueError(
-            f"{directory} has format version {description.get('format_version')}, this release reads {EXPORT_VERSION}"
-        )
+            f"{directory / 'export.json'} does not describe an export: {why}; export the student again"
+        ) from e
+
+
+def _opened(directory: Path, description: dict[str, Any], threads: int | None, trust: Sequence[str]) -> ExportedStudent:
     file = directory / description["file"]
     if Path(description["file"]).name != description["file"]:
         raise ValueError(

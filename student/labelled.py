@@ -49,6 +49,7 @@ def read_examples(
     classes: Sequence[str],
     config: InputConfig,
     integers: Integers | None = None,
+    name: str = "the labelled examples",
 ) -> Examples:
     """Read labelled examples.
 
@@ -58,6 +59,7 @@ def read_examples(
       classes: names of the classes in the order of the logits.
       config: how columns become the input.
       integers: what whole numbers mean, where that is known.
+      name: what to call them in errors.
 
     Returns:
       The examples, in the order of the table.
@@ -66,7 +68,7 @@ def read_examples(
       ValueError: a column is missing, a label is unknown, or a row has no input of finite numbers.
     """
     indices = class_indices(table, label_column, classes, integers)
-    inputs = inputs_of(table, config, lambda row: f"row {row:,} of the labelled examples")
+    inputs = inputs_of(table, config, lambda row: f"row {row:,} of {name}")
     return Examples(torch.cat([torch.tensor(part) for part in inputs]), torch.from_numpy(indices))
 
 

@@ -27,6 +27,7 @@ directory that holds the student already is left alone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -40,8 +41,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distilbeam.student.blind import train_blind
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.labelled import with_meaning
+from distilbeam.student.torchrun_folders import remove_own
 from distilbeam.student.train import TrainResult, train
 from distilbeam.student.train_config import TrainConfig
+from distilbeam.toml_files import read_toml
 
 
 class DataConfig(BaseModel):
@@ -126,7 +129,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
       ValueError: it cannot be read, or a setting is not valid; a line for each.
     """
     try:
-        data = tomllib.loads(path.read_text())
+        data = read_toml(path)
         for override in overrides:
             name, _, value = override.partition("=")
             section, _, key = name.partition(".")
@@ -136,7 +139,7 @@ def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
         lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
         raise ValueError("\n".join(lines)) from e
     except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} or a --set is not valid TOML: {e}") from e
+        raise ValueError(f"--set is not valid TOML: {e}") from e
 
 
 def main(
@@ -146,6 +149,7 @@ def main(
     ] = None,
 ) -> None:
     """Train a student over Parquet files."""
+    signal.signal(signal.SIGINT, _stop_at_once)
     first = os.environ.get("RANK", "0") == "0"
     columns = (
         TextColumn("  {task.fields[note]}", markup=False),
@@ -168,8 +172,16 @@ def main(
         typer.echo(f"error: {e}", err=True)
         raise SystemExit(2) from e
     if first:
+        remove_own()
         figures = {name: round(value, 4) for name, value in result.metrics.items()}
         typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+
+
+def _stop_at_once(*_: object) -> None:
+    """End at once: checkpoints are whole or not there."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+    os._exit(130)
 
 
 if __name__ == "__main__":

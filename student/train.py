@@ -12,7 +12,7 @@ are the same bit by bit, also when the training was killed and went on from a ch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from distilbeam.student.augment import Mixture
-from distilbeam.student.bad_rows import row_sentence
 from distilbeam.student.checkpoint import load_student, save_student
 from distilbeam.student.class_labels import INTEGERS
 from distilbeam.student.config import StudentConfig
@@ -45,6 +44,7 @@ from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import TrainingDirectory
 from distilbeam.student.training_state import TrainingState
 from distilbeam.student.trust import trust_config
+from distilbeam.teacher.softlabels.extras import Need, require_extras
 
 EVALUATION_ROWS = 1024
 
@@ -108,6 +108,7 @@ def train(
       FileExistsError: the directory already holds something.
     """
     directory = Path(directory)
+    require_extras(_needs(student, training))
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds a student; choose another directory or remove it")
     if len(set(classes)) < len(classes) or len(classes) < 2:
@@ -188,11 +189,7 @@ def train(
 
                     processes.align(module, state.shown)
                     figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
-                    measured = (
-                        _validate(state.shown, sources.held_out, device, student, training.lr)
-                        if processes.first
-                        else {}
-                    )
+                    measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
                     figures |= processes.from_first(measured)
                     state.end_epoch(figures)
                     observer.epoch(state.done, figures)
@@ -227,18 +224,24 @@ def train(
     return TrainResult(metrics | {"seconds": observer.seconds}, directory)
 
 
-def _validate(
-    module: nn.Module, held_out: Examples | None, device: torch.device, student: StudentConfig, lr: float
-) -> dict[str, float]:
+def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
+    if student.input.tokenizer:
+        yield Need("student.input.tokenizer", "hf", ("tokenizers",))
+    if training.tensorboard:
+        yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
+
+
+def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:
     if held_out is None:
         return {}
     logits = forward(module, held_out.inputs.split(EVALUATION_ROWS), device)
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all() and finite.any():
         row = int(finite.argmin())
-        what = f"makes the student's logits {logits[row][~np.isfinite(logits[row])][0]}, its largest number is "
-        what += f"{float(held_out.inputs[row].abs().max()):.3g}"
-        raise ValueError(row_sentence("validation", row, what, student.input.columns))
+        raise ValueError(
+            f"row {row:,} of the validation examples cannot be answered: the largest number of its input is "
+            f"{float(held_out.inputs[row].abs().max()):.3g}; correct it or leave it out"
+        )
     if not finite.all():
         raise ValueError(f"the student's logits stopped being numbers; lower training.lr ({lr})")
     measured = evaluate(logits, held_out.classes.numpy())

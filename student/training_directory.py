@@ -4,6 +4,7 @@
     metrics.jsonl                its figures so far
     tensorboard/                 the same for TensorBoard
     stopped-at.safetensors       the batch whose loss was not a number
+    launcher.json                the folder of the torchrun that started it
 
 A checkpoint is one file that appears by one rename: its tensors, and everything else as JSON in its header. It is gone
 when the student is there.
@@ -12,6 +13,7 @@ when the student is there.
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import logging
 import shutil
@@ -27,6 +29,7 @@ from safetensors.torch import save_file
 
 from distilbeam.student.processes import Processes
 from distilbeam.student.sources import StepRows
+from distilbeam.student.torchrun_folders import note_folder, remove_noted
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_state import Tensors, TrainingState
 from distilbeam.teacher.softlabels.atomic import replacing
@@ -50,7 +53,7 @@ class TrainingDirectory:
     """
 
     def __init__(self, student: Path, training: TrainConfig, identity: Mapping[str, Any], processes: Processes) -> None:
-        self.path = student.with_name(student.name + SUFFIX)
+        self.path, self._name = student.with_name(student.name + SUFFIX), student.name
         self._training, self._identity, self._processes = training, json.loads(json.dumps(identity)), processes
         self._written = time.monotonic()
         self._lock: TextIO | None = None
@@ -71,6 +74,7 @@ class TrainingDirectory:
                 raise ValueError(
                     f"{self.path} is being worked on by another process; wait for it to end or choose another directory"
                 ) from e
+            self._remove_left()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -91,13 +95,20 @@ class TrainingDirectory:
         if found is None:
             return
         tensors, plain = found
-        if differing := _differing(plain["identity"], self._identity):
+        if differing := differing_settings(plain["identity"], self._identity):
             raise ValueError(
                 f"{self.path} holds a training that was stopped and differs in {'; '.join(differing)}. Set these back "
                 "to go on with it, or remove it to start anew"
             )
         state.restore(tensors, plain, self._processes)
         log.info("going on after step %d of the training in %s", state.done, self.path)
+
+    def _remove_left(self) -> None:
+        """Remove what killed processes left of this training beside its checkpoints."""
+        remove_noted(self.path)
+        note_folder(self.path)
+        for left in self.path.parent.glob(f".{glob.escape(self._name)}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def due(self, done: int) -> bool:
         """Whether a checkpoint is due after so many steps; all processes are told the same."""
@@ -179,12 +190,13 @@ def _owned(tensors: Tensors) -> Tensors:
     }
 
 
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted names under which two nests of plain data differ, with both values."""
     found: list[str] = []
     for name in sorted({*there, *here}):
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differing(old, new, f"{prefix}{name}.")
+            found += differing_settings(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append(f"{prefix}{name} ({old!r} there, {new!r} now)")
     return found

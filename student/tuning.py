@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.student.search_space import SearchRange, TuneConfig
+from distilbeam.student.training_directory import differing_settings
 
 JOURNAL = "journal.log"
 GIVE_UP_AFTER = 3
@@ -163,12 +164,10 @@ def _study(optuna: Any, directory: Path, config: TuneConfig, seed: int, about: M
     if "about" not in study.user_attrs:
         study.set_user_attr("about", about)
     former = study.user_attrs["about"]
-    if differing := [
-        name for name in sorted({*former, *about}) if former.get(name) != json.loads(json.dumps(about.get(name)))
-    ]:
+    if differing := differing_settings(former, json.loads(json.dumps(about))):
         raise ValueError(
-            f"{journal} belongs to a search of another {' and '.join(differing)}; set it back, or remove {directory} "
-            "to begin anew"
+            f"{journal} belongs to another search, which differs in {'; '.join(differing)}. Set these back, or remove {directory} "
+            "to begin anew (data: the labels that students learn from; more rounds make them others)"
         )
     return study
 

@@ -58,8 +58,8 @@ def find_usable(make: MakeInput, batch: pa.RecordBatch, shape: tuple[int, ...] |
             message = f"its input has the shape {list(made.shape[1:])}, that of the others is {list(shape)}"
             reasons |= dict.fromkeys(range(start, start + len(made)), message)
             continue
-        odd = _odd(made)
-        reasons |= {start + row: _reason(made[row]) for row in np.flatnonzero(odd).tolist()}
+        odd = odd_rows(made)
+        reasons |= {start + row: reason_of(made[row]) for row in np.flatnonzero(odd).tolist()}
         parts.append(made[~odd] if odd.any() else made)
         rows.append(start + np.flatnonzero(~odd))
     inputs = None if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -84,14 +84,16 @@ def _pieces(make: MakeInput, batch: pa.RecordBatch, start: int) -> Iterator[tupl
     yield from _pieces(make, batch.slice(half), start + half)
 
 
-def _odd(inputs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def odd_rows(inputs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which rows [n, ...] hold numbers that are not finite or so large that their square is not."""
     if inputs.dtype.kind != "f" or not inputs.size or (inputs.max() <= LARGEST and inputs.min() >= -LARGEST):
         return np.zeros(len(inputs), bool)
     rows = inputs.reshape(len(inputs), -1)
     return np.asarray(~((rows.max(axis=1) <= LARGEST) & (rows.min(axis=1) >= -LARGEST)))  # NaN is neither
 
 
-def _reason(values: npt.NDArray[Any]) -> str:
+def reason_of(values: npt.NDArray[Any]) -> str:
+    """Say which number of an odd row is wrong, and how."""
     flat = values.reshape(-1)
     with np.errstate(invalid="ignore"):
         at = int(np.flatnonzero(~(np.abs(flat) <= LARGEST))[0])

@@ -64,6 +64,8 @@ def _as_plain(value: Any) -> Any:
 def _as_path(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError(f"a path or a name must be given, got {value!r}")
+    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
+        raise ValueError(f"a path or a name must be shorter, got {value[:40]}...")
     return value
 
 
@@ -258,7 +260,7 @@ class OnnxConfig(_TeacherConfig):
     input: InputConfig = Field(description="what the model reads")
     output: str | None = Field(None, description="name of the output with the logits, when there are several")
     providers: tuple[str, ...] = Field((), description="execution providers in order of preference; all that there are")
-    threads: int | None = Field(None, ge=1, description="threads of one operation; ONNX Runtime's choice")
+    threads: int | None = Field(None, ge=1, le=4096, description="threads of one operation; ONNX Runtime's choice")
     batch_rows: int | None = Field(None, ge=1, description="most rows at a time; halved when memory runs out")
 
     def paths(self) -> tuple[str, ...]:

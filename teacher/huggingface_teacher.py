@@ -6,6 +6,7 @@ folder is not executed, and nothing is downloaded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class HuggingFaceTeacher(LocalTeacher):
             import transformers
         except ImportError as e:
             raise ValueError("a teacher of kind huggingface needs transformers; install distilbeam[hf]") from e
+        _keep_quiet(transformers)
         text = self._config.input.kind == "text"
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -133,6 +135,13 @@ def _outputs(config: Any, folder: str) -> list[str]:
             f"teacher.model: id2label in {folder}/config.json must name the outputs 0 to {config.num_labels - 1}"
         )
     return [names[place] for place in range(config.num_labels)]
+
+
+def _keep_quiet(transformers: Any) -> None:
+    """Keep bars and notes of the libraries off standard error, which is for our sentences; errors are raised as before."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # notes about libraries that transformers imports
 
 
 def positions(model: Any) -> int | None:

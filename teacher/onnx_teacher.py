@@ -13,6 +13,7 @@ import numpy.typing as npt
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import OnnxConfig
 from distilbeam.teacher.halving import Inputs
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.local import LocalTeacher, first_line, function_sources, named_inputs, select_output
 from distilbeam.teacher.onnx_files import class_labels, weight_files
 
@@ -53,7 +54,7 @@ class OnnxTeacher(LocalTeacher):
             raise ValueError(f"teacher.model: {path} is a folder; name the .onnx file in it")
         beside = _beside(path)
         elsewhere = [file for file in (weight_files(path) if path.exists() else []) if file not in beside]
-        files = [path, *beside, *config.input.files(), *elsewhere, *function_sources(config.input)]
+        files: list[str | Path] = [path, *beside, *config.input.files(), *elsewhere, *function_sources(config.input)]
         super().__init__(f"onnx:{path.name}", Artefact(files, settings + config.meaning()), config)
         self._config = config
         known = onnxruntime.get_available_providers()
@@ -82,11 +83,12 @@ class OnnxTeacher(LocalTeacher):
         session = self._require_open()
         named = named_inputs(inputs, self._inputs)
         feed = {
-            name: array.astype(_TYPES.get(self._inputs[name], array.dtype), copy=False) for name, array in named.items()
+            name: converted(array, np.dtype(_TYPES.get(self._inputs[name], array.dtype)))
+            for name, array in named.items()
         }
         (answer,) = session.run([self._output], feed)
         if isinstance(answer, list):  # a sequence of maps, as converters of scikit-learn's classifiers write them
-            return _from_maps(answer)
+            return _from_maps(answer, self._labels)
         if answer.dtype.kind == "f" and answer.dtype.itemsize < 4:
             return np.asarray(answer, np.float32)
         return np.asarray(answer)
@@ -115,10 +117,13 @@ def _may_hold_classes(node: Any) -> bool:
     return node.type in ("tensor(float)", "tensor(double)", "tensor(float16)") and len(node.shape) == 2
 
 
-def _from_maps(rows: list[Any]) -> npt.NDArray[Any]:
+def _from_maps(rows: list[Any], labels: Mapping[int, Sequence[str]]) -> npt.NDArray[Any]:
+    """Put maps from classes to numbers into rows, in the order that the file records; the runtime sorts them."""
     if not rows or not isinstance(rows[0], Mapping):
         raise ValueError(
             "the model's output is a sequence, not a row of numbers for each example; choose another in teacher.output"
         )
-    names = list(rows[0])
+    places = {str(name): name for name in rows[0]}
+    recorded = labels.get(len(places), ())
+    names = [places[name] for name in recorded] if set(recorded) == set(places) else list(places.values())
     return np.array([[row[name] for name in names] for row in rows], np.float32)

@@ -92,7 +92,12 @@ def load_program(path: str | Path, setting: str, *, trust: bool = False) -> torc
 
 def training_operator(program: torch.export.ExportedProgram) -> str | None:
     """Name an operator of a program that works in training mode, or None: dropout, or batch normalisation by the batch."""
-    places = {"dropout": (2,), "native_dropout": (2,), "feature_dropout": (2,), "alpha_dropout": (2,)}
+    places: dict[str, tuple[int, ...]] = {
+        "dropout": (2,),
+        "native_dropout": (2,),
+        "feature_dropout": (2,),
+        "alpha_dropout": (2,),
+    }
     places |= {
         "batch_norm": (5,),
         "native_batch_norm": (5,),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distilbeam.teacher.protobuf_fields import messages, texts
+from distilbeam.teacher.protobuf_fields import texts
 
 _REACHING_OUT_NAMES = """
     ReadFile WriteFile MatchingFiles MatchingFilesDataset PyFunc PyFuncStateless EagerPyFunc DebugIdentity
@@ -38,12 +38,17 @@ def require_harmless(folder: Path) -> None:
     try:
         data = graph.read_bytes()
         found = {name for path in _NODES for name in texts(data, *path)}
-        list(messages(data, 2))
-    except (OSError, ValueError):
-        if (folder / "saved_model.pbtxt").is_file():
-            e = ValueError("saved_model.pbtxt is text, of which nothing is looked at")
+    except (OSError, ValueError) as e:
+        as_text = (folder / "saved_model.pbtxt").is_file()
+        why = (
+            "saved_model.pbtxt is text, of which nothing is looked at"
+            if as_text
+            else e.strerror
+            if isinstance(e, OSError)
+            else e
+        )
         raise ValueError(
-            f"teacher.model: {folder} is not a SavedModel whose operations can be looked at ({e}); save it again"
+            f"teacher.model: {folder} is not a SavedModel whose operations can be looked at ({why}); save it again"
         ) from e
     outside = sorted(found & _REACHING_OUT)
     if outside:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from distilbeam.quiet import native_lines_dropped
 from distilbeam.teacher.artefact import Artefact
 from distilbeam.teacher.config import SavedModelConfig
 from distilbeam.teacher.halving import Inputs
@@ -27,13 +28,14 @@ class SavedModelTeacher(LocalTeacher):
     def __init__(self, config: SavedModelConfig) -> None:
         folder = Path(config.model)
         settings = config.model_dump_json(include={"input", "output", "signature"}, exclude={"input": {"tokenizer"}})
-        files = [folder, *config.input.files(), *function_sources(config.input)]
+        files: list[str | Path] = [folder, *config.input.files(), *function_sources(config.input)]
         super().__init__(f"savedmodel:{folder.name}", Artefact(files, settings + config.meaning()), config)
         self.repeats_itself = "asked"
         if not config.trust:
             require_harmless(folder)
         self._config = config
-        import tensorflow as tf
+        with native_lines_dropped():
+            import tensorflow as tf
 
         self._tf: Any = tf
         try:

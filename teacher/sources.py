@@ -12,6 +12,7 @@ import logging
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,48 +50,104 @@ def source_files(name: str, setting: str) -> list[str]:
 
 
 def argument_files(arguments: Mapping[str, Any]) -> list[str]:
-    """List the files and folders that a factory's arguments name, as the factory finds them.
+    """List the files and folders that a factory's arguments name and that it reads, as the factory finds them.
+
+    A factory may be told of files that it writes, too, whose content decides nothing: what ends like weights, settings,
+    tables or vocabularies counts, and text that is named like a prompt or a vocabulary, but nothing that is named like a log.
 
     Args:
       arguments: plain data.
 
     Returns:
-      Those that exist, in the order of the arguments' names; a folder of very many files is left out, with a warning.
+      Those that exist, in the order of the arguments' names; of a folder the files in it.
     """
-    found = []
-    for text in _texts(arguments):
+    found: list[str] = []
+    for key, text in _texts(arguments, ""):
         path = Path(text)
         try:
-            if path.is_file() or (path.is_dir() and path.resolve() != Path.cwd() and _is_small(path)):
-                found.append(text)
+            if path.is_file():
+                found += [text] if _is_read(path, key) else []
+            elif path.is_dir() and path.resolve() != Path.cwd():
+                found += _inside(path, key)
         except OSError:  # a text that cannot be a path: too long
             continue
     return list(dict.fromkeys(found))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         if value.strip() and "\0" not in value:
-            yield value
+            yield key, value
     elif isinstance(value, Mapping):
-        for _, part in sorted(value.items()):
-            yield from _texts(part)
+        for name, part in sorted(value.items()):
+            yield from _texts(part, str(name))
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _texts(part)
+            yield from _texts(part, key)
 
 
-def _is_small(folder: Path) -> bool:
-    for number, _ in enumerate(folder.rglob("*")):
-        if number == _MOST_FILES:
-            _log.warning(
-                "teacher.arguments names the folder %s of more than %d files, which the fingerprint leaves out; name the files "
-                "that decide the answers",
-                folder,
-                _MOST_FILES,
-            )
-            return False
-    return True
+def _is_read(path: Path, key: str) -> bool:
+    said = f"{key} {path.stem}".lower()
+    if any(word in said for word in _WRITTEN):
+        return False
+    if path.suffix.lower() in (".txt", "", ".md", ".j2"):
+        return any(word in said for word in _TEXTS)
+    return path.suffix.lower() in _READ
+
+
+def _inside(folder: Path, key: str) -> list[str]:
+    files = list(islice((path for path in folder.rglob("*") if path.is_file()), _MOST_FILES + 1))
+    if len(files) > _MOST_FILES:
+        _log.warning(
+            "teacher.arguments names the folder %s of more than %d files, which the fingerprint leaves out; name the files "
+            "that decide the answers",
+            folder,
+            _MOST_FILES,
+        )
+        return []
+    return sorted(str(file) for file in files if _is_read(file, key))
+
+
+_WRITTEN = ("log", "asked", "cache", "output", "trace", "count", "history", "calls")
+_TEXTS = ("prompt", "vocab", "label", "class", "merges", "template", "instruction", "system", "word", "token")
+_READ = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *(
+            "pt",
+            "pth",
+            "pt2",
+            "ckpt",
+            "bin",
+            "safetensors",
+            "onnx",
+            "data",
+            "gguf",
+            "pb",
+            "tflite",
+            "keras",
+            "h5",
+            "hdf5",
+        ),
+        *("npy", "npz", "pkl", "pickle", "joblib", "model", "msgpack", "ubj", "cbm", "xml", "pmml"),
+        *(
+            "json",
+            "yaml",
+            "yml",
+            "toml",
+            "ini",
+            "csv",
+            "tsv",
+            "parquet",
+            "arrow",
+            "feather",
+            "vocab",
+            "zip",
+            "tar",
+            "gz",
+        ),
+    )
+)
 
 
 def _file(module: Any) -> Path | None:

@@ -26,7 +26,9 @@ COMMANDS = {
     "label": "distilbeam label nightly.toml --max-failures 1000 -- --direct_running_mode=multi_processing --direct_num_workers=4",
     "verify": "distilbeam verify labelling/labels --teacher nightly.toml --sample 100",
 }
-AGAIN = {"verify": 0}  # what it finds wrong is wrong the next time too, and each time asks the teacher; 3 for the others
+AGAIN = {
+    "verify": 0
+}  # what it finds wrong is wrong the next time too, and each time asks the teacher; 3 for the others
 
 
 def day(moment: datetime) -> str:

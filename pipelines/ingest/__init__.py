@@ -1,8 +1,7 @@
 """From CSV, JSON lines, TFRecord, text lines and folders of images to a pool of Parquet files.
 
-`ingesting.ingest` is the entry point. It is a chain of phases like every job here (see `phases`):
-
-index (files -> blocks that can be read on their own), survey (what the values of each column are; the driver merges them
-into one schema), parse (records -> typed Arrow rows with the hash of their content; bad records -> dead letters),
-compare (rows with equal hashes, per range of hashes), write (what is left -> Parquet).
+`ingesting.ingest` is the entry point. Text goes through DuckDB: `csv_table` (from `csv_files`) and `lines_table` (from
+`lines`) load records as text, `text_types` (with `vectors` and `columns`) finds what the columns are, `typed_text` converts.
+TFRecord files and images go through the phases of `parsed_records` (`index`, `parse`). `duplicates`, `letters` and `write`
+end both ways.
 """

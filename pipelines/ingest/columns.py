@@ -1,33 +1,24 @@
-"""What the values of a column are: counted per unit, added up, decided once for all files.
+"""What the values of a column are: counted per part, added up, decided once for all files.
 
 A column has the type that at least 95 % of its values have; a value that is of another type makes its record a bad one.
-Where no type reaches that, the column is text. Numbers are int64, or float64 where there is a fraction among them; lists of
-numbers of one shape are a vector.
+Where no type reaches that, or where numbers would lose what is written, the column is text. Numbers are int64, or float64
+where there is a fraction among them; lists of numbers of one shape are a vector. Whole numbers in lists of several lengths
+are kept as lists of int64.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-
-from distilbeam.pipelines.ingest.records import Values
 
 MOSTLY = 0.95
 MISSING = ("", "NA", "N/A", "n/a", "null", "NULL", "NaN", "nan", "None")  # text that stands for no value
-# A whole number with leading zeros, or of more digits than every int64 holds, is text: a code that must stay as it is.
-_PATTERNS = {
-    "int": r"^[+-]?(0|[1-9]\d{0,17})$",
-    "float": r"^[+-]?((0|[1-9]\d*)\.\d*|\.\d+|(0|[1-9]\d{0,17})[eE][+-]?\d{1,3}|inf|Infinity)([eE][+-]?\d{1,3})?$",
-    "bool": r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$",
-}
-_CODE = r"^[+-]?(0\d|\d{19})"
 _INTS = ((np.uint8, "uint8"), (np.int32, "int32"), (np.int64, "int64"))
 
 
@@ -36,8 +27,8 @@ class ColumnType:
     """The type of a column.
 
     Attributes:
-      kind: "int64", "float64", "bool", "string", "binary", "list" (of float32) or "vector".
-      dtype: of a vector's numbers.
+      kind: "int64", "float64", "bool", "string", "binary", "list" or "vector".
+      dtype: of a vector's or list's numbers.
       shape: of a vector.
     """
 
@@ -47,6 +38,8 @@ class ColumnType:
 
     def describe(self) -> str:
         """Name the type for a reader."""
+        if self.kind == "list":
+            return f"list of {self.dtype}"
         return f"{self.dtype} {list(self.shape)}" if self.kind == "vector" else self.kind
 
 
@@ -55,7 +48,9 @@ class ColumnCounts:
     """Counts of the values of a column by kind; adding two gives the counts of both.
 
     Attributes:
-      kinds: number of values that are "int", "float", "bool", "text", "bytes", "vector", "other".
+      kinds: number of values that are "int", "large" (whole numbers that float64 would round), "float", "overflow" (larger
+        than float64), "infinite" (written so), "bool", "code" (text that begins as a number), "text", "bytes", "vector",
+        "other".
       shapes: number of vectors of each shape.
       fractions: whether a vector holds fractions.
       low, high: bounds of the numbers of vectors without fractions.
@@ -67,13 +62,23 @@ class ColumnCounts:
     low: int = 0
     high: int = 0
 
-    def add(self, values: Values) -> None:
+    def add(self, values: Sequence[Any]) -> None:
         """Count values."""
-        if isinstance(values, list):
-            for value in values:
-                self._add_value(value)
-        else:
-            self._add_text(values)
+        for value in values:
+            kind = kind_of(value)
+            if kind == "vector":
+                fraction = value.dtype.kind == "f"
+                bounds = (int(value.min()), int(value.max())) if value.size and not fraction else (0, 0)
+                self.add_vectors(value.shape, 1, fraction, *bounds)
+            elif kind:
+                self.kinds[kind] += 1
+
+    def add_vectors(self, shape: tuple[int, ...], count: int, fractions: bool, low: int, high: int) -> None:
+        """Count vectors of one shape."""
+        self.kinds["vector"] += count
+        self.shapes[shape] += count
+        self.fractions |= fractions
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def merge(self, other: ColumnCounts) -> None:
         """Add another part's counts."""
@@ -82,34 +87,38 @@ class ColumnCounts:
         self.fractions |= other.fractions
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
-    def decide(self) -> ColumnType:
-        """Return the type that fits; see the module."""
-        kinds, total = self.kinds, sum(self.kinds.values())
+    def decide(self, *, single: bool = False) -> ColumnType:
+        """Return the type that fits; see the module.
+
+        Args:
+          single: whether a column of vectors of one number is a column of numbers, as in tf.Example.
+        """
+        kinds, total = self.kinds, self.kinds.total()
+        number = self._number()
         fits = {
-            "float64" if kinds["float"] else "int64": kinds["int"] + kinds["float"],
+            number: sum(kinds[kind] for kind in ("int", "large", "float", "overflow", "infinite")),
             "bool": kinds["bool"],
             "binary": kinds["bytes"],
             "vector": kinds["vector"],
         }
-        kind = next((kind for kind, count in fits.items() if total and count >= MOSTLY * total), None)
+        kind = next((kind for kind, count in fits.items() if kind and total and count >= MOSTLY * total), None)
         if kind == "vector":
-            return self.vector()
+            return self._vector(single)
         return ColumnType(kind or ("binary" if kinds["bytes"] else "string"))
 
-    def vector(self) -> ColumnType:
-        """Return the vector type that fits, or a list type where shapes differ."""
-        shape, count = max(self.shapes.items(), key=lambda item: (item[1], item[0]))
-        if count < MOSTLY * self.shapes.total():
-            return ColumnType("list")
-        return ColumnType("vector", self.dtype(), shape)
-
-    def dtype(self) -> str:
-        """Return the narrowest of uint8, int32 and int64 that holds whole numbers; float32 where there are fractions."""
-        if self.fractions:
-            return "float32"
-        return next(
-            name for type_, name in _INTS if np.iinfo(type_).min <= self.low and self.high <= np.iinfo(type_).max
-        )
+    def all_fit(self, type_: ColumnType) -> bool:
+        """Whether every value fits a type for which they were counted; for a type of the user's, False."""
+        kinds, total = self.kinds, self.kinds.total()
+        if type_.kind == "vector":
+            return kinds["vector"] == total and len(self.shapes) <= 1
+        if type_.kind == "list":
+            return kinds["vector"] == total and all(len(shape) == 1 for shape in self.shapes)
+        fitting = {
+            "int64": ("int", "large"),
+            "float64": ("int", "float", "infinite"),
+            "bool": ("bool",),
+        }.get(type_.kind, tuple(kinds))
+        return sum(kinds[kind] for kind in fitting) == total
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as JSON values."""
@@ -128,38 +137,36 @@ class ColumnCounts:
         shapes = Counter({tuple(shape): count for shape, count in data["shapes"]})
         return cls(Counter(data["kinds"]), shapes, data["fractions"], data["low"], data["high"])
 
-    def _add_text(self, values: pa.Array) -> None:
-        if (kind := _number_kind(values)) is not None:
-            self.kinds[kind] += len(values)
-            return
-        values = values.filter(pc.invert(pc.is_in(values, pa.array(MISSING))))
-        found = Counter({name: _matching(values, pattern) for name, pattern in _PATTERNS.items()})
-        self.kinds.update({**found, "text": len(values) - found.total()})
+    def _number(self) -> str | None:
+        """Return the type that holds all numbers as they are written, or None."""
+        kinds = self.kinds
+        fractions = kinds["float"] + kinds["overflow"] + kinds["infinite"]
+        if kinds["code"] or (kinds["large"] and fractions) or not kinds["int"] + kinds["large"] + kinds["float"]:
+            return None
+        return "float64" if fractions else "int64"
 
-    def _add_value(self, value: Any) -> None:
-        kind = kind_of(value)
-        if kind == "vector":
-            self._add_vector(value)
-        if kind:
-            self.kinds[kind] += 1
+    def _vector(self, single: bool) -> ColumnType:
+        """Return the vector type that fits, or a list type where shapes differ."""
+        shapes = Counter({shape: count for shape, count in self.shapes.items() if shape != (0,)})
+        if not shapes:
+            return ColumnType("list", "int64")
+        shape, count = max(shapes.items(), key=lambda item: (item[1], item[0]))
+        flat = all(len(each) == 1 for each in shapes)
+        # A few of another length are damage among vectors of fractions, but a sequence among whole numbers.
+        mostly = count == shapes.total() if flat and not self.fractions else count >= MOSTLY * self.shapes.total()
+        if single and shape == (1,) and mostly:
+            return ColumnType("float64" if self.fractions else "int64")
+        if mostly and (self.fractions or count == self.shapes.total() or not flat):
+            return ColumnType("vector", self._dtype(), shape)
+        return ColumnType("list", "float32" if self.fractions else "int64") if flat else ColumnType("string")
 
-    def _add_vector(self, value: np.ndarray[Any, Any]) -> None:
-        self.shapes[value.shape] += 1
-        if value.dtype.kind == "f":
-            self.fractions = True
-        else:
-            self.low, self.high = min(self.low, int(value.min())), max(self.high, int(value.max()))
-
-
-def _number_kind(values: pa.Array) -> str | None:
-    """Tell fast whether all texts are whole numbers ("int") or numbers ("float"); None where one may be something else."""
-    for kind, type_ in (("int", pa.int64()), ("float", pa.float64())):
-        try:
-            numbers = values.cast(type_)
-        except pa.ArrowInvalid:
-            continue
-        return None if pc.any(pc.is_nan(numbers)).as_py() or _matching(values, _CODE) else kind
-    return None
+    def _dtype(self) -> str:
+        """Return the narrowest of uint8, int32 and int64 that holds whole numbers; float32 where there are fractions."""
+        if self.fractions:
+            return "float32"
+        return next(
+            name for type_, name in _INTS if np.iinfo(type_).min <= self.low and self.high <= np.iinfo(type_).max
+        )
 
 
 def kind_of(value: Any) -> str:
@@ -188,6 +195,8 @@ def arrow_field(name: str, type_: ColumnType) -> pa.Field:
     if type_.kind == "vector":
         width = math.prod(type_.shape) * np.dtype(type_.dtype).itemsize
         return pa.field(name, pa.binary(width), metadata={"dtype": type_.dtype, "shape": str(list(type_.shape))})
+    if type_.kind == "list":
+        return pa.field(name, pa.list_(pa.from_numpy_dtype(np.dtype(type_.dtype))))
     types = {
         "int64": pa.int64(),
         "float64": pa.float64(),
@@ -195,7 +204,7 @@ def arrow_field(name: str, type_: ColumnType) -> pa.Field:
         "string": pa.string(),
         "binary": pa.binary(),
     }
-    return pa.field(name, pa.list_(pa.float32()) if type_.kind == "list" else types[type_.kind])
+    return pa.field(name, types[type_.kind])
 
 
 def merge_counts(parts: Iterable[dict[str, ColumnCounts]]) -> dict[str, ColumnCounts]:
@@ -205,10 +214,6 @@ def merge_counts(parts: Iterable[dict[str, ColumnCounts]]) -> dict[str, ColumnCo
         for name, counts in part.items():
             total.setdefault(name, ColumnCounts()).merge(counts)
     return total
-
-
-def _matching(values: pa.Array, pattern: str) -> int:
-    return int(pc.sum(pc.match_substring_regex(values, pattern)).as_py() or 0)
 
 
 def _is_text(value: bytes) -> bool:

@@ -4,98 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from distilbeam.pipelines.ingest.columns import MISSING, ColumnType, arrow_field
-from distilbeam.pipelines.ingest.records import Values
+from distilbeam.pipelines.ingest.columns import ColumnType, arrow_field
 
 Bools = npt.NDArray[np.bool_]
 
 
-def convert(values: Values, type_: ColumnType) -> tuple[pa.Array, Bools]:
+def convert(values: Sequence[Any], type_: ColumnType) -> tuple[pa.Array, Bools]:
     """Convert a column.
 
     Args:
-      values: n values; see `records.Records`.
+      values: n values.
       type_: the type wanted.
 
     Returns:
       The column, null where a value is missing or does not fit, and where it does not fit (bool [n]).
     """
-    if isinstance(values, list):
-        return _convert_values(values, type_)
-    return _convert_text(values, type_)
-
-
-def stack_numbers(columns: list[pa.Array], dtype: str) -> tuple[npt.NDArray[Any], Bools]:
-    """Put columns of numbers as text side by side.
-
-    Returns:
-      [n, columns] numbers, and in which rows one is missing or no number (bool [n]).
-    """
-    parts = [_convert_text(column, ColumnType("float64"))[0] for column in columns]
-    missing = np.zeros(len(parts[0]), bool)
-    matrix = np.zeros((len(parts[0]), len(parts)), dtype)
-    for j, part in enumerate(parts):
-        absent = part.is_null().to_numpy(zero_copy_only=False)
-        missing |= absent
-        matrix[:, j] = part.fill_null(0).to_numpy()
-    return matrix, missing
-
-
-def vector_array(matrix: npt.NDArray[Any], type_: ColumnType) -> pa.Array:
-    """View numbers [n, width] as an Arrow column of a vector type."""
-    storage = arrow_field("", type_).type
-    data = np.ascontiguousarray(matrix.astype(np.dtype(type_.dtype).newbyteorder("<"), copy=False))
-    return pa.FixedSizeBinaryArray.from_buffers(storage, len(matrix), [None, pa.py_buffer(data)])
-
-
-def _convert_text(values: pa.Array, type_: ColumnType) -> tuple[pa.Array, Bools]:
-    target = arrow_field("", type_).type
-    if type_.kind in ("string", "binary"):
-        text = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
-        return text.cast(target), np.zeros(len(values), bool)
-    if type_.kind != "bool":
-        try:
-            numbers = values.cast(target)
-        except pa.ArrowInvalid:
-            pass  # one of them is none: look at each
-        else:
-            if not pc.any(pc.is_nan(numbers)).as_py():
-                return numbers, np.zeros(len(values), bool)
-    texts = values.to_pylist()
-    read = _READING[type_.kind]
-    kept = [None if text in MISSING else read(text) for text in texts]
-    wrong = np.array([a is None and b not in MISSING for a, b in zip(kept, texts, strict=True)], bool)
-    return pa.array(kept, target), wrong
-
-
-def _read_int(text: str) -> int | None:
-    number = int(text) if re.fullmatch(r"[+-]?\d{1,19}", text) else None
-    return number if number is not None and -(2**63) <= number < 2**63 else None
-
-
-def _read_float(text: str) -> float | None:
-    numeric = re.fullmatch(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|inf|Infinity)", text)
-    return float(text) if numeric else None
-
-
-def _read_bool(text: str) -> bool | None:
-    return {"true": True, "false": False}.get(text.lower())
-
-
-_READING: dict[str, Callable[[str], Any]] = {"int64": _read_int, "float64": _read_float, "bool": _read_bool}
-
-
-def _convert_values(values: list[Any], type_: ColumnType) -> tuple[pa.Array, Bools]:
-    values = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+    values = [None if _is_missing(value, type_) else value for value in values]
     fitting = _FITTING[type_.kind]
     kept = [None if value is None else fitting(value, type_) for value in values]
     wrong = np.array([a is None and b is not None for a, b in zip(kept, values, strict=True)], bool)
@@ -105,13 +36,38 @@ def _convert_values(values: list[Any], type_: ColumnType) -> tuple[pa.Array, Boo
     return pa.array(kept, arrow_field("", type_).type), wrong
 
 
+def nested_vectors(lists: pa.Array, type_: ColumnType) -> pa.Array:
+    """Pack lists of numbers, nested where the vector has several axes, into a vector column; null lists stay null."""
+    flat = lists
+    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type):
+        flat = flat.flatten()
+    present = lists.is_valid().to_numpy(zero_copy_only=False)
+    matrix = np.zeros((len(lists), math.prod(type_.shape)), np.dtype(type_.dtype).newbyteorder("<"))
+    matrix[present] = flat.to_numpy(zero_copy_only=False).reshape(-1, matrix.shape[1])
+    bits = pa.array(present).buffers()[1]
+    return pa.Array.from_buffers(arrow_field("", type_).type, len(lists), [bits, pa.py_buffer(matrix)])
+
+
+def _is_missing(value: Any, type_: ColumnType) -> bool:
+    """Tell whether a value stands for none: not a number, or a feature without a number where others have one."""
+    if isinstance(value, np.ndarray):
+        return value.size == 0 and type_.kind in ("int64", "float64")
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if isinstance(value, np.ndarray) and value.shape == (1,) else value
+
+
 def _int(value: Any, _: ColumnType) -> int | None:
+    value = _scalar(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63 else None
 
 
 def _float(value: Any, _: ColumnType) -> float | None:
+    value = _scalar(value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -135,8 +91,8 @@ def _vector(value: Any, type_: ColumnType) -> Any:
     return value if isinstance(value, np.ndarray) and value.shape == type_.shape else None
 
 
-def _list(value: Any, _: ColumnType) -> Any:
-    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.ndim == 1 else None
+def _list(value: Any, type_: ColumnType) -> Any:
+    return value.astype(type_.dtype) if isinstance(value, np.ndarray) and value.ndim == 1 else None
 
 
 _FITTING: dict[str, Callable[[Any, ColumnType], Any]] = {

@@ -1,7 +1,6 @@
-"""Index: cut files into blocks that can be read on their own.
+"""Index: cut TFRecord files into blocks that can be read on their own, behind records.
 
-Files of lines are cut behind line ends, CSV only where no record goes over several lines, TFRecord files behind records. A
-compressed file is one block, since it can only be read from its beginning.
+A compressed file is one block, since it can only be read from its beginning; an image is one, too.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from typing import Any
 
 from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.ingest.committing import FilePerItem
-from distilbeam.pipelines.ingest.csv_records import is_splittable, read_header
 from distilbeam.pipelines.ingest.settings import IngestOptions
-from distilbeam.pipelines.ingest.sources import Block, Source, line_chunks
+from distilbeam.pipelines.ingest.sources import Block, Source
 from distilbeam.pipelines.ingest.tfrecord import record_starts
 
 
@@ -57,19 +55,13 @@ class Index(FilePerItem[SourceGroup]):
         return Path(self.output) / f"{group.number:06d}.json"
 
     def _blocks(self, source: Source) -> Iterator[Block]:
-        if source.bytes == 0:
-            return
-        columns, start, first = self.options.columns, 0, 1
-        if self.options.format == "csv" and not columns:
-            columns, start = read_header(source, self.options.delimiter)
-            first = 2
-        whole = Block(source, start, None, first, columns)
-        if source.compressed or self.options.format == "images" or source.bytes - start <= self.options.unit_bytes:
-            yield whole
-        elif self.options.format == "tfrecord":
-            yield from _cut_records(whole, self.options.unit_bytes)
+        whole = Block(source, 0, None, 1)
+        if self.options.format == "images":
+            yield whole  # an empty one is a bad record, too
+        elif source.compressed or source.bytes <= self.options.unit_bytes:
+            yield from [whole] if source.bytes else []
         else:
-            yield from _cut_lines(whole, self.options)
+            yield from _cut_records(whole, self.options.unit_bytes)
 
 
 def group_sources(sources: Sequence[Source], group_bytes: int, most: int = 1024) -> list[SourceGroup]:
@@ -84,33 +76,16 @@ def group_sources(sources: Sequence[Source], group_bytes: int, most: int = 1024)
     return [*groups, SourceGroup(len(groups), tuple(waiting))] if waiting else groups
 
 
-def _cut_lines(whole: Block, options: IngestOptions) -> Iterator[Block]:
-    cuts = [(whole.start, whole.first)]
-    at = whole.start
-    for line, data in line_chunks(whole, min(options.unit_bytes, 8 * 2**20)):
-        if options.format == "csv" and not is_splittable(data):
-            yield whole
-            return
-        if at - cuts[-1][0] >= options.unit_bytes:
-            cuts.append((at, line))
-        at += len(data)
-    yield from _between(whole, cuts)
-
-
 def _cut_records(whole: Block, unit_bytes: int) -> Iterator[Block]:
     cuts = [(whole.start, whole.first)]
     with Path(whole.source.path).open("rb") as file:
         for number, start in enumerate(record_starts(file), whole.first):
             if start - cuts[-1][0] >= unit_bytes:
                 cuts.append((start, number))
-    yield from _between(whole, cuts)
-
-
-def _between(whole: Block, cuts: list[tuple[int, int]]) -> Iterator[Block]:
     ends = [*(start for start, _ in cuts[1:]), None]
     for (start, first), stop in zip(cuts, ends, strict=True):
-        yield Block(whole.source, start, stop, first, whole.columns)
+        yield Block(whole.source, start, stop, first)
 
 
 def _block(data: dict[str, Any]) -> Block:
-    return Block(**{**data, "source": Source(**data["source"]), "columns": tuple(data["columns"])})
+    return Block(**{**data, "source": Source(**data["source"])})

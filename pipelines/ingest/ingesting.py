@@ -1,33 +1,42 @@
-"""Ingest: the phases in their order, in a working directory beside the pool.
+"""Ingest: the steps in their order, in a working directory beside the pool.
 
-The pool appears under its name when it is whole, by one rename; in an object store its files are uploaded one by one, the
-summary last. Until then everything is in `.<pool>.ingest/`: a killed
-ingest goes on there when the same command is given again.
+CSV, JSON lines and text are read by DuckDB in this process; TFRecord files and images by phases of a Beam pipeline, whose
+finished parts a second start finds again. From there all go one way: find duplicates, write the pool. The pool appears under
+its name when it is whole, by one rename; in an object store its files are uploaded one by one, the summary last. Until then
+everything is in `.<pool>.ingest/`, and a killed ingest is done again when the same command is given again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import duckdb
 import numpy as np
-from apache_beam.options.pipeline_options import PipelineOptions
+import pyarrow as pa
 
 from distilbeam.pipelines.display import Display
 from distilbeam.pipelines.files import read_json, sweep, write_json
-from distilbeam.pipelines.ingest.columns import ColumnType, merge_counts
-from distilbeam.pipelines.ingest.duplicates import BUCKET_ROWS, Compare
-from distilbeam.pipelines.ingest.index import Index, group_sources
-from distilbeam.pipelines.ingest.parse import Parse, Survey, fixed_columns
+from distilbeam.pipelines.ingest.columns import ColumnType
+from distilbeam.pipelines.ingest.csv_table import load_csv
+from distilbeam.pipelines.ingest.database import opened
+from distilbeam.pipelines.ingest.duplicates import find_duplicates
+from distilbeam.pipelines.ingest.letters import Letters
+from distilbeam.pipelines.ingest.lines_table import load_json, load_text
+from distilbeam.pipelines.ingest.parsed_records import parse_records
+from distilbeam.pipelines.ingest.pool_columns import PoolColumns, pool_columns
+from distilbeam.pipelines.ingest.records import Bad
+from distilbeam.pipelines.ingest.records_table import RecordsTable
 from distilbeam.pipelines.ingest.settings import IngestOptions
-from distilbeam.pipelines.ingest.sources import Source, SourceUnit, find_sources, plan_source_units
-from distilbeam.pipelines.ingest.write import PoolFile, Write, plan_pool_files
-from distilbeam.pipelines.phases import run_phase
+from distilbeam.pipelines.ingest.sources import Source, find_sources
+from distilbeam.pipelines.ingest.text_types import CsvTypes, JsonTypes, TextTypes, count_kinds
+from distilbeam.pipelines.ingest.typed_text import TypedText
+from distilbeam.pipelines.ingest.write import without, write_pool
 from distilbeam.pipelines.rundir import held
 from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.places import is_remote, list_files, upload
@@ -35,6 +44,7 @@ from distilbeam.teacher.softlabels.places import is_remote, list_files, upload
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"
 UPLOADING = "uploading"
+_AT_ONCE = 10_000  # conflicts whose lines are looked up at once
 
 
 @dataclass(frozen=True)
@@ -66,32 +76,54 @@ class Summary:
     digest: str
 
 
+class Loaded(Protocol):
+    """Records with types, and the tables `records` and `bad` that tell them apart."""
+
+    @property
+    def pool(self) -> PoolColumns:
+        """The pool's columns."""
+
+    @property
+    def key(self) -> str:
+        """The expression for what must be unique."""
+
+    @property
+    def content(self) -> str | None:
+        """The expression for all of a record, where the key is not a hash of it."""
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Read all records in their order."""
+
+    def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:
+        """Find file and line of records, given their numbers in ascending order."""
+
+
 def ingest(
     sources: Sequence[str],
     out: Path,
     options: IngestOptions,
     *,
-    beam: PipelineOptions,
+    beam: Any = None,
     display: Display | None = None,
     attempts: int = 2,
 ) -> Summary:
-    """Make a pool of Parquet files out of sources, or what is left of it to make.
+    """Make a pool of Parquet files out of sources.
 
     Args:
       sources: files, directories or glob patterns.
       out: directory of the pool, on a file system or in an object store; must not be there yet, unless the same call
         made it.
       options: how the sources are read.
-      beam: Beam's options for the phases.
+      beam: Beam's options for reading TFRecord files and images.
       display: where to show progress; nothing is shown without one.
-      attempts: times that failed items are tried.
+      attempts: times that failed parts of TFRecord files and images are tried.
 
     Returns:
       What became of the sources; it is also written to `_ingest.json` in the pool.
 
     Raises:
-      ValueError: nothing to read, sources that do not fit the options, an `out` that holds something else, or sources
-        that changed since the ingest was begun.
+      ValueError: nothing to read, sources that do not fit the options or change meanwhile, an `out` that holds
+        something else.
       PhaseError: work that failed in every attempt.
     """
     display = display or Display.silent()
@@ -102,8 +134,7 @@ def ingest(
         return _finished(out, digest)
     with held(place, "--out", "--out DIRECTORY") as work:
         sweep(work)
-        _freeze(work, digest, found, options)
-        summary = _Ingest(found, options, work, digest, beam, display, attempts).run()
+        summary = _begun(work, digest) or _Ingest(found, options, work, digest, beam, display, attempts).run()
         if is_remote(out):
             with display.step(f"upload to {out}"):
                 _upload(work / "pool", out)
@@ -115,8 +146,133 @@ def ingest(
     return summary
 
 
+class _Ingest:
+    def __init__(
+        self,
+        sources: list[Source],
+        options: IngestOptions,
+        work: Path,
+        digest: str,
+        beam: Any,
+        display: Display,
+        attempts: int,
+    ) -> None:
+        self.sources, self.options, self.work, self.digest = sources, options, work, digest
+        self.beam, self.display, self.attempts = beam, display, attempts
+        self.letters = Letters(work / "letters", sources)
+
+    def run(self) -> Summary:
+        """Make the pool in the working directory."""
+        paths = [source.path for source in self.sources]
+        with closing(self.letters), opened(self.work, paths) as connection:
+            if self.options.format in ("tfrecord", "images"):
+                return self._ingest_parsed(connection)
+            return self._ingest_text(connection)
+
+    def _ingest_parsed(self, connection: duckdb.DuckDBPyConnection) -> Summary:
+        parsed = parse_records(
+            self.sources, self.options, self.work, beam=self.beam, display=self.display, attempts=self.attempts
+        )
+        for bad in parsed.bad():
+            self.letters.add(bad)
+        self._check_any(connection, parsed.rows)
+        parsed.load_keys(connection)
+        return self._finish(connection, parsed, parsed.rows + parsed.unusable)
+
+    def _ingest_text(self, connection: duckdb.DuckDBPyConnection) -> Summary:
+        with self._step("read the records"):
+            table, types = self._load(connection)
+        self._check_any(connection, table.rows)
+        records = table.rows + self.letters.count
+        with self._step("find the columns' types"):
+            typed, unfit = self._typed(table, types)
+        self._check_any(connection, table.rows - unfit)
+        return self._finish(connection, typed, records)
+
+    def _load(self, connection: duckdb.DuckDBPyConnection) -> tuple[RecordsTable, TextTypes]:
+        add = self.letters.add
+        match self.options.format:
+            case "csv":
+                return load_csv(connection, self.sources, self.options, self.work / "copies", add), CsvTypes()
+            case "jsonl":
+                return load_json(connection, self.sources, self.options, add), JsonTypes()
+            case _:
+                return load_text(connection, self.sources, self.options, add), CsvTypes()
+
+    def _typed(self, table: RecordsTable, types: TextTypes) -> tuple[TypedText, int]:
+        found: dict[str, ColumnType] = {}
+        unsure = set(self.options.types)
+        for name in table.names:
+            found[name] = ColumnType("string")
+            if self.options.format != "text" and name not in unsure and self.options.vector_of(name) is None:
+                counts = count_kinds(table, types, name)
+                found[name] = counts.decide()
+                unsure |= set() if counts.all_fit(found[name]) else {name}
+        typed = TypedText(table, pool_columns(found, self.options), types, frozenset(unsure))
+        unfit = typed.find_bad()
+        for bad in typed.bad():
+            self.letters.add(bad)
+        return typed, unfit
+
+    def _finish(self, connection: duckdb.DuckDBPyConnection, loaded: Loaded, records: int) -> Summary:
+        """Leave out bad records and duplicates of `records` and write the pool."""
+        pool = self.work / "pool"
+        with self._step("find duplicates"):
+            repeated = find_duplicates(connection, loaded.key, loaded.content)
+        for start in range(0, len(repeated.conflicting), _AT_ONCE):
+            for file, line in loaded.places(repeated.conflicting[start : start + _AT_ONCE].tolist()):
+                self.letters.add(Bad(file, line, "the id of this record is that of an earlier one with other content"))
+        with self._step("write the pool"):
+            misfits = connection.execute("SELECT number FROM bad ORDER BY number").fetchnumpy()["number"]
+            dropped = np.sort(np.concatenate([np.asarray(misfits, np.int64), repeated.equal, repeated.conflicting]))
+            shutil.rmtree(pool, ignore_errors=True)
+            files = write_pool(without(loaded.tables(), dropped), loaded.pool.schema, pool, self.options)
+            first = self.letters.write(connection, pool / DEAD_LETTERS)
+        self._check_unchanged()
+        summary = Summary(
+            files=len(self.sources),
+            records=records,
+            rows=records - self.letters.count - len(repeated.equal),
+            duplicates=len(repeated.equal),
+            bad=self.letters.count,
+            first_bad=first,
+            pool_files=len(files),
+            bytes=sum(path.stat().st_size for path in files),
+            columns=loaded.pool.describe(),
+            digest=self.digest,
+        )
+        write_json(pool / SUMMARY, asdict(summary))
+        return summary
+
+    @contextmanager
+    def _step(self, title: str) -> Iterator[None]:
+        with self.display.step(title):
+            yield
+
+    def _check_any(self, connection: duckdb.DuckDBPyConnection, rows: int) -> None:
+        if rows:
+            return
+        bad = self.letters.write(connection, self.work / DEAD_LETTERS)
+        if bad is None:
+            raise ValueError(
+                f"SOURCE must hold at least one record; its {len(self.sources)} file(s), the first "
+                f"{self.sources[0].path}, have none"
+            )
+        line = "" if bad["line"] is None else f" line {bad['line']:,}"
+        raise ValueError(f"no record can be used, the first bad one is {bad['file']}{line}: {bad['error']}")
+
+    def _check_unchanged(self) -> None:
+        for source in self.sources:
+            try:
+                state = Path(source.path).stat()
+            except FileNotFoundError:
+                state = None
+            if state is None or (state.st_size, state.st_mtime_ns) != (source.bytes, source.mtime_ns):
+                raise ValueError(f"{source.path} changed while it was read; give the command again when it is whole")
+
+
 def _working_directory(out: Path) -> Path:
-    """Return where the phases work: beside the pool, or in the current directory where the pool is in an object store."""
+    """Return where the work is done: beside the pool, or in the current directory where the pool is in an object store."""
     return (Path.cwd() if is_remote(out) else out.resolve().parent) / f".{out.name}.ingest"
 
 
@@ -127,191 +283,21 @@ def _in_use(out: Path, work: Path) -> bool:
     return out.exists() and any(out.iterdir() if out.is_dir() else [out])
 
 
-def _upload(pool: Path, out: Path) -> None:
-    """Copy a pool to an object store, the summary last: with it the pool is whole."""
-    with replacing(pool.parent / UPLOADING) as temporary:
-        temporary.write_text(f"{out}\n")
-    for file in sorted(pool.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
-        upload(file, out / file.name)
-
-
-class _Ingest:
-    def __init__(
-        self,
-        sources: list[Source],
-        options: IngestOptions,
-        work: Path,
-        digest: str,
-        beam: PipelineOptions,
-        display: Display,
-        attempts: int,
-    ) -> None:
-        self.sources, self.options, self.work, self.digest = sources, options, work, digest
-        self.beam, self.display, self.attempts = beam, display, attempts
-
-    def run(self) -> Summary:
-        units = self._index()
-        parse = self._parse(units)
-        counts = [read_json(parse.files(unit)["commit"]) for unit in units]
-        if not sum(count["rows"] for count in counts):
-            raise ValueError(_nothing_usable(_first_bad(parse, units), self.sources))
-        rows = sum(count["rows"] for count in counts)
-        compare = Compare(
-            tuple(str(parse.files(u)["rows"]) for u in units), -(-rows // BUCKET_ROWS), str(self.work / "losers")
-        )
-        self._phase("compare", "find duplicates", compare, range(compare.buckets))
-        losers = compare.read()
-        write = Write(compare, parse.pool_schema, str(self.work / "pool"), str(self.work / "conflicts"))
-        files = self._write(write, counts, losers)
-        bad_files = [*(parse.files(unit)["bad"] for unit in units), *sorted((self.work / "conflicts").glob("*.jsonl"))]
-        bad, first_bad = _gather(bad_files, self.work / "pool" / DEAD_LETTERS)
-        written = [path.stat().st_size for path in (self.work / "pool").glob("*.parquet")]
-        summary = Summary(
-            files=len(self.sources),
-            records=rows + sum(count["bad"] for count in counts),
-            rows=rows - len(losers),
-            duplicates=int((~losers["conflict"]).sum()),
-            bad=bad,
-            first_bad=first_bad,
-            pool_files=len(files),
-            bytes=sum(written),
-            columns={field.name: _type_name(parse, field) for field in parse.pool_schema},
-            digest=self.digest,
-        )
-        write_json(self.work / "pool" / SUMMARY, asdict(summary))
-        return summary
-
-    def _index(self) -> list[SourceUnit]:
-        groups = group_sources(self.sources, self.options.unit_bytes)
-        index = Index(self.options, str(self.work / "index"))
-        self._phase("index", "look through the sources", index, groups)
-        blocks = [block for group in groups for block in index.read(group)]
-        if self.options.format == "csv":
-            _same_columns({block.source.name: block.columns for block in blocks})
-        return plan_source_units(blocks, self.options.unit_bytes)
-
-    def _parse(self, units: list[SourceUnit]) -> Parse:
-        columns = fixed_columns(self.options) or self._survey(units)
-        parse = Parse(self.options, *_pool_columns(columns, self.options), str(self.work / "rows"))
-        self._phase("parse", "read the records", parse, units)
-        return parse
-
-    def _survey(self, units: list[SourceUnit]) -> dict[str, ColumnType]:
-        survey = Survey(self.options, str(self.work / "survey"))
-        self._phase("survey", "find the columns' types", survey, units)
-        counts = merge_counts(survey.read(unit) for unit in units)
-        return {name: count.decide() for name, count in counts.items()}
-
-    def _write(self, write: Write, counts: list[dict[str, int]], losers: Any) -> list[PoolFile]:
-        lost = np.bincount(losers["unit"], minlength=len(counts))
-        left = [count["rows"] - int(less) for count, less in zip(counts, lost, strict=True)]
-        files = plan_pool_files(left, [c["bytes"] for c in counts], self.options.file_rows, self.options.file_bytes)
-        self._phase("write", "write the pool", write, files)
-        return files
-
-    def _phase(self, name: str, title: str, work: Any, items: Any) -> None:
-        with self.display.step(title) as report:
-            run_phase(
-                name,
-                work,
-                list(items),
-                errors=self.work / "errors" / name,
-                options=self.beam,
-                progress=report,
-                attempts=self.attempts,
-            )
-
-
-def _pool_columns(
-    found: dict[str, ColumnType], options: IngestOptions
-) -> tuple[dict[str, ColumnType], dict[str, tuple[str, ...]]]:
-    """Return the pool's columns and what its vectors are made of; the id comes first."""
-    columns: dict[str, ColumnType] = {}
-    members: dict[str, list[str]] = {name: [] for name in options.vectors}
-    for name, type_ in found.items():
-        vector = options.vector_of(name)
-        if vector is None:
-            columns[name] = ColumnType(options.types[name]) if name in options.types else type_
-        else:
-            members[vector].append(name)
-            columns.setdefault(vector, type_)
-    for name, vector_option in options.vectors.items():
-        width = len(members[name])
-        if not width:
+def _begun(work: Path, digest: str) -> Summary | None:
+    """Return the summary of a pool that only was not moved; else keep finished phases of the same ingest, nothing more."""
+    plan = work / "plan.json"
+    if not (plan.exists() and read_json(plan)["digest"] == digest):
+        if (work / UPLOADING).exists():
             raise ValueError(
-                f"--vector {name} must name columns of the sources, got {', '.join(vector_option.columns)}; the columns are {', '.join(found)}"
+                f"the upload of a pool of other sources or options to {(work / UPLOADING).read_text().strip()} was begun; "
+                f"give that command again, or remove what is there and {work}"
             )
-        shape = vector_option.shape or (width,)
-        if int(np.prod(shape)) != width:
-            raise ValueError(f"--shape {name} must have as many elements as its {width:,} columns, got {list(shape)}")
-        columns[name] = ColumnType("vector", vector_option.dtype, shape)
-    _check_names(columns, options)
-    if options.id_column is not None:
-        columns = {options.id_column: columns[options.id_column], **columns}
-    return columns, {name: tuple(names) for name, names in members.items()}
-
-
-def _check_names(columns: dict[str, ColumnType], options: IngestOptions) -> None:
-    listed = ", ".join(columns)
-    if options.id_column is not None and options.id_column not in columns:
-        raise ValueError(f"--id must name a column of the sources, got {options.id_column}; the columns are {listed}")
-    if options.id_column is None and "id" in columns:
-        raise ValueError("the sources have a column id of their own; give --id id to take it for the examples' ids")
-    unknown = [name for name in options.types if name not in columns]
-    if unknown:
-        raise ValueError(f"--type must name a column of the sources, got {unknown[0]}; the columns are {listed}")
-
-
-def _same_columns(columns: dict[str, tuple[str, ...]]) -> None:
-    first = next(iter(columns), None)
-    for name, found in columns.items():
-        if first is not None and set(found) != set(columns[first]):
-            differing = ", ".join(sorted(set(found) ^ set(columns[first])))
-            raise ValueError(
-                f"{name} differs from {first} in column(s) {differing}; ingest them into pools of their own"
-            )
-
-
-def _gather(files: Iterable[Path], target: Path) -> tuple[int, dict[str, Any] | None]:
-    """Put all bad records into one file; return their number and the first."""
-    count, first = 0, None
-    with replacing(target) as temporary, temporary.open("w") as out:
-        for line in _lines(files):
-            first = first or line
-            out.write(line)
-            count += 1
-    if not count:
-        target.unlink()
-    return count, None if first is None else json.loads(first)
-
-
-def _lines(files: Iterable[Path]) -> Iterator[str]:
-    for file in files:
-        with file.open() as lines:
-            yield from lines
-
-
-def _first_bad(parse: Parse, units: list[SourceUnit]) -> dict[str, Any] | None:
-    line = next(_lines(parse.files(unit)["bad"] for unit in units), None)
-    return None if line is None else json.loads(line)
-
-
-def _nothing_usable(first_bad: dict[str, Any] | None, sources: list[Source]) -> str:
-    if first_bad is None:
-        return (
-            f"SOURCE must hold at least one record; its {len(sources)} file(s), the first {sources[0].path}, have none"
-        )
-    line = "" if first_bad["line"] is None else f" line {first_bad['line']:,}"
-    return f"no record can be used, the first bad one is {first_bad['file']}{line}: {first_bad['error']}"
-
-
-def _type_name(parse: Parse, field: Any) -> str:
-    return parse.columns[field.name].describe() if field.name in parse.columns else "string"
-
-
-def _digest(sources: list[Source], options: IngestOptions) -> str:
-    files = [f"{source.path}|{source.bytes}|{source.mtime_ns}" for source in sources]
-    return hashlib.blake2b("\n".join([options.model_dump_json(), *files]).encode(), digest_size=8).hexdigest()
+        for path in work.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(plan, {"digest": digest})
+    summary = work / "pool" / SUMMARY
+    return Summary(**read_json(summary)) if summary.exists() else None
 
 
 def _finished(out: Path, digest: str) -> Summary:
@@ -324,14 +310,14 @@ def _finished(out: Path, digest: str) -> Summary:
     raise ValueError(f"--out: {out} holds something else already; name a new directory")
 
 
-def _freeze(work: Path, digest: str, sources: list[Source], options: IngestOptions) -> None:
-    path = work / "plan.json"
-    if not path.exists():
-        files = [asdict(source) for source in sources]
-        write_json(path, {"digest": digest, "options": options.model_dump(mode="json"), "sources": files})
-    then = read_json(path)
-    if then["digest"] == digest:
-        return
-    changed = {Source(**source) for source in then["sources"]} ^ set(sources)
-    what = f"the sources changed ({min(source.path for source in changed)})" if changed else "the options changed"
-    raise ValueError(f"{what} since this ingest was begun; put them back, or remove {work} to begin again")
+def _upload(pool: Path, out: Path) -> None:
+    """Copy a pool to an object store, the summary last: with it the pool is whole."""
+    with replacing(pool.parent / UPLOADING) as temporary:
+        temporary.write_text(f"{out}\n")
+    for file in sorted(pool.iterdir(), key=lambda file: (file.name == SUMMARY, file.name)):
+        upload(file, out / file.name)
+
+
+def _digest(sources: list[Source], options: IngestOptions) -> str:
+    files = [f"{source.path}|{source.bytes}|{source.mtime_ns}" for source in sources]
+    return hashlib.blake2b("\n".join([options.model_dump_json(), *files]).encode(), digest_size=8).hexdigest()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import pyarrow as pa
-
 EXCERPT = 200  # characters of a bad record that are kept
-
-Values: TypeAlias = "pa.Array | list[Any]"  # a string array where the source has only text, else Python values
 
 
 @dataclass(frozen=True)
@@ -34,24 +30,29 @@ class Bad:
         return vars(self)
 
 
+Sink: TypeAlias = Callable[[Bad], None]  # takes the bad records, of which there may be more than memory holds
+
+
 @dataclass(frozen=True)
 class Records:
-    """Records of one file.
+    """Records of one file whose values are Python's.
 
     Attributes:
       file: name of the file.
-      lines: line (or number) of each record.
-      columns: values per column; text as a string array (empty text is a missing value), others as Python values.
+      lines: number of each record.
+      columns: values per column.
+      contents: a hash of each record before anything is converted.
       bad: what could not be read at all.
     """
 
     file: str
     lines: Sequence[int]
-    columns: Mapping[str, Values]
+    columns: Mapping[str, list[Any]]
+    contents: Sequence[bytes]
     bad: Sequence[Bad] = field(default=())
 
 
 def excerpt(data: bytes | str) -> str:
     """Return the beginning of a record as text."""
     text = data if isinstance(data, str) else data[: 4 * EXCERPT].decode(errors="replace")
-    return text.rstrip("\r\n")[:EXCERPT]
+    return text[: 4 * EXCERPT].rstrip("\r\n")[:EXCERPT]

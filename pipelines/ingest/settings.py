@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Format = Literal["csv", "jsonl", "tfrecord", "text", "images"]
 TypeName = Literal["int64", "float64", "bool", "string", "binary"]
-RESERVED = ("_key", "_content", "_file", "_line")
 
 
 class Vector(BaseModel):
@@ -42,7 +41,13 @@ class IngestOptions(BaseModel):
     columns: tuple[str, ...] = Field((), description="csv: names of the columns of files without a header")
     vectors: dict[str, Vector] = Field({}, description="csv: vector columns and what they are made of")
     types: dict[str, TypeName] = Field({}, description="column -> type, where the found one is not wanted")
-    unit_bytes: int = Field(64 * 2**20, ge=1, description="bytes of source in a unit of work, about")
+    max_record_bytes: int = Field(
+        16 * 2**20,
+        ge=1,
+        le=2**30,
+        description="csv, jsonl, text: a longer record is a bad one, so that memory is bounded",
+    )
+    unit_bytes: int = Field(64 * 2**20, ge=1, description="tfrecord, images: bytes of source in a unit of work, about")
     file_rows: int = Field(1_000_000, ge=1, description="rows of a pool file, about")
     file_bytes: int = Field(256 * 2**20, ge=1, description="bytes of a pool file before compression, about")
 
@@ -53,9 +58,14 @@ class IngestOptions(BaseModel):
                 raise ValueError(f"{name} must be given for {wanted} only, got format {self.format}")
         if self.format == "images" and self.id_column not in (None, "path"):
             raise ValueError(f"id_column must be path for images (the file's name), got {self.id_column}")
-        for name in (*self.columns, *self.vectors, *([self.class_column] if self.class_column else [])):
-            if name in RESERVED:
-                raise ValueError(f"a column must not be named {name}: the name is used while ingesting")
+        if self.delimiter in '"\r\n\0':
+            raise ValueError(f"delimiter must not be a quote or a line end, got {self.delimiter!r}")
+        if len(set(self.columns)) < len(self.columns) or not all(self.columns):
+            raise ValueError(f"columns must be names of their own, got {', '.join(self.columns)}")
+        if self.class_column in ("image", "path", "id"):
+            raise ValueError(
+                f"class_column must be another name, a pool of images has a column {self.class_column} already"
+            )
         return self
 
     def vector_of(self, column: str) -> str | None:

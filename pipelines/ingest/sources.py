@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 FILES_PER_UNIT = 4096
 SUFFIXES = {
@@ -18,6 +16,7 @@ SUFFIXES = {
     "tfrecord": (".tfrecord", ".tfrecords", ".tfr"),
     "text": (".txt", ".text"),
 }
+COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Source:
 
     @property
     def compressed(self) -> bool:
-        """Whether the file is read through gzip."""
-        return self.path.endswith(".gz")
+        """Whether the file is read through gzip or Zstandard."""
+        return self.path.lower().endswith(COMPRESSED)
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,13 @@ class Block:
       source: the file.
       start: first byte.
       stop: the byte after the last, or None for the end of the file.
-      first: number of the first line (of the first record, in files without lines), from 1.
-      columns: names of the columns, where the file has a header.
+      first: number of the first record, from 1.
     """
 
     source: Source
     start: int
     stop: int | None
     first: int
-    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,37 +85,6 @@ def find_sources(paths: Sequence[str], format_: str) -> list[Source]:
     return sorted(found.values(), key=lambda source: (source.name, source.path))
 
 
-def open_block(block: Block) -> IO[bytes] | gzip.GzipFile:
-    """Open a block's file at the block's first byte."""
-    if block.source.compressed:
-        return gzip.open(block.source.path, "rb")
-    file = Path(block.source.path).open("rb")  # noqa: SIM115  # the caller closes it
-    file.seek(block.start)
-    return file
-
-
-def line_chunks(block: Block, chunk_bytes: int = 8 * 2**20) -> Iterator[tuple[int, bytes]]:
-    """Read a block of lines in pieces.
-
-    Yields:
-      The number of the first line and whole lines, the last one of a file with or without its newline.
-
-    Raises:
-      EOFError, zlib.error: a compressed file is damaged; the lines before the damage were yielded.
-    """
-    line, rest = block.first, b""
-    left = None if block.stop is None else block.stop - block.start
-    with open_block(block) as file:
-        for data in _pieces(file, left, chunk_bytes):
-            whole, newline, tail = (rest + data).rpartition(b"\n")
-            rest = tail
-            if newline:
-                yield line, whole + newline
-                line += whole.count(b"\n") + 1
-    if rest:
-        yield line, rest
-
-
 def plan_source_units(blocks: Iterable[Block], unit_bytes: int) -> list[SourceUnit]:
     """Group consecutive blocks into units of about `unit_bytes`."""
     units: list[SourceUnit] = []
@@ -134,15 +100,6 @@ def plan_source_units(blocks: Iterable[Block], unit_bytes: int) -> list[SourceUn
     return [*units, _unit(len(units), waiting)] if waiting else units
 
 
-def _pieces(file: IO[bytes] | gzip.GzipFile, left: int | None, chunk_bytes: int) -> Iterator[bytes]:
-    while left is None or left > 0:
-        data = file.read(chunk_bytes if left is None else min(left, chunk_bytes))
-        if not data:
-            return
-        left = None if left is None else left - len(data)
-        yield data
-
-
 def _unit(number: int, blocks: list[Block]) -> SourceUnit:
     identity = "\n".join(f"{b.source.path}|{b.source.bytes}|{b.source.mtime_ns}|{b.start}|{b.stop}" for b in blocks)
     uid = hashlib.blake2b(f"{number}\n{identity}".encode(), digest_size=8).hexdigest()
@@ -156,7 +113,7 @@ def _below(directory: Path, format_: str) -> list[Path]:
         for path in directory.rglob("*")
         if path.is_file()
         and not any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
-        and (suffixes is None or path.name.removesuffix(".gz").endswith(suffixes))
+        and (suffixes is None or path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes))
     ]
 
 
@@ -169,7 +126,7 @@ def _nothing(path: Path, format_: str) -> str:
         return "nothing is there"
     endings = SUFFIXES.get(format_)
     return (
-        f"no file in it ends in {', '.join(endings)} (or these with .gz); name files of other endings one by one"
+        f"no file in it ends in {', '.join(endings)} (or these with .gz or .zst); name files of other endings one by one"
         if endings
         else "it holds no file"
     )

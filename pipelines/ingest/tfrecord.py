@@ -58,6 +58,11 @@ def record_starts(file: IO[bytes]) -> Iterator[int]:
         file.seek(start)
 
 
+def require_checksums() -> None:
+    """Raise `ValueError` with the command that installs what computes checksums, where it is missing."""
+    masked_crc(b"")
+
+
 def masked_crc(data: bytes) -> int:
     """Return the masked CRC-32C of the format: rotated right by 15 bits, plus a constant.
 
@@ -73,7 +78,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def features(message: Any) -> dict[str, Any]:
-    """Turn a tf.Example into values: a number or bytes where a feature has one, an array where it has many.
+    """Turn a tf.Example into values: bytes, or an array of the numbers of a feature, which may be none or one.
 
     Raises:
       ValueError: a feature with more than one byte string.
@@ -84,11 +89,11 @@ def features(message: Any) -> dict[str, Any]:
 def _value(name: str, feature: Any) -> Any:
     kind = feature.WhichOneof("kind")
     values = () if kind is None else getattr(feature, kind).value
-    if len(values) < 2:
-        return values[0] if values else None
-    if kind == "bytes_list":
+    if kind in ("float_list", "int64_list"):
+        return np.array(values, np.float32 if kind == "float_list" else np.int64)
+    if len(values) > 1:
         raise ValueError(f"feature {name} must be one byte string, got {len(values)}")
-    return np.array(values, np.float32 if kind == "float_list" else np.int64)
+    return values[0] if values else None
 
 
 def _exactly(file: IO[bytes] | GzipFile, count: int) -> bytes:

@@ -23,8 +23,9 @@ from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.labelling_job import LabellingJob
 from distilbeam.pipelines.models import cached_student
 from distilbeam.pipelines.reserved_names import require_free_names
+from distilbeam.pipelines.rundir import require_apart
 from distilbeam.pipelines.watch.arrivals import Arrival, Arrivals, PassedOver
-from distilbeam.pipelines.watch.window_work import WindowWork
+from distilbeam.pipelines.watch.window_work import LostFileError, WindowWork
 from distilbeam.pipelines.watch.windows import Journal, Window
 from distilbeam.teacher.softlabels import compact_manifest
 
@@ -56,14 +57,19 @@ def watch(job: LabellingJob, directory: Path, options: PipelineOptions, display:
       `unreadable`, names of files that never became whole.
 
     Raises:
-      ValueError: the directory does not exist, the job was started with something else, or a frozen file is gone.
+      ValueError: the directory does not exist, or the job was started with something else; when it has ended, that a file
+        was lost in the middle of a window, which then waits for it.
       PhaseError: work that failed in every attempt; the same command goes on from there.
     """
     if not directory.is_dir():
         raise ValueError(f"--watch must name a directory, got {directory}; make it before anything arrives in it")
+    require_apart(job.directory.root, directory, "--watch")
     watcher = _Watcher(job, directory.resolve(), options, display)
     why = watcher.run()
     display.say(f"Ended: {why}")
+    if watcher.problems:
+        more = f" ({len(watcher.problems) - 1} more such windows)" if len(watcher.problems) > 1 else ""
+        raise ValueError(f"{watcher.problems[0]}{more}; everything else is labelled")
     return watcher.totals()
 
 
@@ -73,7 +79,8 @@ class _Watcher:
         self.journal = Journal(job.directory.root / "windows")
         self.work = WindowWork(job, directory, options)
         self.types = _Frozen(job, self.work, directory, bool(self.journal.windows))
-        self.arrivals = Arrivals(directory, self.settings.settle_s, self.types.problem)
+        self.problems: list[str] = []
+        self.arrivals = Arrivals(directory, self.settings.settle_s, self.types.problem, columns=self.types.columns)
         for window in self.journal:
             self.arrivals.remember((*window.files, *window.passed_over))
         self.window = _Open()
@@ -147,14 +154,21 @@ class _Watcher:
         self._label(window)
 
     def _label(self, window: Window) -> None:
-        with self.display.step(
-            f"window {window.number}: {window.rows:,} rows in {len(window.files)} file(s)"
-        ) as report:
-            summary = self.work.do(window, report)
+        self.done_now += 1
+        try:
+            window = self.work.without_lost(window)
+            self.journal.change(window)
+            with self.display.step(
+                f"window {window.number}: {window.rows:,} rows in {len(window.files)} file(s)"
+            ) as report:
+                summary = self.work.do(window, report)
+        except LostFileError as e:  # later files are none the worse for it
+            self.problems.append(str(e))
+            log.warning("%s", e)
+            return
         if window.number % _COMPACT_EVERY == _COMPACT_EVERY - 1:
             compact_manifest(self.job.dataset)
         self.journal.finish(window, summary)
-        self.done_now += 1
 
     def _ending(self, stopping: bool, quiet_since: float) -> str | None:
         settings = self.settings
@@ -185,7 +199,7 @@ class _Frozen:
         columns = [*job.columns, *(work.student_columns() if student else ())]
         if student:
             require_free_names(work.student_columns(), "watch.student")
-        self._columns = tuple(dict.fromkeys(columns))
+        self.columns = tuple(dict.fromkeys(columns))
         if not self._path.exists():
             if begun or any((job.dataset / "_manifest").glob("*.json*")):
                 raise ValueError(
@@ -202,10 +216,10 @@ class _Frozen:
 
     def problem(self, schema: pa.Schema) -> str:
         """Say what is wrong with a file's schema; the first file decides the types."""
-        missing = [name for name in self._columns if name not in schema.names]
+        missing = [name for name in self.columns if name not in schema.names]
         if missing:
             return f"it has no column {missing[0]}"
-        found = {name: str(schema.field(name).type) for name in self._columns}
+        found = {name: str(schema.field(name).type) for name in self.columns}
         if not self._then["types"]:
             self._then["types"] = found
             write_json(self._path, self._then)

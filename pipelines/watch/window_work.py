@@ -24,10 +24,13 @@ from distilbeam.pipelines.score import Score
 from distilbeam.pipelines.shards import Shard, plan_shards
 from distilbeam.pipelines.units import Pool, plan_units
 from distilbeam.pipelines.unusable_rows import gather_unusable, unusable_list, unusable_sentence
+from distilbeam.pipelines.watch.arrivals import Arrival, PassedOver
 from distilbeam.pipelines.watch.windows import Window
 from distilbeam.pipelines.work_log import add_work
 from distilbeam.student.trust import trusted
 from distilbeam.teacher.softlabels import ManifestEntry, committed
+from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
+from distilbeam.teacher.softlabels.places import list_files
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,10 @@ class WindowLabel(Label):
 
     def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
         return super().place(shard, table, {**facts, "window": self.window})
+
+
+class LostFileError(ValueError):
+    """A file of a window of which something is labelled is gone, or was changed."""
 
 
 class WindowWork:
@@ -69,6 +76,32 @@ class WindowWork:
         """Columns that the student reads."""
         return tuple(cached_student(self.student).config.input.columns)
 
+    def without_lost(self, window: Window) -> Window:
+        """Leave files that are gone or were changed out of a window of which nothing is labelled yet."""
+        lost = {file.name: what for file in window.files if (what := self._lost(file))}
+        if not lost or self._begun(window):
+            return window
+        passed_over = tuple(
+            PassedOver(file.name, file.bytes, file.mtime_ns, f"it {lost[file.name]} before its window was labelled")
+            for file in window.files
+            if file.name in lost
+        )
+        files = tuple(file for file in window.files if file.name not in lost)
+        return replace(window, files=files, passed_over=(*window.passed_over, *passed_over))
+
+    def _begun(self, window: Window) -> bool:
+        entries = read_entries(manifest_files(self.job.dataset))
+        letters = list_files(self.job.directory.dead_letters(f"window={window.number:06d}"), "*.parquet")
+        selected = self.job.directory.root / "selected" / f"window={window.number:06d}"
+        return bool(letters) or selected.exists() or any(e.extra.get("window") == window.number for e in entries)
+
+    def _lost(self, file: Arrival) -> str:
+        path = self.directory / file.name
+        state = path.stat() if path.exists() else None
+        if state is not None and (state.st_size, state.st_mtime_ns) == (file.bytes, file.mtime_ns):
+            return ""
+        return "is gone" if state is None else "was changed"
+
     def do(self, window: Window, report: Report) -> dict[str, Any]:
         """Carry a window out, or what is left of it.
 
@@ -76,15 +109,18 @@ class WindowWork:
           Numbers of rows: those that arrived, were wanted, labelled, and failed.
 
         Raises:
-          ValueError: a file of the window is gone or was changed.
+          LostFileError: a file of the window is gone or was changed.
           PhaseError: work that failed in every attempt.
         """
+        if not window.files:
+            return {"rows": 0, "wanted": 0, "labelled": 0, "failed": 0}
         pool = self._pool(window)
         picks = None if window.budget is None else self._choose(window, pool, report)
         dead_letters = self.job.directory.dead_letters(f"window={window.number:06d}")
         work = self._work(window, dead_letters, picks)
-        tasks = plan_shards(pool.units, picks, self.job.config.engine.shard_rows, self.job.spec)
-        engine, spec, done = self.job.config.engine, self.job.spec, committed(self.job.dataset)
+        engine = self.job.config.engine
+        tasks = plan_shards(pool.units, picks, engine.shard_rows, self.job.spec, engine.shard_bytes)
+        spec, done = self.job.spec, committed(self.job.dataset)
         again = ask_again(dead_letters, pool.units, picks, engine.shard_rows, spec, done) if engine.retry else []
         self._phase("label", work, [*tasks, *again], report)
         drop_answered(dead_letters, committed(self.job.dataset))
@@ -94,13 +130,12 @@ class WindowWork:
     def _pool(self, window: Window) -> Pool:
         paths = [self.directory / file.name for file in window.files]
         for path, file in zip(paths, window.files, strict=True):
-            state = path.stat() if path.exists() else None
-            if state is None or (state.st_size, state.st_mtime_ns) != (file.bytes, file.mtime_ns):
-                what = "is gone" if state is None else "was changed"
-                raise ValueError(
+            if what := self._lost(file):
+                raise LostFileError(
                     f"{path} {what} before window {window.number} was labelled; put it back as it was and start again"
                 )
-        pool = plan_units(paths, self.job.config.engine.unit_rows, "--watch", self.directory)
+        columns = [*self.job.columns, *(self.student_columns() if self.settings.student else ())]
+        pool = plan_units(paths, self.job.config.engine.unit_rows, "--watch", self.directory, columns)
         checksums = {str(path.resolve()): file.checksum for path, file in zip(paths, window.files, strict=True)}
         # the whole content is part of a unit's id, which a footer may not tell from another
         units = (

@@ -60,6 +60,12 @@ class Journal:
         write_json(self._directory / f"{window.number:06d}.json", asdict(window))
         self.windows.append(window)
 
+    def change(self, window: Window) -> None:
+        """Write a window's journal again, of which nothing is labelled yet, when files were left out of it."""
+        if window != self.windows[window.number]:
+            write_json(self._directory / f"{window.number:06d}.json", asdict(window))
+            self.windows[window.number] = window
+
     def unfinished(self) -> list[Window]:
         """List the windows that were frozen and not finished."""
         return [window for window in self.windows if not self._done(window).exists()]

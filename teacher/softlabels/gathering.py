@@ -12,6 +12,7 @@ from distilbeam.teacher.softlabels.atomic import replacing
 from distilbeam.teacher.softlabels.manifest import (
     FOLDER,
     Manifest,
+    is_inside,
     manifest_files,
     manifest_of,
     read_entries,
@@ -80,7 +81,7 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
     """Take shards out of a dataset: their entries first, then their files.
 
     A crash in between leaves files without an entry, which no reader follows. No other process may compact the manifest
-    meanwhile.
+    meanwhile. Files outside of the dataset stay, wherever its entries lead.
 
     Args:
       path: the dataset's folder.
@@ -96,7 +97,9 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
             continue
         entries = read_entries([file])
         kept = [entry for entry in entries if entry.key not in keys]
-        removed += [directory / entry.path for entry in entries if entry.key in keys]
+        removed += [
+            directory / entry.path for entry in entries if entry.key in keys and is_inside(directory, entry.path)
+        ]
         if not kept:
             file.unlink()
         elif len(kept) < len(entries):

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.places import joined, list_files, read_texts, to_path
+from distilbeam.teacher.softlabels.places import is_remote, joined, list_files, read_texts, to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 FOLDER = "_manifest"
 _READ_ATTEMPTS = 10
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 _REQUIRED = {"key": str, "path": str, "rows": int, "bytes": int, "checksum": str, "spec": dict}
 
 
@@ -67,6 +69,11 @@ class ManifestEntry:
         for name, type_ in _REQUIRED.items():
             if not isinstance(data.get(name), type_):
                 raise ValueError(f"{name} must be given as {type_.__name__}, got {data.get(name)!r}")
+        if not _KEY.fullmatch(data["key"]):
+            raise ValueError(f"key must be letters, digits, '.', '_', '=' and '-', got {data['key']!r}")
+        if not isinstance(data.get("extra", {}), dict):
+            raise ValueError(f"extra must be given as dict, got {data['extra']!r}")
+        _require_relative(data["path"])
         spec = SoftLabelSpec.from_json(data["spec"])
         required = {name: data[name] for name in _REQUIRED if name != "spec"}
         return cls(**required, spec=spec, extra=data.get("extra", {}), footer=str(data.get("footer", "")))
@@ -123,7 +130,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
       ValueError: no manifest, an entry that cannot be read, shards that do not mean the same, one file under two keys,
-        or an unknown major format version.
+        a file outside of the dataset that no manifest there lists, a link, or an unknown major format version.
     """
     directory = to_path(path)
     return manifest_of(directory, _entries(directory))
@@ -144,6 +151,7 @@ def manifest_of(directory: Path, found: Sequence[ManifestEntry]) -> Manifest:
             raise ValueError(
                 f"{directory / one.path} is committed under two keys, {one.key} and {two.key}; write it again"
             )
+    _require_own(directory, entries)
     return Manifest(directory, tuple(entries), max((e.spec for e in entries), key=_minor))
 
 
@@ -194,6 +202,43 @@ def require_same_meaning(directory: Path, one: ManifestEntry, two: ManifestEntry
             f"the shards of {directory} do not mean the same: {one.path} and {two.path} differ in "
             f"{', '.join(differences)}; "
             "keep labels of different teachers or specifications in different folders"
+        )
+
+
+def is_inside(directory: Path, path: str) -> bool:
+    """Tell whether an entry's path leads to a file of the dataset's own folder, through no link."""
+    parts = PurePosixPath(path).parts
+    if ".." in parts:
+        return False
+    if is_remote(directory):
+        return True
+    places = itertools.accumulate(parts, lambda place, part: place / part, initial=directory)
+    return not any(place.is_symlink() for place in itertools.islice(places, 1, None))
+
+
+def _require_relative(path: str) -> None:
+    """Refuse what is no relative path wherever it is read: a manifest may come from anybody."""
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).anchor or "://" in path
+    if absolute or not PurePosixPath(path).name or "\0" in path:
+        raise ValueError(f"path must be relative to the dataset, got {path!r}")
+
+
+def _require_own(directory: Path, entries: Sequence[ManifestEntry]) -> None:
+    """Refuse files that are not the dataset's; those of a merged one are listed by the manifest that they come from."""
+    origins: dict[Path, dict[str, tuple[str, str]]] = {}
+    for entry in entries:
+        if is_inside(directory, entry.path):
+            continue
+        file = joined(directory, entry.path)
+        origin = file.parent if is_remote(file) else file.parent.resolve()
+        if ".." in PurePosixPath(entry.path).parts and origin != directory.resolve():
+            if origin not in origins:
+                origins[origin] = {e.path: (e.key, e.checksum) for e in _entries(origin) if is_inside(origin, e.path)}
+            if origins[origin].get(file.name) == (entry.key, entry.checksum):
+                continue
+        raise ValueError(
+            f"the manifest entry of {entry.key} in {directory} leads to {entry.path!r}, which is not a file of the dataset "
+            "itself, nor of one that it was merged from; nothing of it is read: get the dataset again from where it came"
         )
 
 

@@ -194,7 +194,9 @@ def identities(files: Sequence[Path]) -> dict[Path, Any]:
         return {file: (stat.st_ino, stat.st_mtime_ns) for file, stat in stats if stat is not None}
     folder: Any = files[0].parent
     with asking_store(f"{folder} could not be listed"):
-        listed = {info["name"].rpartition("/")[2]: _version(info) for info in folder.fs.ls(folder.path, detail=True)}
+        listed = {
+            info["name"].rpartition("/")[2]: object_version(info) for info in folder.fs.ls(folder.path, detail=True)
+        }
     return {file: listed[file.name] for file in files if file.name in listed}
 
 
@@ -208,7 +210,7 @@ def object_identity(path: Path) -> tuple[Any, int]:
     store: Any = path
     with asking_store(f"{path} could not be read"):
         info = store.fs.info(store.path)
-    return _version(info), int(info["size"])
+    return object_version(info), int(info["size"])
 
 
 @contextmanager
@@ -230,7 +232,7 @@ def _stat(file: Path) -> os.stat_result | None:
         return None
 
 
-def _version(info: dict[str, Any]) -> Any:
+def object_version(info: dict[str, Any]) -> Any:
     """Return the version that a store gives an object; its size and time where it gives none."""
     named = (info.get(name) for name in ("generation", "ETag", "etag"))
     return next(

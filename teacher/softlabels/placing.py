@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from distilbeam.teacher.softlabels.atomic import flush, move_flushed, replacing
-from distilbeam.teacher.softlabels.manifest import FOLDER, ManifestEntry, entry_path
+from distilbeam.teacher.softlabels.manifest import FOLDER, ManifestEntry, entry_path, is_inside
 from distilbeam.teacher.softlabels.places import is_remote, list_files, to_path
 from distilbeam.teacher.softlabels.shards import has_checksum, write_file, write_shard
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
@@ -56,7 +56,8 @@ def placed_entry(directory: str | Path, key: str) -> ManifestEntry | None:
         return None
     try:
         entry = ManifestEntry.from_json(json.loads(_placed_path(directory, key).read_text()))
-        return entry if has_checksum(to_path(directory) / entry.path, entry.checksum) else None
+        whole = is_inside(to_path(directory), entry.path) and entry.key == key
+        return entry if whole and has_checksum(to_path(directory) / entry.path, entry.checksum) else None
     except (FileNotFoundError, ValueError):
         return None
 

@@ -1,5 +1,8 @@
 """A teacher behind TensorFlow Serving's PredictionService.
 
+A model's answers to a fixed batch identify it. Where neither the model nor the configuration says the shape of an input, it
+is that of the first row that comes.
+
 A batch is cut by rows and by bytes, and a bounded number of pieces is in flight. The version of the model is read from
 every answer: when the server begins to answer with another one, the labels would be a mixture, and the job stops.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +35,7 @@ Float32 = npt.NDArray[np.float32]
 Inputs = Mapping[str, npt.NDArray[Any]]
 
 _PROBE_ROWS = 8
-_PROBE_SIZE = 16  # for sizes that neither signature nor configuration says
+_PROBE_SIZE = 16  # for sizes that neither signature nor configuration nor a row says
 _MOST_PROBED = 2**24  # numbers of an input that a server may make us send it by saying its shape
 _MOST_ANSWERED = 2**27  # logits of one request: 512 MiB
 _MOST_CLASSES = 2**22  # an answer of the k best classes is spread over all of them: 16 MiB a row
@@ -54,22 +58,28 @@ class TfServingTeacher(NotPickled):
         self._form, self._order = AnswerForm(config.answers), OutputOrder(config.classes, "teacher.classes")
         self.parallel = config.parallel
         self._num_classes: int | None = None  # of every answer, once there was one
+        self._seen: dict[str, tuple[int, ...]] = {}  # shapes of a row of the first batch, where nobody says them
+        self._first = threading.Lock()
         self._servers = Servers(config)
         try:
             self._signature: Signature = read_signature(self._servers, config)
             self._threads = ThreadPoolExecutor(config.parallel, thread_name_prefix="tfserving")
-            self._probed = self._probe()
+            self._probed = self._probe() if self._shapes_are_known() else None
         except BaseException:
             self._servers.close()
             raise
 
     def fingerprint(self) -> str:
-        """Identify the answers by name, version and the answers to a fixed batch; see `Teacher`."""
+        """Identify the answers by name, version and the answers to a fixed batch; see `Teacher`.
+
+        Raises:
+          ValueError: neither the model nor the configuration nor a batch before says the shape of the input.
+        """
         now = self._probe()
+        with self._first:
+            then = self._probed = now if self._probed is None else self._probed
         tolerance = self._config.probe_tolerance
-        same = now.shape == self._probed.shape and np.allclose(
-            now, self._probed, rtol=0, atol=tolerance, equal_nan=True
-        )
+        same = now.shape == then.shape and np.allclose(now, then, rtol=0, atol=tolerance, equal_nan=True)
         if not same:
             raise TeacherChanged(
                 f"the teacher changed while it was being asked: model '{self._config.model}' of version "
@@ -80,7 +90,7 @@ class TfServingTeacher(NotPickled):
         digest.update(
             self._config.model_dump_json(include={"input", "signature", "input_name", "output_name"}).encode()
         )
-        digest.update(_coarse(self._probed, tolerance))
+        digest.update(_coarse(then, tolerance))
         digest.update(self._config.meaning().encode())
         for file in function_sources(self._config.input):
             digest.update(Path(file).read_bytes())
@@ -89,7 +99,7 @@ class TfServingTeacher(NotPickled):
 
     def logits(self, batch: pa.RecordBatch) -> Float32:
         """Answer a batch; see `Teacher`."""
-        return self._order(self._form(self._ask(self._named(self._input(batch)))))
+        return self._order(self._form(self._ask(self._made(batch))))
 
     def in_pieces(self, batch: pa.RecordBatch, rows: int) -> list[tuple[int, Float32 | Exception]]:
         """Answer a batch by requests in flight together, each of which succeeds or fails by itself.
@@ -110,8 +120,10 @@ class TfServingTeacher(NotPickled):
         for start in range(0, len(batch), rows):
             part = batch.slice(start, rows)
             try:
-                named = self._named(self._input(part))
+                named = self._made(part)
                 requests += [(_rows_of(piece), piece) for piece in self._pieces(named)]
+            except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
+                raise
             except Exception as e:  # noqa: BLE001  (a user's function may raise anything; it is asked again with fewer rows)
                 requests.append((len(part), e))
         answers = in_window(self._attempt, [request for _, request in requests], self._threads)
@@ -125,6 +137,13 @@ class TfServingTeacher(NotPickled):
         """Close threads and connections; see `Teacher`."""
         self._threads.shutdown(cancel_futures=True)
         self._servers.close()
+
+    def _made(self, batch: pa.RecordBatch) -> Inputs:
+        """Make the inputs of a batch; the first one says the shape that nobody else says."""
+        inputs = self._named(self._input(batch))
+        if self._probed is None and len(batch):
+            self._see(inputs)
+        return inputs
 
     def _named(self, made: npt.NDArray[Any] | Inputs) -> Inputs:
         named = named_inputs(made, self._signature.inputs)
@@ -200,25 +219,49 @@ class TfServingTeacher(NotPickled):
             return _spread(outputs, num_classes)
         return kept if self._config.answers == "probabilities" else kept.astype(np.float32, copy=False)
 
+    def _see(self, inputs: Inputs) -> None:
+        """Ask about a batch of the shape of rows that have come."""
+        with self._first:
+            if self._probed is None:
+                self._seen = {name: array.shape[1:] for name, array in inputs.items()}
+                self._probed = self._probe()
+
     def _probe(self) -> Float32:
         """Ask about a fixed batch."""
-        return self._ask({name: self._question(*info) for name, info in self._signature.inputs.items()})
+        return self._ask({name: self._question(name, *info) for name, info in self._signature.inputs.items()})
 
-    def _question(self, type_number: int, shape: tuple[int, ...] | None) -> npt.NDArray[Any]:
-        sizes = self._row_shape(shape)
+    def _question(self, name: str, type_number: int, shape: tuple[int, ...] | None) -> npt.NDArray[Any]:
+        sizes = self._row_shape(name, shape)
         if type_number == STRING:
             return np.full((_PROBE_ROWS, *sizes), self._config.probe_text.encode(), object)
         values = np.random.default_rng(0).normal(size=(_PROBE_ROWS, *sizes)).astype(np.float32)
         made = values if type_number not in _INTEGERS else np.abs(values * 3)
         return as_type(made, type_number)
 
-    def _row_shape(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-        configured = self._config.probe_shape or self._config.input.shape
-        if configured is not None and (shape is None or len(shape) == len(configured) + 1):
-            return configured
+    def _shapes_are_known(self) -> bool:
+        """Tell whether model or configuration say the shapes of all inputs."""
+        shapes = (shape for _, shape in self._signature.inputs.values())
+        return self._configured is not None or all(
+            shape is not None and min(shape[1:], default=0) >= 0 for shape in shapes
+        )
+
+    @property
+    def _configured(self) -> tuple[int, ...] | None:
+        return self._config.probe_shape or self._config.input.shape
+
+    def _row_shape(self, name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Find the shape of a row: what the model says, and for what it leaves open the configuration or a row."""
+        told = self._configured or self._seen.get(name)
         if shape is None:
-            raise ValueError("teacher.probe_shape must be given: the model does not say the shape of its input")
-        sizes = tuple(size if size >= 0 else _PROBE_SIZE for size in shape[1:])
+            if told is None:
+                raise ValueError(
+                    "teacher.probe_shape must be given: the model does not say the shape of its input, and there is no row yet "
+                    "that has it"
+                )
+            return told
+        if told is None or len(told) != len(shape) - 1:
+            told = (_PROBE_SIZE,) * (len(shape) - 1)
+        sizes = tuple(size if size >= 0 else other for size, other in zip(shape[1:], told, strict=True))
         if math.prod(sizes) > _MOST_PROBED:
             raise ValueError(
                 f"the model says that an input has the shape {list(shape)}, which is more than {_MOST_PROBED:,} numbers; check "

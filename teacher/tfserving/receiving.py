@@ -110,7 +110,7 @@ class Gate:
                 self._waiting_bytes -= size
 
 
-class Handler(grpc.RpcMethodHandler):  # type: ignore[misc]
+class Handler(grpc.RpcMethodHandler):
     """A method of one request and one answer, received as a stream so that its arrival can be timed.
 
     Args:

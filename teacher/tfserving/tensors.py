@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.tfserving.messages import load_messages
 
 FLOAT, INT32, STRING, INT64, BFLOAT16 = 1, 3, 7, 9, 14
@@ -51,10 +52,14 @@ def type_number(dtype: np.dtype[Any]) -> int:
 
 
 def as_type(array: npt.NDArray[Any], number: int) -> npt.NDArray[Any]:
-    """Convert numbers to the type that a signature asks for; bytes, text and unknown types stay as they are."""
+    """Convert numbers to the type that a signature asks for; bytes, text and unknown types stay as they are.
+
+    Raises:
+      ValueError: a number is beyond the type, where it would become infinite or another number.
+    """
     if number not in _TYPES or array.dtype.kind in "OSU" or number in (BFLOAT16,):
         return array
-    return array.astype(np.float16 if number == _HALF else _TYPES[number][0], copy=False)
+    return converted(array, np.dtype(np.float16 if number == _HALF else _TYPES[number][0]))
 
 
 def to_proto(array: npt.NDArray[Any]) -> Any:

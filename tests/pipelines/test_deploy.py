@@ -179,7 +179,12 @@ def test_the_day_is_the_zones(zone: str, moment: datetime, expected: str) -> Non
 
 
 CRONTAB = """#!/bin/sh
-if [ "$1" = -l ]; then test -f "$HOME/table" || { echo "no crontab for you" >&2; exit 1; }; cat "$HOME/table"; else cat > "$HOME/.new" && mv "$HOME/.new" "$HOME/table"; fi
+if [ "$1" = -l ]; then
+  test -f "$HOME/table" || { echo "no crontab for you" >&2; exit 1; }
+  cat "$HOME/table"
+else
+  cat > "$HOME/.new" && mv "$HOME/.new" "$HOME/table"
+fi
 """
 
 

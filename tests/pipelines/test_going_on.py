@@ -83,6 +83,7 @@ def test_more_rounds_are_compared_with_as_many_labels(problem, finished, tmp_pat
     )  # what the comparison has bought serves the third round, and the reverse
 
 
+@pytest.mark.slow
 def test_fewer_rounds_are_reported_again_and_nothing_is_asked(problem, finished, tmp_path):
     before = read_json(finished / "report" / "metrics.json")
     run(changed(problem, {"run.rounds": 3}), base=tmp_path)
@@ -94,6 +95,7 @@ def test_fewer_rounds_are_reported_again_and_nothing_is_asked(problem, finished,
     assert max(asked_of_pool(tmp_path).values()) == 1
 
 
+@pytest.mark.slow
 def test_the_comparison_may_be_left_out_and_come_later(problem, tmp_path):
     without = changed(problem, {"selection.compare_uniform": False})
     root = run(without, base=tmp_path)
@@ -162,6 +164,7 @@ def test_another_student_goes_on_and_the_run_does_too(problem, finished, tmp_pat
     assert contents(other) == before  # its third round stays its own
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_keeps_its_labels_for_another_student(problem, tmp_path):
     root = run(problem, base=tmp_path, until=("label", 0))
     first = asked_of_pool(tmp_path)
@@ -173,6 +176,7 @@ def test_a_run_that_was_stopped_keeps_its_labels_for_another_student(problem, tm
     assert (root / "labels" / "round=000").exists()
 
 
+@pytest.mark.slow
 def test_pooled_labels_are_those_of_the_student_that_chose(problem, finished, tmp_path):
     root = run(changed(problem, {"labels.pooled": True}), base=tmp_path)
     assert root.parent == finished / "variants"
@@ -226,6 +230,7 @@ def test_what_a_label_means_is_another_directory_and_the_way_on_is_said(problem,
         run(changed(problem, settings), base=tmp_path)
 
 
+@pytest.mark.slow
 def test_how_the_work_is_done_is_free(problem, finished, tmp_path):
     settings = {"engine.max_failures": 5, "engine.teacher_batch": 4, "engine.batch_rows": 20, "engine.threads": 1}
     assert run(changed(problem, settings), base=tmp_path) == finished
@@ -249,6 +254,7 @@ def test_data_in_another_place_must_be_the_same(problem, finished, tmp_path):
         Material(parse_config(problem), tmp_path, directory).inputs  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_run_of_before_lacks_settings_and_goes_on(problem, finished, tmp_path):
     config = load_config(finished / "config.toml").dump()
     del config["selection"]["coverage"], config["engine"]["unit_rows"], config["engine"]["attempts"]
@@ -266,6 +272,7 @@ def test_planning_makes_nothing_and_names_the_place(problem, finished, tmp_path)
     assert {path.name for path in finished.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr("signal.signal", lambda *_: None)

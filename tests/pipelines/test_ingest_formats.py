@@ -142,7 +142,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert pool.schema.field("grid").metadata == {b"dtype": b"uint8", b"shape": b"[2, 2]"}
     x = np.frombuffer(b"".join(pool["x"].to_pylist()), "<f4").reshape(-1, 2)
     np.testing.assert_array_equal(x, [record["x"] for record in kept])
-    assert [value for value in pool["extra"].to_pylist() if value is not None] == ['{"deep": [1, null]}']
+    assert [value for value in pool["extra"].to_pylist() if value is not None] == ['{"deep":[1,null]}']
 
 
 def test_tfrecord_with_damaged_records(tmp_path: Path) -> None:

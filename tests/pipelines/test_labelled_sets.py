@@ -252,3 +252,33 @@ def test_numbers_that_could_be_names_and_indices_need_a_word(problem: dict[str, 
     assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == truth()
     problem["data"]["integers"] = "names"
     assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == [(1, 2, 0)[y] for y in truth()]
+
+
+def test_a_run_whose_data_were_refused_takes_the_corrected_configuration(
+    problem: dict[str, Any], tmp_path: Path
+) -> None:
+    problem["data"]["label"] = "truth"
+    with pytest.raises(ValueError, match=r"data.labelled has no column truth"):
+        run(problem, base=tmp_path)
+    problem["data"]["label"] = "label"
+    teacher = problem["teacher"]
+    problem["teacher"] = {"kind": "torch", "model": "gone.pt2", "input": {"columns": ["x"]}}
+    with pytest.raises(ValueError, match=r"gone.pt2"):
+        run(problem, base=tmp_path)
+    problem["teacher"] = teacher
+    run(problem, base=tmp_path, until=("train", 0))
+    problem["data"]["classes"] = ["0", "1", "2"]
+    with pytest.raises(ValueError, match=r"was made by another configuration; it differs in data.classes"):
+        run(problem, base=tmp_path, until=("train", 0))
+
+
+def test_what_is_carried_from_the_pool_need_not_be_in_the_labelled_sets(
+    problem: dict[str, Any], tmp_path: Path
+) -> None:
+    for file in (tmp_path / "pool").iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("title", pa.array([f"t{i}" for i in range(table.num_rows)])), file)
+    problem["data"]["carry"] = ["title"]
+    root = run(problem, base=tmp_path, until=("label", 0))
+    assert "title" in pq.read_schema(next((root / "labels" / "round=000").glob("*.parquet"))).names
+    assert "title" not in pq.read_schema(next((root / "teacher" / "validation").glob("*.parquet"))).names

@@ -125,8 +125,10 @@ def test_only_new_and_changed_files_are_asked_about(tmp_path: Path, command: Com
     assert wanted(plan) == expected
     for sentence in ("1 file(s) new: 00.parquet.", "1 file(s) changed: 2.parquet.", "1 file(s) gone: 1.parquet."):
         assert sentence in plan
-    assert "120 labels are of rows that are no longer in the pool and are dropped." in plan
-    command("label")
+
+    assert "60 labels are of files that are gone; they are kept until 'label --prune'." in plan
+    assert "60 labels are of rows that are no longer in the pool and are dropped." in plan, "of the file that changed"
+    command("label", "--prune")
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
     now = calls_by_row(tmp_path)
     assert all(now[key] == 1 for key in pool_ids(tmp_path)), "rows of files that stayed are not asked again"
@@ -142,7 +144,7 @@ def test_a_compacted_manifest_grows_and_shrinks_too(tmp_path: Path, command: Com
     compact_manifest(dataset(tmp_path))
     (tmp_path / "pool" / "0.parquet").unlink()
     write_file(tmp_path, "9.parquet", 12, seed=9)
-    command("label")
+    command("label", "--prune")
     assert labelled_ids(tmp_path)
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
     on_disk = {path.name for path in dataset(tmp_path).glob("*.parquet")}
@@ -227,7 +229,7 @@ def test_dead_letters_say_file_and_row_and_follow_their_rows(tmp_path: Path, com
         assert pq.read_table(tmp_path / "pool" / file)["key"][row].as_py() == key
     assert sorted([*labelled_ids(tmp_path), *dead()]) == sorted(pool_ids(tmp_path))
     (tmp_path / "pool" / "1.parquet").unlink()
-    command("label", "--set", "teacher.arguments.fail_below=-2.0")
+    command("label", "--prune", "--set", "teacher.arguments.fail_below=-2.0")
     assert sorted([*labelled_ids(tmp_path), *dead()]) == sorted(pool_ids(tmp_path)), (
         "no row is lost when shards are mended"
     )
@@ -264,21 +266,52 @@ def test_the_plan_is_what_is_done_and_priced(tmp_path: Path, command: Command) -
     assert (line["rows"], line["calls"], line["shards"]) == (240, 240, 36)
     assert plan["money"]["calls"] == pytest.approx(2.4)
     assert "2.40 EUR: 2.40 for calls." in output
-    assert total["seconds"] == line["seconds"] > 0
-    asked_for_plan = len(asked(tmp_path))
-    assert asked_for_plan == plan["sampled"] > 0
+    assert "Nothing was asked" in output
+    assert not asked(tmp_path), "a plan spends nothing"
+    assert not (tmp_path / "job").exists()
     command("label")
     manifest = read_manifest(dataset(tmp_path))
     assert len(manifest.entries) == line["shards"]
-    assert manifest.rows == line["rows"]
-    assert len(asked(tmp_path)) - asked_for_plan == line["calls"]
-    assert 0.5 < manifest.bytes / line["bytes"] < 2
+    assert manifest.rows == total["rows"]
+    assert len(asked(tmp_path)) == line["calls"]
+
+
+def test_the_answers_to_a_sample_are_labels_and_in_the_price(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path, prices={"per_1000_calls": 10.0, "currency": "EUR"}, engine={"shard_rows": 30})
+    output = command("plan", "--sample", "24", "--json", "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    sample, line, total = plan["lines"]
+    assert (sample["calls"], line["calls"], total["calls"], plan["sampled"]) == (20, 220, 240, 20)
+    assert len(asked(tmp_path)) == 20, "a row group has 20 rows"
+    assert sorted(labelled_ids(tmp_path)) == sorted(asked_ids(tmp_path))
+    assert "2.40 EUR: 2.40 for calls." in output
+    assert total["seconds"] == line["seconds"] > 0
+    assert "20 are labelled, 220 are not" in command("plan")
+    command("label")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+    assert len(asked(tmp_path)) == 240, "rows of the sample are not asked again"
+    bytes_of = {entry.rows: entry.bytes for entry in read_manifest(dataset(tmp_path)).entries}
+    assert 0.5 < sum(e.bytes for e in read_manifest(dataset(tmp_path)).entries) / (line["bytes"] + bytes_of[20]) < 2
+    assert "0 are not" in command("plan", "--sample", "10")
+    assert len(asked(tmp_path)) == 240
+
+
+def asked_ids(directory: Path) -> list[str]:
+    return [key for key, calls in calls_by_row(directory).items() if calls]
+
+
+def test_a_sample_is_not_mixed_with_labels_of_another_teacher(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    command("label")
+    with pytest.raises(ValueError, match=r"--sample keeps its answers, but the labels in .* differ in teacher"):
+        command("plan", "--sample", "8", "--set", "teacher.arguments.delay_s=0.0")
+    assert len(asked(tmp_path)) == 240
 
 
 def test_a_teacher_without_an_answer_to_the_sample_is_a_sentence(tmp_path: Path, command: Command) -> None:
     write_job(tmp_path)
-    with pytest.raises(ValueError, match="the teacher answers none of the 40 rows of the sample"):
-        command("plan", "--set", "teacher.arguments.fail_below=100.0")
+    with pytest.raises(ValueError, match="the teacher answers none of the 7 rows of the sample"):
+        command("plan", "--sample", "64", "--set", "teacher.arguments.fail_below=100.0")
 
 
 @pytest.mark.parametrize(
@@ -326,8 +359,8 @@ def test_a_mend_that_was_cut_short_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr("distilbeam.pipelines.growth.remove_shards", lambda *_: (_ for _ in ()).throw(OSError("cut")))
         with pytest.raises(OSError, match="cut"):
-            command("label")
-    command("label")
+            command("label", "--prune")
+    command("label", "--prune")
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
     assert len(asked(tmp_path)) == calls
     assert np.unique(labelled_ids(tmp_path)).size == len(labelled_ids(tmp_path))

@@ -129,7 +129,7 @@ def test_a_pool_that_grows_pays_for_the_new_rows(
     assert "170 rows in 4 file(s); 120 are labelled, 50 are not." in output
     assert "1 file(s) gone: 1.parquet" in output
     (tmp_path / "asked.log").unlink()
-    command("label")
+    command("label", "--prune")
     assert len(asked(tmp_path)) == 50
     assert sorted(labelled_ids(bucket)) == sorted(pool_ids(tmp_path))
     named = {path.name for path in read_manifest(bucket / "job" / "labels").paths()}
@@ -191,7 +191,7 @@ def test_a_refused_upload_ends_in_a_sentence_and_commits_nothing_half(
     assert 0 < committed.rows < 240
     (tmp_path / "asked.log").unlink()
     command("label")
-    assert len(asked(tmp_path)) == 240 - committed.rows
+    assert not asked(tmp_path), "what the store did not take was kept among the temporary files"
     assert sorted(labelled_ids(bucket)) == sorted(pool_ids(tmp_path))
 
 
@@ -268,10 +268,10 @@ def test_rows_that_fail_are_in_the_stores_dead_letters(
     assert 0 < failed < 60
     assert len(labelled_ids(bucket)) == 240 - failed
     (bucket / "pool" / "3.parquet").unlink()
-    command("label")
+    command("label", "--prune")
     after = read_json(bucket / "job" / "metrics.json")
     assert after["rows"] + after["failed"] == 180
-    add_file(tmp_path, bucket, "9.parquet", rows=60, seed=1)
+    add_file(tmp_path, bucket, "9.parquet", rows=60, seed=21)
     with pytest.raises(PhaseError, match=r"rows have no label, engine.max_failures allows 0.*\(see s3://"):
         command("label", "--max-failures", "0")
 
@@ -311,15 +311,16 @@ def test_requests_grow_with_the_work_and_a_call_without_work_needs_few(
     count = len(shards(bucket))
     assert count == 12
     # of a shard: is it there (2), its rows (3), itself, its entry, and its entry once more when they are gathered
-    assert len(first) <= 8 * count + 80, first
+    # the pool's rows are read once more to be compared, and whether a file is the one that was planned is asked twice a shard
+    assert len(first) <= 18 * count + 120, first
     with store.counted() as second:
         command("label")
-    assert len(second) <= 46, second
+    assert len(second) <= 64, second
     (entries,) = list_files(bucket / "job" / "labels" / "_manifest")
     assert entries.suffix == ".jsonl", "many entries are gathered in one object"
     with store.counted() as planned:
         command("plan", "--sample", "0")
-    assert len(planned) <= 20, planned
+    assert len(planned) <= 30, planned
 
 
 def test_labels_are_read_where_they_are(

@@ -20,6 +20,7 @@ from distilbeam.pipelines.cli import app
 from distilbeam.pipelines.config import load_config
 from distilbeam.pipelines.deep_evaluation import evaluate_directory
 from distilbeam.pipelines.display import Display
+from distilbeam.pipelines.exports import write_exports
 from distilbeam.pipelines.judging import pool_examples
 from distilbeam.pipelines.material import Material
 from distilbeam.pipelines.rundir import RunDirectory
@@ -215,8 +216,39 @@ def test_tune_writes_settings_that_a_run_takes(config: Path, monkeypatch: pytest
         tune(material(config), Display.silent())
     assert tune(material(config), Display.silent()) == undisturbed
     assert len(calls) == 7
-    with pytest.raises(ValueError, match="belongs to a search of another training"):
+    with pytest.raises(ValueError, match=r"belongs to another search, which differs in training\."):
         tune(material(config, **{"training.batch_size": 7}), Display.silent())
+
+
+def test_a_trial_that_ended_before_the_search_learned_of_it_is_learned_from(config: Path) -> None:
+    """The process was killed between a training's last rename and the journal's line."""
+    undisturbed = tune(material(config), Display.silent())
+    (config.parent / "run/tune/journal.log").unlink()
+    trained = {path.name: path.stat().st_mtime_ns for path in (config.parent / "run/tune/trials").iterdir()}
+    assert tune(material(config), Display.silent()) == undisturbed
+    kept = {path.name: path.stat().st_mtime_ns for path in (config.parent / "run/tune/trials").iterdir()}
+    assert kept == trained  # what was trained was not trained again
+
+
+def test_exports_that_cannot_be_are_refused_before_others_take_their_time(config: Path) -> None:
+    settings = material(config)
+    student, output = settings.last_student(), config.parent / "exports"
+
+    def write(ratio: float, retrain: Any) -> None:
+        write_exports(student, ["pt2", "pruned"], output, lambda _: {}, Display.silent(), retrain=retrain, ratio=ratio)
+
+    with pytest.raises(ValueError, match="--ratio must be a share of the channels between 0 and 1, got 2"):
+        write(2, lambda *_: None)
+    with pytest.raises(ValueError, match="a pruned student must be trained again: name the run's configuration"):
+        write(0.5, None)
+    assert not output.exists()
+
+
+def test_exports_begin_by_removing_what_a_killed_one_left(config: Path) -> None:
+    output = config.parent / "exports"
+    (output / ".pt2.8f3a.tmp").mkdir(parents=True)
+    write_exports(material(config).last_student(), ["pt2"], output, lambda _: {}, Display.silent())
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "pt2", "results.json"]
 
 
 def test_what_tune_refuses(config: Path) -> None:
@@ -273,7 +305,10 @@ def test_a_stopped_sweep_goes_on_and_its_front_is_in_the_report(config: Path, mo
     assert "<td>pruned-0.5-int8</td>" in report
     assert "(pareto.png)" in report
     assert "<h2>Classes</h2>" in report
-    with pytest.raises(ValueError, match="was made with another training; set it back, or remove the directory"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made with other settings, which differ in training\..* Set these back, or remove the directory",
+    ):
         sweep_widths(material(config, **{"training.epochs": 4}), Display.silent())
 
 

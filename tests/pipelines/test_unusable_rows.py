@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 from problem import asked, labels_of, make_table
 
@@ -95,7 +95,7 @@ def test_a_stream_leaves_them_out(problem: dict[str, Any], tmp_path: Path) -> No
     x = [list(row) for row in table["x"].to_pylist()]
     x[4][0], x[30][1] = math.nan, None
     batch = table.set_column(1, "x", pa.array(x, pa.list_(pa.float32(), 4))).combine_chunks().to_batches()[0]
-    with TestPipeline() as pipeline:
+    with beam.Pipeline(FnApiRunner()) as pipeline:
         chosen = (
             pipeline
             | beam.Create([batch])
@@ -108,5 +108,8 @@ def test_a_stream_leaves_them_out(problem: dict[str, Any], tmp_path: Path) -> No
 def test_a_stream_refuses_a_column_that_it_adds(problem: dict[str, Any], tmp_path: Path) -> None:
     root = run(problem, base=tmp_path, until=("train", 0))
     batch = make_table(4, 7, labelled=False).append_column("gain", pa.array(np.zeros(4))).to_batches()[0]
-    with pytest.raises(Exception, match="SelectExamples: the column gain has a name"), TestPipeline() as pipeline:
+    with (
+        pytest.raises(Exception, match="SelectExamples: the column gain has a name"),
+        beam.Pipeline(FnApiRunner()) as pipeline,
+    ):
         _ = pipeline | beam.Create([batch]) | SelectExamples(root / "students" / "round=000", 2, wrong_share=0.1)

@@ -277,7 +277,7 @@ def test_rows_without_an_answer_do_not_stop_the_stream(tmp_path: Path, monkeypat
 
 def test_a_frozen_file_that_is_gone_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = settings(tmp_path, windows=1)
+    config = settings(tmp_path, windows=1, idle_s=1.0)
     arrive(tmp_path, "a.parquet", 5, 11)
     watch_here(tmp_path, config)
     (tmp_path / "job" / "windows" / "000000.done.json").unlink()
@@ -361,3 +361,58 @@ def test_the_first_file_decides_the_types(tmp_path: Path, monkeypatch: pytest.Mo
         "b.parquet": "its column x is list<element: double>, not fixed_size_list<element: float>[4]",
         "empty.parquet": "it has no rows",
     }
+
+
+def test_one_bad_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, idle_s=1.0)
+    arrive(tmp_path, "a.parquet", 30, 11)
+    damaged = tmp_path / "in" / "b.parquet"
+    arrive(tmp_path, "b.parquet", 30, 12)
+    data = bytearray(damaged.read_bytes())
+    data[30:200] = bytes(170)
+    damaged.write_bytes(data)
+    arrive(tmp_path, "c.parquet", 20, 13)
+    totals, _ = watch_here(tmp_path, config)
+    assert (totals["files"], totals["labelled"], totals["passed_over"]) == (2, 50, 1)
+    (passed,) = read_json(tmp_path / "job/windows/000000.json")["passed_over"]
+    assert passed["name"] == "b.parquet"
+    assert passed["why"].startswith("it is damaged (")
+
+
+def test_a_lost_file_stops_neither_its_window_nor_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, idle_s=1.0)
+    for number, name in enumerate("ab"):
+        arrive(tmp_path, f"{name}.parquet", 10, 11 + number)
+    with monkeypatch.context() as patch:
+        patch.setattr("distilbeam.pipelines.watch.window_work.WindowWork.do", lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):  # noqa: PT011  # killed when the window was frozen
+            watch_here(tmp_path, config)
+    (tmp_path / "in" / "a.parquet").unlink()
+    arrive(tmp_path, "c.parquet", 5, 14)
+    totals, _ = watch_here(tmp_path, config)
+    assert (totals["files"], totals["labelled"], totals["passed_over"]) == (2, 15, 1)
+    assert "it is gone before its window" in read_json(tmp_path / "job/windows/000000.json")["passed_over"][0]["why"]
+
+    (tmp_path / "job" / "windows" / "000000.done.json").unlink()  # a window of which something is labelled waits
+    (tmp_path / "in" / "b.parquet").unlink()
+    arrive(tmp_path, "d.parquet", 4, 15)
+    with pytest.raises(
+        ValueError, match=r"b.parquet is gone before window 0 was labelled; .*everything else is labelled"
+    ):
+        watch_here(tmp_path, config)
+    assert len(labelled_ids(tmp_path)) == 19
+
+
+def test_what_is_watched_does_not_hold_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, idle_s=1.0)
+    (tmp_path / "in" / "job").mkdir()
+    config["data"]["pool"] = "other"
+    config["run"]["directory"] = "in/job"
+    with (
+        pytest.raises(ValueError, match=r"run.directory \(.*/in/job\) must not be inside --watch"),
+        opened_job(parse_label_config(config), tmp_path) as job,
+    ):
+        watch(job, tmp_path / "in", pipeline_options(), Display(Console(file=io.StringIO())))

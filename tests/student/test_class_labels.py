@@ -6,12 +6,14 @@ from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.class_labels import find_classes, natural_order, parse_labels
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.labelled import class_indices, integers_meant
+from distilbeam.student.launch import LaunchConfig, launch
 from distilbeam.student.train import train
 from distilbeam.student.train_config import TrainConfig
 
@@ -126,3 +128,18 @@ def test_a_student_remembers_what_whole_numbers_meant(tmp_path):
             seed=0,
         )
         assert load_student(result.directory).extra["integer_labels"] == meant
+
+
+def test_a_launched_training_takes_a_word_for_whole_numbers_of_two_meanings(tmp_path):
+    x = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(8, dtype=np.float32)), 2)
+    pq.write_table(pa.table({"x": x, "label": [1, 2, 1, 2]}), tmp_path / "labelled.parquet")
+    settings = {
+        "data": {"labelled": "labelled.parquet", "classes": ["1", "2", "3"]},
+        "student": {"kind": "linear", "input": {"columns": ["x"]}},
+        "training": {"epochs": 1},
+    }
+    with pytest.raises(ValueError, match="1 is the name of a class and also the index of class '2'"):
+        launch(LaunchConfig.model_validate(settings), tmp_path)
+    settings["data"]["integers"] = "indices"
+    result = launch(LaunchConfig.model_validate(settings), tmp_path)
+    assert load_student(result.directory).extra["integer_labels"] == "indices"

@@ -46,6 +46,13 @@ def test_nothing_to_evaluate_is_refused():
         evaluate(np.zeros((1, 3)), np.zeros(2, np.int64))
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_refused(label):
+    for judge in (evaluate, lambda logits, labels: per_class(logits, labels, "abc")):
+        with pytest.raises(ValueError, match=rf"labels must be classes from 0 to 2, row 1 has {label}"):
+            judge(np.eye(3), np.array([0, label, 2]))
+
+
 def test_the_footprint_of_a_student(tmp_path, student_config):
     network = build_student(student_config, (2,), 3)
     student = load_student(save_student(tmp_path / "s", network, student_config, "abc", (2,)))

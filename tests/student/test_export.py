@@ -130,7 +130,9 @@ def test_what_is_refused(cnn, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="already holds something; choose another directory or remove it"):
         export_student(cnn, "pt2", tmp_path / "full")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"ONNX exports need onnx and onnxscript; install distilbeam\[onnx\]"):
+    with pytest.raises(
+        ValueError, match=r"the format onnx needs onnxscript, which is not installed: pip install 'distilbeam\[onnx\]'"
+    ):
         export_student(cnn, "onnx", tmp_path / "e")
     assert not (tmp_path / "e").exists()
     assert set(FORMATS) == {"pt2", "onnx", "int8", "int8-weights"}

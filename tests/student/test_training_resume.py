@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.config import StudentConfig
+from distilbeam.student.torchrun_folders import note_folder, own_folder, remove_noted
 from distilbeam.student.train import train
 from distilbeam.student.train_config import TrainConfig
 from distilbeam.student.training_directory import remove_finished
@@ -208,17 +209,18 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch(tmp_path, vectors):
     labelled = vectors["labelled"]
     x = labelled["x"].combine_chunks()
     values = x.flatten().to_numpy().copy()
-    values[4 * 11 : 4 * 12] = 3.4e38
+    values[4 * 11 : 4 * 12] = 9e17
     broken = pa.FixedSizeListArray.from_arrays(pa.array(values), 4)
     table = labelled.set_column(labelled.column_names.index("x"), "x", broken)
+    student = StudentConfig(kind="small_trainings:Cubed", input={"columns": ["x"]})
     with pytest.raises(
         ValueError,
-        match=r"became (nan|inf) in step \d+ of 40; a labelled example has 3.4e\+38 in its input; correct it .* rows are in",
+        match=r"became (nan|inf) in step \d+ of \d+; a labelled example has 9e\+17 in its input; correct it .* rows are in",
     ) as e:
-        run(tmp_path, vectors, labelled=table, changes={"augment": {}})
+        train(student, TrainConfig(), **{**vectors, "labelled": table}, directory=tmp_path / "student", seed=0)
     kept = load_file(tmp_path / "student.training/stopped-at.safetensors")
     assert str(tmp_path / "student.training/stopped-at.safetensors") in str(e.value)
-    assert int((kept["hard.inputs"] > 1e37).all(1).sum()) == 1
+    assert int((kept["hard.inputs"] > 1e17).all(1).sum()) == 1
     assert kept["soft.inputs"].shape[1:] == (4,)
     assert {"soft.teacher_logprobs", "soft.row", "hard.classes"} <= set(kept)
     assert not (tmp_path / "student").exists()
@@ -257,9 +259,12 @@ def test_tensorboard_has_the_figures(tmp_path, vectors, monkeypatch):
 
 
 def test_tensorboard_that_is_not_installed_is_named(tmp_path, vectors, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"needs the package tensorboard; pip install 'distilbeam\[tensorboard\]'"):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(
+        ValueError, match=r"needs tensorboard, which is not installed: pip install 'distilbeam\[tensorboard\]'"
+    ):
         run(tmp_path, vectors, changes={"tensorboard": True})
+    assert not (tmp_path / "student.training").exists()
 
 
 def test_the_student_remembers_how_it_was_trained(tmp_path, vectors):
@@ -267,3 +272,38 @@ def test_the_student_remembers_how_it_was_trained(tmp_path, vectors):
     extra = load_student(result.directory).extra
     assert extra["training"]["ema"] == 0.9
     assert extra["metrics"]["best_epoch"] == result.metrics["best_epoch"]
+
+
+def test_what_a_killed_process_left_beside_the_training_is_removed_by_the_next(tmp_path, vectors):
+    for name in (".student.3f2a.tmp", ".student-2.3f2a.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    run(tmp_path, vectors)
+    assert not (tmp_path / ".student.3f2a.tmp").exists()
+    assert (tmp_path / ".student-2.3f2a.tmp").exists()  # another student's
+
+
+def test_the_folder_of_a_killed_torchrun_is_removed_and_no_other(tmp_path, monkeypatch):
+    folder, work = tmp_path / "torchelastic_a1", tmp_path / "student.training"
+    (folder / "run_1" / "attempt_0" / "0").mkdir(parents=True)
+    work.mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "run_1" / "attempt_0" / "0" / "error.json"))
+    note_folder(work)
+    remove_noted(work)
+    assert folder.exists()  # its launcher, our parent, is at work
+    said = json.loads((work / "launcher.json").read_text())
+    assert said["folder"] == str(folder)
+    (work / "launcher.json").write_text(
+        json.dumps(said | {"started": said["started"] - 100})
+    )  # its number went to another
+    remove_noted(work)
+    assert not folder.exists()
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (work / "launcher.json").write_text(json.dumps(said | {"folder": str(other), "started": 0}))
+    remove_noted(work)
+    assert other.exists()
+    (work / "launcher.json").write_text("{")
+    remove_noted(work)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(other / "run_1" / "attempt_0" / "0" / "error.json"))
+    assert own_folder() is None

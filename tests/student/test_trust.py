@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ pathlib.Path(__file__).with_name("imported").touch()
 
 def network(input_shape, num_classes):
     pathlib.Path(__file__).with_name("called").touch()
-    return torch.nn.Linear(input_shape[0], num_classes)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(input_shape[0], num_classes))
 
 def doubled(batch):
     return 2 * numpy.stack(batch["x"].to_pylist()).astype("float32")
@@ -125,6 +127,22 @@ def test_an_export_names_a_file_beside_it(tmp_path: Path) -> None:
         load_export(export)
 
 
+def test_a_damaged_description_is_a_sentence(tmp_path: Path) -> None:
+    export = export_student(folder(tmp_path / "student", {}), "pt2", tmp_path / "export")
+    good = json.loads((export / "export.json").read_text())
+    for key, value in itertools.product(("classes", "input", "input_shape", "file", "student", "digest"), (3, [], {})):
+        (export / "export.json").write_text(json.dumps(good | {key: value}))
+        with suppress(ValueError, OSError):
+            load_export(export)
+    for key in ("classes", "input", "input_shape", "file", "student", "digest", "size_bytes"):
+        (export / "export.json").write_text(json.dumps({name: part for name, part in good.items() if name != key}))
+        with pytest.raises(ValueError, match=rf"export.json does not describe an export: it has no '{key}'"):
+            load_export(export)
+    (export / "export.json").write_text("[]")
+    with pytest.raises(ValueError, match="has format version None, this release reads 1"):
+        load_export(export)
+
+
 def test_who_trains_with_a_factory_trusts_it(tmp_path: Path, module: str) -> None:
     config = StudentConfig(kind=f"{module}:network", input={"columns": ["x"]})
     indexed = table(30).set_column(1, "label", pa.array([i % 3 for i in range(30)], pa.int64()))
@@ -133,6 +151,8 @@ def test_who_trains_with_a_factory_trusts_it(tmp_path: Path, module: str) -> Non
         TrainConfig(epochs=1),
         classes=CLASSES,
         labelled=indexed,
+        soft_labels=[],
+        validation=indexed,
         label_column="label",
         directory=tmp_path / "trained",
         seed=0,

@@ -85,6 +85,17 @@ class EndlessGradient(torch.nn.Module):
         return self.linear(x) + torch.sqrt(0 * self.linear.bias)
 
 
+class Cubed(torch.nn.Module):
+    """A student whose answers are beyond float32 where an input is beyond 10^13."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(*input_shape, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x**3)
+
+
 def weights(directory: Path) -> str:
     """The fingerprint of a student that a training left."""
     return load_student(directory).fingerprint()

@@ -44,7 +44,9 @@ def test_whole_numbers_of_32_bits_are_read_up_to_16() -> None:
     data = encoded(Image.fromarray(DEEP.astype(np.int32)), "TIFF")
     np.testing.assert_allclose(made(data, mode="L")[0, 0], DEEP / 65535, rtol=1e-6)
     for wrong in (-1, 65536):
-        with pytest.raises(InputError, match="column x, row 0: the pixels of an image of mode I must lie between 0 and 65,535"):
+        with pytest.raises(
+            InputError, match="column x, row 0: the pixels of an image of mode I must lie between 0 and 65,535"
+        ):
             made(encoded(Image.fromarray(np.array([[0, wrong]], np.int32)), "TIFF"))
 
 
@@ -125,7 +127,10 @@ def test_deep_images_are_turned_too() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF data:UserWarning")
-@pytest.mark.parametrize("junk", [b"", b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff"])
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff"],
+)
 def test_broken_exif_data_take_nothing_from_the_image(junk: bytes) -> None:
     data = encoded(Image.new("RGB", (2, 2), (90, 90, 90)), "JPEG", exif=junk)
     np.testing.assert_allclose(made(data), 90 / 255, atol=2 / 255)

@@ -74,7 +74,11 @@ class Served:
         self.errors = folder / "stderr"
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "COLUMNS": "200"}
+                [*command, *options],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "COLUMNS": "200"},
             )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().partition(" at ")[2].split(" ")[0]
@@ -287,7 +291,9 @@ def test_other_machines_are_served_with_encryption_or_on_demand(host: str, optio
     if not refused:
         assert ServeOptions(host=host, **options).host == host
         return
-    with pytest.raises(ValueError, match=rf"^host {host} is reached from other machines.*--cert-file.*or insecure \(--ins"):
+    with pytest.raises(
+        ValueError, match=rf"^host {host} is reached from other machines.*--cert-file.*or insecure \(--ins"
+    ):
         ServeOptions(host=host, **options)
 
 
@@ -355,7 +361,10 @@ def _put(name: str, make: Callable[[], Any]) -> Callable[[Any], None]:
         (_put("logits", lambda: tensor((-40, -7), float_val=[1])), "cannot be read: a tensor of shape"),
         (_put("logits", lambda: tensor((2, CLASSES), float_val=[1])), "has the shape [2, 7], 40 rows were asked"),
         (_put("logits", lambda: tensor((), float_val=[1])), "has the shape [], 40 rows were asked"),
-        (_put("logits", lambda: tensor((40, 1), dtype=7, string_val=[b"1.5"] * 40)), "floating-point numbers, got text"),
+        (
+            _put("logits", lambda: tensor((40, 1), dtype=7, string_val=[b"1.5"] * 40)),
+            "floating-point numbers, got text",
+        ),
         (_put("logits", lambda: tensor((40, 7), dtype=3, int_val=[1])), "floating-point numbers, got int32"),
         (_put("logits", lambda: tensor((40, 7), dtype=8)), "tensors of type number 8"),
         (lambda answer: answer.outputs.clear(), "has no logits, only nothing"),
@@ -404,7 +413,10 @@ def test_a_rogue_shape_of_the_input_is_refused(monkeypatch: pytest.MonkeyPatch) 
     from distilbeam.teacher.tfserving.service import ModelService
 
     monkeypatch.setattr(ModelService, "_input_type", lambda _: (1, [-1, 2**20, 2**20]))
-    with serving(Linear()) as address, pytest.raises(ValueError, match="more than 16,777,216 numbers; check the server, or"):
+    with (
+        serving(Linear()) as address,
+        pytest.raises(ValueError, match="more than 16,777,216 numbers; check the server, or"),
+    ):
         client(address, input={"column": "x"})
 
 
@@ -448,7 +460,7 @@ def test_headers_are_lowered_and_their_secrets_stay_out_of_errors(monkeypatch: p
         ("authorization", "Bearer secret")
     ]
     monkeypatch.setenv("KEY", "secret\nsecond")
-    with pytest.raises(ValueError, match="teacher.headers.x: its value must be one line of printable ASCII") as caught:
+    with pytest.raises(ValueError, match=r"teacher.headers.x: its value must be one line of printable ASCII") as caught:
         request_headers({"x": HeaderConfig(env="KEY")})
     assert "secret" not in str(caught.value)
 

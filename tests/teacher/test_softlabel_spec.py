@@ -74,7 +74,7 @@ def test_newer_minor_version_with_more_fields_is_read() -> None:
 
 def test_older_minor_version_without_later_fields_is_read() -> None:
     spec = SoftLabelSpec.from_json({"format": "distilbeam.softlabels", "version": "1.0", "num_classes": 3})
-    assert spec == SoftLabelSpec(3)
+    assert spec == SoftLabelSpec(3, version="1.0")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from distilbeam.teacher import ask
 from distilbeam.teacher.inputs.columns import plain, without_dictionaries
+from distilbeam.teacher.inputs.converting import converted
 from distilbeam.teacher.preprocess import InputConfig, InputError, make_input, padding_id, vocabulary_size, with_padding
 
 TEXTS = ["good film", "bad film", "good film", "", "dull play"]
@@ -79,7 +80,9 @@ def test_numbers_are_numbers_however_they_are_stored(form: str) -> None:
 @pytest.mark.parametrize("type_", [pa.bool_(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int64()])
 def test_whole_numbers_and_truths_are_numbers(type_: pa.DataType) -> None:
     np.testing.assert_array_equal(made(pa.array([1, 0, 1]).cast(type_)), [[1], [0], [1]])
-    np.testing.assert_array_equal(made(pa.array([[1], [0]], pa.list_(type_) if type_ != pa.bool_() else None)), [[1], [0]])
+    np.testing.assert_array_equal(
+        made(pa.array([[1], [0]], pa.list_(type_) if type_ != pa.bool_() else None)), [[1], [0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_whole_numbers_and_truths_are_numbers(type_: pa.DataType) -> None:
 )
 def test_what_is_no_number_is_refused_whatever_the_rows(column: pa.Array) -> None:
     for rows in (column, column.slice(0, 0)):  # a schema can be tried without a row
-        with pytest.raises(InputError, match="column x must hold numbers, lists of numbers or bytes, got .*; make numbers"):
+        with pytest.raises(InputError, match=r"column x must hold numbers, lists of numbers or bytes, got .*; make"):
             made(rows)
 
 
@@ -107,7 +110,11 @@ def test_missing_numbers_in_lists_are_missing_values() -> None:
 @pytest.mark.parametrize(
     ("column", "options", "message"),
     [
-        (pa.array([1.0, 1e39]), {}, r"column x has numbers beyond float32, which ends at 3.4e38: row 1 has 1e\+39; set input.scale"),
+        (
+            pa.array([1.0, 1e39]),
+            {},
+            r"column x has numbers beyond float32, which ends at 3.4e38: row 1 has 1e\+39; set input.scale",
+        ),
         (pa.array([[1.0, 2.0], [3.0, -1e300]]), {}, r"row 1 has -1e\+300"),
         (pa.array([np.array([1e200], "<f8").tobytes()], pa.binary(8)), {"dtype": "float64"}, r"row 0 has 1e\+200"),
         (pa.array([1e30], pa.float32()), {"scale": 1e10}, "row 0 has 1"),
@@ -228,8 +235,12 @@ def test_texts_are_filled_with_the_tokenizers_own_padding(
 
 def test_a_tokenizer_that_names_no_padding_wants_it_said(tmp_path: Path) -> None:
     config = text_input(tokenizer(tmp_path / "t.json", WORDS))
-    with pytest.raises(ValueError, match=r"input.pad_id must be given: .*t.json names no padding, and its id 0 is the token 'not'; .* may take 4, one"):
+    with pytest.raises(
+        ValueError, match=r"input.pad_id must be given: .*t.json names no padding, and its id 0"
+    ) as caught:
         make_input(config)
+    assert "is the token 'not'; a model" in str(caught.value)
+    assert "a student may take 4, one more than there are" in str(caught.value)
     assert vocabulary_size(config.model_copy(update={"pad_id": 4})) == 5
 
 
@@ -266,9 +277,33 @@ def test_a_padded_word_is_seen_by_a_student(tmp_path: Path) -> None:
     assert np.abs(with_not - without).max() > 1e-3
 
 
-def test_a_pool_of_categories_is_read_from_parquet(tmp_path: Path) -> None:
+def test_a_pool_of_categories_is_read_from_parquet() -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"x": pa.array(TEXTS).dictionary_encode()}), buffer)
     column = pq.read_table(pa.BufferReader(buffer.getvalue()))["x"].chunk(0)
     assert pa.types.is_dictionary(column.type)
     np.testing.assert_array_equal(made(column, kind="text"), made(pa.array(TEXTS), kind="text"))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "wrong"),
+    [
+        ([1.0, 70000.0], np.float16, "row 1 has 70000.0, the model reads numbers of type float16 from"),
+        ([1.0, 3e9], np.int32, "row 1 has 3000000000.0, the model reads numbers of type int32 from -2147483648"),
+        ([np.nan, 1.0], np.int64, "row 0 has nan, the model reads numbers of type int64"),
+        ([-1, 3], np.uint8, "row 0 has -1, the model reads numbers of type uint8 from 0 to 255"),
+        ([2**40, 3], np.int32, "row 0 has 1099511627776"),
+    ],
+)
+def test_numbers_beyond_the_models_type_are_the_rows_errors(values: list[Any], dtype: Any, wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        converted(np.array(values), np.dtype(dtype))
+    assert wrong in str(caught.value)
+
+
+def test_numbers_within_the_models_type_are_converted() -> None:
+    for values, dtype in (([1.7, np.inf, np.nan], np.float16), ([1.7, -2.0], np.int8), ([0.0, 2.0], np.bool_)):
+        found = converted(np.array(values), np.dtype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, np.array(values).astype(dtype))
+    assert converted(np.empty((0, 3)), np.dtype(np.int32)).shape == (0, 3)
