@@ -93,7 +93,7 @@ def value_and_gradient(
         kept = tl.load(z_row + piece * BLOCK + octets + lane, eviction_policy="evict_first")
         dirty = _dirty(words_row, piece * BLOCK + octets, C, False)
         top, total = _sum_up(kept.to(tl.float32), dirty, top, total, by_tau)
-        held = held + (kept,)  # noqa: RUF005  # Triton has no starred tuples
+        held = held + (kept,)  # type: ignore[assignment]  # noqa: RUF005  # Triton has no starred tuples
     # octets with kept classes: each is summed up by the lowest entry in it that repeats none
     byte = (tl.load(words_row + ids // 32, mask=there, other=0) >> (ids // 8 * 8 % 32)) & 255
     mine = there & (repeated == 0) & ((byte & ((1 << (ids % 8)) - 1)) == 0)
