@@ -29,7 +29,9 @@ def _sum_up(z, dirty, top, total, by_tau):
     """Take a block of octets into the maximum and the sum of exponentials of every place."""
     NOTHING = -float("inf")
     higher = tl.maximum(top, tl.where(dirty, NOTHING, tl.max(z, axis=1)))
-    safe = tl.where(higher == NOTHING, 0.0, higher) * by_tau  # 16-bit logits have no digits that a shared offset could take
+    safe = (
+        tl.where(higher == NOTHING, 0.0, higher) * by_tau
+    )  # 16-bit logits have no digits that a shared offset could take
     part = tl.sum(tl.exp2(z * by_tau - safe[:, None]), axis=1)
     total = total * tl.exp2(top * by_tau - safe) + tl.where(dirty, 0.0, part)
     return higher, total

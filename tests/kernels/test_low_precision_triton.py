@@ -104,6 +104,17 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("case", CASES[1::3], ids=str)
+def test_residuals_whose_tiles_are_read_ahead_agree_with_float64(case):
+    laurel_problem.check(case, "pipelined", DEVICE)
+
+
+def test_tiles_of_high_ranks_are_not_read_ahead():
+    x, wide = torch.zeros(2, 40, device=DEVICE), torch.zeros(40, 33, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="pipelined: with tiles read ahead the rank is at most 32, got 33"):
+        laurel_residual(x, x, down=wide, up=wide.T, implementation="pipelined")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_residuals_agree_with_float64(case):
     laurel_problem.check(case, "triton", DEVICE)
