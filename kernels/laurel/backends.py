@@ -47,12 +47,9 @@ def module_of(name: str) -> Backend:
 
         if name == "triton":
             return cast("Backend", triton_backend)
-        ahead = {"ahead": READ_AHEAD}
-        passes = {
-            "forward": partial(triton_backend.forward, **ahead),
-            "backward": partial(triton_backend.backward, **ahead),
-        }
-        return cast("Backend", SimpleNamespace(**passes))
+        both = (triton_backend.forward, triton_backend.backward)
+        forward, backward = (partial(one, ahead=READ_AHEAD) for one in both)
+        return cast("Backend", SimpleNamespace(forward=forward, backward=backward))
     if name == "pallas":
         from distilbeam.kernels.laurel import pallas_backend
 
