@@ -173,3 +173,10 @@ def test_exports_give_the_same_logits(student, shape):
     program = torch.export.export(network, (inputs,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     torch.testing.assert_close(program.module()(inputs[:5]), network(inputs[:5]))
     assert isinstance(network.last_layer(), nn.Linear)
+
+
+def test_pruning_refuses_norms_that_it_cannot_follow():
+    from distilbeam.student.compress.prune import require_prunable
+
+    with pytest.raises(ValueError, match="pruning cannot follow channels through norm 'rms'; choose norm 'own'"):
+        require_prunable(build_student(config_of({**MLP, "residual": "plain"}), (5,), CLASSES))
