@@ -155,11 +155,7 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            try:
-                job.freeze(check_content)
-            except ValueError:
-                directory.forget_unstarted()
-                raise
+            job.freeze(check_content)
         if todo[0] is steps[0]:
             for note in notes_on(job.inputs):
                 display.say(f"note: {note}")

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from distilbeam.pipelines import run
 from distilbeam.pipelines.cli import app
-from distilbeam.pipelines.config import load_config, parse_config
+from distilbeam.pipelines.config import LabelConfig, load_any_config, load_config, parse_config
 from distilbeam.pipelines.files import read_json
 from distilbeam.pipelines.material import Material
 from distilbeam.pipelines.rundir import opened_run, planned_run
@@ -231,6 +231,34 @@ def test_what_a_label_means_is_another_directory_and_the_way_on_is_said(problem,
 
 
 @pytest.mark.slow
+def labelling_job(problem: Mapping[str, Any], base: Path, directory: str) -> LabelConfig:
+    (base / "label.toml").write_text(
+        tomli_w.dumps(
+            {
+                "run": {"directory": directory},
+                "data": {"pool": "pool", "id": "key", "carry": ["x"], "num_classes": 3},
+                "teacher": problem["teacher"],
+            }
+        )
+    )
+    return cast(LabelConfig, load_any_config(base / "label.toml"))
+
+
+def test_a_labelling_job_does_not_take_a_run_over(problem, finished, tmp_path):
+    before = contents(finished)
+    job = labelling_job(problem, tmp_path, "run")
+    with pytest.raises(ValueError, match=r"run holds a run, and the configuration describes a labelling job \("):
+        opened_run(job, tmp_path).__enter__()
+    assert contents(finished) == {**before, ".lock": (finished / ".lock").read_bytes()}
+
+
+def test_a_run_does_not_take_a_labelling_job_over(problem, tmp_path):
+    with opened_run(labelling_job(problem, tmp_path, "job"), tmp_path):
+        pass
+    with pytest.raises(ValueError, match=r"holds a labelling job \(.*\), and the configuration describes a run; choose"):
+        run(changed(problem, {"run.directory": "job"}), base=tmp_path)
+
+
 def test_how_the_work_is_done_is_free(problem, finished, tmp_path):
     settings = {"engine.max_failures": 5, "engine.teacher_batch": 4, "engine.batch_rows": 20, "engine.threads": 1}
     assert run(changed(problem, settings), base=tmp_path) == finished
