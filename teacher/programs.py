@@ -85,8 +85,10 @@ def load_program(path: str | Path, setting: str, *, trust: bool = False) -> torc
             "trust = true beside it in your own [teacher] section"
         ) from e
     except Exception as e:
+        damaged = isinstance(e, OSError) or "corrupted" in str(e)  # the words of torch's reader
+        why = "it is damaged or cut off; copy or export it again" if damaged else str(e)
         raise ValueError(
-            f"{setting}: {path} is not a torch.export program: {(str(e).splitlines() or [type(e).__name__])[0]}"
+            f"{setting}: {path} is not a torch.export program: {(why.splitlines() or [type(e).__name__])[0]}"
         ) from e
 
 

@@ -255,7 +255,9 @@ def test_a_labelling_job_does_not_take_a_run_over(problem, finished, tmp_path):
 def test_a_run_does_not_take_a_labelling_job_over(problem, tmp_path):
     with opened_run(labelling_job(problem, tmp_path, "job"), tmp_path):
         pass
-    with pytest.raises(ValueError, match=r"holds a labelling job \(.*\), and the configuration describes a run; choose"):
+    with pytest.raises(
+        ValueError, match=r"holds a labelling job \(.*\), and the configuration describes a run; choose"
+    ):
         run(changed(problem, {"run.directory": "job"}), base=tmp_path)
 
 
@@ -316,6 +318,10 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     trained = call("train", str(tmp_path / "run.toml"), "--student", str(tmp_path / "other.toml"))
     assert "Another student than that of" in trained
     assert "Student of round 2: accuracy" in trained
+    with pytest.raises(
+        ValueError, match=r"--round must be 2 for train, got 1; --set run.rounds=1 learns from the labels of"
+    ):
+        call("train", str(tmp_path / "run.toml"), "--student", str(tmp_path / "other.toml"), "--round", "1")
     assert "from 60 labels of the teacher and 15 human ones. Its directory:" in trained
     own = call("train", str(tmp_path / "run.toml"))
     assert f"Its directory: {finished}/students/round=002" in own
@@ -324,6 +330,7 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     found = call("tune", str(tmp_path / "run.toml"), "--trials", "2", "--set", "training.epochs=3")
     assert f"distilbeam run {tmp_path / 'run.toml'} --set @{finished / 'tune' / 'best.toml'}" in found
     again = call("run", str(tmp_path / "run.toml"), "--set", f"@{finished / 'tune' / 'best.toml'}")
+    assert again.count("Another student than that of") == 1
     assert "variants/mlp-" in again
     best = load_config(tmp_path / "run.toml", [f"@{finished / 'tune' / 'best.toml'}"])
     root = planned_run(best, tmp_path).root
