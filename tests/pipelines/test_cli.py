@@ -257,7 +257,7 @@ def test_an_interrupt_before_there_is_anything_to_keep_is_a_sentence(tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with config.open("w"):  # opened when the command reads it
         process.send_signal(signal.SIGINT)

@@ -241,7 +241,7 @@ def labelling_job(problem: Mapping[str, Any], base: Path, directory: str) -> Lab
             }
         )
     )
-    return cast(LabelConfig, load_any_config(base / "label.toml"))
+    return cast("LabelConfig", load_any_config(base / "label.toml"))
 
 
 def test_a_labelling_job_does_not_take_a_run_over(problem, finished, tmp_path):

@@ -353,7 +353,7 @@ def test_a_refused_setting_does_not_claim_the_directory(tmp_path: Path, command:
     write_job(tmp_path)
     for name in ("label", "plan"):
         arguments = ["--set", "data.id=kye", *(["--sample", "8"] if name == "plan" else [])]
-        with pytest.raises(ValueError, match="data.pool has no column kye"):
+        with pytest.raises(ValueError, match=r"data.pool has no column kye"):
             command(name, *arguments)
     command("label")
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
