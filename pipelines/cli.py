@@ -50,6 +50,7 @@ app = typer.Typer(
 )
 console = plain_console()
 errors = plain_console(stderr=True)
+_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -60,6 +61,8 @@ def main() -> None:
     try:
         app(args=arguments, standalone_mode=True)
     except SystemExit as e:
+        if e.code == _INTERRUPTED:  # of a command that has nothing to keep, which would end without a word
+            end_stopped("stopped; the same command begins again")
         _exit(e.code if isinstance(e.code, int) else 0)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
@@ -214,6 +217,10 @@ def evaluate(
         evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
         return
     if (data, teacher, answers) != (None, None, None):
+        if not target.exists():
+            raise ValueError(
+                f"nothing is at {target}; name a student's or an export's directory, such as run/students/round=003"
+            )
         raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")
     _print_results(run_steps(target, beam_options, overrides, log_level, ("evaluate", None)))
 

@@ -441,10 +441,9 @@ def _suggestion(location: Sequence[str | int], root: type[BaseModel]) -> str:
     names, models = _resolve(location[:-1], root)
     valid = sorted({name for model in models for name in model.model_fields})
     near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {'.'.join([*names, near[0]])}?"
     elsewhere = [name for name in _all_settings(root) if name.rsplit(".", 1)[-1] == location[-1]]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; the valid ones are {', '.join(valid)}"
+    likely = elsewhere if elsewhere and not names else [".".join([*names, *near])] if near else elsewhere
+    return f"; did you mean {likely[0]}?" if likely else f"; the valid ones are {', '.join(valid)}"
 
 
 def _resolve(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:

@@ -85,7 +85,7 @@ class Display:
 
     def say(self, sentence: str) -> None:
         """Print a sentence."""
-        self.console.print(Text(sentence))
+        self.console.print(Text(sentence), soft_wrap=True)
 
 
 def configure_logs(level: str, console: Console) -> None:

@@ -146,6 +146,7 @@ def plan_sentences(plan: Any) -> list[str]:
         (plan.rows_copied, "rows ask what was answered already: the answers are copied."),
         (plan.rows_waiting, "rows ask what other rows ask: they are not asked, but get their answers."),
         (plan.rows_same, "rows are the same as others, id and content, and are kept once."),
+        (plan.rows_saved, "rows were answered before a call was stopped: they are not asked again."),
         (
             plan.rows_dead,
             "rows had no answer before (see the dead letters); 'label' asks them again, with --no-retry not.",
@@ -219,17 +220,22 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how:
 def _print_forecast(forecast: Any) -> None:
     from distilbeam.pipelines.forecast import forecast_table, money_sentence
 
+    if not forecast.total.rows:
+        console.print("Nothing is left to choose or to ask the teacher.")
+        return
     console.print(forecast_table(forecast))
     workers = f"{forecast.workers} worker(s)"
     if forecast.sampled:
         console.print(
             f"Measured on {forecast.sampled:,} rows that the teacher was asked about, whose labels are kept; for {workers}.",
             highlight=False,
+            soft_wrap=True,
         )
     else:
         console.print(
             f"Nothing was asked: times and bytes are not known, 'plan --sample 1024' measures them; for {workers}.",
             highlight=False,
+            soft_wrap=True,
         )
     if (sentence := money_sentence(forecast)) is not None:
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, soft_wrap=True)

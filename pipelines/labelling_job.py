@@ -41,6 +41,8 @@ from distilbeam.pipelines.phases import PhaseReport, run_phase
 from distilbeam.pipelines.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.row_ranges import from_ranges, to_ranges
 from distilbeam.pipelines.rundir import RunDirectory, opened_run
+from distilbeam.pipelines.saved_answers import rows_saved
+from distilbeam.pipelines.shard_work import part_rows
 from distilbeam.pipelines.shards import Bounds, Part, Task, plan_pieces
 from distilbeam.pipelines.units import Pool, Unit, plan_pool
 from distilbeam.pipelines.work_log import add_work, with_counts_of
@@ -71,6 +73,7 @@ class LabelPlan:
       rows_wanted: rows without a label, those that wait for the answer to an identical one included.
       rows_waiting: rows that ask what another one asks.
       rows_same: rows that are the same as another, id and question, and are kept once.
+      rows_saved: rows to label whose answers are kept of a call that was stopped.
       rows_dead: rows that had no answer when they were asked; those of them that are wanted are asked again.
       compared: whether the rows were compared with each other and with what is labelled.
       superseded: rows with labels of another teacher or form, which would be set aside.
@@ -87,6 +90,7 @@ class LabelPlan:
     rows_wanted: int
     rows_waiting: int
     rows_same: int
+    rows_saved: int
     rows_dead: int
     compared: bool
     superseded: int
@@ -242,17 +246,21 @@ class LabellingJob:
             asked = _masks(parts, ~(found.copied | found.same | found.waiting))
             parts = self._pieces(pool, asked, bounds)
             rows -= int((found.copied | found.same).sum())
+        tasks = tuple(plan_pieces(parts, bounds, self.spec))
         return LabelPlan(
             pool=pool,
             standing=standing,
             contents=contents.of(pool, same),
-            tasks=tuple(plan_pieces(parts, bounds, self.spec)),
+            tasks=tasks,
             copies=copies,
             before=contents,
             changes={},
             rows_wanted=rows,
             rows_waiting=waiting,
             rows_same=sum(len(from_ranges(ranges)) for ranges in same.values()),
+            rows_saved=rows_saved(
+                str(self.dataset), self.spec.to_json(), (part_rows(shard) for task in tasks for shard in task.shards)
+            ),
             rows_dead=sum(int(mask.sum()) for mask in dead.values()),
             compared=compared or not rows,
             superseded=sum(entry.rows for entry in entries) if because else 0,

@@ -49,7 +49,9 @@ def forecast_labelling(job: LabellingJob, plan: LabelPlan, options: PipelineOpti
         if shard is not None:
             rates, sampled = measure_rates(job.work(job.dataset, job.dead_letters), shard), shard.rows
             plan = job.plan(retry=False)
-    line = _label_line("label", plan.rows_wanted, plan.rows_asked, plan.shards, rates, workers_of(options))
+    line = _label_line(
+        "label", plan.rows_wanted, plan.rows_asked - plan.rows_saved, plan.shards, rates, workers_of(options)
+    )
     return Forecast((*_sample_line(sampled), line), workers_of(options), sampled, job.config.prices)
 
 

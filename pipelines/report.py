@@ -53,7 +53,7 @@ def write_report(where: RunDirectory, report: Report) -> None:
         results=results,
         columns=_COLUMNS,
         rows=table_rows(results),
-        sentences=calls_sentences(results),
+        sentences=[*calls_sentences(results), *([f"{results['variant']}."] if "variant" in results else [])],
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
         class_columns=CLASS_COLUMNS,
         classes=class_rows(results.get("classes", []), results.get("worst", [])),
@@ -131,8 +131,6 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
         if name in calls
     ]
     sentences.append(f"Asked besides: {', '.join(asked)}.")
-    if "variant" in results:
-        sentences.append(f"{results['variant']}.")
     if failed:
         sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")
     if unusable := results.get("unusable", {}).get("rows"):

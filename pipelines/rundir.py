@@ -190,7 +190,8 @@ class RunDirectory:
     def forget_unstarted(self) -> None:
         """Let the directory belong to no configuration again, where what it names was refused before anything was made."""
         ours = (self.config, self.digest_cache)
-        if {path.name for path in self.root.iterdir()} <= {".lock", *(path.name for path in ours)}:
+        there = {path.name for path in self.root.iterdir()} if self.root.exists() else set()
+        if there <= {".lock", LEASE, *(path.name for path in ours)}:
             for path in ours:
                 path.unlink(missing_ok=True)
 
@@ -246,7 +247,11 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
             sweep(root)
             commit_all_left(root)
             remove_finished(root)
-        yield directory
+        try:
+            yield directory
+        except ValueError:
+            directory.forget_unstarted()
+            raise
 
 
 def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
@@ -367,8 +372,9 @@ def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDir
                 f"run.directory: {directory.root} holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty or a new directory"
             )
         return directory
+    former = tomllib.loads(read_texts([directory.config])[0])
+    _require_same_kind(directory.root, former, config)
     if isinstance(config, LabelConfig):
-        former = tomllib.loads(read_texts([directory.config])[0])
         differing = differing_keys(_essential_of_job(former), _essential_of_job(config.dump()))
         way_out = "Set these back, or choose another run.directory"
     else:
@@ -391,6 +397,16 @@ def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDir
     place = placed(directory, former, now)
     place.moved = tuple(f"data.{name}" for name in DATA if former["data"].get(name) != now["data"].get(name))
     return place
+
+
+def _require_same_kind(root: Path, former: dict[str, Any], config: RunConfig | LabelConfig) -> None:
+    kinds = {True: "a run", False: "a labelling job (without [selection], [student] and [training])"}
+    there, now = "student" in former, isinstance(config, RunConfig)
+    if there != now:
+        raise ValueError(
+            f"run.directory: {root} holds {kinds[there]}, and the configuration describes {kinds[now]}; choose another "
+            "run.directory"
+        )
 
 
 def _essential(config: dict[str, Any], ignored: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,18 @@ def saved(dataset: str, spec: str) -> list[Answered]:
         with suppress(OSError, ValueError, KeyError, pa.ArrowException):
             found.append(_unpacked(read_bytes(path), spec))
     return found
+
+
+def rows_saved(dataset: str, spec: str, shards: Iterable[Sequence[PartRows]]) -> int:
+    """Count the rows of shards, given by their parts, about which nothing is asked any more."""
+    answers = saved(dataset, spec) if has_saved(dataset) else []
+    known = 0
+    for parts in shards if answers else ():
+        places: set[int] = set()
+        for found in filter(None, (answered.of_shard(parts) for answered in answers)):
+            places |= {*found.places.tolist(), *(failure["place"] for failure in found.failures)}
+        known += len(places)
+    return known
 
 
 def forget(dataset: str, keys: Sequence[str]) -> None:

@@ -155,11 +155,7 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            try:
-                job.freeze(check_content)
-            except ValueError:
-                directory.forget_unstarted()
-                raise
+            job.freeze(check_content)
         if todo[0] is steps[0]:
             for note in notes_on(job.inputs):
                 display.say(f"note: {note}")
@@ -181,6 +177,10 @@ def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step
     matching = [i for i, step in enumerate(steps) if step.name == name and number in (None, step.round)]
     if not matching:
         rounds = sorted({step.round for step in steps if step.name == name and step.round is not None})
-        raise ValueError(f"--round must be between {rounds[0]} and {rounds[-1]} for {name}, got {number}")
+        assert number is not None  # every run has a step of each name
+        allowed = f"between {rounds[0]} and {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
+        fewer = number < rounds[0]  # of a student that learns from the labels that are there
+        way_out = f"; --set run.rounds={number} learns from the labels of fewer rounds" if fewer else ""
+        raise ValueError(f"--round must be {allowed} for {name}, got {number}{way_out}")
     pending = [i for i in matching if not steps[i].done]
     return steps[: (pending or matching[-1:])[0] + 1]

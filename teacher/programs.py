@@ -40,6 +40,7 @@ _MEMBERS = re.compile(
     r"data/(weights|constants)/[^/]+|data/sample_inputs/[^/]+\.pt|models/[^/]+\.json|extra/.*|archive_format|archive_version|"
     r"version|byteorder|\.data/.*|\.format_version|\.storage_alignment"
 )
+_DAMAGED = "it is damaged or cut off; copy or export it again"
 _METHODS = frozenset({"size", "stride", "dim", "numel", "storage_offset"})
 _KEYS = frozenset({"positive", "integer", "nonnegative", "negative", "real", "evaluate", "finite", "zero", "nonzero"})
 _ALGEBRA_NAMES = """
@@ -85,8 +86,10 @@ def load_program(path: str | Path, setting: str, *, trust: bool = False) -> torc
             "trust = true beside it in your own [teacher] section"
         ) from e
     except Exception as e:
+        damaged = isinstance(e, OSError) or "corrupted" in str(e)  # the words of torch's reader
+        why = _DAMAGED if damaged else str(e)
         raise ValueError(
-            f"{setting}: {path} is not a torch.export program: {(str(e).splitlines() or [type(e).__name__])[0]}"
+            f"{setting}: {path} is not a torch.export program: {(why.splitlines() or [type(e).__name__])[0]}"
         ) from e
 
 
@@ -126,7 +129,8 @@ def _require_data(file: Any) -> None:
         reader = torch._C.PyTorchFileReader(file)
         names = reader.get_all_records()
     except RuntimeError as e:
-        raise ValueError("it is no archive of torch") from e
+        file.seek(0)
+        raise ValueError(_DAMAGED if file.read(2) == b"PK" else "it is no archive of torch") from e
     if "archive_format" not in names:
         if any(name.startswith("serialized_") for name in names) or "version" not in names:
             raise UntrustedProgram("it is in the format of torch before 2.8, whose parts are unpickled")

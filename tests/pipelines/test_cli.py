@@ -247,3 +247,28 @@ def test_the_digits_example(tmp_path: Path) -> None:
     assert last["accuracy"] > first["accuracy"] + 0.03
     assert last["parameters"] < 0.05 * metrics["teacher"]["parameters"]
     assert [s["labels"] for s in metrics["students"]] == [0, 80, 160, 240]
+
+
+def test_an_interrupt_before_there_is_anything_to_keep_is_a_sentence(tmp_path: Path) -> None:
+    config = tmp_path / "pipe.toml"
+    os.mkfifo(config)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distilbeam", "plan", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with config.open("w"):  # opened when the command reads it
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out, err.strip()) == ("", "stopped; the same command begins again")
+
+
+def test_nothing_to_evaluate_is_a_sentence(tmp_path: Path) -> None:
+    out = distilbeam("evaluate", str(tmp_path / "nowhere"), "--data", "test.parquet")
+    assert out.returncode == 2
+    assert out.stderr.startswith(
+        f"error: nothing is at {tmp_path / 'nowhere'}; name a student's or an export's directory"
+    )

@@ -47,6 +47,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("selection.budgte", 3, "selection.budgte is not a setting; did you mean selection.budget?"),
         ("selction.budget", 3, "selction is not a setting; did you mean selection?"),
         ("seed", 3, "seed is not a setting; did you mean run.seed?"),
+        ("epochs", 3, "epochs is not a setting; did you mean training.epochs?"),
         ("teacher.modle", "x", "teacher.modle is not a setting; did you mean teacher.model?"),
         ("student.input.colums", ["x"], "student.input.colums is not a setting; did you mean student.input.columns?"),
         ("selection.budget", "many", "selection.budget: must be a valid integer, got 'many'"),

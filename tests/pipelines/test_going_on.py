@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from distilbeam.pipelines import run
 from distilbeam.pipelines.cli import app
-from distilbeam.pipelines.config import load_config, parse_config
+from distilbeam.pipelines.config import LabelConfig, load_any_config, load_config, parse_config
 from distilbeam.pipelines.files import read_json
 from distilbeam.pipelines.material import Material
 from distilbeam.pipelines.rundir import opened_run, planned_run
@@ -231,6 +231,36 @@ def test_what_a_label_means_is_another_directory_and_the_way_on_is_said(problem,
 
 
 @pytest.mark.slow
+def labelling_job(problem: Mapping[str, Any], base: Path, directory: str) -> LabelConfig:
+    (base / "label.toml").write_text(
+        tomli_w.dumps(
+            {
+                "run": {"directory": directory},
+                "data": {"pool": "pool", "id": "key", "carry": ["x"], "num_classes": 3},
+                "teacher": problem["teacher"],
+            }
+        )
+    )
+    return cast("LabelConfig", load_any_config(base / "label.toml"))
+
+
+def test_a_labelling_job_does_not_take_a_run_over(problem, finished, tmp_path):
+    before = contents(finished)
+    job = labelling_job(problem, tmp_path, "run")
+    with pytest.raises(ValueError, match=r"run holds a run, and the configuration describes a labelling job \("):
+        opened_run(job, tmp_path).__enter__()
+    assert contents(finished) == {**before, ".lock": (finished / ".lock").read_bytes()}
+
+
+def test_a_run_does_not_take_a_labelling_job_over(problem, tmp_path):
+    with opened_run(labelling_job(problem, tmp_path, "job"), tmp_path):
+        pass
+    with pytest.raises(
+        ValueError, match=r"holds a labelling job \(.*\), and the configuration describes a run; choose"
+    ):
+        run(changed(problem, {"run.directory": "job"}), base=tmp_path)
+
+
 def test_how_the_work_is_done_is_free(problem, finished, tmp_path):
     settings = {"engine.max_failures": 5, "engine.teacher_batch": 4, "engine.batch_rows": 20, "engine.threads": 1}
     assert run(changed(problem, settings), base=tmp_path) == finished
@@ -288,6 +318,10 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     trained = call("train", str(tmp_path / "run.toml"), "--student", str(tmp_path / "other.toml"))
     assert "Another student than that of" in trained
     assert "Student of round 2: accuracy" in trained
+    with pytest.raises(
+        ValueError, match=r"--round must be 2 for train, got 1; --set run.rounds=1 learns from the labels of"
+    ):
+        call("train", str(tmp_path / "run.toml"), "--student", str(tmp_path / "other.toml"), "--round", "1")
     assert "from 60 labels of the teacher and 15 human ones. Its directory:" in trained
     own = call("train", str(tmp_path / "run.toml"))
     assert f"Its directory: {finished}/students/round=002" in own
@@ -296,6 +330,7 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     found = call("tune", str(tmp_path / "run.toml"), "--trials", "2", "--set", "training.epochs=3")
     assert f"distilbeam run {tmp_path / 'run.toml'} --set @{finished / 'tune' / 'best.toml'}" in found
     again = call("run", str(tmp_path / "run.toml"), "--set", f"@{finished / 'tune' / 'best.toml'}")
+    assert again.count("Another student than that of") == 1
     assert "variants/mlp-" in again
     best = load_config(tmp_path / "run.toml", [f"@{finished / 'tune' / 'best.toml'}"])
     root = planned_run(best, tmp_path).root

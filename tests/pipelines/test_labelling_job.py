@@ -349,6 +349,16 @@ def test_a_run_is_not_a_labelling_job(tmp_path: Path, command: Command) -> None:
         command("label", "--round", "1")
 
 
+def test_a_refused_setting_does_not_claim_the_directory(tmp_path: Path, command: Command) -> None:
+    write_job(tmp_path)
+    for name in ("label", "plan"):
+        arguments = ["--set", "data.id=kye", *(["--sample", "8"] if name == "plan" else [])]
+        with pytest.raises(ValueError, match=r"data.pool has no column kye"):
+            command(name, *arguments)
+    command("label")
+    assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
+
+
 def test_a_mend_that_was_cut_short_is_repeated(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

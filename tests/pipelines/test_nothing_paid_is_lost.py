@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,7 +209,11 @@ def test_an_interrupt_keeps_what_was_asked_and_says_one_sentence(tmp_path: Path,
     paid = len(asked(tmp_path))
     assert paid < 240
     behave(tmp_path)
+    plan = finish(tmp_path, command="plan")
+    assert f"{paid} rows were answered before a call was stopped: they are not asked again." in plan
+    assert re.search(rf"label +240 +{240 - paid} ", plan), "what is kept is not in the price"
     finish(tmp_path)
+    assert "Nothing is left to choose or to ask the teacher." in finish(tmp_path, command="plan")
     assert len(asked(tmp_path)) == 240, "nothing is asked twice"
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
 

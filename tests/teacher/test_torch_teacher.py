@@ -171,6 +171,18 @@ def test_wrong_settings_are_sentences(factory: Any, tmp_path: Path, settings: di
         teacher(tmp_path, **settings)
 
 
+@pytest.mark.parametrize("cut", [slice(0, 3000), slice(100, None)], ids=["end", "beginning"])
+def test_a_damaged_program_is_a_sentence(tmp_path: Path, cut: slice) -> None:
+    program = torch.export.export(torch.nn.Linear(6, 3).eval(), (torch.zeros(2, 6),))
+    torch.export.save(program, tmp_path / "whole.pt2")
+    data = (tmp_path / "whole.pt2").read_bytes()
+    (tmp_path / "net.pt2").write_bytes(data[cut] if cut.start == 0 else b"\0" * cut.start + data[cut])
+    with pytest.raises(
+        ValueError, match=r"net.pt2 is not a torch.export program: it is damaged or cut off; copy or ex"
+    ):
+        load_teacher({"kind": "torch", "model": "net.pt2", "input": {"columns": ["x"]}}, base=tmp_path)
+
+
 def test_a_file_that_is_no_program_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").write_bytes(b"not a program")
     with pytest.raises(ValueError, match=r"teacher.model: .*net.pt2 is not a torch.export program"):
