@@ -77,6 +77,8 @@ def ours(implementation: str | None, *, dense: bool = False) -> Callable[[Proble
             return of_logits.step(problem, implementation, dense=dense)
         if dense:
             raise NotImplementedError("the label of a layer's problem is sparse")
+        if implementation == "one_kernel":
+            raise NotImplementedError("it takes given logits")
         return of_layer.step(problem, implementation)
 
     return build
@@ -182,6 +184,7 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "distilbeam": ours(None),
     "distilbeam chunked": ours("chunked"),
     "distilbeam triton": ours("triton"),
+    "distilbeam one kernel": ours("one_kernel"),
     "distilbeam reference": ours("reference"),
     "distilbeam dense": ours(None, dense=True),
     "distilbeam bf16": in_fewer_bits("bf16"),
@@ -195,7 +198,7 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "cut-cross-entropy": cut_cross_entropy,
     "TRL": trl,
 }
-OURS = ("distilbeam chunked", "distilbeam triton", "distilbeam reference")
+OURS = ("distilbeam chunked", "distilbeam triton", "distilbeam one kernel", "distilbeam reference")
 
 
 def training_step(problem: Problem, loss: Loss) -> Step:

@@ -75,6 +75,7 @@ CANDIDATES: dict[str, Callable[[Problem], Step]] = {
     "distilbeam": ours(None),
     "distilbeam chunked": ours("chunked"),
     "distilbeam triton": ours("triton"),
+    "distilbeam pipelined": ours("pipelined"),
     "torch eager": eager,
     "torch.compile": compiled,
 }

@@ -25,7 +25,7 @@ from measuring.record import machine, write
 from measuring.steps import Step, copy_speed, host_seconds, medians, product_speed
 from torch import nn
 
-from distilbeam.kernels import LowPrecisionPolicy, quantize_rowwise, to_low_precision
+from distilbeam.kernels import LowPrecisionPolicy, WeightCache, fp8_linear, quantize_rowwise, to_low_precision
 from distilbeam.kernels.low_precision import shapes
 from distilbeam.kernels.low_precision.bench import Problem, step
 from distilbeam.kernels.low_precision.shapes import Shape
@@ -33,7 +33,9 @@ from distilbeam.kernels.low_precision.shapes import Shape
 GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU, "gpu-all": shapes.GPU_ALL}
 
 
-def converted(dtype: str, backend: str, gradients: str = "bf16", compiled: bool = False) -> Callable[..., nn.Module]:
+def converted(
+    dtype: str, backend: str, gradients: str | None = "bf16", compiled: bool = False
+) -> Callable[..., nn.Module]:
     """Convert the layer to 8 bits."""
     policy = LowPrecisionPolicy(
         dtype=dtype, backend=backend, gradients=gradients, gate="sizes", keep_last=False, multiple_of=1
@@ -66,12 +68,25 @@ def transformer_engine(layer: nn.Sequential) -> nn.Module:
     return Scaled()
 
 
+class LaidOutByTriton(nn.Module):
+    """A layer all in fp8 whose operands Triton lays out for torch's product."""
+
+    def __init__(self, layer: nn.Sequential) -> None:
+        super().__init__()
+        self.layer, self.cache = layer, WeightCache()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = self.layer[0]
+        return fp8_linear(x, linear.weight, linear.bias, cache=self.cache, implementation="triton")
+
+
 PLAIN = "torch"
 LAYERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     PLAIN: lambda layer: layer,
     "torch.compile": lambda layer: torch.compile(layer, dynamic=False),
     "distilbeam fp8": converted("fp8", "distilbeam"),
     "distilbeam fp8, fp8 gradients": converted("fp8", "distilbeam", "fp8"),
+    "distilbeam fp8, fp8 gradients, laid out by Triton": LaidOutByTriton,
     "distilbeam int8": converted("int8", "distilbeam"),
     "torchao fp8": converted("fp8", "torchao"),
     "torchao fp8, fp8 gradients": converted("fp8", "torchao", "fp8"),

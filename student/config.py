@@ -10,6 +10,7 @@ from distilbeam.teacher.preprocess import InputConfig
 
 KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
 NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
+NORM_KINDS = ("mlp", "text", "transformer")
 RESIDUAL_KINDS = ("resnet", "transformer")  # networks that are known by their residuals
 Residual = Literal[
     "none",
@@ -47,6 +48,11 @@ class StudentConfig(BaseModel):
         "none",
         description="how a layer that keeps its width adds its input: none, plain, laurel-...; without it plain for "
         "resnet and transformer. A layer with no earlier residual of its width leaves pa out",
+    )
+    norm: Literal["own", "rms"] = Field(
+        "own",
+        description="own: layer norms in a transformer, none in an mlp; rms: an RMS norm in front of every layer, computed "
+        "with the residual before it in one pass (mlp, text, transformer)",
     )
     rank: int = Field(16, ge=1, description="laurel-lr: rank of the learned map")
     previous: int = Field(3, ge=1, description="laurel-pa: how many earlier residuals are added")
@@ -86,6 +92,10 @@ class StudentConfig(BaseModel):
 
     @model_validator(mode="after")
     def _network_fits_together(self) -> Self:
+        if self.norm == "rms" and self.kind not in NORM_KINDS:
+            raise ValueError(
+                f"norm 'rms' is for the kinds {', '.join(NORM_KINDS)}, got kind {self.kind!r}: leave it out"
+            )
         if self.kind == "resnet" and self.depth % 6 != 2:
             raise ValueError(f"depth of a resnet must be 6n + 2, such as 20, 32, 44, 56 or 110, got {self.depth}")
         if self.kind == "transformer" and self.dim % self.heads:

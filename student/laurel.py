@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.laurel.interface import laurel_residual
+from distilbeam.kernels.quantize.formats import QuantizedRows
 
 PARTS = ("rw", "lr", "pa")
 
@@ -84,21 +85,30 @@ class LaurelResidual(nn.Module):
         Returns:
           The layer's residual output, [..., D].
         """
+        total: Tensor = laurel_residual(update, residual, **self._learned(previous))
+        return total
+
+    def normed(
+        self,
+        update: Tensor,
+        residual: Tensor,
+        previous: Sequence[Tensor],
+        norm_weight: Tensor,
+        quantize: Literal["fp8", "int8"] | None,
+    ) -> tuple[Tensor, Tensor | QuantizedRows]:
+        """Add up and take the RMS norm of the sum in the same pass, in 8 bits where asked for; see `laurel_residual`."""
+        made = laurel_residual(update, residual, norm_weight=norm_weight, quantize=quantize, **self._learned(previous))
+        return made.residual, made.normed
+
+    def _learned(self, previous: Sequence[Tensor]) -> dict[str, Any]:
+        """Give the arguments of `laurel_residual` that are learned."""
         alpha, beta = (None, None) if self.balance is None else (2 * self.balance.softmax(0)).unbind()
         earlier = list(previous[: self.previous])
         gamma = None if self.gamma is None or not earlier else self.gamma[: len(earlier)]
         if self.history_down is not None and self.history_up is not None:
             earlier = [(x @ self.history_down[j]) @ self.history_up[j] for j, x in enumerate(earlier)]
-        return laurel_residual(
-            update,
-            residual,
-            alpha=alpha,
-            beta=beta,
-            down=self.down,
-            up=self.up,
-            previous=() if gamma is None else earlier,
-            gamma=gamma,
-        )
+        earlier = [] if gamma is None else earlier
+        return {"alpha": alpha, "beta": beta, "down": self.down, "up": self.up, "previous": earlier, "gamma": gamma}
 
     def extra_repr(self) -> str:
         """Describe the layer in a printed model."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.bag import text_network
+from distilbeam.student.networks.last_layer import Linear
 from distilbeam.student.networks.mlp import Mlp
 from distilbeam.student.networks.resnet import ResNet
 from distilbeam.student.networks.survey_cnn import SurveyCnn
@@ -41,7 +42,7 @@ def build_student(config: StudentConfig, input_shape: tuple[int, ...], num_class
       650
     """
     if config.kind == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+        return Linear(math.prod(input_shape), num_classes)
     if config.kind == "mlp":
         return Mlp(math.prod(input_shape), config, num_classes)
     if config.kind == "cnn":

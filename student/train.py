@@ -33,7 +33,7 @@ from distilbeam.student.generators import own_generators
 from distilbeam.student.identity import identity
 from distilbeam.student.labelled import Examples, integers_meant
 from distilbeam.student.models import build_student
-from distilbeam.student.network import make_network
+from distilbeam.student.network import last_layer_together, make_network, precisions
 from distilbeam.student.observe import Observer, Progress
 from distilbeam.student.optimizer import make_optimizer, moving_average, set_lr
 from distilbeam.student.processes import end_step, joined_processes
@@ -142,7 +142,7 @@ def train(
         if init is not None:
             _start_from(module, init, student)
         module.to(device)
-        network = make_network(module, student, training, processes)
+        network = make_network(module, student, training, processes, spec)
         parameters = list(module.parameters())
         optimizer = make_optimizer(module, training)
         average = moving_average(module, training.ema)
@@ -210,7 +210,13 @@ def train(
             }
             if processes.first:
                 module.load_state_dict(state.best)
-                extra = {"training": training.model_dump(mode="json"), "seed": seed, "metrics": metrics}
+                ran = precisions(module, training, together=last_layer_together(module, training, processes, spec))
+                extra = {
+                    "training": training.model_dump(mode="json"),
+                    "seed": seed,
+                    "metrics": metrics,
+                    "precision": ran,
+                }
                 extra[INTEGERS] = integers_meant([labelled, validation], label_column, classes)
                 save_student(directory, module, student, classes, sources.input_shape, extra, work.hand_over)
                 work.remove()

@@ -67,10 +67,15 @@ class TrainConfig(BaseModel):
         None, ge=1, description="epochs without a better validation loss before training stops"
     )
     precision: Literal["fp32", "bf16", "fp8", "int8"] = Field(
-        "fp32", description="of the student's matrix products; fp8 and int8 where a layer's shape allows it"
+        "fp32", description="of the student's matrix products; fp8 and int8 where a layer's shape allows it, else bf16"
     )
     precision_gate: Literal["table", "sizes"] = Field(
         "table", description="fp8, int8: only layers that they make faster on this device, or all that fit"
+    )
+    last_layer: Literal["table", "together", "apart"] = Field(
+        "table",
+        description="the student's last layer and the loss: in one operation that holds no logits where a measured table says "
+        "that it pays, always, or never",
     )
     compile: bool = Field(False, description="run the student through torch.compile")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")

@@ -47,11 +47,12 @@ def to_low_precision(module: nn.Module, policy: LowPrecisionPolicy) -> LowPrecis
     reasons = {name: _why_not(name, layer, name == last, policy) for name, layer in linear.items()}
     chosen = [name for name, reason in reasons.items() if not reason]
     layers = tuple(_entry(name, layer, reasons[name], policy.dtype) for name, layer in linear.items())
+    gradients = policy.gradients or ("fp8" if policy.dtype == "fp8" else "bf16")
     if policy.backend == "torchao":
         torchao_backend.convert(module, chosen, policy)
     else:
         for name in chosen:
-            module.set_submodule(name, LowPrecisionLinear(linear[name], policy.dtype, policy.gradients))
+            module.set_submodule(name, LowPrecisionLinear(linear[name], policy.dtype, gradients))
     return LowPrecisionReport(policy.backend, layers)
 
 

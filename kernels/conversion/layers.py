@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.low_precision.autograd import Gradients
 from distilbeam.kernels.low_precision.interface import fp8_linear, int8_linear
 from distilbeam.kernels.low_precision.weights import WeightCache
+from distilbeam.kernels.quantize.formats import QuantizedRows
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -19,17 +22,20 @@ class LowPrecisionLinear(nn.Linear):
       gradients: see `fp8_linear`.
     """
 
-    def __init__(self, layer: nn.Linear, dtype: str, gradients: Gradients) -> None:
+    def __init__(self, layer: nn.Linear, dtype: Literal["fp8", "int8"], gradients: Gradients) -> None:
         with torch.device("meta"):
             super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
         self.weight, self.bias = layer.weight, layer.bias
-        self.precision, self.gradients, self.cache = dtype, gradients, WeightCache()
+        self.precision: Literal["fp8", "int8"] = dtype
+        self.gradients, self.cache = gradients, WeightCache()
         self.train(layer.training)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch.nn.Linear
-        """Apply the layer; under autocast the input is brought to its dtype, as torch's layer would."""
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+    def forward(self, input: Tensor | QuantizedRows) -> Tensor:  # noqa: A002 - the name in torch.nn.Linear
+        """Apply the layer; under autocast the input is brought to its dtype, as torch's layer would.
+
+        Rows that the operation before has quantised, in the layer's own precision, are taken as they are.
+        """
+        if isinstance(input, Tensor) and torch.is_autocast_enabled(kind := input.device.type):
             input = input.to(torch.get_autocast_dtype(kind))  # noqa: A001
         if self.precision == "fp8":
             return fp8_linear(input, self.weight, self.bias, gradients=self.gradients, cache=self.cache)

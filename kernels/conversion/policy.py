@@ -29,6 +29,6 @@ class LowPrecisionPolicy(BaseModel):
         (), description="names of layers that stay as they are; * stands for anything, as in blocks.*.attention"
     )
     keep_last: bool = Field(True, description="leave the last linear layer, which gives the logits, as it is")
-    gradients: Literal["bf16", "fp8"] = Field(
-        "bf16", description="what the backward products are made of; fp8 only with the dtype fp8"
+    gradients: Literal["bf16", "fp8"] | None = Field(
+        None, description="what the backward products are made of; None: fp8 for fp8, bf16 for int8, which has no other"
     )

@@ -64,6 +64,7 @@ def distill_loss(
       normalizer: replaces the number of rows that count in `mean`, more than 0. Where gradients are averaged over
         processes, as DistributedDataParallel does: the count over all of them, divided by their number.
       implementation: `reference`, `chunked`, `triton` (CUDA), `pallas` (TPU, sparse labels); None chooses by device.
+        `one_kernel` is another form for CUDA, value and gradient of 16-bit logits together, which was never measured.
         All but `reference` are differentiable once.
 
     Returns:
@@ -115,6 +116,10 @@ def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tenso
         from distilbeam.kernels.distillation import triton_backend
 
         return triton_backend.total
+    if name == "one_kernel":
+        from distilbeam.kernels.distillation import triton_one_backend
+
+        return triton_one_backend.total
     if name == "pallas":
         from distilbeam.kernels.distillation import pallas_backend
 
@@ -124,7 +129,10 @@ def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tenso
 
 def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
     """Order the backends for a call: the fused kernel where it can run, then one sweep, which beat autograd wherever measured."""
-    triton = {"triton": lambda: _triton_reasons(logits, terms)}
+    triton = {
+        "triton": lambda: _triton_reasons(logits, terms),
+        "one_kernel": lambda: _one_kernel_reasons(logits, terms),
+    }
     pallas = {"pallas": lambda: _pallas_reasons(logits, terms)}
     if logits.device.type == "tpu":
         return {**pallas, "reference": never, "chunked": never, **triton}
@@ -139,6 +147,17 @@ def _pallas_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
         reasons.append("it computes in float32, the logits are float64")
     if any(term.targets.classes is None for term in terms):
         reasons.append("dense labels need no kernel there: XLA fuses plain torch")
+    return reasons
+
+
+def _one_kernel_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
+    reasons = _triton_reasons(logits, terms)
+    if logits.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"it holds logits of 16 bits, got {str(logits.dtype).removeprefix('torch.')}")
+    if len(terms) > 1 or any(t.targets.rest_temperature is None or t.targets.flip is not None for t in terms):
+        reasons.append(
+            "it takes sparse labels with a bucket of all other classes, without slam and without true classes"
+        )
     return reasons
 
 

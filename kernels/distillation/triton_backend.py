@@ -221,7 +221,7 @@ def solve(
     solved = Solved(rests, rest_slopes, torch.empty(rows, width, device=logits_BC.device))
     if not rows:
         return solved, bits_BW
-    logy_BK, logy_rest_B = _split(targets)
+    logy_BK, logy_rest_B = split_targets(targets)
     flip_BK = logy_BK if targets.flip is None else targets.flip[:, :width].contiguous()
     accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
     solve_rows[(rows,)](
@@ -326,7 +326,7 @@ def spreading_block(span: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
-def _split(targets: Targets) -> tuple[Tensor, Tensor]:
+def split_targets(targets: Targets) -> tuple[Tensor, Tensor]:
     """Separate the targets of the kept buckets from the rest's."""
     if targets.rest_temperature is None:
         return targets.logprobs.contiguous(), targets.logprobs[:, 0].contiguous()

@@ -38,7 +38,7 @@ def _log_mix(logf, candidate, flip, a, FORWARD: tl.constexpr):
 
 
 @triton.jit
-def _bucket_problem(
+def bucket_problem(
     v, v_rest, logy, logy_rest, flip, a, T, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr
 ):
     """Loss of one row, and its derivatives by the kept buckets' logits and by the rest's."""
@@ -81,7 +81,7 @@ def _bucket_problem(
 def mark_row(words_row, ids, there, words, BLOCK: tl.constexpr):
     """Set a row's bits of the classes `ids` where they are `there`, and clear all others; ends with a barrier.
 
-    Gives one where a class is named twice.
+    Gives one for an entry whose class another one has named, of all that name it for all but one.
     """
     for start in range(0, words, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -90,11 +90,11 @@ def mark_row(words_row, ids, there, words, BLOCK: tl.constexpr):
     bit = tl.full(ids.shape, 1, tl.int32) << (ids % 32)
     before = tl.atomic_or(words_row + ids // 32, bit, mask=there, sem="relaxed")
     tl.debug_barrier()
-    return tl.max((there & ((before & bit) != 0)).to(tl.int32), axis=0)
+    return (there & ((before & bit) != 0)).to(tl.int32)
 
 
 @triton.jit
-def _together(g, ids, there, K: tl.constexpr):
+def together(g, ids, there, K: tl.constexpr):
     """Give each entry the sum of the gradients of all entries of its class."""
     k = tl.arange(0, g.shape[0])
     sums = tl.zeros(g.shape, tl.float32)
@@ -171,7 +171,7 @@ def solve_rows(
     rest, target_rest, best, sums, twice = NOTHING, NOTHING, NOTHING, 1.0, 0
     by_tau = LOG2_E / tau  # exponentials are powers of two, which the hardware has
     if REST or K > 1:
-        twice = mark_row(words_row, ids, there, words, BLOCK // 8)
+        twice = tl.max(mark_row(words_row, ids, there, words, BLOCK // 8), axis=0)
     largest = tl.max(v, axis=0)  # logits are counted from it: what all have in common takes no digits from them
     if REST:
         top = tl.full([BLOCK // OCTET], NOTHING, tl.float32)
@@ -191,9 +191,9 @@ def solve_rows(
         rest = tl.where(best == NOTHING, NOTHING, best - largest + tau * tl.log(sums))
         target_rest = tl.load(logy_rest + row)
     largest = tl.where(largest == NOTHING, 0.0, largest)
-    loss, g, g_rest = _bucket_problem(v - largest, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
+    loss, g, g_rest = bucket_problem(v - largest, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
     if twice > 0:
-        g = _together(g, ids, there, K)
+        g = together(g, ids, there, K)
     factor = tl.where(counts, tl.load(scale + row), 0.0) + poison
     loss = tl.where(counts, loss * factor, 0.0)
     if ADD:
@@ -286,7 +286,7 @@ def dense_rows(
     if SLAM:
         flips = tl.load(flip + row * C + j, mask=here, other=0.0)
         a = tl.load(accuracy + row)
-    loss, g, _ = _bucket_problem(v, NOTHING, target, NOTHING, flips, a, T, ENTROPY, SLAM, FORWARD)
+    loss, g, _ = bucket_problem(v, NOTHING, target, NOTHING, flips, a, T, ENTROPY, SLAM, FORWARD)
     factor = tl.where(counts, tl.load(scale + row), 0.0)
     loss, g = tl.where(counts, loss * factor, 0.0), tl.where(counts, g * factor, 0.0)
     if ADD:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -17,6 +19,8 @@ from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, triton_re
 
 LARGE = 1 << 17  # numbers from which the blocks beat autograd on a CPU (benchmarks/laurel.py)
 MOST_PREVIOUS = 4  # earlier residuals that the Triton kernels have arguments for
+READ_AHEAD = 2  # tiles, of the pipelined form; with more of them, or of higher ranks, registers spill
+MOST_RANK_AHEAD = 32
 MOST_RANK = 64  # whose low-rank products fit the kernels' registers
 
 
@@ -25,7 +29,8 @@ def backends(
 ) -> dict[str, Reasons]:
     """Order the backends for a call: on a GPU the fused kernel, on a CPU autograd while the tensors are small."""
     stream = stream_of(update, residual, previous)
-    triton: dict[str, Reasons] = {"triton": lambda: _triton(update, stream, down, previous, quantize)}
+    refusals = partial(_triton, update, stream, down, previous, quantize)
+    triton: dict[str, Reasons] = {"triton": refusals, "pipelined": lambda: [*refusals(), *_high(down)]}
     pallas: dict[str, Reasons] = {"pallas": lambda: [*pallas_reasons(), *_wide(stream)]}
     if update.is_cuda:
         return {**triton, "chunked": never, "reference": never, **pallas}
@@ -37,10 +42,14 @@ def backends(
 
 def module_of(name: str) -> Backend:
     """Give a backend's module, importing what it needs."""
-    if name == "triton":
+    if name in ("triton", "pipelined"):
         from distilbeam.kernels.laurel import triton_backend
 
-        return cast("Backend", triton_backend)
+        if name == "triton":
+            return cast("Backend", triton_backend)
+        both = (triton_backend.forward, triton_backend.backward)
+        forward, backward = (partial(one, ahead=READ_AHEAD) for one in both)
+        return cast("Backend", SimpleNamespace(forward=forward, backward=backward))
     if name == "pallas":
         from distilbeam.kernels.laurel import pallas_backend
 
@@ -59,6 +68,12 @@ def _triton(
     if len(previous) > MOST_PREVIOUS:
         reasons.append(f"at most {MOST_PREVIOUS} earlier residuals are added there, got {len(previous)}")
     return reasons
+
+
+def _high(down: Tensor | None) -> list[str]:
+    if down is None or down.shape[1] <= MOST_RANK_AHEAD:
+        return []
+    return [f"with tiles read ahead the rank is at most {MOST_RANK_AHEAD}, got {down.shape[1]}"]
 
 
 def _wide(stream: torch.dtype) -> list[str]:

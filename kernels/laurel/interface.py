@@ -103,7 +103,7 @@ def laurel_residual(
       previous: earlier residuals, each [..., D].
       gamma: their weights, floating [len(previous)].
       implementation: `reference` (autograd, to any order), `chunked` (any device), `triton` (CUDA), `pallas` (TPU);
-        None chooses by size and device.
+        None chooses by size and device. `pipelined` is Triton's form with tiles read ahead, which was never measured.
 
     Returns:
       x' in the dtype that `update`, `residual` and `previous` are promoted to, [..., D]; with `norm_weight` a

@@ -18,7 +18,7 @@ ARGUMENTS = 4  # earlier residuals
 PROGRAMS = 512  # of the sums over rows: enough to fill a GPU
 
 
-def forward(operands: Operands, target: Format | None) -> Made:
+def forward(operands: Operands, target: Format | None, ahead: int | None = None) -> Made:
     """Compute x' and what was asked for besides; see `chunked.forward`."""
     f, x, coefficients, down, up, norm_weight, previous = operands
     f, x, previous = f.contiguous(), x.contiguous(), [p.contiguous() for p in previous]
@@ -35,7 +35,7 @@ def forward(operands: Operands, target: Format | None) -> Made:
     )
     if not f.numel():
         return made
-    tile = row_tile(rows, dim, rank, stream == torch.float32, norm_weight is not None)
+    tile = row_tile(rows, dim, rank, stream == torch.float32, norm_weight is not None, ahead)
     formed = {"LARGEST": 1.0, "RECIPROCAL": 1.0, "WHOLE": False} if target is None else constants(target)
     given = [_or(one, f) for one in (coefficients, _dense(down), _dense(up), norm_weight)]
     results = [_or(one, f) for one in (made.total, made.low, made.inverse)]
@@ -48,7 +48,7 @@ def forward(operands: Operands, target: Format | None) -> Made:
     return made
 
 
-def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
+def backward(kept: Kept, slopes: Slopes, wanted: Wanted, ahead: int | None = None) -> Gradients:
     """Compute the gradients that are wanted; see `chunked.backward`."""
     given = slopes.total if slopes.normed is None else slopes.normed
     assert given is not None
@@ -61,12 +61,12 @@ def backward(kept: Kept, slopes: Slopes, wanted: Wanted) -> Gradients:
     low = given.new_empty(len(given), rank, dtype=torch.float32)
     means = given.new_empty(len(given), dtype=torch.float32)
     if given.numel():
-        _slopes(kept, slopes, given, rank, (d_update, d_residual, d_previous), low, means)
-    sums = _sums(kept, slopes, given, rank, wanted, low, means)
+        _slopes(kept, slopes, given, rank, (d_update, d_residual, d_previous), low, means, ahead)
+    sums = _sums(kept, slopes, given, rank, wanted, low, means, ahead)
     return Gradients(d_update, d_residual, *sums, previous=d_previous)
 
 
-def row_tile(rows: int, dim: int, rank: int, exact: bool, norm: bool) -> dict[str, int]:
+def row_tile(rows: int, dim: int, rank: int, exact: bool, norm: bool, ahead: int | None = None) -> dict[str, Any]:
     """Choose the tile of a walk over rows.
 
     Args:
@@ -75,31 +75,39 @@ def row_tile(rows: int, dim: int, rank: int, exact: bool, norm: bool) -> dict[st
       rank: r; with maps, taller blocks read these less often.
       exact: whether the rows are float32, whose products are made of three and take as many registers.
       norm: whether there is a norm, for which more tensors are read ahead into shared memory.
+      ahead: tiles to read ahead of their use; None leaves it to the compiler.
 
     Returns:
       The tile: the fastest of those measured on an H200 in bfloat16 without a norm; else one that fits the registers.
     """
     width = max(16, next_power_of_2(dim))
     if not rank:
-        return {"BM": 4, "BD": min(512, width), "num_warps": 4, "num_stages": 2}
+        return {"BM": 4, "BD": min(512, width), "num_warps": 4, "num_stages": 2, "AHEAD": ahead}
     if exact or norm:  # not measured
         tall = 64 if rows >= 16_384 and rank <= 32 else 32 if rows >= 4096 else 16
         narrow, wide = 16 if tall == 64 or rank > 32 else 32, 64 if rank > 32 else 4096 // tall
-        return {"BM": tall, "BD": min(narrow if exact else wide, width), "num_warps": 4, "num_stages": 2}
+        return {
+            "BM": tall,
+            "BD": min(narrow if exact else wide, width),
+            "num_warps": 4,
+            "num_stages": 2,
+            "AHEAD": ahead,
+        }
     tall = 32 if rows >= 4096 else 16
-    return {"BM": tall, "BD": min(4096 // tall, width), "num_warps": 4, "num_stages": 3}
+    return {"BM": tall, "BD": min(4096 // tall, width), "num_warps": 4, "num_stages": 3, "AHEAD": ahead}
 
 
-def column_tile(rows: int, dim: int, rank: int, exact: bool, norm: bool) -> dict[str, int]:
+def column_tile(rows: int, dim: int, rank: int, exact: bool, norm: bool, ahead: int | None = None) -> dict[str, Any]:
     """Choose the tile of the sums over rows, and how many blocks of rows a program adds up; see `row_tile`."""
     width = max(16, next_power_of_2(dim))
+    tall, wide, warps, stages, programs = 32, min(128, width), 8 if rank > 32 else 4, 3, PROGRAMS
     if exact or norm:
-        narrow = 64 if rank <= 32 else 32
-        tile = {"BM": 16 if exact else 32, "BD": min(narrow, width), "num_warps": 8, "num_stages": 2}
-    else:
-        tile = {"BM": 32, "BD": min(128, width), "num_warps": 8 if rank > 32 else 4, "num_stages": 3}
-    blocks, columns = cdiv(rows, tile["BM"]), cdiv(dim, tile["BD"])
-    return {**tile, "SPLIT": max(1, cdiv(blocks, max(1, min(blocks, PROGRAMS // columns))))}
+        tall, wide, warps, stages = 16 if exact else 32, min(64 if rank <= 32 else 32, width), 8, 2
+    elif ahead is not None:
+        tall, programs = 16, 2 * PROGRAMS
+    blocks, columns = cdiv(rows, tall), cdiv(dim, wide)
+    split = max(1, cdiv(blocks, max(1, min(blocks, programs // columns))))
+    return {"BM": tall, "BD": wide, "num_warps": warps, "num_stages": stages, "AHEAD": ahead, "SPLIT": split}
 
 
 def padded_rank(rank: int) -> int:
@@ -120,9 +128,10 @@ def _slopes(
     out: tuple[Tensor | None, Tensor | None, Sequence[Tensor]],
     low: Tensor,
     means: Tensor,
+    ahead: int | None,
 ) -> None:
     rows, dim = given.shape
-    tile = row_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None)
+    tile = row_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None, ahead)
     d_update, d_residual, d_previous = out
     operands = [_or(x, given) for x in (slopes.total, slopes.normed, kept.total, kept.inverse, kept.norm_weight)]
     maps = [_or(_dense(x), given) for x in (kept.down, kept.up)]
@@ -136,7 +145,14 @@ def _slopes(
 
 
 def _sums(
-    kept: Kept, slopes: Slopes, given: Tensor, rank: int, wanted: Wanted, slope_low: Tensor, means: Tensor
+    kept: Kept,
+    slopes: Slopes,
+    given: Tensor,
+    rank: int,
+    wanted: Wanted,
+    slope_low: Tensor,
+    means: Tensor,
+    ahead: int | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Sum up over rows: gradients of the coefficients, A, B and the norm's weight."""
     rows, dim = given.shape
@@ -145,7 +161,7 @@ def _sums(
     learned = wanted.alpha or wanted.beta or wanted.gamma
     if not (maps or weight or learned):
         return None, None, None, None
-    tile: dict[str, Any] = column_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None)
+    tile = column_tile(rows, dim, rank, kept.stream == torch.float32, slopes.normed is not None, ahead)
     columns, parts = cdiv(dim, tile["BD"]), cdiv(cdiv(rows, tile["BM"]), tile["SPLIT"])
 
     # one buffer, one sum over the parts: A's gradient, B's, the norm weight's, the coefficients'

@@ -7,7 +7,8 @@
 A program walks over its rows in tiles of [BM, BD], first for what a row needs in sum, then for what depends on it; the
 second walk reads from the cache. Only the sums over rows need a third kernel, which reads x' gradient and x once more:
 what the first two could leave behind for it would be larger. Sums over tiles are in float32 and in a fixed order.
-PRECISION is of the low-rank products: tf32, which holds bfloat16 and float16 exactly, or tf32x3 for float32.
+AHEAD is how many tiles of a walk are read ahead of their use; None leaves it to the compiler, which does so where a tile is
+multiplied alone. PRECISION is of the low-rank products: tf32, which holds bfloat16 and float16 exactly, or tf32x3 for float32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -64,7 +65,7 @@ def residual_rows(
     f, x, coefficients, down, up, norm_weight, p0, p1, p2, p3, total, low, inverse, normed, scale, M, D, R,
     BM: tl.constexpr, BD: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, QUANTIZE: tl.constexpr,
-    LARGEST: tl.constexpr, RECIPROCAL: tl.constexpr, WHOLE: tl.constexpr,
+    LARGEST: tl.constexpr, RECIPROCAL: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Make x' of some rows, and its norm; RANK 0: no maps; `normed` takes the 8-bit values where QUANTIZE."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -73,14 +74,14 @@ def residual_rows(
     alpha, beta = tl.load(coefficients), tl.load(coefficients + 1)
     if RANK > 0:
         u = tl.zeros([BM, RANK], tl.float32)
-        for start in range(0, D, BD):
+        for start in tl.range(0, D, BD, num_stages=AHEAD):
             j = start + tl.arange(0, BD)
             tile = tl.load(x + start_of + j[None, :], mask=row_in & (j < D)[None, :], other=0.0).to(tl.float32)
             u = tl.dot(tile, _map_tile(down, j, D, R, RANK), u, input_precision=PRECISION)
         rank = tl.arange(0, RANK)[None, :]
         tl.store(low + row.to(tl.int64)[:, None] * R + rank, u, mask=row_in & (rank < R))
     squares, largest = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-    for start in range(0, D, BD):
+    for start in tl.range(0, D, BD, num_stages=AHEAD):
         j = start + tl.arange(0, BD)
         there, place = row_in & (j < D)[None, :], start_of + j[None, :]
         whole = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
@@ -110,7 +111,7 @@ def residual_rows(
         into = tl.div_rn(tl.full([BM], 1.0, tl.float32), of_row)
         nans = tl.zeros([BM], tl.int32)
         tl.debug_barrier()  # x' is read back by other threads than those that wrote it
-        for start in range(0, D, BD):
+        for start in tl.range(0, D, BD, num_stages=AHEAD):
             j = start + tl.arange(0, BD)
             there, place = row_in & (j < D)[None, :], start_of + j[None, :]
             weight = tl.load(norm_weight + j, mask=j < D, other=0.0).to(tl.float32)[None, :]
@@ -131,6 +132,7 @@ def slope_rows(
     d_update, d_residual, d0, d1, d2, d3, low, means, M, D, R,
     BM: tl.constexpr, BD: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     DIRECT: tl.constexpr, NORM: tl.constexpr, UPDATE: tl.constexpr, RESIDUAL: tl.constexpr, COUNT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Make the gradients of f (UPDATE), x (RESIDUAL) and COUNT earlier residuals; `low` takes g B^T."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -139,7 +141,7 @@ def slope_rows(
     by_root, mean = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     if NORM:
         by_root = tl.load(inverse + row, mask=row < M, other=0.0)
-        for start in range(0, D, BD):
+        for start in tl.range(0, D, BD, num_stages=AHEAD):
             j = start + tl.arange(0, BD)
             there, place = row_in & (j < D)[None, :], start_of + j[None, :]
             normal = tl.load(total + place, mask=there, other=0.0).to(tl.float32) * by_root[:, None]
@@ -149,14 +151,14 @@ def slope_rows(
         tl.store(means + row, mean, mask=row < M)
     if RANK > 0:
         v = tl.zeros([BM, RANK], tl.float32)
-        for start in range(0, D, BD):
+        for start in tl.range(0, D, BD, num_stages=AHEAD):
             j = start + tl.arange(0, BD)
             there, place = row_in & (j < D)[None, :], start_of + j[None, :]
             g, _ = _slope_tile(d_total, d_normed, total, norm_weight, by_root, mean, place, j, there, D, DIRECT, NORM)
             v = tl.dot(g, tl.trans(_up_tile(up, j, D, R, RANK)), v, input_precision=PRECISION)
         rank = tl.arange(0, RANK)[None, :]
         tl.store(low + row.to(tl.int64)[:, None] * R + rank, v, mask=row_in & (rank < R))
-    for start in range(0, D, BD):
+    for start in tl.range(0, D, BD, num_stages=AHEAD):
         j = start + tl.arange(0, BD)
         there, place = row_in & (j < D)[None, :], start_of + j[None, :]
         g, _ = _slope_tile(d_total, d_normed, total, norm_weight, by_root, mean, place, j, there, D, DIRECT, NORM)
@@ -182,7 +184,7 @@ def column_sums(
     d_down, d_up, d_weight, d_coefficients, M, D, R, stride,
     SPLIT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     DIRECT: tl.constexpr, NORM: tl.constexpr, MAPS: tl.constexpr, WEIGHT: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, INNER: tl.constexpr, COUNT: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, INNER: tl.constexpr, COUNT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sum up BD columns over SPLIT blocks of BM rows; the results of all parts, `stride` apart, are added up afterwards.
 
@@ -201,7 +203,7 @@ def column_sums(
     )
     of_0, of_1 = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
     of_2, of_3 = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
-    for number in range(SPLIT):
+    for number in tl.range(SPLIT, num_stages=AHEAD):
         row = (part * SPLIT + number) * BM + tl.arange(0, BM)
         there = (row < M)[:, None] & (j < D)[None, :]
         place = row.to(tl.int64)[:, None] * D + j[None, :]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.kernels.compiling import not_compiled, not_narrowed
+from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.low_precision.autograd import Gradients, LinearFunction, Recipe
 from distilbeam.kernels.low_precision.products import named
 from distilbeam.kernels.low_precision.refusals import Call, backends
@@ -20,7 +21,7 @@ def fp8_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    gradients: Gradients = "bf16",
+    gradients: Gradients = "fp8",
     cache: WeightCache | None = None,
     implementation: str | None = None,
 ) -> Tensor:
@@ -30,11 +31,11 @@ def fp8_linear(
       input: floating [..., K], or rows quantised to float8_e4m3fn by the operation before.
       weight: floating [N, K], kept in its own precision by the caller.
       bias: floating [N], added in float32; None for 0.
-      gradients: of what the two products of the backward pass are made: `bf16`, or `fp8`: the gradient in e4m3 with a
-        scale per row.
+      gradients: of what the two products of the backward pass are made: `fp8`, the gradient in e4m3 with a scale per row,
+        or `bf16`.
       cache: keeps the quantised weight from call to call; None quantises it now.
-      implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9, bfloat16), `triton` (the
-        same GPUs); None chooses.
+      implementation: `reference` (any device), `scaled_mm` (CUDA, compute capability 8.9; results are rounded to bfloat16),
+        `triton` (the same product on operands that Triton lays out for it, all in fp8; not measured); None chooses.
 
     Returns:
       The outputs, [..., N], in the dtype of the input, float32 for quantised rows without a gradient; differentiable
@@ -115,6 +116,9 @@ def _linear(
     def quantize(x: Tensor) -> QuantizedRows:
         return quantize_rowwise(x, FORMATS[form].dtype, implementation=quantizing)
 
+    if (form, name) == ("fp8", "triton"):
+        with not_narrowed(given.device.type):
+            return _all_in_fp8(rows, weight, bias, cache, call.dtype)
     with not_narrowed(given.device.type):
         x = rows.flattened() if isinstance(rows, QuantizedRows) else quantize(rows.reshape(-1, rows.shape[-1]))
         w = quantize(weight.detach()) if cache is None else cache.rows_of(weight, quantize)
@@ -122,6 +126,24 @@ def _linear(
         recipe = Recipe(named(name), gradients, quantize)
         y_MN: Tensor = LinearFunction.apply(straight, weight, bias, x, w, recipe)
     return y_MN.reshape(*given.shape[:-1], len(weight))
+
+
+def _all_in_fp8(
+    rows: Tensor | QuantizedRows, weight: Tensor, bias: Tensor | None, cache: WeightCache | None, dtype: torch.dtype
+) -> Tensor:
+    from distilbeam.kernels.low_precision import triton_fp8
+
+    flat = rows.flattened() if isinstance(rows, QuantizedRows) else rows.reshape(-1, rows.shape[-1])
+    with on_device_of(weight):
+        x = triton_fp8.quantize(flat) if isinstance(flat, Tensor) else triton_fp8.transposed(flat)
+        w = triton_fp8.quantize(weight) if cache is None else cache.rows_of(weight, triton_fp8.quantize)
+        if not isinstance(w, triton_fp8.BothWays):  # another implementation filled the cache
+            w = triton_fp8.transposed(w)
+    straight = flat if isinstance(flat, Tensor) else flat.straight
+    if straight is None:
+        straight = x.values.new_zeros((), dtype=dtype).expand(x.shape)
+    y_MN: Tensor = triton_fp8.AllFp8.apply(straight, weight, bias, x, w)
+    return y_MN.reshape(*rows.shape[:-1], len(weight))
 
 
 def _dtype(rows: Tensor | QuantizedRows) -> torch.dtype:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+MULTIPLE = 16  # of sizes that the tensor cores' 8-bit products take
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
 
@@ -40,16 +41,36 @@ def reference(
 def scaled_mm(
     a_MK: Tensor, scale_a: Tensor, b_NK: Tensor, scale_b: Tensor, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply a by b transposed on the tensor cores; arguments as for `reference`."""
+    """Multiply a by b transposed on the tensor cores; arguments as for `reference`.
+
+    The result is rounded to bfloat16, which is what it comes in, whatever its dtype. Sizes that are no multiples of 16 are
+    padded with zeros.
+    """
+    rows, outputs = len(a_MK), len(b_NK)
+    if not rows or not a_MK.shape[1]:
+        return reference(a_MK, scale_a, b_NK, scale_b, bias_N, dtype)
+    beyond = -outputs % MULTIPLE
+    if beyond:
+        scale_b = torch.nn.functional.pad(scale_b, (0, 0, 0, beyond), value=1.0)
+        bias_N = None if bias_N is None else torch.nn.functional.pad(bias_N, (0, beyond))
     product: Tensor = torch._scaled_mm(
-        a_MK.contiguous(),
-        b_NK.contiguous().T,
-        scale_a=scale_a,
+        _padded(a_MK, 0),
+        _padded(b_NK, beyond).T,
+        scale_a=scale_a.contiguous(),
         scale_b=scale_b.T.contiguous(),
-        bias=None if bias_N is None else bias_N.to(dtype),
-        out_dtype=dtype,
+        bias=None if bias_N is None else bias_N.bfloat16(),
+        out_dtype=torch.bfloat16,
     )
-    return product
+    return product[:, :outputs].to(dtype)
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    """Add zeros up to a multiple of 16 columns, and some rows."""
+    columns = -values.shape[1] % MULTIPLE
+    if not columns and not rows:
+        return values.contiguous()
+    bits = torch.nn.functional.pad(values.view(torch.uint8), (0, columns, 0, rows))  # zero is zero in every format
+    return bits.view(values.dtype)
 
 
 def int_mm(

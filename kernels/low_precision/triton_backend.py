@@ -1,4 +1,4 @@
-"""Launch the Triton kernel of the 8-bit product; imported when it is chosen."""
+"""Launch the Triton kernel of the int8 product; imported when it is chosen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def product(
     grid = (cdiv(rows, tile["BM"]) * cdiv(outputs, tile["BN"]),)
     scaled_product[grid](
         a_MK, b_NK, scale_a.contiguous(), scale_b.contiguous(), scale_b if bias_N is None else bias_N, y_MN,
-        rows, outputs, inner, WHOLE=a_MK.dtype == torch.int8, BIAS=bias_N is not None, **tile, **LAUNCH,
+        rows, outputs, inner, BIAS=bias_N is not None, **tile, **LAUNCH,
     )  # fmt: skip
     return y_MN
 

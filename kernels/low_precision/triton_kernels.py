@@ -1,4 +1,4 @@
-"""The product of two 8-bit matrices on the tensor cores, scaled by rows as it is stored."""
+"""The product of two int8 matrices on the tensor cores, scaled by rows as it is stored."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -10,10 +10,9 @@ import triton.language as tl
 @triton.jit
 def scaled_product(
     a, b, scale_a, scale_b, bias, out, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    WHOLE: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out = (a scale_a) (b scale_b)^T + bias of a [M, K] and b [N, K]; WHOLE: int8 with int32 sums."""
+    """out = (a scale_a) (b scale_b)^T + bias of int8 a [M, K] and b [N, K], with int32 sums."""
     # GROUP blocks of rows go down a column of blocks together, so that their operands meet in the cache
     blocks_m, blocks_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     in_group = GROUP * blocks_n
@@ -21,7 +20,7 @@ def scaled_product(
     size = tl.minimum(blocks_m - first, GROUP)
     m = (first + tl.program_id(0) % in_group % size) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % in_group // size) * BN + tl.arange(0, BN)
-    total = tl.zeros([BM, BN], tl.int32 if WHOLE else tl.float32)
+    total = tl.zeros([BM, BN], tl.int32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         left = tl.load(
@@ -30,8 +29,7 @@ def scaled_product(
         right = tl.load(
             b + n[None, :].to(tl.int64) * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0
         )
-        # Hopper's sums of fp8 within instructions are short: every BK products they are added up in full float32
-        total = tl.dot(left, right, total, max_num_imprecise_acc=BK, out_dtype=tl.int32 if WHOLE else tl.float32)
+        total = tl.dot(left, right, total, out_dtype=tl.int32)
     result = total.to(tl.float32) * tl.load(scale_a + m, mask=m < M, other=0.0)[:, None]
     result *= tl.load(scale_b + n, mask=n < N, other=0.0)[None, :]
     if BIAS:

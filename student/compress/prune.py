@@ -70,7 +70,7 @@ def require_prunable(module: nn.Module) -> None:
       module: the network.
 
     Raises:
-      ValueError: it has learned residuals, attention or embeddings.
+      ValueError: it has learned residuals, RMS norms, attention or embeddings.
     """
     for part in module.modules():
         if isinstance(part, LaurelResidual) and part.variant != "plain":
@@ -78,6 +78,8 @@ def require_prunable(module: nn.Module) -> None:
                 "pruning can follow channels through residual 'none' and 'plain' but not through learned residuals; "
                 f"got 'laurel-{part.variant}'"
             )
+        if isinstance(part, nn.RMSNorm):
+            raise ValueError("pruning cannot follow channels through norm 'rms'; choose norm 'own', or a smaller width")
         if isinstance(part, nn.MultiheadAttention | nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
                 f"pruning takes linear, convolutional and norm layers, got {type(part).__name__}; make the network "

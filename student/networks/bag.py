@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.joining import scaled
+from distilbeam.student.networks.last_layer import LastLayerApart
 from distilbeam.student.networks.mlp import Mlp
 from distilbeam.teacher.preprocess import padding_id, vocabulary_size
 
 
-class EmbeddingBag(nn.Module):
+class EmbeddingBag(LastLayerApart):
     """The mean embedding of a text's ids, then fully connected layers.
 
     V ids of `dim` (times `width`) numbers have V dim parameters, the layers those of an `Mlp`. A text without an id has
@@ -24,15 +25,18 @@ class EmbeddingBag(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size(config.input), dim, padding_idx=self.pad_id)
         self.layers = Mlp(dim, config, num_classes, init="tiled")
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Compute logits [B, C] of ids int64 [B, L]."""
+    def features(self, ids: Tensor) -> Tensor:
+        """Compute what the last layer is given, [B, H], of ids int64 [B, L]."""
         count = (ids != self.pad_id).sum(1, keepdim=True).clamp(min=1)
         # the embedding of the padding is zero and has no gradient, so that the sum needs no mask
-        logits: Tensor = self.layers(self.embedding(ids).sum(1) / count)
-        return logits
+        return self.layers.features(self.embedding(ids).sum(1) / count)
+
+    def last_layer(self) -> nn.Linear:
+        """Give the layer to the logits."""
+        return self.layers.last_layer()
 
 
-class VectorBag(nn.Module):
+class VectorBag(LastLayerApart):
     """The embeddings of hashed n-grams that come as a vector [buckets], summed with its numbers as weights."""
 
     def __init__(self, buckets: int, config: StudentConfig, num_classes: int) -> None:
@@ -41,10 +45,13 @@ class VectorBag(nn.Module):
         self.embedding = nn.Linear(buckets, dim, bias=False)
         self.layers = Mlp(dim, config, num_classes, init="tiled")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute logits [B, C] of vectors [B, buckets]."""
-        logits: Tensor = self.layers(self.embedding(x))
-        return logits
+    def features(self, x: Tensor) -> Tensor:
+        """Compute what the last layer is given, [B, H], of vectors [B, buckets]."""
+        return self.layers.features(self.embedding(x))
+
+    def last_layer(self) -> nn.Linear:
+        """Give the layer to the logits."""
+        return self.layers.last_layer()
 
 
 def text_network(input_shape: tuple[int, ...], config: StudentConfig, num_classes: int) -> nn.Module:

@@ -9,15 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distilbeam.kernels.laurel.operands import EPSILON
 from distilbeam.student.config import StudentConfig
-from distilbeam.student.networks.joining import make_residual, scaled
+from distilbeam.student.networks.joining import Normed, join_and_norm, make_residual, scaled, wide_stream
+from distilbeam.student.networks.last_layer import LastLayerApart
 
 
-class Mlp(nn.Module):
+class Mlp(LastLayerApart):
     """Linear layers with ReLU and dropout, and the logits; a layer that keeps its width joins its input.
 
     With input width D and hidden widths H1 ... Hn (each times `width`) it has (D + 1) H1 + ... + (Hn + 1) C parameters,
-    and those of the residuals.
+    and those of the residuals. With `norm` rms there is an RMS norm in front of every layer but the first, computed with the
+    residual before it in one pass.
     """
 
     def __init__(
@@ -34,20 +37,37 @@ class Mlp(nn.Module):
             for keep, run, width in zip(self.keeps, runs, widths[1:], strict=True)
         )
         self.dropout = nn.Dropout(config.dropout)
+        rms = config.norm == "rms"
+        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=EPSILON) for width in widths[1:] if rms)
+        # hidden states that later ones are added to
+        self.begins = [not keep and after for keep, after in pairwise([*self.keeps, False])]
+        if config.residual == "none":
+            self.begins = [False] * len(self.keeps)
         self.head = nn.Linear(widths[-1], num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute logits [B, C] of inputs [B, ...]."""
+    def features(self, x: Tensor) -> Tensor:
+        """Compute what the last layer is given, [B, H], of inputs [B, ...]."""
         h = x.flatten(1)
+        normed: Normed = h  # what the next layer reads
         earlier: list[Tensor] = []  # residuals of the width reached, the latest first
-        for layer, residual, keeps in zip(self.layers, self.residuals, self.keeps, strict=True):
-            update = self.dropout(torch.relu(layer(h)))
-            if keeps:
-                earlier, h = [h, *earlier], residual(update, h, earlier)
+        readers = [*self.layers[1:], None]
+        for i, (layer, residual, keeps) in enumerate(zip(self.layers, self.residuals, self.keeps, strict=True)):
+            update = self.dropout(torch.relu(layer(normed)))
+            if not keeps:
+                earlier, h = [], wide_stream(update) if self.begins[i] else update
+                normed = self.norms[i](h) if self.norms else h
+            elif self.norms:
+                joined = join_and_norm(residual, update, h, earlier, self.norms[i], readers[i])
+                earlier, (h, normed) = [h, *earlier], joined
             else:
-                earlier, h = [], update
-        logits: Tensor = self.head(h)
-        return logits
+                earlier, h = [h, *earlier], residual(update, h, earlier)
+                normed = h
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def last_layer(self) -> nn.Linear:
+        """Give the layer to the logits."""
+        return self.head
 
 
 def _run_lengths(keeps: Sequence[bool]) -> list[int]:

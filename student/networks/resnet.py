@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.joining import channels_last, join_channels, make_residual, scaled
+from distilbeam.student.networks.last_layer import LastLayerApart
 
 
-class ResNet(nn.Module):
+class ResNet(LastLayerApart):
     """The residual network of a configuration's `depth`, `width`, `separable` and `residual`."""
 
     def __init__(self, input_shape: tuple[int, ...], config: StudentConfig, num_classes: int) -> None:
@@ -42,16 +43,20 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels[-1], num_classes)
         self.apply(_initialise)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute logits [B, C] of images [B, channels, height, width]."""
+    def features(self, x: Tensor) -> Tensor:
+        """Compute the mean over the pixels, [B, H], of images [B, channels, height, width]."""
         x = torch.relu(self.norm(self.stem(channels_last(x))))
         earlier: list[Tensor] = []  # inputs of this stage's blocks, the latest first
         for block in self.blocks:
             before = x
             x = block(x, earlier)
             earlier = [] if isinstance(block, _Transition) else [before, *earlier]
-        logits: Tensor = self.head(self.dropout(x.mean((2, 3))))
-        return logits
+        mean: Tensor = self.dropout(x.mean((2, 3)))
+        return mean
+
+    def last_layer(self) -> nn.Linear:
+        """Give the layer from the mean to the logits."""
+        return self.head
 
 
 class _Block(nn.Module):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from distilbeam.student.config import StudentConfig
 from distilbeam.student.networks.joining import channels_last, join_channels, make_residual, scaled
+from distilbeam.student.networks.last_layer import LastLayerApart
 
 
-class SurveyCnn(nn.Module):
+class SurveyCnn(LastLayerApart):
     """The network of the Survey's experiment (Menghani, arXiv:2106.08962), without its softmax.
 
     Three pairs of Conv3x3-ReLU-BatchNorm with 32, round(64 w) and round(128 w) channels and a max-pool after each pair,
@@ -42,10 +43,16 @@ class SurveyCnn(nn.Module):
             nn.Linear(dense, num_classes),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute logits [B, C] of images [B, channels, height, width]."""
-        logits: Tensor = self.head(self.pairs(channels_last(x)))
-        return logits
+    def features(self, x: Tensor) -> Tensor:
+        """Compute what the last dense layer is given, [B, H], of images [B, channels, height, width]."""
+        hidden: Tensor = self.head[:-1](self.pairs(channels_last(x)))
+        return hidden
+
+    def last_layer(self) -> nn.Linear:
+        """Give the layer to the logits."""
+        layer = self.head[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
 
 class _ConvPair(nn.Module):

@@ -78,7 +78,7 @@ def check(case, found, leaves, truth, exact_leaves, message, roundings=1):
 
 
 def compare(case, implementation, message):
-    leaf = moved(case.logits, DEVICE if implementation == "triton" else "cpu").detach().requires_grad_()
+    leaf = moved(case.logits, DEVICE if implementation in ("triton", "one_kernel") else "cpu").detach().requires_grad_()
     options = {n: moved(v, leaf.device) for n, v in case.options.items()}
     exact_leaf = case.logits.double().detach().requires_grad_()
     truth = exact(case, exact_leaf)
@@ -111,6 +111,21 @@ if not INTERPRETED:
             # the kernels are compiled for every size anew
             case = random_case(seed, (torch.float32, torch.bfloat16), ("top_k", "sampled", "hard"), sizes=(9, 33, 4))
             compare(case, "pallas", f"of pallas, case {seed}")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="neither a CUDA device nor the interpreter")
+@pytest.mark.parametrize("block", seeds(2, 60))
+def test_losses_of_logits_in_one_kernel(block):
+    tried = 0
+    for seed in range(PER_TEST * block, PER_TEST * (block + 1)):
+        case = random_case(seed, (torch.bfloat16, torch.float16), kinds=("top_k", "sampled", "hard"))
+        if case.options["objective"] in ("slam", "renormalised") or "hard" in case.options:
+            continue
+        if not isinstance(case.labels, HardLabels) and case.labels.classes.shape[1] == case.logits.shape[1]:
+            continue  # there may be no other classes
+        compare(case, "one_kernel", f"of one_kernel, case {seed}")
+        tried += 1
+    assert tried >= 5
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

@@ -34,6 +34,18 @@ def test_fp8_products_equal_torch_s_scaled_mm_up_to_the_order_of_sums(shape):
     assert torch.equal(layer.to(torch.bfloat16), again)
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 3), (33, 100, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_that_are_no_multiples_of_sixteen_are_padded(shape, dtype):
+    x, w, a, b = operands(*shape, torch.float8_e4m3fn)
+    bias = torch.linspace(-1, 1, shape[2])
+    found = products.scaled_mm(a.values, a.scale, b.values, b.scale, bias, dtype)
+    again = products.reference(a.values, a.scale, b.values, b.scale, bias, torch.float32)
+    assert found.dtype == dtype
+    magnitude = x.abs() @ w.abs().T + 1
+    assert ((found.float() - again).abs() <= 2.0**-8 * again.abs() + 1e-5 * magnitude + 2.0**-9 * bias.abs()).all()
+
+
 @pytest.mark.parametrize("shape", [(32, 64, 16), (48, 256, 32)])
 def test_int8_products_equal_torch_s_int_mm_bit_by_bit(shape):
     x, w, a, b = operands(*shape, torch.int8)

@@ -55,6 +55,27 @@ def test_rows_are_solved_sixteen_bytes_at_a_time_without_spills(capability, slam
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("classes", "kept"), [(32_000, 8), (50_257, 64), (128_256, 64)])
+def test_value_and_gradient_in_one_kernel_hold_their_rows_without_spills(capability, classes, kept):
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.distillation.triton_one_backend import block_of
+    from distilbeam.kernels.distillation.triton_one_kernel import value_and_gradient
+
+    flags = {"PADDED": True, "MASKED": True, "ENTROPY": True, "K": kept, "KP": kept}
+    block = block_of(classes)
+    constants = {"BLOCK": block.pop("BLOCK"), "HELD": block.pop("HELD"), **flags}
+    signature = {**for_kernel(value_and_gradient), "logits": "*bf16", "zero": "*i32"}
+    found = compile_for(capability, value_and_gradient, signature, constants, **block)
+    assert found.spills == 0
+    assert found.registers <= 128  # 16 warps of them: a row to a multiprocessor
+    assert found.shared <= 8192
+    assert found.count("LDG.E.EF.128") >= constants["HELD"]  # of what is held, 16 bytes at a time
+    assert found.count("STG.E.EF.128") >= constants["HELD"]
+    assert found.count("BAR.SYNC") <= 44
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["backward", "in place"])
 def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability, kind):
     from triton_ahead_of_time import compile_for

@@ -1,0 +1,157 @@
+"""A training's step with the last layer and the loss in one operation, beside the same step with whole logits.
+
+    python benchmarks/last_layer.py --quick                                    # half a minute
+    python benchmarks/last_layer.py --threads 1 --json benchmarks/results/last_layer-cpu.json
+    python benchmarks/last_layer.py --device cuda --precision bf16 --grid gpu --json FILE
+
+The step is the trainer's own (`step_loss`, forward and backward, without the optimizer) of an RMSNorm mlp with learned
+residuals, whose last layer has the given sizes. `table` says what `training.last_layer = "table"` chooses there. Times are
+medians of rounds taken in turn; peaks are what a step needs beyond what is held before it, on a CPU in a process each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measuring.record import machine, write
+from measuring.steps import Step, medians, peak_bytes
+
+from distilbeam.student.config import StudentConfig
+from distilbeam.student.models import build_student
+from distilbeam.student.network import UpToLastLayer, make_network
+from distilbeam.student.processes import Processes
+from distilbeam.student.sources import StepRows
+from distilbeam.student.step_loss import step_loss
+from distilbeam.student.train_config import TrainConfig
+from distilbeam.teacher.softlabels import SoftLabelSpec
+
+WAYS = ("apart", "together")
+
+
+class Shape(NamedTuple):
+    """Rows of a step, features and classes of the last layer; labels keep ten classes of a row."""
+
+    rows: int
+    features: int
+    classes: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+GRIDS = {
+    "quick": (Shape(64, 64, 1_000), Shape(256, 64, 8_000)),
+    "cpu": tuple(
+        Shape(rows, features, classes)
+        for rows in (64, 512)
+        for features in (64, 256, 1024)
+        for classes in (100, 1_000, 8_000, 32_000)
+    ),
+    "gpu": tuple(
+        Shape(rows, features, classes)
+        for rows, features, classes in (
+            (4096, 256, 32_000),
+            (4096, 1024, 32_000),
+            (4096, 4096, 128_256),
+            (16_384, 1024, 128_256),
+        )
+    ),
+}
+
+
+def make_step(shape: Shape, way: str, options: argparse.Namespace) -> tuple[Step, bool]:
+    """Build a student and give its step, and whether the last layer is taken together with the loss."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    config = StudentConfig.model_validate(
+        {
+            "kind": "mlp",
+            "hidden": [shape.features] * 2,
+            "residual": "laurel-rw+lr",
+            "norm": "rms",
+            "input": {"columns": ["x"]},
+        }
+    )
+    module = build_student(config, (shape.features,), shape.classes).to(device)
+    training = TrainConfig(batch_size=shape.rows, precision=options.precision, last_layer=way)
+    spec = SoftLabelSpec(shape.classes, kind="top_k", k=10, teacher="benchmark")
+    network = make_network(module, config, training, Processes(device), spec)
+    kept = torch.rand(shape.rows, shape.classes).topk(10, dim=1).indices
+    logprobs = torch.randn(shape.rows, 10).log_softmax(1) - 0.1
+    batch = {"inputs": torch.randn(shape.rows, shape.features), "teacher_logprobs": logprobs, "teacher_classes": kept}
+    batch["teacher_tail_logmass"] = torch.log1p(-logprobs.exp().sum(1))
+    rows = StepRows(batch, None, shape.rows, 1)
+    leaves = list(module.parameters())
+
+    def step() -> None:
+        torch.autograd.grad(step_loss(network, training, rows, spec, None, None, device), leaves)
+
+    return step, isinstance(network, UpToLastLayer)
+
+
+def peak_of(shape: Shape, way: str, options: argparse.Namespace) -> int:
+    """Measure a step's peak, on a CPU in a process of its own that returns freed memory at once."""
+    if options.device == "cuda":
+        return peak_bytes(make_step(shape, way, options)[0], "cuda")
+    command = [sys.executable, __file__, f"--precision={options.precision}", f"--threads={options.threads}"]
+    command += [f"--peak-of={way}", f"--shape={shape}"]
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1])
+
+
+def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure both ways on a shape."""
+    steps = {way: make_step(shape, way, options)[0] for way in WAYS}
+    for step in steps.values():
+        step()
+    times = medians(steps, options.device, options.repeats)
+    row: dict[str, Any] = {"shape": str(shape), "precision": options.precision}
+    row |= {f"{way} ms": round(1e3 * taken, 3) for way, taken in times.items()}
+    row["speed"] = round(times["apart"] / times["together"], 3)
+    if not options.no_memory:
+        peaks = {way: peak_of(shape, way, options) for way in WAYS}
+        row |= {f"{way} peak MiB": round(peak / 2**20, 1) for way, peak in peaks.items()}
+        row["memory"] = round(peaks["together"] / max(1, peaks["apart"]), 3)
+    row["table"] = "together" if make_step(shape, "table", options)[1] else "apart"
+    return row
+
+
+def main() -> None:
+    """Measure, print a line for each shape, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="two shapes, three rounds, no peaks")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp8", "int8"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        shape = Shape(*map(int, options.shape.split("x")))
+        print(peak_bytes(make_step(shape, options.peak_of, options)[0], options.device))
+        return
+    if options.quick:
+        options.grid, options.repeats, options.no_memory = "quick", 3, True
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    about = machine(("torch", "triton"), threads=options.threads, gpu=gpu)
+    rows = []
+    for shape in GRIDS[options.grid]:
+        rows.append(measure(shape, options))
+        print(" | ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        write(options.json, about, rows)
+
+
+if __name__ == "__main__":
+    main()
