@@ -158,11 +158,12 @@ def _draw_shares(ax: Axes, edges: _Floats, entry: dict[str, Any]) -> None:
 
 
 def _footprint(results: dict[str, Any]) -> Figure:
-    rows = [
-        (results["teacher"], TEACHER, "teacher"),
-        (results["students"][0], UNIFORM, "student before"),
-        (results["students"][-1], STUDENT, "student after"),
-    ]
+    rows = [(results["teacher"], TEACHER, "teacher")]
+    if results["students"][0]["labels"] == 0:
+        rows.append((results["students"][0], UNIFORM, "student before"))
+    if "own" in results:
+        rows.append((results["own"], UNIFORM, "the run's own student"))
+    rows.append((results["students"][-1], STUDENT, "student after"))
     figure = Figure(figsize=(9.6, 3.8))
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, key, label in (

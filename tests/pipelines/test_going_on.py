@@ -125,7 +125,12 @@ def test_another_student_learns_from_the_labels_that_are_there(problem, finished
     (name, value), *_ = settings.items()
     assert f"Another student than that of {finished}: {name} (" in figures["variant"]
     assert f"{value!r} now)" in figures["variant"]
-    assert "the run's own student" in (root / "report" / "report.html").read_text().replace("&#39;", "'")
+    page = (root / "report" / "report.html").read_text().replace("&#39;", "'")
+    after, own = figures["students"][-1]["accuracy"], figures["own"]["accuracy"]
+    assert f'<p class="lead">{after:.1%} after 2 rounds; the run\'s own student has {own:.1%}, the teacher has' in page
+    assert f"Another student than that of {finished}" in page
+    first = (finished / "report" / "report.html").read_text()
+    assert f"{of_run['students'][0]['accuracy']:.1%} before, {own:.1%} after 2 rounds; the teacher has" in first
 
 
 def test_another_student_is_that_of_a_training_on_the_same_labels(problem, finished, tmp_path):
