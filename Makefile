@@ -55,11 +55,10 @@ lint: $(DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(DEV) .mypy/distilbeam
-	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS)) distilbeam/__init__.py
-
-.mypy/distilbeam:  # the parts are installed as distilbeam.<part>; this link shows mypy the same layout
-	@mkdir -p .mypy && ln -sfn .. $@
+types: $(DEV)  # the parts are installed as distilbeam.<part>; these links show mypy the same layout
+	@rm -rf .mypy/distilbeam && mkdir -p .mypy/distilbeam
+	@ln -s $(addprefix ../../,$(PARTS) $(wildcard distilbeam/[a-z]*) distilbeam/__init__.py) .mypy/distilbeam/
+	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS) storage inputs __init__.py)
 
 dist: $(DEV)  ## wheel and source distribution in dist/
 	@rm -rf build dist

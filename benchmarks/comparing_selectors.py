@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from measuring.record import machine, write
 
-from distilbeam.selection.herding import Herding
-from distilbeam.selection.selectors import CandidatePool, selector
+from distilbeam.selection.strategies.herding import Herding
+from distilbeam.selection.strategies.selectors import CandidatePool, selector
 
 NAMES = ("herding", "k-center", "badge", "margin")
 CENTRES, DIMENSIONS, CLASSES, LABELLED = 100, 64, 10, 500

@@ -172,9 +172,9 @@ def plan_seconds(arguments: dict[str, Any]) -> dict[str, float]:
     """Forecast a labelling in this process."""
     from measuring.label_loops import Task
 
-    from distilbeam.pipelines.beam_options import pipeline_options
-    from distilbeam.pipelines.labelling_job import opened_job
-    from distilbeam.pipelines.plans import forecast_labelling
+    from distilbeam.pipelines.engine.beam_options import pipeline_options
+    from distilbeam.pipelines.forecast.forecast import forecast_labelling
+    from distilbeam.pipelines.jobs.labelling import opened_job
 
     with tempfile.TemporaryDirectory(dir=arguments["scratch"]) as directory:
         task = Task(

@@ -22,13 +22,13 @@ import torch
 from measuring.record import machine, write
 from measuring.steps import Step, medians, peak_bytes
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.models import build_student
-from distilbeam.student.network import UpToLastLayer, make_network
-from distilbeam.student.processes import Processes
-from distilbeam.student.sources import StepRows
-from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.batches import StepRows
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.distributed import Processes
+from distilbeam.student.training.loss import step_loss
+from distilbeam.student.training.wrap import UpToLastLayer, make_network
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 WAYS = ("apart", "together")

@@ -35,8 +35,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from distilbeam.student.data import SoftLabelDataset
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.inputs.config import InputConfig
+from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
 CASES = {  # rows of a shard, and shards: an epoch takes over a second, beside which filling a pipeline is little

@@ -29,10 +29,10 @@ import numpy.typing as npt
 from measuring.record import machine
 
 from distilbeam.selection import compiled
-from distilbeam.selection.debias import DebiasEstimator
-from distilbeam.selection.rad import guaranteed_gain, rad_marginals
+from distilbeam.selection.games.rad import guaranteed_gain, rad_marginals
 from distilbeam.selection.rounding import dep_round
-from distilbeam.selection.sketch import GainSketch, Threshold
+from distilbeam.selection.sketch.gain_sketch import GainSketch, Threshold
+from distilbeam.selection.trust.debias import DebiasEstimator
 
 CHUNK = 1 << 22
 WRONG, BUDGET = 0.1, 0.05  # shares of the pool: labels that are wrong, labels that are bought

@@ -41,22 +41,22 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from distilbeam.pipelines.beam_options import pipeline_options
+from distilbeam.inputs.config import make_input
 from distilbeam.pipelines.config import parse_label_config
-from distilbeam.pipelines.display import Display, configure_logs
-from distilbeam.pipelines.files import read_json, write_json
-from distilbeam.pipelines.judging import logits_of
-from distilbeam.pipelines.labelling_job import opened_job
+from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.display import Display, configure_logs
+from distilbeam.pipelines.experiments.model_metrics import logits_of
+from distilbeam.pipelines.jobs.labelling import opened_job
+from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.checkpoint import load_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.evaluate import evaluate
-from distilbeam.student.export import export_student
-from distilbeam.student.exported import load_export
-from distilbeam.student.models import build_student
-from distilbeam.student.optimizer import make_optimizer
-from distilbeam.student.train import train
-from distilbeam.student.train_config import AugmentConfig, TrainConfig
-from distilbeam.teacher.preprocess import make_input
+from distilbeam.student.evaluation.metrics import evaluate
+from distilbeam.student.export.export import export_student
+from distilbeam.student.export.load import load_export
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import AugmentConfig, TrainConfig
+from distilbeam.student.training.optimizer import make_optimizer
+from distilbeam.student.training.train import train
 
 
 @dataclass(frozen=True)

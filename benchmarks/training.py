@@ -26,11 +26,11 @@ import torch
 from measuring.record import machine, write
 from torch import nn
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.models import build_student
-from distilbeam.student.optimizer import make_optimizer, set_lr
-from distilbeam.student.train import train
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.optimizer import make_optimizer, set_lr
+from distilbeam.student.training.train import train
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
 EPOCHS = 3  # the first is not counted

@@ -1,5 +1,5 @@
 """Run the command line as `python -m distilbeam`."""
 
-from distilbeam.pipelines.cli import main
+from distilbeam.pipelines.cli.main import main
 
 main()

@@ -1,6 +1,6 @@
 from .config import RunConfig as RunConfig
 from .config import load_config as load_config
-from .selecting_stream import SelectExamples as SelectExamples
 from .steps import run as run
-from .transforms import LabelExamples as LabelExamples
-from .writing_stream import WriteSoftLabels as WriteSoftLabels
+from .transforms.label_examples import LabelExamples as LabelExamples
+from .transforms.select_examples import SelectExamples as SelectExamples
+from .transforms.write_soft_labels import WriteSoftLabels as WriteSoftLabels

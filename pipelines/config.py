@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.search_space import ParetoConfig, TuneConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.search.space import ParetoConfig, TuneConfig
+from distilbeam.student.training.config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
 from distilbeam.toml_files import read_toml
 

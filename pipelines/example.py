@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from distilbeam.pipelines.phases import threads
+from distilbeam.pipelines.engine.phase import threads
 
 SPLITS = {"test": 400, "validation": 200, "teacher": 300, "labelled": 60}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from distilbeam.teacher.softlabels.extras import Need
+from distilbeam.extras import Need
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
-    from distilbeam.student.search_space import ParetoConfig
+    from distilbeam.student.search.space import ParetoConfig
 
 STORES = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
 TEACHERS = {"onnx": ("onnx", ("onnxruntime",)), "huggingface": ("hf", ("transformers",))}

@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.beam_options import pipeline_options
+from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
-from distilbeam.pipelines.display import Display, Report
-from distilbeam.pipelines.job import Job
+from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.display import Display, Report
+from distilbeam.pipelines.jobs.directory import RunDirectory, opened_run
+from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.set_notes import notes_on
 from distilbeam.pipelines.needs import needs_of
-from distilbeam.pipelines.report import write_report
-from distilbeam.pipelines.results import are_current, write_results
-from distilbeam.pipelines.rundir import RunDirectory, opened_run
-from distilbeam.pipelines.set_notes import notes_on
-from distilbeam.teacher.softlabels.extras import require_extras
+from distilbeam.pipelines.report.html import write_report
+from distilbeam.pipelines.report.metrics import are_current, write_results
 
 
 @dataclass(frozen=True)

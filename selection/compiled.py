@@ -63,7 +63,7 @@ def _load() -> Kernels | None:
 
 
 def _count_bins(patterns: Patterns, counts: Ints, sums: Ints) -> None:
-    """Add the number and the sum of deficits of each bin; `distilbeam.selection.bins` defines both.
+    """Add the number and the sum of deficits of each bin; `distilbeam.selection.sketch.bins` defines both.
 
     Both halves of (g - lo) / g are whole multiples of g's last place, which cancels: what is divided are the significands.
     The bins of zero get sums without meaning.

@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distilbeam.student.config import KINDS, StudentConfig
-from distilbeam.student.embedding import seen_by_head
-from distilbeam.student.models import build_student, count_parameters
+from distilbeam.inputs.config import make_input, with_padding
+from distilbeam.student.networks.build import build_student, count_parameters
+from distilbeam.student.networks.config import KINDS, StudentConfig
+from distilbeam.student.networks.embedding import seen_by_head
 from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
 from distilbeam.student.trust import code_of, require_trusted
-from distilbeam.teacher.preprocess import make_input, with_padding
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "student.json"

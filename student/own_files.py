@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.inputs.config import InputConfig
 
 TOKENIZER = "tokenizer.json"
 

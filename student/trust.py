@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from distilbeam.student.config import KINDS, StudentConfig
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.inputs.config import InputConfig
+from distilbeam.student.networks.config import KINDS, StudentConfig
 
 _PRUNED = (
-    "distilbeam.student.compress.prune:pruned_network"  # cuts a network that its options describe; calls nothing else
+    "distilbeam.student.export.prune:pruned_network"  # cuts a network that its options describe; calls nothing else
 )
 _trusted: set[str] = set()
 

@@ -1,16 +1,17 @@
-from .asking import Answers as Answers
-from .asking import RowError as RowError
-from .asking import ask as ask
+from distilbeam.inputs.config import InputConfig as InputConfig
+from distilbeam.inputs.config import make_input as make_input
+
 from .config import TeacherConfig as TeacherConfig
 from .load import load_teacher as load_teacher
-from .preprocess import InputConfig as InputConfig
-from .preprocess import make_input as make_input
+from .predict import Answers as Answers
+from .predict import RowError as RowError
+from .predict import ask as ask
 from .protocol import Teacher as Teacher
 from .protocol import TeacherChanged as TeacherChanged
 from .protocol import TeacherMisfit as TeacherMisfit
 from .protocol import TeacherUnavailable as TeacherUnavailable
-from .serving import ServeOptions as ServeOptions
-from .serving import TeacherServer as TeacherServer
-from .serving import serve as serve
 from .softlabels.inspect import inspect_labels as inspect_labels
 from .softlabels.verify import verify_labels as verify_labels
+from .tfserving.serve import ServeOptions as ServeOptions
+from .tfserving.serve import TeacherServer as TeacherServer
+from .tfserving.serve import serve as serve

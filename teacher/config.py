@@ -22,8 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from distilbeam.inputs.config import InputConfig
 from distilbeam.teacher.answers import AnswerKind
-from distilbeam.teacher.preprocess import InputConfig
 
 
 class _Config(BaseModel):

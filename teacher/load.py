@@ -50,12 +50,12 @@ def load_teacher(
 
 # Modules are imported by name when their kind is asked for: each brings a framework of its own.
 _TEACHERS = {
-    "beam": "beam_teacher:BeamTeacher",
-    "huggingface": "huggingface_teacher:HuggingFaceTeacher",
-    "onnx": "onnx_teacher:OnnxTeacher",
-    "savedmodel": "savedmodel_teacher:SavedModelTeacher",
+    "beam": "backends.beam:BeamTeacher",
+    "huggingface": "backends.huggingface:HuggingFaceTeacher",
+    "onnx": "backends.onnx:OnnxTeacher",
+    "savedmodel": "backends.savedmodel:SavedModelTeacher",
     "tfserving": "tfserving.client:TfServingTeacher",
-    "torch": "torch_teacher:TorchTeacher",
+    "torch": "backends.torch:TorchTeacher",
 }
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distilbeam.teacher.preprocess import load_object
+from distilbeam.inputs.config import load_object
 
 _log = logging.getLogger(__name__)
 

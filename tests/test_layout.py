@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from arrows import arrows, rooms
 
 import distilbeam
 
@@ -20,14 +21,57 @@ PARTS = distilbeam.PARTS
 # what a part may import of the others; "teacher.softlabels" stands for that sub-package alone
 ALLOWED = {
     "pipelines": {"teacher", "selection", "student"},
-    "student": {"kernels", "teacher.softlabels", "teacher.preprocess", "teacher.programs", "selection"},
+    "student": {"kernels", "teacher.softlabels", "teacher.programs", "selection"},
     "teacher": set(),
     "selection": set(),
     "kernels": set(),
 }
 
-# what all parts stand on: the modules of distilbeam/ itself, which use none of the parts
-SHARED = {path.stem for path in (ROOT / "distilbeam").glob("*.py")} - {"__init__", "__main__"}
+# what all parts stand on: the modules and packages of distilbeam/ itself, which use none of the parts
+SHARED = {path.stem for path in (ROOT / "distilbeam").glob("[a-z]*")} - {"py"}
+
+# the rooms of each part, lowest floor first: a room imports those of lower floors alone
+FLOORS = {
+    "kernels": (
+        ("compiling", "devices", "labels", "resolve", "sizes"),
+        ("quantize", "tpu_operations"),
+        ("distillation", "laurel", "low_precision"),
+        ("conversion", "linear_distillation"),
+    ),
+    "pipelines": (
+        ("config", "engine"),
+        ("example", "needs", "pool"),
+        ("acquisition",),
+        ("labelling",),
+        ("jobs",),
+        ("ingest", "report"),
+        ("experiments", "steps", "transforms"),
+        ("forecast",),
+        ("cli",),
+    ),
+    "selection": (
+        ("checks", "compiled"),
+        ("gains", "margins", "rounding", "sketch"),
+        ("games", "trust"),
+        ("strategies",),
+    ),
+    "student": (
+        ("data", "networks", "own_files"),
+        ("trust",),
+        ("checkpoint",),
+        ("export",),
+        ("evaluation",),
+        ("training",),
+        ("search",),
+    ),
+    "teacher": (
+        ("class_order", "oom_backoff", "programs", "protobuf_fields", "protocol", "sources"),
+        ("answers", "fingerprint"),
+        ("config", "predict"),
+        ("backends", "load", "softlabels"),
+        ("tfserving",),
+    ),
+}
 
 
 def modules(part: str) -> list[Path]:
@@ -75,6 +119,9 @@ def test_parts_have_stubs_and_no_init() -> None:
 def test_package_list_is_the_tree() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     subpackages = [path.parent.relative_to(ROOT) for part in PARTS for path in (ROOT / part).rglob("__init__.py")]
+    subpackages += [
+        path.parent.relative_to(ROOT / "distilbeam") for path in (ROOT / "distilbeam").rglob("*/__init__.py")
+    ]
     found = ["distilbeam", *(f"distilbeam.{part}" for part in PARTS)]
     found += [".".join(("distilbeam", *path.parts)) for path in subpackages]
     assert sorted(listed) == sorted(found)
@@ -96,10 +143,17 @@ def test_imports_point_one_way(part: str) -> None:
                 assert any(target == a or target.startswith(f"{a}.") for a in allowed), f"{path} imports {name}"
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_rooms_import_lower_floors_alone(part: str) -> None:
+    floor = {room: level for level, floor_rooms in enumerate(FLOORS[part]) for room in floor_rooms}
+    assert set(rooms(part).values()) == set(floor)
+    assert [arrow for arrow in arrows(part) if floor[arrow[1]] >= floor[arrow[0]]] == []
+
+
 def test_beam_only_in_pipelines_and_the_handler_adapter() -> None:
     for part in ("kernels", "selection", "student", "teacher"):
         for path in modules(part):
-            if (part, path.name) != ("teacher", "beam_teacher.py"):
+            if path.relative_to(ROOT) != Path("teacher/backends/beam.py"):
                 assert "apache_beam" not in imported(path), path
 
 
@@ -122,7 +176,7 @@ def test_public_names_resolve(part: str) -> None:
     names = distilbeam.public_names(ROOT / part / "__init__.pyi")
     assert module.__all__ == sorted(names)
     for name, source in names.items():
-        assert getattr(module, name) is getattr(importlib.import_module(f"distilbeam.{part}.{source}"), name)
+        assert getattr(module, name) is getattr(importlib.import_module(source, f"distilbeam.{part}"), name)
         assert not (ROOT / part / f"{name}.py").exists(), f"a module named {name} would replace the public name {name}"
         assert not (ROOT / part / name).exists(), f"a sub-package named {name} would replace the public name {name}"
 
@@ -135,7 +189,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_importing_the_parts_loads_no_large_library() -> None:
     code = (
-        "import sys, distilbeam, distilbeam.pipelines, distilbeam.kernels, distilbeam.pipelines.cli;"
+        "import sys, distilbeam, distilbeam.pipelines, distilbeam.kernels, distilbeam.pipelines.cli.main;"
         "print(sorted({'torch', 'apache_beam', 'tensorflow', 'pyarrow', 'sklearn'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,21 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from distilbeam.pipelines.beam_options import pipeline_options
-from distilbeam.pipelines.choose import Choice, choose
-from distilbeam.pipelines.label import Label
-from distilbeam.pipelines.labelling import Labelling
-from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_text
-from distilbeam.pipelines.phases import run_phase
-from distilbeam.pipelines.score import Score
-from distilbeam.pipelines.shards import plan_shards
-from distilbeam.pipelines.units import find_files, plan_units
+from distilbeam.pipelines.acquisition.score import Score
+from distilbeam.pipelines.acquisition.select import Choice, choose
+from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
+from distilbeam.pipelines.engine.phase import run_phase
+from distilbeam.pipelines.labelling.label_rows import Labelling
+from distilbeam.pipelines.labelling.phase import Label
+from distilbeam.pipelines.labelling.shard_plan import plan_shards
+from distilbeam.pipelines.pool.splits import find_files, plan_units
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.rad import rad_marginals
+from distilbeam.selection.games.rad import rad_marginals
 from distilbeam.selection.rounding import dep_round
 from distilbeam.student.checkpoint import save_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.models import build_student
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.label_loops import BATCH, Task, _ask, _inputs

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from distilbeam.pipelines.beam_options import pipeline_options
 from distilbeam.pipelines.config import LabelConfig, parse_label_config
-from distilbeam.pipelines.labelling_job import LabellingJob, opened_job
-from distilbeam.pipelines.warm_workers import local_runner
+from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.forkserver import local_runner
+from distilbeam.pipelines.jobs.labelling import LabellingJob, opened_job
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.pools import Teacher

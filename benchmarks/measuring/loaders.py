@@ -18,7 +18,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
 
-from distilbeam.student.data import SoftLabelDataset
+from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.teacher.softlabels import read_manifest
 
 BUFFER_ROWS = 65_536

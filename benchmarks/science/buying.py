@@ -20,10 +20,10 @@ from torch import nn
 from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import SoftRows, accuracy, embeddings_of, fit, logits_of
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.local_errors import ClassErrors, LocalErrors
-from distilbeam.selection.noise import TeacherNoise, teacher_errors
-from distilbeam.selection.pooling import BeliefPool
-from distilbeam.selection.selectors import CandidatePool, selector
+from distilbeam.selection.strategies.selectors import CandidatePool, selector
+from distilbeam.selection.trust.local_errors import ClassErrors, LocalErrors
+from distilbeam.selection.trust.noise import TeacherNoise, teacher_errors
+from distilbeam.selection.trust.pooling import BeliefPool
 
 FLOOR = np.log(1e-4)  # a probability below counts as this much: one example must not outweigh the others
 # cumulative shares of the pool after each round

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.science.problems import Dataset, Indices, Problem, about, split
 from benchmarks.science.teachers import teacher_answers
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 TRAIN_ROWS, TEST_ROWS = 20_000, 5_000
 LABELS = (1_000, 3_000, 10_000)

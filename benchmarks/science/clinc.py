@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.science.problems import Dataset, Indices, Problem, about, split
 from benchmarks.science.teachers import teacher_answers
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.labelled import read_examples
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.data.labelled import read_examples
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 # labels per intent; the weakest teacher sees the first 64 numbers of the embedding alone
 TEACHERS = {

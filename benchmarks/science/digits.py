@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.science.problems import Dataset, Indices, Problem, about, split
 from benchmarks.science.teachers import teacher_answers
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 TEACHERS = {f"{count} labels": {"labels": count} for count in (10, 20, 50, 150)}
 SIZES = {"lesson": 150, "labelled": 20, "validation": 150, "pool": 900, "test": 577}

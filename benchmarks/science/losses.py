@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from benchmarks.science.buying import Situation, first_student, soft_rows
 from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import SoftRows, fit, logits_of
-from distilbeam.selection.debias import DebiasEstimator, rescale
-from distilbeam.selection.noise import TeacherNoise
-from distilbeam.student.data import Batch
-from distilbeam.student.labelled import Examples
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.selection.trust.debias import DebiasEstimator, rescale
+from distilbeam.selection.trust.noise import TeacherNoise
+from distilbeam.student.data.labelled import Examples
+from distilbeam.student.data.loader import Batch
+from distilbeam.student.training.config import TrainConfig
 
 LIKELY = 0.5  # filtered: the teacher's estimated accuracy that a label needs
 

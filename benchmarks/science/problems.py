@@ -24,10 +24,10 @@ from pydantic import BaseModel
 from scipy.special import log_softmax
 from torch import Tensor
 
-from distilbeam.selection.calibration import Calibration, fit_temperature
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.labelled import Examples
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.selection.trust.calibration import Calibration, fit_temperature
+from distilbeam.student.data.labelled import Examples
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

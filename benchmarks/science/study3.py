@@ -21,8 +21,8 @@ from benchmarks.science.cells import Cell
 from benchmarks.science.command import Arguments, Place, arguments, collect, places
 from benchmarks.science.problems import Problem
 from benchmarks.science.training import fit, logits_of
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.models import count_parameters
+from distilbeam.student.networks.build import count_parameters
+from distilbeam.student.networks.config import StudentConfig
 
 DATASETS = ("digits", "cifar10-patches", "clinc150")
 VARIANTS = {

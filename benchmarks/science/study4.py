@@ -21,8 +21,8 @@ from benchmarks.science.cells import Cell
 from benchmarks.science.command import Arguments, Place, arguments, collect, places
 from benchmarks.science.problems import Indices, Problem
 from benchmarks.science.training import fit, logits_of
-from distilbeam.student.blind import second_phase
-from distilbeam.student.train_config import FinetuneConfig
+from distilbeam.student.training.blind import second_phase
+from distilbeam.student.training.config import FinetuneConfig
 
 DATASETS = ("clinc150", "digits", "cifar10-patches")
 POOLS = ("same", "half", "outside")

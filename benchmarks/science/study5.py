@@ -23,9 +23,9 @@ from benchmarks.science.command import Arguments, Place, arguments, collect, pla
 from benchmarks.science.problems import Problem
 from benchmarks.science.training import accuracy, fit
 from distilbeam.student.checkpoint import save_student
-from distilbeam.student.export import export_student
-from distilbeam.student.exported import load_export
-from distilbeam.student.models import count_parameters
+from distilbeam.student.export.export import export_student
+from distilbeam.student.export.load import load_export
+from distilbeam.student.networks.build import count_parameters
 
 DATASETS = ("digits", "cifar10-patches", "clinc150")
 WIDTHS = (0.25, 0.5, 1.0, 2.0)

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.science.problems import Dataset, Floats, Indices, Problem, about, split
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 DIMENSIONS, CLASSES, HIDDEN = 16, 10, 12
 SIZES = {"labelled": 100, "validation": 400, "pool": 3_000, "test": 2_500}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import fit, logits_of
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 
 NONE = np.zeros(0, np.int64)
 

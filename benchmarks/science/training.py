@@ -1,6 +1,6 @@
 """Train a student in memory: the product's step, optimizer and schedule over rows that need no files.
 
-`distilbeam.student.train.train` reads datasets, validates after every epoch, and can be killed; a cell trains a dozen
+`distilbeam.student.training.train.train` reads datasets, validates after every epoch, and can be killed; a cell trains a dozen
 students in seconds and needs none of it. What is computed in a step is the product's: `step_loss`, `make_optimizer`,
 `set_lr`, the clipping. Trained on human labels alone, both give the same weights bit by bit, which a test checks.
 """
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.science.problems import Floats, Problem
-from distilbeam.student.data import Batch
-from distilbeam.student.debiasing import forward
-from distilbeam.student.embedding import seen_by_head
-from distilbeam.student.generators import own_generators
-from distilbeam.student.labelled import Examples
-from distilbeam.student.models import build_student
-from distilbeam.student.optimizer import make_optimizer, set_lr
-from distilbeam.student.sources import StepRows, deal_out
-from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.data.labelled import Examples
+from distilbeam.student.data.loader import Batch
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.embedding import seen_by_head
+from distilbeam.student.training.batches import StepRows, deal_out
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.loss import step_loss
+from distilbeam.student.training.optimizer import make_optimizer, set_lr
+from distilbeam.student.training.rng import own_generators
+from distilbeam.student.training.sample_weights import forward
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 ROWS = 4096  # of a forward pass

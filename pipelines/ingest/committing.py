@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class FilePerItem(Generic[Item]):
-    """The part of `phases.Work` that follows from the name of an item's file."""
+    """The part of `phase.Work` that follows from the name of an item's file."""
 
     def file(self, item: Item, /) -> Path:
         """Return the file whose presence commits an item."""

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.ingest.committing import FilePerItem
 from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Block, Source
 from distilbeam.pipelines.ingest.tfrecord import record_starts
+from distilbeam.storage.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from distilbeam.pipelines.display import Display
-from distilbeam.pipelines.files import read_json, sweep, write_json
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.ingest.columns import ColumnType
 from distilbeam.pipelines.ingest.csv_table import load_csv
 from distilbeam.pipelines.ingest.database import opened
@@ -37,9 +36,10 @@ from distilbeam.pipelines.ingest.sources import Source, find_sources
 from distilbeam.pipelines.ingest.text_types import CsvTypes, JsonTypes, TextTypes, count_kinds
 from distilbeam.pipelines.ingest.typed_text import TypedText
 from distilbeam.pipelines.ingest.write import without, write_pool
-from distilbeam.pipelines.rundir import held
-from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.places import is_remote, list_files, upload
+from distilbeam.pipelines.jobs.directory import held
+from distilbeam.storage.atomic import replacing
+from distilbeam.storage.files import read_json, sweep, write_json
+from distilbeam.storage.paths import is_remote, list_files, upload
 
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"

@@ -14,7 +14,7 @@ import pyarrow as pa
 from distilbeam.pipelines.ingest.database import run, streamed
 from distilbeam.pipelines.ingest.records import Bad
 from distilbeam.pipelines.ingest.sources import Source
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.storage.atomic import replacing
 
 _SCHEMA = pa.schema([("file", pa.int64()), ("line", pa.int64()), ("letter", pa.large_string())])
 _AT_ONCE = 10_000

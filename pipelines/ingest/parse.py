@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distilbeam.pipelines.files import read_json, write_json
 from distilbeam.pipelines.ingest.binary_records import CONTENT_BYTES, example_records, image_records
 from distilbeam.pipelines.ingest.columns import ColumnCounts, ColumnType
 from distilbeam.pipelines.ingest.committing import FilePerItem
@@ -20,7 +19,8 @@ from distilbeam.pipelines.ingest.pool_columns import PoolColumns
 from distilbeam.pipelines.ingest.records import Bad, Records
 from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import SourceUnit
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.storage.atomic import replacing
+from distilbeam.storage.files import read_json, write_json
 
 # Behind the pool's columns, whose names may be any: these are found by their place.
 INTERNAL = (

@@ -12,8 +12,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from distilbeam.pipelines.display import Display
-from distilbeam.pipelines.files import read_json
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.ingest.columns import ColumnType, merge_counts
 from distilbeam.pipelines.ingest.database import run
 from distilbeam.pipelines.ingest.index import Index, group_sources
@@ -23,6 +22,7 @@ from distilbeam.pipelines.ingest.records import Bad
 from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Source, SourceUnit, plan_source_units
 from distilbeam.pipelines.ingest.tfrecord import require_checksums
+from distilbeam.storage.files import read_json
 
 _KEY, _CONTENT, _FILE, _LINE = range(-len(INTERNAL), 0)
 
@@ -107,8 +107,8 @@ def parse_records(
       display: where progress is shown.
       attempts: times that failed items are tried.
     """
-    from distilbeam.pipelines.beam_options import pipeline_options  # Beam takes seconds to import
-    from distilbeam.pipelines.phases import run_phase
+    from distilbeam.pipelines.engine.beam_options import pipeline_options  # Beam takes seconds to import
+    from distilbeam.pipelines.engine.phase import run_phase
 
     if options.format == "tfrecord":
         require_checksums()

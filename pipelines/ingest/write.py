@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.ingest.settings import IngestOptions
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.storage.atomic import replacing
 
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 16 * 2**20
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.networks.joining import scaled
+from distilbeam.inputs.config import padding_id, vocabulary_size
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
 from distilbeam.student.networks.mlp import Mlp
-from distilbeam.teacher.preprocess import padding_id, vocabulary_size
+from distilbeam.student.networks.residual import scaled
 
 
 class EmbeddingBag(LastLayerApart):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.laurel.operands import EPSILON
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.networks.joining import Normed, join_and_norm, make_residual, scaled, wide_stream
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
+from distilbeam.student.networks.residual import Normed, join_and_norm, make_residual, scaled, wide_stream
 
 
 class Mlp(LastLayerApart):

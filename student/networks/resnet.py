@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.networks.joining import channels_last, join_channels, make_residual, scaled
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
+from distilbeam.student.networks.residual import channels_last, join_channels, make_residual, scaled
 
 
 class ResNet(LastLayerApart):

@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from distilbeam.inputs.config import padding_id, vocabulary_size
 from distilbeam.kernels.laurel.operands import EPSILON
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.networks.joining import Normed, join_and_norm, make_residual, scaled
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
-from distilbeam.teacher.preprocess import padding_id, vocabulary_size
+from distilbeam.student.networks.residual import Normed, join_and_norm, make_residual, scaled
 
 EMBEDDING_STD = 0.02
 

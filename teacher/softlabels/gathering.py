@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.storage.atomic import replacing
+from distilbeam.storage.paths import identities, is_remote, remove_files, to_path
 from distilbeam.teacher.softlabels.manifest import (
     FOLDER,
     Manifest,
@@ -20,7 +21,6 @@ from distilbeam.teacher.softlabels.manifest import (
     require_same_meaning,
     write_entry,
 )
-from distilbeam.teacher.softlabels.places import identities, is_remote, remove_files, to_path
 
 
 def compact_manifest(path: str | Path) -> Path:

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
 
+from distilbeam.storage.paths import StoreError, is_remote, readable
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
-from distilbeam.teacher.softlabels.places import StoreError, is_remote, readable
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from distilbeam.teacher.softlabels.atomic import replacing
-from distilbeam.teacher.softlabels.places import is_remote, joined, list_files, read_texts, to_path
+from distilbeam.storage.atomic import replacing
+from distilbeam.storage.paths import is_remote, joined, list_files, read_texts, to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 FOLDER = "_manifest"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from distilbeam.teacher.softlabels.atomic import flush, move_flushed, replacing
+from distilbeam.storage.atomic import flush, move_flushed, replacing
+from distilbeam.storage.paths import is_remote, list_files, to_path
 from distilbeam.teacher.softlabels.manifest import FOLDER, ManifestEntry, entry_path, is_inside
-from distilbeam.teacher.softlabels.places import is_remote, list_files, to_path
 from distilbeam.teacher.softlabels.shards import has_checksum, write_file, write_shard
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 

@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.teacher.softlabels.atomic import replacing
+from distilbeam.storage.atomic import replacing
+from distilbeam.storage.paths import to_path
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns, label_schema, parquet_options
 from distilbeam.teacher.softlabels.manifest import ManifestEntry, write_entry
-from distilbeam.teacher.softlabels.places import to_path
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 ROW_GROUP_BYTES = 16 * 2**20

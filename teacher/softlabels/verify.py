@@ -16,12 +16,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from scipy.special import softmax
 
-from distilbeam.teacher.asking import ask
+from distilbeam.storage.paths import joined, list_files, on_disk, readable
+from distilbeam.teacher.predict import ask
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
-from distilbeam.teacher.softlabels.places import joined, list_files, on_disk, readable
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.shards import has_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.inputs.config import make_input
 from distilbeam.teacher.answers import AnswerForm
+from distilbeam.teacher.backends.local import OutputOrder, function_sources, named_inputs
 from distilbeam.teacher.config import TfServingConfig
-from distilbeam.teacher.local import OutputOrder, function_sources, named_inputs
-from distilbeam.teacher.preprocess import make_input
 from distilbeam.teacher.protocol import NotPickled, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.tfserving.calling import RequestRefused, Servers, in_window
 from distilbeam.teacher.tfserving.messages import load_messages

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy.special import log_softmax
 
+from distilbeam.inputs.config import InputConfig, InputError
 from distilbeam.teacher.answers import labels
-from distilbeam.teacher.preprocess import InputConfig, InputError
 from distilbeam.teacher.protocol import Teacher, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels.codec import TAIL_FLOOR
 from distilbeam.teacher.softlabels.selecting import largest

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distilbeam.teacher.inputs.converting import converted
+from distilbeam.inputs.converting import converted
 from distilbeam.teacher.tfserving.messages import load_messages
 
 FLOAT, INT32, STRING, INT64, BFLOAT16 = 1, 3, 7, 9, 14

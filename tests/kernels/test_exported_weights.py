@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 def test_weights_of_an_int8_file_are_the_rows_in_eight_bits(tmp_path, rng):
     from onnx import TensorProto, helper, numpy_helper
 
-    from distilbeam.student.compress.quantise import quantise_weights
+    from distilbeam.student.export.quantise import quantise_weights
 
     weight = torch.randn(24, 50, generator=rng) * torch.exp(torch.randn(24, 1, generator=rng))
     nodes = [helper.make_node("Gemm", ["x", "weight"], ["y"], transB=1)]

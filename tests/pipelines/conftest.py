@@ -12,7 +12,7 @@ from problem import write_problem
 @pytest.fixture(autouse=True)
 def _clean_models() -> Iterator[None]:
     yield
-    models = sys.modules.get("distilbeam.pipelines.models")
+    models = sys.modules.get("distilbeam.pipelines.engine.model_cache")
     if models is not None:
         models.forget_models()
 

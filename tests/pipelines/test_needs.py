@@ -13,11 +13,11 @@ import tomli_w
 from problem import asked
 from typer.testing import CliRunner
 
+from distilbeam.extras import MODULES, Need, require_extras
 from distilbeam.pipelines import run
-from distilbeam.pipelines.cli import app
+from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import parse_config
 from distilbeam.pipelines.needs import needs_of
-from distilbeam.teacher.softlabels.extras import MODULES, Need, require_extras
 
 
 def test_every_extra_that_is_named_is_one_of_the_package() -> None:

@@ -19,7 +19,7 @@ from benchmarks.science.report2 import write_report as report2
 from benchmarks.science.report_short import write_report as short_report
 from benchmarks.science.training import fit
 from distilbeam.student.checkpoint import load_student
-from distilbeam.student.train import train
+from distilbeam.student.training.train import train
 
 STEPS = 12
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from distilbeam.selection import compiled
-from distilbeam.selection.bins import BINS, histogram
 from distilbeam.selection.rounding import dep_round, round_shard
-from distilbeam.selection.sketch import GainSketch
+from distilbeam.selection.sketch.bins import BINS, histogram
+from distilbeam.selection.sketch.gain_sketch import GainSketch
 
 SIZE = 300_001  # above the size from which numba is used, and a multiple of no block
 EDGES = np.array(

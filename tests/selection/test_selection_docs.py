@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 MODULES = [
-    "calibration",
-    "capped",
-    "debias",
+    "trust.calibration",
+    "games.capped",
+    "trust.debias",
     "gains",
-    "local_errors",
-    "noise",
-    "rad",
+    "trust.local_errors",
+    "trust.noise",
+    "games.rad",
     "rounding",
-    "selectors",
-    "sketch",
+    "strategies.selectors",
+    "sketch.gain_sketch",
 ]
 
 

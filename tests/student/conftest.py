@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.teacher.preprocess import InputConfig
+from distilbeam.inputs.config import InputConfig
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
 CLASSES = ("red", "green", "blue")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from distilbeam.student.checkpoint import FORWARD_NUMBERS, FORWARD_ROWS, load_student, save_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.models import build_student
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
 
 CLASSES = ("red", "green", "blue")
 

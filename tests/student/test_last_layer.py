@@ -10,13 +10,13 @@ from small_steps import CLASSES, CPU, HARD, NUMBERS, SOFT, TOKENS, config_of, ro
 from torch import nn
 
 from distilbeam.kernels.linear_distillation.choice import why_apart
-from distilbeam.student.augment import Mixture
-from distilbeam.student.models import build_student
-from distilbeam.student.network import UpToLastLayer, make_network
-from distilbeam.student.processes import Processes
-from distilbeam.student.sources import StepRows
-from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.training.augment import Mixture
+from distilbeam.student.training.batches import StepRows
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.distributed import Processes
+from distilbeam.student.training.loss import step_loss
+from distilbeam.student.training.wrap import UpToLastLayer, make_network
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 STUDENTS = [

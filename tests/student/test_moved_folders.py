@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distilbeam.student.checkpoint import load_student, save_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.export import export_student
-from distilbeam.student.exported import load_export
-from distilbeam.student.identity import _without_places
-from distilbeam.student.models import build_student
+from distilbeam.student.export.export import export_student
+from distilbeam.student.export.load import load_export
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.fingerprint import _without_places
 from distilbeam.teacher.load import load_teacher
 
 TEXTS = pa.record_batch({"text": ["good film", "bad film not", "not", "words nobody knows"]})

@@ -9,11 +9,11 @@ from torch import nn
 
 from distilbeam.kernels.conversion.layers import LowPrecisionLinear
 from distilbeam.kernels.quantize.formats import QuantizedRows
-from distilbeam.student.models import build_student
-from distilbeam.student.network import make_network
-from distilbeam.student.processes import Processes
-from distilbeam.student.step_loss import step_loss
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.distributed import Processes
+from distilbeam.student.training.loss import step_loss
+from distilbeam.student.training.wrap import make_network
 
 MLP = {"kind": "mlp", "hidden": (16, 16, 16), "norm": "rms", "input": NUMBERS}
 TRANSFORMER = {"kind": "transformer", "dim": 16, "heads": 2, "layers": 2, "norm": "rms", "input": TOKENS}
@@ -140,7 +140,7 @@ def test_layers_in_eight_bits_read_rows_that_the_residual_made(student, precisio
 
 @pytest.mark.parametrize("student", [MLP, TRANSFORMER, {**MLP, "norm": "own"}, {**TRANSFORMER, "norm": "own"}], ids=str)
 def test_autocast_does_not_narrow_the_residual_stream(student, monkeypatch):
-    from distilbeam.student.laurel import LaurelResidual
+    from distilbeam.student.networks.laurel import LaurelResidual
 
     shape = (5,) if student["kind"] == "mlp" else (8,)
     module = build_student(config_of({**student, "residual": "laurel-rw"}), shape, CLASSES)
@@ -176,7 +176,7 @@ def test_exports_give_the_same_logits(student, shape):
 
 
 def test_pruning_refuses_norms_that_it_cannot_follow():
-    from distilbeam.student.compress.prune import require_prunable
+    from distilbeam.student.export.prune import require_prunable
 
     with pytest.raises(ValueError, match="pruning cannot follow channels through norm 'rms'; choose norm 'own'"):
         require_prunable(build_student(config_of({**MLP, "residual": "plain"}), (5,), CLASSES))

@@ -19,12 +19,12 @@ import torch
 
 from distilbeam.student import trust as trusting
 from distilbeam.student.checkpoint import load_student, save_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.export import export_student
-from distilbeam.student.exported import load_export
-from distilbeam.student.models import build_student
-from distilbeam.student.train import train
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.export.export import export_student
+from distilbeam.student.export.load import load_export
+from distilbeam.student.networks.build import build_student
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.train import train
 
 CODE = """
 import pathlib
@@ -93,14 +93,14 @@ def test_a_pruned_student_smuggles_no_factory(tmp_path: Path, module: str) -> No
     network = StudentConfig(kind="linear", input={"columns": ["x"]}).model_dump(mode="json") | {
         "kind": f"{module}:network"
     }
-    kind = "distilbeam.student.compress.prune:pruned_network"
+    kind = "distilbeam.student.export.prune:pruned_network"
     path = folder(tmp_path / "sent", {"kind": kind, "options": {"network": network, "shapes": {}}})
     with pytest.raises(ValueError, match=rf"wants to call {module}:network"):
         load_student(path)
     assert not (tmp_path / "imported").exists()
 
 
-@pytest.mark.parametrize("kind", ["torch.hub:load", "os:system", "distilbeam.student.export:export_student"])
+@pytest.mark.parametrize("kind", ["torch.hub:load", "os:system", "distilbeam.student.export.export:export_student"])
 def test_installed_code_is_no_exception(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=f"wants to call {kind}, and a file may not choose what is run"):
         load_student(folder(tmp_path / "sent", {"kind": kind, "options": {}}))

@@ -23,8 +23,8 @@ import small_trainings
 import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds: before the children are forked
 
-from distilbeam.student import training_directory
-from distilbeam.student.train import train
+from distilbeam.student.training import checkpoints
+from distilbeam.student.training.train import train
 
 torch.set_num_threads(1)
 warnings.simplefilter("error")
@@ -35,7 +35,7 @@ STEP_S = 0.004
 def kill_at(place: str, number: int) -> None:
     """Arrange for this process to kill itself when it comes to a place of its checkpoint `number`."""
     count = 0
-    save_file, remove = training_directory.save_file, training_directory.TrainingDirectory.remove
+    save_file, remove = checkpoints.save_file, checkpoints.TrainingDirectory.remove
     replace = Path.replace
 
     def arrived(here: str) -> bool:
@@ -63,9 +63,9 @@ def kill_at(place: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         remove(directory)
 
-    training_directory.save_file = saving
+    checkpoints.save_file = saving
     Path.replace = replacing
-    training_directory.TrainingDirectory.remove = removing
+    checkpoints.TrainingDirectory.remove = removing
 
 
 def attempt(arguments, configs, target: Path, place: str | None, number: int, delay_s: float | None) -> tuple[int, int]:

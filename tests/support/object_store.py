@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distilbeam.teacher.softlabels.places import to_path
+from distilbeam.storage.paths import to_path
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import sys
 def main() -> None:
     from dask.distributed import LocalCluster
 
-    from distilbeam.pipelines import cli
+    from distilbeam.pipelines.cli import main
 
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True) as cluster:
         beam = ["--", "--runner=DaskRunner", f"--dask_client_address={cluster.scheduler_address}"]
         sys.argv = ["distilbeam", *sys.argv[1:], *beam]
         try:
-            cli.main()
+            main.main()
         except SystemExit as e:
             status = e.code
     sys.exit(status)

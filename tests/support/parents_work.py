@@ -40,8 +40,8 @@ class Parents:
 def main() -> None:
     from parents_work import Parents as ImportedParents  # workers must find the class by its module's name
 
-    from distilbeam.pipelines.beam_options import pipeline_options
-    from distilbeam.pipelines.phases import run_phase
+    from distilbeam.pipelines.engine.beam_options import pipeline_options
+    from distilbeam.pipelines.engine.phase import run_phase
 
     directory, seconds = sys.argv[1], float(sys.argv[2])
     options = pipeline_options(["--direct_running_mode=multi_processing", "--direct_num_workers=2"])

@@ -12,8 +12,8 @@ import grpc
 import numpy as np
 import pyarrow as pa
 
+from distilbeam.inputs.config import InputConfig, make_input
 from distilbeam.teacher import load_teacher
-from distilbeam.teacher.preprocess import InputConfig, make_input
 from distilbeam.teacher.tfserving.service import ModelService
 
 Code = grpc.StatusCode

@@ -23,8 +23,8 @@ import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds: before the children are forked
 import torch.distributed as dist
 
-from distilbeam.student import training_state
-from distilbeam.student.train import train
+from distilbeam.student.training import state
+from distilbeam.student.training.train import train
 
 torch.set_num_threads(1)
 warnings.simplefilter("error")
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides
 def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, Any], attempt: int) -> None:
     """Train, note the weights after every epoch, and end the process."""
     size, notes = size_of(job, attempt), (directory / f"{job['name']}-{rank}.notes").open("a")
-    end_epoch = training_state.TrainingState.end_epoch
+    end_epoch = state.TrainingState.end_epoch
 
     def noted(state, figures):
         end_epoch(state, figures)
@@ -48,7 +48,7 @@ def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, An
         if attempt == 0 and done == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training_state.TrainingState.end_epoch = noted
+    state.TrainingState.end_epoch = noted
     try:
         if size > 1:
             meeting = f"file://{directory}/{job['name']}-{attempt}.meeting"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.labelled import Examples
-from distilbeam.student.sources import StepRows
+from distilbeam.student.data.labelled import Examples
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.batches import StepRows
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 CPU, CLASSES, SOFT, HARD = torch.device("cpu"), 7, 6, 3

@@ -11,8 +11,8 @@ import torch
 from problem import CLASSES, FEATURES, make_table
 
 from distilbeam.student.checkpoint import load_student
-from distilbeam.student.config import StudentConfig
-from distilbeam.student.train_config import TrainConfig
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.config import TrainConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode, write_shard
 
 NAMES = tuple(f"class {i}" for i in range(CLASSES))

@@ -68,9 +68,9 @@ class Deadly(Squares):
 def main() -> None:
     from square_work import Deadly as ImportedDeadly  # workers must find the class by its module's name
 
-    from distilbeam.pipelines import watchdog
-    from distilbeam.pipelines.beam_options import pipeline_options
-    from distilbeam.pipelines.phases import PhaseError, run_phase
+    from distilbeam.pipelines.engine import watchdog
+    from distilbeam.pipelines.engine.beam_options import pipeline_options
+    from distilbeam.pipelines.engine.phase import PhaseError, run_phase
 
     directory, always = sys.argv[1], sys.argv[2] == "1"
     work = ImportedDeadly(directory, deadly=(2,), always=always)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from distilbeam.student.runners import open_runner
+from distilbeam.student.export.runtimes import open_runner
 from distilbeam.teacher import load_teacher
 from distilbeam.teacher.programs import UntrustedProgram, load_program, training_operator
 

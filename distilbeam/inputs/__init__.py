@@ -1,0 +1,5 @@
+"""Model inputs: Arrow columns become what a teacher or a student reads.
+
+Read in this order: config (the setting and `make_input`), then a file a kind: tensors, images, texts, tokens, raw, functions.
+Imports: nothing of distilbeam.
+"""

@@ -1,0 +1,5 @@
+"""Files: paths of disks and buckets, files that appear whole or not at all, leases.
+
+Read in this order: paths, atomic, files, lease.
+Imports: nothing of distilbeam.
+"""

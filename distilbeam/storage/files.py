@@ -1,0 +1,67 @@
+"""Files and directories that appear whole or not at all: written under a temporary name, flushed to disk, renamed.
+
+Temporary names begin with a dot and end in `.tmp`, with a random part between, so that two writers of one file never share
+one; what a killed process left behind is swept when its run is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distilbeam.storage.atomic import flush, move_flushed, replacing
+from distilbeam.storage.paths import read_texts
+
+
+@contextmanager
+def committed_directory(path: Path) -> Iterator[Path]:
+    """Yield a new temporary directory beside `path`; flush its files and rename it to `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            flush(file)
+        move_flushed({temporary: path})
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; `ValueError` names a damaged one."""
+    try:
+        return json.loads(read_texts([path])[0])
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not the JSON that was written there ({e}); remove it to have it made again") from e
+
+
+def write_parquet(path: Path, table: pa.Table, *, flushed: bool = True) -> None:
+    """Write a small table as Parquet, whole or not at all; `flushed` as for `replacing`."""
+    with replacing(path, flushed=flushed) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def sweep(directory: Path) -> int:
+    """Remove what writers that were killed left under temporary names; return how many there were."""
+    left = list(directory.rglob(".*.tmp"))
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return len(left)

@@ -1,0 +1,131 @@
+"""What the commands share: their common arguments, and carrying out the steps of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.forkserver import begin
+
+if TYPE_CHECKING:
+    from distilbeam.pipelines.config import LabelConfig, RunConfig
+
+console = plain_console()
+errors = plain_console(stderr=True)
+_PATIENCE_S = 30.0  # for a request in flight
+
+ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
+BeamArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="-- BEAM OPTIONS", help="Beam's own options.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a setting; @FILE: all those of a TOML file. May be repeated.",
+    ),
+]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", min=0, help="Number of the round; the first unfinished one by default.")
+]
+MaxFailuresOption = Annotated[
+    int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
+]
+CheckContentOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-content", help="Compare all rows with what was labelled, not only those of files touched since."
+    ),
+]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
+]
+RetryOption = Annotated[
+    bool,
+    typer.Option("--retry/--no-retry", help="Ask again about the rows that had no answer before (engine.retry)."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def run_steps(
+    config: Path,
+    flags: list[str] | None,
+    overrides: list[str] | None,
+    log_level: str,
+    until: tuple[str, int | None] | None,
+    check_content: bool = False,
+) -> Path:
+    """Do what is left of a run up to a step; return the run directory."""
+    configure_logs(log_level, console)
+    begin(flags or [])
+    from distilbeam.pipelines.config import load_config
+
+    settings = load_config(config, overrides or ())
+    check_early(settings, config.parent.resolve(), flags or ())
+    with Display(console).waiting("loading"):
+        from distilbeam.pipelines.steps import run
+    signal.signal(signal.SIGINT, stop_at_once)
+    return run(
+        settings,
+        base=config.parent,
+        beam_flags=flags or (),
+        display=Display(console),
+        until=until,
+        check_content=check_content,
+    )
+
+
+def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:
+    """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
+
+    Raises:
+      ValueError: an extra is not installed, the run directory belongs to another configuration, or Beam does not know a
+        flag.
+    """
+    from distilbeam.extras import require_extras
+    from distilbeam.pipelines.jobs.directory import check_former
+    from distilbeam.pipelines.needs import needs_of
+
+    require_extras(needs_of(settings))
+    check_former(settings, base)
+    with Display(console).waiting("loading"):
+        from distilbeam.pipelines.engine.beam_options import pipeline_options
+
+        pipeline_options(flags)
+
+
+def stop_at_once(*_: object) -> None:
+    """End as soon as what the teacher was asked is kept; at once where nobody is asked, or when told a second time.
+
+    Every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own.
+    """
+    phases = sys.modules.get("distilbeam.pipelines.engine.phase")
+    if phases is None or not phases.interrupt():
+        end_stopped("stopped; the same command goes on from here")
+    patience = threading.Timer(_PATIENCE_S, end_stopped, ["stopped; the same command goes on from here"])
+    patience.daemon = True
+    patience.start()
+
+
+def end_stopped(sentence: str) -> None:
+    """Say so and end."""
+    console.show_cursor(True)
+    errors.print(sentence, highlight=False, soft_wrap=True)
+    os._exit(130)
+
+
+def with_max_failures(overrides: list[str] | None, limit: int | None, retry: bool = True) -> list[str]:
+    """Add the options `--max-failures` and `--no-retry` to the settings that are overridden."""
+    limited = [] if limit is None else [f"engine.max_failures={limit}"]
+    return [*(overrides or []), *limited, *([] if retry else ["engine.retry=false"])]

@@ -1,0 +1,413 @@
+"""Phases: the one shape of pipeline that distilbeam submits.
+
+A phase is `Create(items) | Reshuffle | ParDo(work)`: linear, without side inputs, tagged outputs or branches (which some
+runners drop or repeat silently). A worker takes an item (a unit of the pool or a shard to label), does all the work and
+commits one file by rename. The driver is the barrier: it submits only items whose file is missing and afterwards checks
+that every file is there, whatever the runner said. A killed phase is therefore repeated where it stopped, and a retried
+or duplicated item writes the same bytes again.
+
+An item that fails does not stop its neighbours: the worker writes what happened to the phase's error directory, and the
+driver, when the pipeline has ended, tries the missing ones once more before it gives up with the first error's sentence.
+An error that every item would meet stops all workers (see `stopping`). A worker process that dies does not hang the job
+(see `watchdog`): what it had not committed is tried again. Where work knows what a process died of (`in_danger`), it is done
+in worker processes from then on, and what is found out by dying is no attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import apache_beam as beam
+import torch
+from apache_beam.options.pipeline_options import PipelineOptions
+from threadpoolctl import ThreadpoolController
+
+from distilbeam.pipelines.engine.beam_options import spares_processor, spread_over_tasks
+from distilbeam.pipelines.engine.commit_queue import Settler
+from distilbeam.pipelines.engine.counters import count, totals
+from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
+from distilbeam.pipelines.engine.malloc import keep_freed_memory
+from distilbeam.pipelines.engine.prefetch import sparing
+from distilbeam.pipelines.engine.stopping import (
+    STOP,
+    Stopped,
+    can_pass,
+    cannot_be_written,
+    is_stopped,
+    stoppable,
+    write_stop,
+)
+from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
+from distilbeam.storage.files import read_json, write_json
+from distilbeam.storage.paths import StoreError, list_files, remove_folder, to_path
+from distilbeam.storage.private_folders import is_private, private_folder
+
+log = logging.getLogger("distilbeam.phases")
+
+Item = TypeVar("Item")
+_LOOKS = 50  # times as long as a look at the committed files takes pass until the next
+
+
+class Work(Protocol[Item]):
+    """What a phase does with one item; picklable, and building models only inside `__call__`."""
+
+    def __call__(self, item: Item, /) -> Iterable[Any] | None:
+        """Begin the work of `item`, which may be no more than to read ahead.
+
+        Returns:
+          What does the rest when it is iterated, after the item before is done, and yields what is to be settled. None
+          where everything is done and committed.
+        """
+
+    def settle(self, ends: Sequence[Any], /) -> None:
+        """Flush and commit what the work on several items yielded, while another thread works on the next item."""
+
+    def remaining(self, items: Sequence[Item], /) -> list[Item]:
+        """Return what is not committed of `items`, an item of which a part is without that part.
+
+        Items are looked up together, so that a folder is listed once however many they are.
+        """
+
+    def name(self, item: Item, /) -> str:
+        """Describe `item` for a reader of an error."""
+
+    def rows(self, item: Item, /) -> int:
+        """Return how many rows `item` has."""
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a phase cost in this process.
+
+    Attributes:
+      items: items that had to be done.
+      seconds: wall time, the runner's start included.
+      retried: items that were tried again.
+      counts: the meter's totals of the pipelines that ended; empty where the runner keeps no metrics.
+    """
+
+    items: int
+    seconds: float
+    retried: int
+    counts: Counter[str]
+
+
+class PhaseError(RuntimeError):
+    """Items of a phase could not be done; the message is a sentence that names the first."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818  (named after what happened)
+    """The phase was told to stop, by Ctrl-C for instance, and has kept what it had."""
+
+
+_at_work: list[tuple[tuple[Path, ...], threading.Event]] = []
+
+
+class _Run(beam.DoFn, Generic[Item]):
+    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, spare: bool = False) -> None:
+        self.phase, self.work, self.errors, self.private, self.spare = phase, work, errors, private, spare
+
+    def setup(self) -> None:
+        keep_freed_memory()
+
+    def start_bundle(self) -> None:
+        self.settler = Settler(self.work.settle)
+        self.begun: tuple[Item, Iterable[Any]] | None = None
+
+    def process(self, item: Item) -> None:
+        rest: Iterable[Any] | None = None
+        with threads(1), self._stoppable():
+            if is_stopped():  # what was begun finds out by itself, and keeps what it has
+                self._do_begun()
+                return
+            with self._kept_error(lambda: self.work.name(item)), sparing(self.spare):
+                rest = self.work(item) or ()
+            self._do_begun()
+        self.begun = None if rest is None else (item, rest)
+
+    def finish_bundle(self) -> None:
+        with threads(1), self._stoppable():
+            self._do_begun()
+            with self._kept_error(lambda: "of those that were being flushed to the disk"):
+                self.settler.finish()
+
+    def _do_begun(self) -> None:
+        if self.begun is None:
+            return
+        item, rest = self.begun
+        self.begun = None
+        with self._kept_error(lambda: self.work.name(item)):
+            for end in rest:
+                self.settler.add(end)
+            count(f"{self.phase}_items")
+
+    def _stoppable(self) -> AbstractContextManager[None]:
+        return stoppable(to_path(self.errors), Path(self.private))
+
+    @contextmanager
+    def _kept_error(self, name: Callable[[], str]) -> Iterator[None]:
+        """Keep an error for the driver, which reads it and raises it."""
+        try:
+            yield
+        except Stopped:
+            pass
+        except Exception as e:  # noqa: BLE001  # the boundary
+            record = {
+                "item": name(),
+                "type": type(e).__name__,
+                "message": str(e),
+                "traceback": traceback.format_exc(),
+                "passes": can_pass(e),
+                "stops": is_stopped(),
+                "full": cannot_be_written(e),
+            }
+            _keep(record, to_path(self.errors), Path(self.private))
+
+
+def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
+    """Write an error's record where the driver looks for it; among the driver's temporary files if the disk is full."""
+    name = f"{_stable_name(record['item'])}.json"
+    try:
+        write_json(errors / name, record)
+    except OSError:
+        if not is_private(private):  # on another machine, or not the one that the driver made
+            raise
+        write_json(private / name, record)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Keep BLAS and torch to `count` threads inside the block.
+
+    Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
+    makes sums, and so gains and labels, the same on every runner.
+    """
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        with _thread_pools(len(sys.modules)).limit(limits=count):
+            yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _thread_pools(_modules: int) -> ThreadpoolController:
+    """Find the loaded BLAS and OpenMP libraries, again only when something was imported: it takes milliseconds."""
+    return ThreadpoolController()
+
+
+def run_phase(
+    phase: str,
+    work: Work[Item],
+    items: Sequence[Item],
+    *,
+    errors: Path,
+    options: PipelineOptions,
+    progress: Callable[[int, int], None] | None = None,
+    attempts: int = 2,
+    poll_s: float = 0.2,
+) -> PhaseReport:
+    """Do `work` for every item whose file is missing, as one Beam pipeline.
+
+    Args:
+      phase: name of the phase, for step names, metrics and errors.
+      work: what to do with an item.
+      items: all items of the phase.
+      errors: directory for the records of items that failed.
+      options: Beam's options; they name the runner.
+      progress: called about every `poll_s` seconds with the number of rows done and of all rows.
+      attempts: pipelines to submit before an item that fails ends the phase.
+      poll_s: seconds between two looks at the committed files.
+
+    Returns:
+      What it cost.
+
+    Raises:
+      PhaseError: an item failed in every attempt.
+      Interrupted: `interrupt` was called.
+    """
+    start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
+    todo = planned = work.remaining(items)
+    with private_folder("errors") as private, _interruptible((errors, private)) as interrupted:
+        while todo:
+            attempt += 1
+            _clear(errors, private)
+            lost, known = "", _dangers(work)
+            if known:
+                log.warning(
+                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
+                )
+            with _Watch(work, items, progress, poll_s):
+                try:
+                    counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
+                except WorkerLostError as e:
+                    lost = str(e)
+                    log.warning("%s: %s", phase, lost)
+            todo = work.remaining(todo)
+            if interrupted.is_set():
+                _tidy(work, finished=False)
+                raise Interrupted("stopped; the same command goes on from here")
+            failed = _failures(errors, private)
+            if lost and _dangers(work) - known:
+                attempt -= 1  # it is known better what the process dies of
+            elif todo and (attempt >= attempts or _hopeless(failed)):
+                _tidy(work, finished=False)
+                raise PhaseError(_sentence(phase, todo, failed, work, lost))
+            if todo:
+                log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
+                retried += len(todo)
+    _tidy(work, finished=True)
+    return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
+
+
+def interrupt() -> bool:
+    """Tell the phase that is at work to stop; `run_phase` then raises `Interrupted`. False where none is, or was told before."""
+    if not _at_work:
+        return False
+    places, interrupted = _at_work[-1]
+    if interrupted.is_set():
+        return False
+    interrupted.set()
+    write_stop(places)
+    return True
+
+
+@contextmanager
+def _interruptible(places: tuple[Path, ...]) -> Iterator[threading.Event]:
+    interrupted = threading.Event()
+    _at_work.append((places, interrupted))
+    try:
+        yield interrupted
+    finally:
+        _at_work.pop()
+
+
+def _dangers(work: Work[Item]) -> frozenset[Any]:
+    """Ask work that knows what processes died of for what is still open; other work knows nothing."""
+    dangers: Callable[[], frozenset[Any]] | None = getattr(work, "dangers", None)
+    return dangers() if dangers is not None else frozenset()
+
+
+def _tidy(work: Work[Item], *, finished: bool) -> None:
+    """Let work that leaves something beside its results remove it."""
+    tidy: Callable[[bool], None] | None = getattr(work, "tidy", None)
+    if tidy is not None:
+        with suppress(OSError):
+            tidy(finished)
+
+
+def _clear(errors: Path, private: Path) -> None:
+    remove_folder(errors)
+    for path in (*private.glob("*.json"), private / STOP):
+        path.unlink(missing_ok=True)
+
+
+def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether trying again is in vain: everything that failed would fail again, or something that stopped everybody."""
+    return bool(failed) and (
+        any(f["stops"] and not f["passes"] for f in failed) or not any(f["passes"] for f in failed)
+    )
+
+
+def _submit(
+    phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, private: Path, options: PipelineOptions
+) -> Counter[str]:
+    with spread_over_tasks(options, len(todo)):
+        runner, local = local_runner(options) if in_processes(options) else (None, options)
+        pipeline = beam.Pipeline(runner, local)
+        _keep_inside(pipeline, private)
+        run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
+        # Create would reshuffle, too: a tenth of a second for a second time
+        _ = (
+            pipeline
+            | "Items" >> beam.Create(list(todo), reshuffle=False)
+            | beam.Reshuffle()
+            | phase.capitalize() >> beam.ParDo(run)
+        )
+        return totals(run_watched(pipeline, options))
+
+
+def _keep_inside(pipeline: Any, private: Path) -> None:
+    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
+    with suppress(OSError):
+        Path(pipeline.local_tempdir).rmdir()
+    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
+
+
+class _Watch(Generic[Item]):
+    """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
+
+    def __init__(
+        self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
+    ) -> None:
+        self._pending: Sequence[Item] = items
+        self._total = sum(work.rows(item) for item in items) if progress is not None else 0
+        self._work, self._progress, self._poll_s = work, progress, poll_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._progress is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._stop.set()
+            self._thread.join()
+            self._report(self._progress)
+
+    def _watch(self) -> None:
+        assert self._progress is not None
+        wait_s = self._poll_s
+        while not self._stop.wait(wait_s):
+            start = time.perf_counter()
+            with suppress(StoreError):  # the next look will tell
+                self._report(self._progress)
+            # a look lists every file that is committed, which may not take the work's time
+            wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
+
+    def _report(self, progress: Callable[[int, int], None]) -> None:
+        self._pending = self._work.remaining(self._pending)
+        progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
+
+
+def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:
+    """Read the records of what failed, those that stopped everybody first."""
+    found = [read_json(path) for place in (errors, private) for path in sorted(list_files(place, "*.json"))]
+    return sorted(found, key=lambda record: not (record["stops"] and not record["passes"]))
+
+
+def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:
+    count = f"{phase}: {len(todo)} item(s) could not be done"
+    if lost and not failed:
+        return f"{count}, the first {work.name(todo[0])}: {lost}; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
+    if not failed:
+        return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
+    first = failed[0]
+    log.debug("first failure of %s:\n%s", phase, first["traceback"])
+    sentence = first["type"] in ("ValueError", "TeacherMisfit", "TooManyFailures")
+    message = first["message"] if sentence else f"{first['type']}: {first['message']}"
+    way_out = (
+        "; what was answered is kept: make room, or let it be written to, and start again" if first["full"] else ""
+    )
+    return f"{count}, the first {first['item']}: {message}{way_out}"
+
+
+def _stable_name(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

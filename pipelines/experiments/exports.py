@@ -1,0 +1,142 @@
+"""The exports of a student: each made once, judged, and put in one table with the student itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from distilbeam.extras import require_extras
+from distilbeam.pipelines.engine.display import Display, Report
+from distilbeam.pipelines.jobs.directory import held
+from distilbeam.pipelines.needs import needs_of_formats
+from distilbeam.storage.files import read_json, sweep, write_json
+from distilbeam.student.checkpoint import Student, load_student
+from distilbeam.student.export.export import FORMATS, export_student
+from distilbeam.student.export.prune import prune_student, require_prunable
+from distilbeam.student.networks.config import StudentConfig
+
+PRUNED, CUT = "pruned", "pruned-untrained"
+ALL_FORMATS = (*FORMATS, PRUNED)
+
+Judge = Callable[[Path], dict[str, Any]]
+Retrain = Callable[[StudentConfig, Path, Path, Report], object]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse a format that there is not, or whose packages are not installed."""
+    for name in formats:
+        if name not in ALL_FORMATS:
+            raise ValueError(f"--format must be one of {', '.join(ALL_FORMATS)}, got {name}")
+    require_extras(needs_of_formats(formats, PRUNED))
+
+
+def write_exports(
+    student: Path,
+    formats: Sequence[str],
+    output: Path,
+    judge: Judge,
+    display: Display,
+    examples: npt.NDArray[Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    retrain: Retrain | None = None,
+    ratio: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Export a student in several formats and judge each beside it; what is there already is judged again.
+
+    Args:
+      student: directory of the student.
+      formats: names out of `ALL_FORMATS`.
+      output: directory that gets one directory per format, and `metrics.json` with the table.
+      judge: gives the figures of a student's or export's directory.
+      display: shows the steps.
+      examples: inputs out of the pool to calibrate on.
+      origin: where the examples come from.
+      provenance: what the student was made from.
+      retrain: trains a pruned network: its configuration, the directory to start from, the directory to write, report.
+      ratio: share of the channels that `pruned` takes away.
+
+    Returns:
+      The rows of the table: the student, then every export in `output`, also those of earlier calls.
+
+    Raises:
+      ValueError: an unknown format, missing examples, or a directory in the way that holds another student's export.
+    """
+    check_formats(formats)
+    loaded = load_student(student)
+    fingerprint = loaded.fingerprint()
+    if PRUNED in formats:
+        _require_pruning(loaded, ratio, retrain)
+    with held(output, "--output", "--output"):
+        sweep(output)  # what was left by one that was killed
+        return _exported(
+            student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio
+        )
+
+
+def _exported(
+    student: Path,
+    fingerprint: str,
+    formats: Sequence[str],
+    output: Path,
+    judge: Judge,
+    display: Display,
+    examples: npt.NDArray[Any] | None,
+    origin: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+    retrain: Retrain | None,
+    ratio: float,
+) -> list[dict[str, Any]]:
+    for name in formats:
+        directory = output / name
+        with display.step(f"export {name}") as report:
+            if directory.exists() or (name == PRUNED and (output / CUT).exists()):
+                _require_same(output, name, fingerprint, ratio)
+            if name == PRUNED:
+                _write_pruned(student, output, ratio, retrain, report)
+            elif not directory.exists():
+                export_student(student, name, directory, examples, origin, provenance)
+    rows = [("student", student), *((name, output / name) for name in ALL_FORMATS if (output / name).exists())]
+    results = output / "results.json"
+    table = []
+    for name, directory in rows:
+        with display.step(f"judge {name}"):
+            table.append({"name": name, **judge(directory)})
+    write_json(results, {"student": str(student), "fingerprint": fingerprint, "rows": table})
+    return table
+
+
+def _require_pruning(student: Student, ratio: float, retrain: Retrain | None) -> None:
+    """Refuse what pruning would, before other formats take their time."""
+    if retrain is None:
+        raise ValueError(
+            "a pruned student must be trained again: name the run's configuration instead of the student's directory"
+        )
+    if not 0 < ratio < 1:
+        raise ValueError(f"--ratio must be a share of the channels between 0 and 1, got {ratio}")
+    require_prunable(student.module)
+
+
+def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+    assert retrain is not None  # `_require_pruning` refuses
+    cut = output / CUT
+    if not cut.exists():
+        prune_student(student, ratio, cut)
+    retrain(load_student(cut).config, cut, output / PRUNED, report)
+
+
+def _require_same(output: Path, name: str, fingerprint: str, ratio: float) -> None:
+    """Check that what is there already was made from this student."""
+    if name == PRUNED:
+        former = load_student(output / CUT).extra["pruned"]
+        same = former == {"from": fingerprint, "ratio": ratio}
+    else:
+        same = read_json(output / name / "export.json")["student"]["fingerprint"] == fingerprint
+    if not same:
+        raise ValueError(
+            f"{output} holds another student, or one of another --ratio, in the format {name}; remove it, or choose "
+            "another --output"
+        )

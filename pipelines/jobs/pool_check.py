@@ -1,0 +1,46 @@
+"""Whether the pool that labels were made of still holds what was labelled, for `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from distilbeam.pipelines.config import LabelConfig, load_any_config
+from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.storage.paths import to_path, within
+from distilbeam.toml_files import read_toml
+
+
+def pool_problems(config: Path, dataset: str) -> list[str]:
+    """Compare a pool with what was labelled of it, reading all of its files.
+
+    Args:
+      config: configuration of the run or labelling job; one without [data], or of another dataset, is passed over.
+      dataset: the labels.
+
+    Returns:
+      A sentence where something changed, or nothing.
+
+    Raises:
+      ValueError: the configuration is not valid, or its pool is not there.
+    """
+    if "data" not in read_toml(config):
+        return []
+    settings, base = load_any_config(config), config.parent.resolve()
+    directory = RunDirectory(within(base, settings.run.directory).resolve())
+    labels = to_path(dataset).resolve()
+    if isinstance(settings, LabelConfig):
+        job = LabellingJob(settings, base, directory)
+        changed = job.changed_files() if labels == job.dataset.resolve() else []
+        way_out = "'distilbeam label' asks its changed rows again"
+    else:
+        ours = labels.is_relative_to(directory.root) and directory.frozen.exists()
+        changed = Job(settings, base, directory, PipelineOptions()).changed_files() if ours else []
+        way_out = "put it back, or start a new run.directory"
+    if not changed:
+        return []
+    more = ", …" if len(changed) > 3 else ""
+    return [f"{len(changed):,} file(s) hold other values than were labelled: {', '.join(changed[:3])}{more}; {way_out}"]

@@ -1,0 +1,106 @@
+"""What is said of the labelled sets before a run: what is wrong with none of them, and still changes what its figures mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import compress
+
+import numpy as np
+import pyarrow as pa
+
+from distilbeam.pipelines.pool.content_ids import content_ids
+from distilbeam.pipelines.pool.datasets import Inputs
+from distilbeam.pipelines.pool.labelled_sets import LabelledSet
+from distilbeam.pipelines.pool.splits import Pool, open_parquet, read_groups
+from distilbeam.storage.paths import is_remote, to_path
+
+_FEW = 100  # validation rows, with which a share is known to 10 points
+_LOOKED_AT = 65_536  # rows of the pool that are compared with the sets
+_BYTES = 64 * 2**20  # of them that are read
+_NAMED = 3  # classes that are named
+
+
+def notes_on(inputs: Inputs) -> list[str]:
+    """Say, in sentences, what limits the estimates: few rows, classes without any, rows that are in several sets."""
+    return [*_few_rows(inputs), *_missing_classes(inputs), *_shared_rows(inputs), *_shared_with_pool(inputs)]
+
+
+def _few_rows(inputs: Inputs) -> Iterator[str]:
+    rows = len(inputs.validation.truth)
+    if rows < _FEW:
+        yield (
+            f"data.validation has {rows:,} rows: shares are known to ± {98 / math.sqrt(rows):.0f} points, the teacher's mistakes too"
+        )
+
+
+def _missing_classes(inputs: Inputs) -> Iterator[str]:
+    for name, one, what in (
+        ("data.labelled", inputs.labelled, "the first student cannot know them"),
+        ("data.validation", inputs.validation, "how often the teacher errs there is not measured"),
+    ):
+        counts = np.bincount(one.truth, minlength=len(inputs.classes))
+        missing = [*compress(inputs.classes, counts == 0)]
+        if missing:
+            more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
+            yield (
+                f"{name} has no row of {len(missing):,} of the {len(inputs.classes):,} classes ({', '.join(missing[:_NAMED])}{more}): {what}"
+            )
+
+
+def _shared_rows(inputs: Inputs) -> Iterator[str]:
+    test = None if inputs.test is inputs.validation else inputs.test
+    for name, one, other_name, other, what in (
+        (
+            "data.validation",
+            inputs.validation,
+            "data.labelled",
+            inputs.labelled,
+            "checkpoints are chosen by what was learned",
+        ),
+        ("data.test", test, "data.labelled", inputs.labelled, "the final table knows their answers"),
+        ("data.test", test, "data.validation", inputs.validation, "checkpoints were chosen by them"),
+    ):
+        if one is not None and (count := _shared(one, set(other.ids))):
+            yield f"{count:,} of the {len(one.ids):,} rows of {name} are in {other_name} too: {what}"
+
+
+def _shared_with_pool(inputs: Inputs) -> Iterator[str]:
+    looked_at = _pool_ids(inputs.pool, tuple(dict.fromkeys(inputs.student_columns)))
+    pool = set(looked_at)
+    for name, one, what in (
+        ("data.labelled", inputs.labelled, "labels may be bought that are known"),
+        ("data.validation", inputs.validation, "a student may be judged by what it learned"),
+        ("data.test", inputs.test, "a student may be judged by what it learned"),
+    ):
+        if (one is not inputs.validation or name == "data.validation") and (count := _shared(one, pool)):
+            seen = (
+                "the pool"
+                if len(looked_at) == inputs.pool.rows
+                else f"{len(looked_at):,} rows of the pool that were looked at"
+            )
+            yield f"{count:,} of the {len(one.ids):,} rows of {name} are in {seen}: {what}"
+
+
+def _shared(one: LabelledSet, others: set[bytes]) -> int:
+    return sum(row in others for row in one.ids)
+
+
+def _pool_ids(pool: Pool, columns: Sequence[str]) -> list[bytes]:
+    """Hash rows of the pool, all of a small one, of a larger one those of some row groups."""
+    if is_remote(to_path(pool.units[0].path)):  # where reading costs money
+        return []
+    groups = [(unit.path, group) for unit in pool.units for group in range(*unit.row_groups)]
+    ids: list[bytes] = []
+    size = 0
+    for i in np.random.default_rng(pool.rows).permutation(len(groups)):
+        path, group = groups[i]
+        try:
+            for batch in read_groups(open_parquet(path), path, [group], columns, _LOOKED_AT):
+                ids += content_ids(pa.Table.from_batches([batch]))
+                size += batch.nbytes
+                if len(ids) >= _LOOKED_AT or size >= _BYTES:
+                    return ids
+        except ValueError:  # a damaged file, which the phase that needs it names
+            continue
+    return ids

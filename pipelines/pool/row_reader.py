@@ -1,0 +1,87 @@
+"""Reading chosen rows of the pool in ascending order, each row group once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distilbeam.pipelines.pool.pool_types import cast_batches
+from distilbeam.pipelines.pool.splits import Unit, open_parquet, read_groups, require_unchanged
+
+
+class RowReader:
+    """Reads rows of units; a call goes on where the one before stopped, so that shards that share a row group decode it once.
+
+    Args:
+      columns: columns to read.
+      batch_rows: most rows in a batch.
+    """
+
+    def __init__(self, columns: Sequence[str], batch_rows: int) -> None:
+        self._columns, self._batch_rows = columns, batch_rows
+        self._path = ""
+        self._file: pq.ParquetFile | None = None
+        self._casts: Sequence[tuple[str, pa.DataType]] = ()
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        self._start = 0  # row of the unit at which self._batch starts
+
+    def read(self, unit: Unit, rows: npt.NDArray[np.int64]) -> Iterator[tuple[pa.RecordBatch, slice]]:
+        """Read rows of a unit, from only the row groups that hold some.
+
+        Args:
+          unit: where the rows are.
+          rows: int64 [n], ascending rows of the unit.
+
+        Yields:
+          A batch of some of the rows, in their order, and which of `rows` they are. Rows that are neighbours in the file
+          are not copied.
+
+        Raises:
+          ValueError: the file is damaged, or was replaced since it was planned.
+        """
+        file = self._open(unit)
+        first = 0
+        for group, size in enumerate(unit.sizes, unit.row_groups[0]):
+            stop = first + size
+            lo, hi = np.searchsorted(rows, [first, stop])
+            if hi > lo:
+                yield from self._of_group(file, group, first, rows, slice(lo, hi))
+            first = stop
+
+    def _of_group(
+        self, file: pq.ParquetFile, group: int, first: int, rows: npt.NDArray[np.int64], wanted: slice
+    ) -> Iterator[tuple[pa.RecordBatch, slice]]:
+        if group != self._group or self._batch is None or rows[wanted.start] < self._start:
+            self._group, self._start = group, first
+            batches = read_groups(file, self._path, [group], self._columns, self._batch_rows)
+            self._batches = cast_batches(batches, self._casts, self._path)
+            self._batch = next(self._batches)
+        lo = wanted.start
+        while lo < wanted.stop:
+            assert self._batch is not None
+            stop = self._start + self._batch.num_rows
+            hi = lo + int(np.searchsorted(rows[lo : wanted.stop], stop))
+            if hi > lo:
+                yield _taken(self._batch, rows[lo:hi] - self._start), slice(lo, hi)
+            lo = hi
+            if lo < wanted.stop:
+                self._start, self._batch = stop, next(self._batches)
+
+    def _open(self, unit: Unit) -> pq.ParquetFile:
+        if self._file is None or unit.path != self._path:
+            require_unchanged(unit)  # a file that is gone is said to be gone
+            self._path, self._file, self._group, self._casts = unit.path, open_parquet(unit.path), -1, unit.casts
+            require_unchanged(unit)  # it may have been replaced between the two
+        return self._file
+
+
+def _taken(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return batch.slice(rows[0], len(rows))
+    return batch.take(pa.array(rows))

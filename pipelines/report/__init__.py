@@ -1,0 +1,5 @@
+"""The report of a run: figures, tables, plots, one HTML file.
+
+Read in this order: metrics, tables, plots, html.
+Imports: jobs and below.
+"""

@@ -1,0 +1,7 @@
+"""A student's data: soft labels and labelled examples become batches of tensors.
+
+Read in this order: loader, sampler, row_groups, shuffle, prefetch, columns, column_types, labelled, input_maker, batch_rng.
+Imports: distilbeam.teacher.softlabels, distilbeam.inputs.
+"""
+
+from distilbeam.student.data.loader import SoftLabelDataset as SoftLabelDataset

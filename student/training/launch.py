@@ -1,0 +1,190 @@
+"""Train a student over Parquet files, in one process or several, from a TOML file.
+
+    python -m distilbeam.student.training.launch training.toml
+    torchrun --nproc-per-node 2 -m distilbeam.student.training.launch training.toml --set training.lr=0.001
+
+    [data]                              # paths are relative to the file
+    soft_labels = ["run/labels/round=000"]
+    labelled = "labelled.parquet"       # optional; so is validation
+    validation = "validation.parquet"
+    label = "label"
+    classes = ["cat", "dog"]
+    directory = "student"
+    seed = 0
+
+    [student]
+    kind = "mlp"
+    input = { columns = ["x"] }
+
+    [training]
+    epochs = 60
+
+With `finetune` under [training] the distillation is blind: soft labels alone first, then the labelled examples with the
+teacher's answers for them (`labelled_answers` under [data]). The same command goes on with a training that was killed. A
+directory that holds the student already is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow.parquet as pq
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distilbeam.student.data.labelled import with_meaning
+from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.training.blind import train_blind
+from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.torchrun_folders import remove_own
+from distilbeam.student.training.train import TrainResult, train
+from distilbeam.toml_files import read_toml
+
+
+class DataConfig(BaseModel):
+    """What a student is trained on, and where it goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
+    mixing_weights: tuple[float, ...] | None = Field(None, description="share of each of them in an epoch")
+    labelled: str | None = Field(None, description="Parquet file of human-labelled examples")
+    labelled_answers: tuple[str, ...] = Field((), description="soft labels of these examples, for training.finetune")
+    validation: str | None = Field(None, description="Parquet file of labelled examples that choose the epoch")
+    label: str = Field("label", description="column with the true class")
+    integers: Literal["names", "indices"] | None = Field(
+        None,
+        description="what whole numbers in that column are, where they could be names of classes and their indices too",
+    )
+    classes: tuple[str, ...] = Field(description="names of the classes in the order of the logits", min_length=2)
+    directory: str = Field("student", description="where the student appears")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+
+
+class LaunchConfig(BaseModel):
+    """A training over Parquet files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: DataConfig
+    student: StudentConfig
+    training: TrainConfig = TrainConfig()
+
+
+def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResult:
+    """Train what a configuration says.
+
+    Args:
+      config: the configuration.
+      base: directory that its paths are relative to.
+      progress: as for `train`.
+
+    Returns:
+      The metrics and the directory of the student.
+
+    Raises:
+      ValueError: as for `train` or `train_blind`.
+      FileExistsError: the student is there already.
+    """
+    data, training = config.data, config.training
+    if training.reestimate_epochs is not None:
+        raise ValueError(
+            "training.reestimate_epochs needs the teacher's answers for the validation set, which 'distilbeam run' asks for; "
+            "leave it out here"
+        )
+    student = config.student.model_copy(update={"input": config.student.input.relative_to(base)})
+    tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
+    if data.integers is not None:
+        tables = [None if table is None else with_meaning(table, data.label, data.integers) for table in tables]
+    soft_labels, answers = ([base / path for path in paths] for paths in (data.soft_labels, data.labelled_answers))
+    common: dict[str, Any] = {
+        "classes": data.classes,
+        "labelled": tables[0],
+        "label_column": data.label,
+        "validation": tables[1],
+        "directory": base / data.directory,
+        "seed": data.seed,
+        "mixing_weights": data.mixing_weights,
+        "progress": progress,
+    }
+    if training.finetune is not None:
+        return train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
+    if answers:
+        raise ValueError(
+            "data.labelled_answers are for the second phase of blind distillation: give training.finetune too"
+        )
+    return train(student, training, soft_labels=soft_labels, **common)
+
+
+def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
+    """Read a configuration, with words `section.key=value` over it.
+
+    Raises:
+      ValueError: it cannot be read, or a setting is not valid; a line for each.
+    """
+    try:
+        data = read_toml(path)
+        for override in overrides:
+            name, _, value = override.partition("=")
+            section, _, key = name.partition(".")
+            data.setdefault(section, {})[key] = tomllib.loads(f"value = {value}")["value"]
+        return LaunchConfig.model_validate(data)
+    except ValidationError as e:
+        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
+        raise ValueError("\n".join(lines)) from e
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"--set is not valid TOML: {e}") from e
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
+    ] = None,
+) -> None:
+    """Train a student over Parquet files."""
+    signal.signal(signal.SIGINT, _stop_at_once)
+    first = os.environ.get("RANK", "0") == "0"
+    columns = (
+        TextColumn("  {task.fields[note]}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bar:
+            task = bar.add_task("", total=None, note="")
+
+            def progress(done: int, total: int, loss: float) -> None:
+                rate = bar.tasks[0].speed or 0
+                bar.update(task, completed=done, total=total, note=f"loss {loss:.4f}  {rate:,.0f} steps/s")
+
+            result = launch(read_config(config, overrides or []), config.parent, progress)
+    except (ValueError, OSError) as e:
+        typer.echo(f"error: {e}", err=True)
+        raise SystemExit(2) from e
+    if first:
+        remove_own()
+        figures = {name: round(value, 4) for name, value in result.metrics.items()}
+        typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+
+
+def _stop_at_once(*_: object) -> None:
+    """End at once: checkpoints are whole or not there."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

@@ -1,1 +1,0 @@
-"""Kinds of input, one file each; `distilbeam.teacher.preprocess` chooses among them."""
