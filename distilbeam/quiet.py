@@ -6,6 +6,7 @@ from C++ before anything can be set, so that its import is kept apart. `--debug`
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -37,6 +38,7 @@ def keep_quiet() -> None:
     """Switch off what libraries print in this process and in those that it starts; what the user has set stays."""
     for name, value in {**_ENVIRONMENT, _SET: "1"}.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it names each of its libraries that is for other hardware
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

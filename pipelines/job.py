@@ -37,7 +37,7 @@ from distilbeam.pipelines.models import cached_student, cached_teacher, teacher_
 from distilbeam.pipelines.phases import PhaseReport, run_phase, threads
 from distilbeam.pipelines.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.rundir import RunDirectory
-from distilbeam.pipelines.score import Candidates, Score
+from distilbeam.pipelines.score import Candidates, Score, gains_file
 from distilbeam.pipelines.shards import Task, plan_shards
 from distilbeam.pipelines.teacher_check import require_order
 from distilbeam.pipelines.units import Pool
@@ -113,7 +113,7 @@ class Job:
         path = self.directory.frozen
         if not path.exists():
             write_json(path, now)
-        then = read_json(path)
+        then = self._with_mended_files(read_json(path), now)
         if then["teacher"] != now["teacher"]:
             raise ValueError(
                 f"the teacher changed: {self.directory.root} was started with {then['teacher']}, the configuration now "
@@ -131,6 +131,24 @@ class Job:
             )
         if "sets" not in then or "contents" not in then:
             write_json(path, {**then, **{name: now[name] for name in ("pool", "sets", "contents")}})
+
+    def _with_mended_files(self, then: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        """Take pool files of other values as long as nothing was chosen by them: one that was damaged may be put right."""
+        known = then.get("contents", {})
+        mended = {name for name, digest in now["contents"].items() if known.get(name, digest) != digest}
+        where = self.directory
+        if not mended or then.get("pool") != now["pool"] or (where.selected(0) / "plan.json").exists():
+            return then
+        log.warning(
+            "%s: values changed before anything was chosen, its rows are scored again", ", ".join(sorted(mended))
+        )
+        paths = {path for name, path in self.inputs.pool.paths if name in mended}
+        for unit in self.inputs.pool.units:
+            if unit.path in paths:
+                gains_file(where.gains(0), unit).unlink(missing_ok=True)
+        taken = {**then, "contents": now["contents"]}
+        write_json(where.frozen, taken)
+        return taken
 
     def changed_files(self) -> list[str]:
         """Read all files of the pool and list those that are not what the run was started with."""

@@ -401,7 +401,7 @@ def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]]
         return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
     first = failed[0]
     log.debug("first failure of %s:\n%s", phase, first["traceback"])
-    sentence = first["type"] in ("ValueError", "TooManyFailures")
+    sentence = first["type"] in ("ValueError", "TeacherMisfit", "TooManyFailures")
     message = first["message"] if sentence else f"{first['type']}: {first['message']}"
     way_out = (
         "; what was answered is kept: make room, or let it be written to, and start again" if first["full"] else ""

@@ -75,8 +75,9 @@ class RowReader:
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
         if self._file is None or unit.path != self._path:
+            require_unchanged(unit)  # a file that is gone is said to be gone
             self._path, self._file, self._group, self._casts = unit.path, open_parquet(unit.path), -1, unit.casts
-            require_unchanged(unit)
+            require_unchanged(unit)  # it may have been replaced between the two
         return self._file
 
 

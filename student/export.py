@@ -221,6 +221,8 @@ def _description(
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     inputs = own_input.model_dump(mode="json", exclude_defaults=True)
+    if not own_input.gives_ids:
+        inputs.pop("pad_id", None)  # which validation fills in
     return {
         "format_version": EXPORT_VERSION,
         "format": format_,

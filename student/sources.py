@@ -142,7 +142,7 @@ def open_sources(
         integers=integers_meant([labelled, validation], label_column, classes),
     )
     hard = None if labelled is None else read(labelled)
-    held_out = None if validation is None else read(validation, name="the validation set")
+    held_out = None if validation is None else read(validation, name="the validation examples")
     soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
     shape = shape_of_inputs(hard, held_out, soft)
     return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
