@@ -243,10 +243,11 @@ class LabellingJob:
             copies = plan_copies(copied, found, sources, bounds, self.spec)
             same = _joined(same, _masks(parts, found.same))
             waiting = int(found.waiting.sum())
-            asked = _masks(parts, ~(found.copied | found.same | found.waiting))
-            parts = self._pieces(pool, asked, bounds)
+            unknown = _masks(parts, ~(found.copied | found.same | found.waiting))
+            parts = self._pieces(pool, unknown, bounds)
             rows -= int((found.copied | found.same).sum())
         tasks = tuple(plan_pieces(parts, bounds, self.spec))
+        asked = [part_rows(shard) for task in tasks for shard in task.shards]
         return LabelPlan(
             pool=pool,
             standing=standing,
@@ -258,9 +259,7 @@ class LabellingJob:
             rows_wanted=rows,
             rows_waiting=waiting,
             rows_same=sum(len(from_ranges(ranges)) for ranges in same.values()),
-            rows_saved=rows_saved(
-                str(self.dataset), self.spec.to_json(), (part_rows(shard) for task in tasks for shard in task.shards)
-            ),
+            rows_saved=rows_saved(str(self.dataset), self.spec.to_json(), asked) if asked else 0,
             rows_dead=sum(int(mask.sum()) for mask in dead.values()),
             compared=compared or not rows,
             superseded=sum(entry.rows for entry in entries) if because else 0,

@@ -110,7 +110,7 @@ def test_wrong_input_is_a_sentence_and_a_status(config: Path, arguments: list[st
     ("command", "setting", "sentence"),
     [
         ("run", "selection.budgte=3", "selection.budgte is not a setting"),
-        ("report", "selection.budget=29", "run was made by another configuration; it differs in selection.budget"),
+        ("report", "run.seed=29", "run was made by another configuration; it differs in run.seed"),
     ],
 )
 def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(
