@@ -14,6 +14,7 @@ from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,
     EXPORT_COLUMNS,
+    LATENCIES,
     PARETO_COLUMNS,
     class_rows,
     export_rows,
@@ -108,8 +109,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{row['ece']:.3f}",
             _count(row["parameters"]),
             _bytes(row["size_bytes"]),
-            f"{row['latency_ms_batch1']:.2f}",
-            f"{row['latency_ms_batch64']:.2f}",
+            *("–" if row[name] is None else f"{row[name]:.2f}" for name in LATENCIES),
         )
         for row in rows
     ]

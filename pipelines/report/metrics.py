@@ -15,11 +15,14 @@ from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusab
 from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
 from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class, worst_classes
+from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels import read_manifest
 
 _BINS = 20
+MAY_BE_PAID = ("tfserving", "beam")  # kinds of teachers of which a call may cost money
 
 
 def write_results(job: Job, report: Report) -> None:
@@ -97,18 +100,24 @@ def _teacher_row(job: Job, name: str) -> dict[str, Any]:
 
 
 def _teacher_footprint(job: Job) -> dict[str, Any]:
-    """Measure what can be measured of any teacher: its latency as it is asked, and its files and parameters if it is local."""
-    teacher = cached_teacher(job.teacher)
-    answered = np.flatnonzero(~np.isnan(job.answers("validation")).any(axis=1))[:64]
-    examples = job.inputs.validation.table.select(job.inputs.teacher_columns).take(answered)
-    batch = examples.combine_chunks().to_batches()[0]
-    latency = {f"latency_ms_batch{n}": _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for n in (1, 64)}
-    config = job.config.teacher
+    """Measure a teacher: its files and parameters, and its latency where asking costs nothing; others may be paid by the call."""
+    teacher, config = cached_teacher(job.teacher), job.config.teacher
+    latency: dict[str, float | None] = dict.fromkeys(LATENCIES)
+    if config.kind not in MAY_BE_PAID:
+        latency = _teacher_latency(job, teacher)
     models = [getattr(config, name) for name in config.paths() if name in ("model", "weights")]
     paths = [job.base / path for path in (*models, *getattr(config, "files", ())) if path is not None]
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}
+
+
+def _teacher_latency(job: Job, teacher: Teacher) -> dict[str, float | None]:
+    answered = np.flatnonzero(~np.isnan(job.answers("validation")).any(axis=1))[:64]
+    examples = job.inputs.validation.table.select(job.inputs.teacher_columns).take(answered)
+    batch = examples.combine_chunks().to_batches()[0]
+    sizes = zip(LATENCIES, (1, 64), strict=True)
+    return {name: _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for name, n in sizes}
 
 
 def _median_ms(call: Any, repeats: int = 11) -> float:

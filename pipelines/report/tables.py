@@ -111,6 +111,7 @@ def size_text(size: float | None) -> str:
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB"
 
 
+LATENCIES = ("latency_ms_batch1", "latency_ms_batch64")
 _LATENCIES = ("latency_ms_batch1", "latency_ms_batch1_p95", "latency_ms_batch64", "latency_ms_batch64_p95")
 
 

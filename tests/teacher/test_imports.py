@@ -13,7 +13,9 @@ import distilbeam.teacher
 
 HEAVY = ("apache_beam", "jax", "keras", "onnxruntime", "tensorflow", "torch", "transformers", "triton")
 FOLDER = Path(distilbeam.teacher.__path__[0])
-SHARED = tuple(f"distilbeam.{name}" for name in ("extras", "inputs", "quiet", "storage", "toml_files"))  # what all parts stand on
+SHARED = tuple(
+    f"distilbeam.{name}" for name in ("extras", "inputs", "quiet", "storage", "toml_files")
+)  # what all parts stand on
 
 
 @pytest.mark.parametrize(

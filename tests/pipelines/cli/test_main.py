@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -233,6 +234,8 @@ def test_a_served_teacher_answers_a_run(problem: dict[str, Any], config: Path, t
         assert server.wait(timeout=30) == 0
     assert out.returncode == 0, out.stderr
     assert "The teacher labelled 30 of the 240 examples" in out.stdout
+    figures = json.loads((tmp_path / "served/report/metrics.json").read_text())["teacher"]
+    assert figures["latency_ms_batch64"] is None, "who may be paid by the call is not asked for its latency"
 
 
 @pytest.mark.slow
