@@ -64,6 +64,9 @@ class HuggingFaceTeacher(LocalTeacher):
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _load(self) -> tuple[Callable[[list[bytes]], Any], Any]:
+        logging.getLogger("torchao").setLevel(
+            logging.ERROR
+        )  # it names each of its libraries that is for other hardware
         try:
             import transformers
         except ImportError as e:

@@ -119,7 +119,6 @@ def test_a_wrong_word_is_said_before_torch_and_beam_are_imported(
 ) -> None:
     (tmp_path / "run").mkdir()
     write_config(tmp_path / "run" / "config.toml", load_config(config))
-    (tmp_path / "run" / "frozen.json").write_text("{}")  # which makes the directory that configuration's
     arguments = [command, str(config), "--set", setting]
     out = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "distilbeam", *arguments],

@@ -254,7 +254,7 @@ def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
     pq.write_table(table.set_column(table.column_names.index("x"), "x", texts), file)
     out = finish(tmp_path / "d", status=2)
     assert "2.parquet" in out
-    assert "column x" in out
+    assert "column(s) x" in out
     assert "Traceback" not in out
 
 
