@@ -83,7 +83,8 @@ def features(message: Any) -> dict[str, Any]:
     Raises:
       ValueError: a feature with more than one byte string.
     """
-    return {name: _value(name, feature) for name, feature in message.features.feature.items()}
+    # a protocol buffer's map has an order of its own in every process; the pool's columns are to have one
+    return {name: _value(name, feature) for name, feature in sorted(message.features.feature.items())}
 
 
 def _value(name: str, feature: Any) -> Any:
