@@ -261,7 +261,12 @@ class Label:
         waiting_rows = size = 0
         for part, place in _parts_left(shard, done):
             first = place
-            for table in read_rows(reader, part, self.picks):
+            for read in read_rows(reader, part, self.picks):
+                table = read
+                for name, column in self.labelling.question_column(
+                    read
+                ).items():  # here, where it is often in a thread of its own
+                    table = table.append_column(name, column)
                 waiting.append(table.append_column(PLACE, pa.array(np.arange(first, first + table.num_rows))))
                 first += table.num_rows
                 waiting_rows, size = waiting_rows + table.num_rows, size + table.nbytes
