@@ -14,6 +14,7 @@ from distilbeam.inputs.config import make_input
 from distilbeam.pipelines.forecast.rates import Forecast, Line, Rates, measure_rates, measure_scoring, workers_of
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.labelling import LabellingJob, LabelPlan
+from distilbeam.pipelines.labelling.saved_answers import saved
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, keyed
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.steps import Step, steps_of
@@ -148,4 +149,6 @@ def _rows_to_ask(job: Job, step: Step) -> int:
 
 
 def _labelled(dataset: Path) -> int:
-    return sum(entry.rows for entry in read_entries(manifest_files(dataset)))
+    """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
+    kept = sum(answered.table.num_rows for answered in saved(str(dataset), None))
+    return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))
