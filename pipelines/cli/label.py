@@ -114,6 +114,7 @@ def plan(
         from distilbeam.pipelines.engine.beam_options import pipeline_options
         from distilbeam.pipelines.forecast.forecast import forecast_labelling, forecast_run
         from distilbeam.pipelines.jobs.distillation import Job
+        from distilbeam.pipelines.jobs.run import Run
 
     options = pipeline_options(flags)
     if isinstance(settings, LabelConfig):
@@ -124,7 +125,7 @@ def plan(
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:
         with _run_directory(settings, base, held=sample > 0) as directory:
-            forecast = forecast_run(Job(settings, base, directory, options), sample)
+            forecast = forecast_run(Job(Run(settings, base, directory), options), sample)
     _print_forecast(forecast)
     if json_file is not None:
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")

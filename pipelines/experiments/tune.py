@@ -13,7 +13,8 @@ import tomli_w
 
 from distilbeam.pipelines.config import RunConfig, parse_config
 from distilbeam.pipelines.engine.display import Display
-from distilbeam.pipelines.experiments.run_data import Material
+from distilbeam.pipelines.experiments.further_students import train_further
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import write_json
 from distilbeam.student.search.space import SearchRange, default_space, nested
@@ -23,11 +24,11 @@ from distilbeam.student.training.checkpoints import METRICS, SUFFIX
 SECTIONS = ("student", "training")
 
 
-def tune(material: Material, display: Display) -> Search:
+def tune(run: Run, display: Display) -> Search:
     """Search the configuration's space and write `tune/best.toml`, `tune/results.json` into the run directory.
 
     Args:
-      material: the run's data.
+      run: the run.
       display: shows the trials.
 
     Returns:
@@ -37,14 +38,14 @@ def tune(material: Material, display: Display) -> Search:
       ValueError: a setting of the space that there is not or that cannot have a value of its range; or as for
         `student.tuning.search`.
     """
-    config = material.config
+    config = run.config
     space = dict(config.tune.space) or default_space(config.student)
     _require_valid(config, space)
-    root = material.directory.root / "tune"
-    about = {"data": material.digest, **{name: _section(config, name, space) for name in SECTIONS}}
+    root = run.directory.root / "tune"
+    about = {"data": run.digest, **{name: _section(config, name, space) for name in SECTIONS}}
 
     with display.step(f"search {len(space)} settings in {config.tune.trials} trials") as report:
-        found = search(_objective(material, root), space, config.tune, root, config.run.seed, about, report)
+        found = search(_objective(run, root), space, config.tune, root, config.run.seed, about, report)
     metric = config.tune.metric
     with replacing(root / "best.toml") as temporary:
         temporary.write_text(_overlay(found.best, metric))
@@ -64,19 +65,19 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return parse_config(data)
 
 
-def _objective(material: Material, root: Path) -> Callable[[Mapping[str, Any], Any], float]:
-    metric = f"validation_{material.config.tune.metric}"
+def _objective(run: Run, root: Path) -> Callable[[Mapping[str, Any], Any], float]:
+    metric = f"validation_{run.config.tune.metric}"
 
     def objective(settings: Mapping[str, Any], watch: Callable[[int, float], None]) -> float:
-        config = with_settings(material.config, settings)
+        config = with_settings(run.config, settings)
         digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=8).hexdigest()
         directory = root / "trials" / digest
         lines = directory.with_name(directory.name + SUFFIX) / METRICS
-        student = config.student.model_copy(update={"input": config.student.input.relative_to(material.base)})
+        student = config.student.model_copy(update={"input": config.student.input.relative_to(run.base)})
         if directory.exists():  # a killed search had trained it to its end: the search learns its epochs now
             _Watch(directory / METRICS, metric, watch).all_but_the_last()
         try:
-            metrics = material.train(student, config.training, directory, _muted, watch=_Watch(lines, metric, watch))
+            metrics = train_further(run, student, config.training, directory, _Watch(lines, metric, watch))
         except CutShort:
             shutil.rmtree(lines.parent)
             raise
@@ -92,7 +93,7 @@ class _Watch:
         self._lines, self._metric, self._report = lines, metric, report
         self._size, self._epochs = 0, 0
 
-    def __call__(self) -> None:
+    def __call__(self, done: int, total: int, note: str = "", /) -> None:  # noqa: ARG002 - the bar is about trials
         size = self._lines.stat().st_size
         if size == self._size:
             return
@@ -111,10 +112,6 @@ class _Watch:
         for value in values[self._epochs :]:
             self._epochs += 1
             self._report(self._epochs, value)
-
-
-def _muted(done: int, total: int, note: str = "") -> None:
-    """Show nothing: the bar is about trials, not about steps."""
 
 
 def _require_valid(config: RunConfig, space: Mapping[str, SearchRange]) -> None:
