@@ -14,7 +14,8 @@ from distilbeam.inputs.config import make_input
 from distilbeam.pipelines.forecast.rates import Forecast, Line, Rates, measure_rates, measure_scoring, workers_of
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.freeze import freeze
-from distilbeam.pipelines.jobs.labelling import LabellingJob, LabelPlan
+from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.pipelines.jobs.labelling_plan import LabelPlan
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, keyed
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.steps import Step, steps_of

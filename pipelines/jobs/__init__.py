@@ -1,5 +1,5 @@
 """Jobs: a distillation run, a labelling job, a watched directory; what their directories hold.
 
-Read in this order: directory, run, freeze, distillation, labelling_plan, labelling, watch and its parts, recorded_phases, work_log, move_dataset.
+Read in this order: directory, run, freeze, distillation, pool_labels, labelling_plan, labelling, watch and its parts, recorded_phases, work_log, move_dataset.
 Imports: labelling, acquisition, pool, engine.
 """
