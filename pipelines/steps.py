@@ -16,7 +16,7 @@ from typing import Any
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
-from distilbeam.pipelines.engine.display import Display, Report
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.jobs.directory import RunDirectory, opened_run
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.freeze import freeze
@@ -25,6 +25,7 @@ from distilbeam.pipelines.jobs.set_notes import notes_on
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report.html import write_report
 from distilbeam.pipelines.report.metrics import are_current, write_results
+from distilbeam.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Step:
     round: int | None
     title: str
     commit: Path
-    do: Callable[[Report], None]
+    do: Callable[[Progress], None]
     current: Callable[[], bool] = lambda: True
 
     @property
@@ -162,14 +163,14 @@ def run(
             for note in notes_on(job.run.inputs):
                 display.say(f"note: {note}")
         for step in todo:
-            with display.step(step.title) as report:
-                step.do(report)
+            with display.step(step.title) as progress:
+                step.do(progress)
     return directory.root
 
 
 def redraw_report(root: Path) -> None:
     """Draw the report of a finished run again."""
-    write_report(RunDirectory(root), lambda *_: None)
+    write_report(RunDirectory(root), Progress())
 
 
 def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step]:

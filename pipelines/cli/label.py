@@ -24,14 +24,13 @@ from distilbeam.pipelines.cli.options import (
     SetOption,
     TrustOption,
     check_early,
+    console,
     run_steps,
     stop_at_once,
     with_max_failures,
 )
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.display import Display, configure_logs
 from distilbeam.pipelines.engine.forkserver import begin
-
-console = plain_console()
 
 
 def label(
@@ -208,8 +207,8 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how:
             plan = job.plan(**how)
         for sentence in plan_sentences(plan):
             display.say(sentence)
-        with display.step(f"label {plan.rows_asked:,} rows") as report:
-            done = job.label(plan, options, report, relabel=relabel, **how)
+        with display.step(f"label {plan.rows_asked:,} rows") as progress:
+            done = job.label(plan, options, progress, relabel=relabel, **how)
         metrics = write_metrics(job, plan, done)
     if metrics["work"]:
         console.print(work_table(metrics["work"]))

@@ -30,13 +30,15 @@ from distilbeam.pipelines.cli.options import (
     RoundOption,
     SetOption,
     TrustOption,
+    console,
     end_stopped,
+    errors,
     run_steps,
     with_max_failures,
 )
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.display import Display, configure_logs
 from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
@@ -48,8 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = plain_console()
-errors = plain_console(stderr=True)
 _INTERRUPTED = 130
 
 
@@ -129,8 +129,8 @@ def init(
 
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
-            with Display(console).step("make the digits example: data and teacher") as report:
-                write_digits(Path(temporary) / "example", seed, report)
+            with Display(console).step("make the digits example: data and teacher") as progress:
+                write_digits(Path(temporary) / "example", seed, progress)
             shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
     else:
         raise ValueError(f"--example must be digits, got {example}")

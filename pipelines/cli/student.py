@@ -235,7 +235,7 @@ def _export_of_run(
         pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
         {"pool": run.config.data.pool, "seed": run.config.run.seed},
         run.provenance(student),
-        lambda config, init, directory, report: train_further(run, config, short, directory, report, init=init),
+        lambda config, init, directory, progress: train_further(run, config, short, directory, progress, init=init),
         ratio,
     )
     _print_exports(table, "validation" if run.config.data.test is None else "test")

@@ -51,6 +51,7 @@ from distilbeam.pipelines.engine.stopping import (
     write_stop,
 )
 from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.storage.paths import StoreError, list_files, remove_folder, to_path
 from distilbeam.storage.private_folders import is_private, private_folder
@@ -219,7 +220,7 @@ def run_phase(
     *,
     errors: Path,
     options: PipelineOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     attempts: int = 2,
     poll_s: float = 0.2,
 ) -> PhaseReport:
@@ -231,7 +232,7 @@ def run_phase(
       items: all items of the phase.
       errors: directory for the records of items that failed.
       options: Beam's options; they name the runner.
-      progress: called about every `poll_s` seconds with the number of rows done and of all rows.
+      progress: told the rows done and all rows, about every `poll_s` seconds.
       attempts: pipelines to submit before an item that fails ends the phase.
       poll_s: seconds between two looks at the committed files.
 
@@ -353,9 +354,7 @@ def _keep_inside(pipeline: Any, private: Path) -> None:
 class _Watch(Generic[Item]):
     """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
 
-    def __init__(
-        self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
-    ) -> None:
+    def __init__(self, work: Work[Item], items: Sequence[Item], progress: Progress | None, poll_s: float) -> None:
         self._pending: Sequence[Item] = items
         self._total = sum(work.rows(item) for item in items) if progress is not None else 0
         self._work, self._progress, self._poll_s = work, progress, poll_s
@@ -382,9 +381,9 @@ class _Watch(Generic[Item]):
             # a look lists every file that is committed, which may not take the work's time
             wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
-    def _report(self, progress: Callable[[int, int], None]) -> None:
+    def _report(self, progress: Progress) -> None:
         self._pending = self._work.remaining(self._pending)
-        progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
+        progress.step(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
 
 
 def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.experiments.model_metrics import cost, load_model, quality
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.progress import Progress
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import AugmentConfig, TrainConfig
@@ -18,7 +18,7 @@ def train_further(
     student: StudentConfig,
     training: TrainConfig,
     directory: Path,
-    report: Report,
+    progress: Progress,
     *,
     labels: bool = True,
     init: Path | None = None,
@@ -30,7 +30,7 @@ def train_further(
       student: what to train.
       training: how; a second phase for pools of another distribution is left out.
       directory: where it appears.
-      report: shows the progress.
+      progress: shows the progress.
       labels: learn from the soft labels too; without them neither augmentation nor another objective is used, which
         is the network before learning techniques improve it.
       init: student to start from.
@@ -48,7 +48,7 @@ def train_further(
     training = training.model_copy(update=changes)
     directory.parent.mkdir(parents=True, exist_ok=True)
     soft_labels = run.soft_labels if labels else []
-    return run.train(directory, soft_labels, report, student=student, training=training, init=init).metrics
+    return run.train(directory, soft_labels, progress, student=student, training=training, init=init).metrics
 
 
 def judge_on_run(run: Run, directory: Path) -> dict[str, Any]:

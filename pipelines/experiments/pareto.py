@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, differing_keys
-from distilbeam.pipelines.engine.display import Display, Report
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
 from distilbeam.pipelines.experiments.model_metrics import pool_examples
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.needs import needs_of_sweep
 from distilbeam.pipelines.report.plots import draw_pareto
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.export.export import export_student
@@ -60,8 +61,8 @@ def sweep_widths(run: Run, display: Display) -> dict[str, Any]:
     for stage in stages:
         figures = root / f"{stage.name}.json"
         if not figures.exists():
-            with display.step(_title(stage)) as report:
-                directory = _make(stage, root, run, report)
+            with display.step(_title(stage)) as progress:
+                directory = _make(stage, root, run, progress)
                 write_json(figures, judge_on_run(run, directory))
         if stage.shown:
             points.append(_point(stage, read_json(figures)))
@@ -74,19 +75,19 @@ def sweep_widths(run: Run, display: Display) -> dict[str, Any]:
     return results
 
 
-def _make(stage: Stage, root: Path, run: Run, report: Report) -> Path:
+def _make(stage: Stage, root: Path, run: Run, progress: Progress) -> Path:
     directory, training = root / stage.name, run.config.training
     if directory.exists():
         return directory
     if stage.action == "train":
-        train_further(run, _widened(run, stage.built), training, directory, report, labels=stage.labels)
+        train_further(run, _widened(run, stage.built), training, directory, progress, labels=stage.labels)
     elif stage.action == "prune":
         assert stage.source is not None
         cut = root / f"{stage.name}-untrained"
         if not cut.exists():
             prune_student(root / stage.source, 1 - stage.width / stage.built, cut)
         short = training.model_copy(update={"epochs": max(1, round(run.config.pareto.recovery * training.epochs))})
-        train_further(run, load_student(cut).config, short, directory, report, init=cut)
+        train_further(run, load_student(cut).config, short, directory, progress, init=cut)
     else:
         assert stage.source is not None
         origin = {"pool": run.config.data.pool, "seed": run.config.run.seed}

@@ -25,7 +25,6 @@ from distilbeam.pipelines.acquisition.unusable_rows import (
     unusable_list,
     unusable_sentence,
 )
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
@@ -39,6 +38,7 @@ from distilbeam.pipelines.labelling.pooled_labels import is_pooled, pool_labels
 from distilbeam.pipelines.labelling.shard_plan import Task, plan_shards
 from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters, tally
 from distilbeam.pipelines.pool.splits import Pool
+from distilbeam.progress import Progress
 from distilbeam.selection.trust.pooling import BeliefPool
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import write_json
@@ -74,13 +74,13 @@ class Job:
             if failed and not any(path.exists() for path in made):
                 where.summary(dataset).unlink()
 
-    def train(self, number: int, report: Report) -> None:
+    def train(self, number: int, progress: Progress) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory
         datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
-        self.run.train(where.student(number), datasets, report)
+        self.run.train(where.student(number), datasets, progress)
 
-    def ask(self, name: str, report: Report) -> None:
+    def ask(self, name: str, progress: Progress) -> None:
         """Ask the teacher about the labelled, the validation or the test set.
 
         Raises:
@@ -92,7 +92,7 @@ class Job:
             self.run.teacher, self.run.asked_spec(name), teacher_batch=self.config.engine.teacher_batch
         )
         self._label(
-            self.directory.asked(name), f"ask-{name}", self.run.labelled_set(name).plan, labelling, None, report
+            self.directory.asked(name), f"ask-{name}", self.run.labelled_set(name).plan, labelling, None, progress
         )
         if name == "validation":
             self.check_teacher()
@@ -107,7 +107,7 @@ class Job:
             run, rng = self.run, np.random.default_rng(self.config.run.seed)
             require_order(run.answers("validation"), run.truth("validation"), run.inputs.classes, rng)
 
-    def select(self, number: int, report: Report) -> None:
+    def select(self, number: int, progress: Progress) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
         self.check_teacher()
         choice = self._choice_of_round(number)
@@ -118,19 +118,19 @@ class Job:
                 share = candidates_share(left, choice.budget)
                 candidates = Candidates(share, choice.seed, choice.round, str(choice.embeddings))
                 score = replace(score, candidates=candidates)
-            self.phases.carry_out("score", score, self.run.inputs.pool.units, report)
+            self.phases.carry_out("score", score, self.run.inputs.pool.units, progress)
             if unusable := gather_unusable(choice.gains, self.run.inputs.pool.units):
                 log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
         choose(choice)
 
-    def label(self, number: int, report: Report) -> None:
+    def label(self, number: int, progress: Progress) -> None:
         """Ask the teacher about the rows that a round chose."""
         self.check_teacher()
         picks, student = self.directory.picks(number), self.directory.student(number)
         reuse = tuple(map(str, self.directory.bought_elsewhere(number)))
-        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, report)
+        self._label_picks(self.directory.labels(number), f"round={number:03d}", picks, student, reuse, progress)
 
-    def compare(self, report: Report) -> None:
+    def compare(self, progress: Progress) -> None:
         """Train the same student on as many uniformly chosen labels; answers that were bought already are not asked again."""
         self.check_teacher()
         where, rounds, student = self.run.comparison, self.config.run.rounds, self.directory.chooser(0)
@@ -141,8 +141,10 @@ class Job:
             )
             choose(choice)
             bought = [*(self.directory.labels(r) for r in range(rounds)), *self.directory.bought_elsewhere(rounds)]
-            self._label_picks(where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), report)
-        self.run.train(where.student(1), [self._to_learn(where, 0, student)], report)
+            self._label_picks(
+                where.labels(0), where.root.name, choice.picks, student, tuple(map(str, bought)), progress
+            )
+        self.run.train(where.student(1), [self._to_learn(where, 0, student)], progress)
 
     def sample_work(self, output: Path, dead_letters: Path) -> Label:
         """Return the label phase's work for any rows of the pool, uncalibrated and without estimates, into given directories."""
@@ -168,7 +170,7 @@ class Job:
         return where.pooled(number)
 
     def _label_picks(
-        self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], report: Report
+        self, output: Path, name: str, picks: Path, student: Path, reuse: tuple[str, ...], progress: Progress
     ) -> None:
         labelling = Labelling(
             teacher=self.run.teacher,
@@ -180,17 +182,17 @@ class Job:
             trust=trusted(),
             reuse=(*reuse, *([str(self.run.sampled)] if self.run.sampled.exists() else [])),
         )
-        self._label(output, name, self.run.inputs.pool, labelling, str(picks), report)
+        self._label(output, name, self.run.inputs.pool, labelling, str(picks), progress)
 
     def _label(
-        self, output: Path, name: str, plan: Pool, labelling: Labelling, picks: str | None, report: Report
+        self, output: Path, name: str, plan: Pool, labelling: Labelling, picks: str | None, progress: Progress
     ) -> None:
         dead_letters = self.directory.dead_letters(name)
         work = self._label_work(labelling, output, dead_letters, picks)
         engine = self.config.engine
         tasks = plan_shards(plan.units, picks, engine.shard_rows, labelling.spec, engine.shard_bytes)
         again = self._again(dead_letters, plan, picks, labelling, output)
-        self.phases.carry_out("label", work, [*tasks, *again], report, labels=output)
+        self.phases.carry_out("label", work, [*tasks, *again], progress, labels=output)
         drop_answered(dead_letters, committed(output))
         failed = count_dead_letters(dead_letters)
         if failed == sum(task.rows for task in tasks):

@@ -15,7 +15,6 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.config import LabelConfig, write_config
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.phase import PhaseReport
 from distilbeam.pipelines.jobs.directory import opened_run
 from distilbeam.pipelines.jobs.labelling_plan import LabelPlan, plan_labels
@@ -27,6 +26,7 @@ from distilbeam.pipelines.labelling.copying import copy_answers
 from distilbeam.pipelines.labelling.dead_letter_rows import any_letters, set_aside
 from distilbeam.pipelines.labelling.dead_letters import drop_answered, none_answered_sentence
 from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters
+from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.storage.paths import is_remote
@@ -46,14 +46,14 @@ class LabellingJob(PoolLabels):
         return plan_labels(self, check_content=check_content, retry=retry, prune=prune, search_all=search_all)
 
     def label(
-        self, plan: LabelPlan, options: PipelineOptions, report: Report, relabel: bool = False, **how: bool
+        self, plan: LabelPlan, options: PipelineOptions, progress: Progress, relabel: bool = False, **how: bool
     ) -> PhaseReport:
         """Carry out a plan.
 
         Args:
           plan: the plan, made while this process holds the directory.
           options: Beam's options.
-          report: told the rows done and all rows to label.
+          progress: told the rows done and all rows to label.
           relabel: set labels of another teacher or form aside and label again.
           **how: what the plan was made with, see `plan`.
 
@@ -79,7 +79,7 @@ class LabellingJob(PoolLabels):
             self.work(self.dataset, self.dead_letters),
             RecordedPhases(self.directory, self.config.engine, options),
         )
-        done = phases.carry_out("label", work, plan.tasks, report, labels=self.dataset)
+        done = phases.carry_out("label", work, plan.tasks, progress, labels=self.dataset)
         if letters:
             drop_answered(self.dead_letters, committed(self.dataset))
         if plan.tasks or letters:

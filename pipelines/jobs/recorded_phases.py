@@ -10,10 +10,10 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.config import EngineSection
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.phase import PhaseReport, run_phase
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.work_log import add_work, with_counts_of
+from distilbeam.progress import Progress
 from distilbeam.storage.paths import is_remote
 
 _LOOK_S = 0.2
@@ -35,7 +35,7 @@ class RecordedPhases:
     options: PipelineOptions
 
     def carry_out(
-        self, name: str, work: Any, items: Sequence[Any], report: Report, *, labels: Path | None = None
+        self, name: str, work: Any, items: Sequence[Any], progress: Progress, *, labels: Path | None = None
     ) -> PhaseReport:
         """Do the work for every item whose file is missing.
 
@@ -43,7 +43,7 @@ class RecordedPhases:
           name: the phase, "label" or "score".
           work: what to do with an item.
           items: all items of the phase.
-          report: told the rows done and all rows.
+          progress: told the rows done and all rows.
           labels: the dataset that a label phase fills; its manifest has the counts where the runner keeps none.
 
         Returns:
@@ -58,7 +58,7 @@ class RecordedPhases:
             items,
             errors=self.directory.errors(name),
             options=self.options,
-            progress=report,
+            progress=progress,
             attempts=self.engine.attempts,
             poll_s=_LISTING_S if is_remote(self.directory.root) else _LOOK_S,
         )

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.jobs.directory import RunDirectory
@@ -27,6 +26,7 @@ from distilbeam.pipelines.labelling.teacher_answers import calibrated, read_answ
 from distilbeam.pipelines.pool.datasets import Inputs, load_inputs
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet
+from distilbeam.progress import Progress
 from distilbeam.selection.trust.calibration import fit_temperature
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.networks.config import StudentConfig
@@ -245,7 +245,7 @@ class Run:
         self,
         directory: Path,
         soft_labels: list[Path],
-        report: Report,
+        progress: Progress,
         *,
         student: StudentConfig | None = None,
         training: TrainConfig | None = None,
@@ -256,7 +256,7 @@ class Run:
         Args:
           directory: where it appears.
           soft_labels: datasets to learn from; without any the labelled set is all.
-          report: shows the progress.
+          progress: shows the progress.
           student: what to train; the configuration's by default.
           training: how; the configuration's by default.
           init: student to start from.
@@ -272,7 +272,7 @@ class Run:
             "validation": self.inputs.validation.table,
             "directory": directory,
             "seed": self.config.run.seed,
-            "progress": lambda done, total, loss: report(done, total, f"loss {loss:.4f}"),
+            "progress": progress,
         }
         with threads(self.config.engine.threads or torch.get_num_threads()):
             if training.finetune is not None and soft_labels:

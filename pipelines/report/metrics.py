@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.protocol import Teacher
@@ -25,7 +25,7 @@ _BINS = 20
 MAY_BE_PAID = ("tfserving", "beam")  # kinds of teachers of which a call may cost money
 
 
-def write_results(run: Run, report: Report) -> None:
+def write_results(run: Run, progress: Progress) -> None:
     """Evaluate the teacher and every student and write `report/metrics.json`."""
     where, config = run.directory, run.config
     name = "validation" if config.data.test is None else "test"
@@ -36,7 +36,7 @@ def write_results(run: Run, report: Report) -> None:
         title = f"student, round {number}" if number else "student, before"
         labels = sum(b["rows"] for b in bought[:number])
         students.append(_student_row(run, where.student(number), name, title, labels))
-        report(done, len(numbers))
+        progress.step(done, len(numbers))
     results: dict[str, Any] = {
         "evaluated_on": name,
         "teacher": _teacher_row(run, name),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_step import OnStep
 from problem import SUPPORT
 from square_work import Squares
 from threadpoolctl import threadpool_info
@@ -28,7 +29,9 @@ def report(work: Squares, items: list[int], tmp_path: Path, **options: object) -
 def test_every_item_is_done_once_and_never_again(tmp_path: Path) -> None:
     work = Squares(str(tmp_path))
     seen: list[tuple[int, int]] = []
-    assert run(work, list(range(20)), tmp_path, progress=lambda *counts: seen.append(counts)) == 20
+    assert (
+        run(work, list(range(20)), tmp_path, progress=OnStep(lambda done, total, _: seen.append((done, total)))) == 20
+    )
     assert [(tmp_path / f"{i}.txt").read_text() for i in range(20)] == [str(i * i) for i in range(20)]
     assert seen[-1] == (20, 20)
     (tmp_path / "7.txt").unlink()

@@ -24,6 +24,7 @@ from distilbeam.pipelines.jobs.directory import opened_run, planned_run
 from distilbeam.pipelines.jobs.freeze import require_data_of_run
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.variants import VariantDirectory
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json
 from distilbeam.student.checkpoint import load_student
 
@@ -145,7 +146,7 @@ def test_another_student_is_that_of_a_training_on_the_same_labels(problem, finis
             "labels/round=000",
             "labels/round=001",
         ]
-        train_further(of_run, settings.student, settings.training, tmp_path / "again", lambda *_: None)
+        train_further(of_run, settings.student, settings.training, tmp_path / "again", Progress())
         assert of_run.last_student() == root / "students" / "round=002"
         assert of_run.provenance(root / "students" / "round=002")["soft_labels"]["datasets"] == [
             "labels/round=000",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import small_trainings
+from on_step import OnStep
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,11 +32,11 @@ class Stop(Exception):  # noqa: N818 - no error
 
 
 def stop_at(step):
-    def progress(done, _total, _loss):
+    def step_done(done, _total, _note):
         if done == step:
             raise Stop
 
-    return progress
+    return OnStep(step_done)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_another_training_is_refused(tmp_path, vectors):
 def test_two_trainings_of_one_student_are_not_mixed(tmp_path, vectors):
     refusals = []
 
-    def meanwhile(done, _total, _loss):
+    def meanwhile(done, _total, _note):
         if done == 2:
             with pytest.raises(
                 ValueError, match=r"student.training is being worked on by another process; wait for it"
@@ -180,7 +181,7 @@ def test_two_trainings_of_one_student_are_not_mixed(tmp_path, vectors):
             refusals.append(e.value)
 
     configs = small_trainings.settings("vectors", epochs=1)
-    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=meanwhile)
+    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=OnStep(meanwhile))
     assert len(refusals) == 1
 
 
