@@ -27,7 +27,8 @@ from distilbeam.pipelines.acquisition.score import picks_file, read_gains, read_
 from distilbeam.pipelines.pool.splits import Pool, Unit
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.sketch.gain_sketch import GainSketch, Threshold
-from distilbeam.storage.files import committed_directory, read_json, write_json, write_parquet
+from distilbeam.storage.atomic import committed_directory
+from distilbeam.storage.files import read_json, write_json, write_parquet
 
 _UnitMarginals: TypeAlias = tuple[Unit, npt.NDArray[np.int64], npt.NDArray[np.float32] | None, npt.NDArray[np.float64]]
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from torch import Tensor
 from distilbeam.extras import Need, require_extras
 from distilbeam.inputs.config import InputConfig
 from distilbeam.kernels.laurel.reference import residual_sum
+from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.export.quantise import quantise_static, quantise_weights
 from distilbeam.student.export.runtimes import open_runner
@@ -85,9 +84,7 @@ def export_student(
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds something; choose another directory or remove it")
     loaded = load_student(student)
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with committed_directory(directory) as temporary:
         file = temporary / ("model.pt2" if format == "pt2" else "model.onnx")
         _write(loaded, format, file, examples)
         check = _compared(loaded, file, examples, exact=format in ("pt2", "onnx"))
@@ -95,12 +92,6 @@ def export_student(
         inputs = with_own_files(loaded.config.input, temporary)
         description = _description(loaded, inputs, format, file, check, calibration, provenance or {})
         (temporary / "export.json").write_text(json.dumps(description, indent=1) + "\n")
-        if directory.exists():
-            directory.rmdir()
-        temporary.replace(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return directory
 
 
