@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.engine.display import Display
-from distilbeam.pipelines.jobs.directory import held
 from distilbeam.pipelines.needs import needs_of_formats
 from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, sweep, write_json
+from distilbeam.storage.stores import store_of
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.export.export import FORMATS, export_student
 from distilbeam.student.export.prune import prune_student, require_prunable
@@ -71,7 +71,7 @@ def write_exports(
     fingerprint = loaded.fingerprint()
     if PRUNED in formats:
         _require_pruning(loaded, ratio, retrain)
-    with held(output, "--output", "--output"):
+    with store_of(output).hold(output, "--output", "--output"):
         sweep(output)  # what was left by one that was killed
         return _exported(
             student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio

@@ -18,7 +18,6 @@ from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.engine.phase import PhaseReport
 from distilbeam.pipelines.jobs.directory import opened_run
 from distilbeam.pipelines.jobs.labelling_plan import LabelPlan, plan_labels
-from distilbeam.pipelines.jobs.move_dataset import move_folder
 from distilbeam.pipelines.jobs.pool_labels import PoolLabels
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.labelling import reconcile
@@ -29,11 +28,11 @@ from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters
 from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, write_json
-from distilbeam.storage.paths import is_remote
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels import committed, compact_manifest, read_manifest
 from distilbeam.teacher.softlabels.manifest import manifest_files
 
-_GATHERED_FROM = 64  # manifest entries in a store, which are requests for every reader
+_GATHERED_FROM = 64  # manifest entries, where each is a request for every reader
 
 
 class LabellingJob(PoolLabels):
@@ -70,7 +69,8 @@ class LabellingJob(PoolLabels):
                     f"the {plan.superseded:,} labels in {self.dataset} differ in {', '.join(plan.because)}; --relabel sets "
                     f"them aside and asks for {plan.rows_asked:,} rows, 'distilbeam plan' says what that costs"
                 )
-            move_folder(self.dataset, self.set_aside(read_manifest(self.dataset).spec), self.directory.root)
+            aside = self.set_aside(read_manifest(self.dataset).spec)
+            store_of(aside).move_folder(self.dataset, aside, self.directory.root)
         plan = self.prepare(plan, **how)
         letters = any_letters(self.dead_letters)
         if letters:
@@ -86,7 +86,7 @@ class LabellingJob(PoolLabels):
             self._require_some()
         if plan.rows_waiting:
             self._bring_up(self.plan(retry=False, search_all=True))
-        if is_remote(self.dataset) and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
+        if store_of(self.dataset).by_request and len(manifest_files(self.dataset)) >= _GATHERED_FROM:
             compact_manifest(self.dataset)
         write_json(self.directory.root / "pool.json", dict(plan.pool.files))
         with replacing(self.directory.config) as temporary:
@@ -122,7 +122,7 @@ class LabellingJob(PoolLabels):
         former = self.set_aside(self.spec)
         if self.dataset.exists() or not former.exists():
             return False
-        move_folder(former, self.dataset, self.directory.root)
+        store_of(former).move_folder(former, self.dataset, self.directory.root)
         return True
 
 

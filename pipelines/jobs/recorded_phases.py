@@ -14,10 +14,7 @@ from distilbeam.pipelines.engine.phase import PhaseReport, run_phase
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.work_log import add_work, with_counts_of
 from distilbeam.progress import Progress
-from distilbeam.storage.paths import is_remote
-
-_LOOK_S = 0.2
-_LISTING_S = 5.0  # between two listings of a store, which cost money
+from distilbeam.storage.stores import store_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class RecordedPhases:
             options=self.options,
             progress=progress,
             attempts=self.engine.attempts,
-            poll_s=_LISTING_S if is_remote(self.directory.root) else _LOOK_S,
+            poll_s=store_of(self.directory.root).look_s,
         )
         add_work(self.directory.work, name, done if labels is None else with_counts_of(done, labels, items))
         return done

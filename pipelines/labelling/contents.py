@@ -26,7 +26,7 @@ class FileRecord:
 
     Attributes:
       footer: digest of its footer.
-      state: what tells it from a file that replaces it; see `splits.state_of`.
+      state: what tells it from a file that replaces it; see `Store.identity`.
       version: number of contents with this footer that were seen before.
       uids: ids of its units.
     """

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.pool.pool_types import cast_batches
-from distilbeam.pipelines.pool.splits import Unit, open_parquet, read_groups, require_unchanged
-from distilbeam.storage.paths import is_remote
+from distilbeam.pipelines.pool.splits import Unit, opened_unit, read_groups
 
 
 class RowReader:
@@ -76,10 +75,7 @@ class RowReader:
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
         if self._file is None or unit.path != self._path:
-            if not is_remote(unit.path):  # a request to a store, which says itself what is gone
-                require_unchanged(unit)
-            self._path, self._file, self._group, self._casts = unit.path, open_parquet(unit.path), -1, unit.casts
-            require_unchanged(unit)  # it may have been replaced between the two
+            self._path, self._file, self._group, self._casts = unit.path, opened_unit(unit), -1, unit.casts
         return self._file
 
 
