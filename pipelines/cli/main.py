@@ -39,6 +39,7 @@ from distilbeam.pipelines.cli.options import (
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
 from distilbeam.pipelines.engine.display import Display, configure_logs
+from distilbeam.pipelines.engine.ending import Interrupted, end_given_up
 from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
@@ -66,9 +67,9 @@ def main() -> None:
         _exit(e.code if isinstance(e.code, int) else 0)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
+    except Interrupted as e:
+        end_stopped(str(e))
     except RuntimeError as e:
-        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
-            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 
@@ -82,9 +83,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    watchdog = sys.modules.get("distilbeam.pipelines.engine.watchdog")
-    if watchdog is not None:
-        watchdog.end_given_up(status)
+    end_given_up(status)
     sys.exit(status)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -38,6 +37,7 @@ from threadpoolctl import ThreadpoolController
 from distilbeam.pipelines.engine.beam_options import spares_processor, spread_over_tasks
 from distilbeam.pipelines.engine.commit_queue import Settler
 from distilbeam.pipelines.engine.counters import count, totals
+from distilbeam.pipelines.engine.ending import Interrupted, interruptible
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
 from distilbeam.pipelines.engine.malloc import keep_freed_memory
 from distilbeam.pipelines.engine.prefetch import sparing
@@ -108,13 +108,6 @@ class PhaseReport:
 
 class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
-
-
-class Interrupted(RuntimeError):  # noqa: N818  (named after what happened)
-    """The phase was told to stop, by Ctrl-C for instance, and has kept what it had."""
-
-
-_at_work: list[tuple[tuple[Path, ...], threading.Event]] = []
 
 
 class _Run(beam.DoFn, Generic[Item]):
@@ -200,17 +193,12 @@ def threads(count: int) -> Iterator[None]:
     if before != count:
         torch.set_num_threads(count)
     try:
-        with _thread_pools(len(sys.modules)).limit(limits=count):
+        # looked for anew, which takes 2 ms: a model that was loaded in between may have brought a library of its own
+        with ThreadpoolController().limit(limits=count):
             yield
     finally:
         if before != count:
             torch.set_num_threads(before)
-
-
-@lru_cache(maxsize=1)
-def _thread_pools(_modules: int) -> ThreadpoolController:
-    """Find the loaded BLAS and OpenMP libraries, again only when something was imported: it takes milliseconds."""
-    return ThreadpoolController()
 
 
 def run_phase(
@@ -241,11 +229,14 @@ def run_phase(
 
     Raises:
       PhaseError: an item failed in every attempt.
-      Interrupted: `interrupt` was called.
+      Interrupted: `ending.interrupt` was called.
     """
     start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
     todo = planned = work.remaining(items)
-    with private_folder("errors") as private, _interruptible((errors, private)) as interrupted:
+    with (
+        private_folder("errors") as private,
+        interruptible(partial(write_stop, (errors, private))) as interrupted,
+    ):
         while todo:
             attempt += 1
             _clear(errors, private)
@@ -275,28 +266,6 @@ def run_phase(
                 retried += len(todo)
     _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
-
-
-def interrupt() -> bool:
-    """Tell the phase that is at work to stop; `run_phase` then raises `Interrupted`. False where none is, or was told before."""
-    if not _at_work:
-        return False
-    places, interrupted = _at_work[-1]
-    if interrupted.is_set():
-        return False
-    interrupted.set()
-    write_stop(places)
-    return True
-
-
-@contextmanager
-def _interruptible(places: tuple[Path, ...]) -> Iterator[threading.Event]:
-    interrupted = threading.Event()
-    _at_work.append((places, interrupted))
-    try:
-        yield interrupted
-    finally:
-        _at_work.pop()
 
 
 def _dangers(work: Work[Item]) -> frozenset[Any]:

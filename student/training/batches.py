@@ -182,9 +182,14 @@ def open_soft_labels(
         return None
     columns = NEEDED_COLUMNS[training.objective]
     augment = training.augment
+
+    def soft_rows_of_a_step(rows: int) -> int:
+        share = rows / (rows + (0 if hard is None else len(hard)))
+        return max(1, round(training.batch_size * share / processes.size))
+
     dataset = SoftLabelDataset(
         paths,
-        training.batch_size,
+        soft_rows_of_a_step,
         seed,
         processes.rank,
         processes.size,
@@ -211,8 +216,6 @@ def open_soft_labels(
             f"the soft labels' column weight must be above 0 in some row, it is 0 in all {dataset.rows:,}; weigh the rows, or "
             "choose training.objective = 'distill', which does not read it"
         )
-    share = dataset.rows / (dataset.rows + (0 if hard is None else len(hard)))
-    dataset.batch_size = max(1, round(training.batch_size * share / processes.size))
     return dataset
 
 
