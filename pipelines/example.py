@@ -66,7 +66,7 @@ def write_digits(directory: Path, seed: int, progress: Progress) -> Path:
 
     Args:
       directory: where to write; made if it is not there.
-      seed: of the split and of the teacher's training.
+      seed: decides which images are in which set, and the teacher's training.
       progress: told the epochs of the teacher's training.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per finished step, a bar while one is under way, and quiet logs.
+"""The display of a run: one line per finished step, a bar while one is under way, and quiet logs.
 
 Beam, TensorFlow and their libraries log through the standard loggers; below the chosen level they are kept out of the
 picture, and ours are shown through rich, above the bar.

@@ -121,6 +121,10 @@ class _Run(beam.DoFn, Generic[Item]):
         self.settler = Settler(self.work.settle)
         self.begun: tuple[Item, Iterable[Any]] | None = None
 
+    # One item behind: what is left of an item (`begun`) is done after the next one has been started, whose reading ahead then
+    # fills the time in which this one is worked on. A bundle's last item is finished by `finish_bundle`, and Beam counts the
+    # elements of a bundle as done only after that.
+
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
         with threads(1), self._stoppable():
@@ -142,9 +146,9 @@ class _Run(beam.DoFn, Generic[Item]):
         if self.begun is None:
             return
         item, rest = self.begun
-        self.begun = None
+        self.begun = None  # before the work: what fails must not be begun again by the next item
         with self._kept_error(lambda: self.work.name(item)):
-            for end in rest:
+            for end in rest:  # committed by another thread while the next item is worked on: fsync waits for the disk
                 self.settler.add(end)
             count(f"{self.phase}_items")
 
@@ -159,6 +163,8 @@ class _Run(beam.DoFn, Generic[Item]):
         except Stopped:
             pass
         except Exception as e:  # noqa: BLE001  # the boundary
+            # Not raised into Beam: a runner that retries a bundle would do the neighbours' work again, four times on Dataflow,
+            # and the local one ends the pipeline with a traceback that hides the sentence.
             record = {
                 "item": name(),
                 "type": type(e).__name__,
@@ -251,7 +257,7 @@ def run_phase(
                 except WorkerLostError as e:
                     lost = str(e)
                     log.warning("%s: %s", phase, lost)
-            todo = work.remaining(todo)
+            todo = work.remaining(todo)  # the files decide what is done, whatever the runner reported
             if interrupted.is_set():
                 _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")

@@ -1,4 +1,4 @@
-"""What a run was started with, frozen: digests of its data, and the teacher's fingerprint, which must stay the same."""
+"""The freeze of a run: digests of its data and the fingerprint of its teacher, which must stay what they were at its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one call of a labelling job would do: the pool compared with its soft labels, answers looked up, shards planned.
+"""The plan of a labelling job's call: the pool compared with its soft labels, answers looked up, shards planned.
 
 Nothing is written. What a row asks is looked up among all that was answered, so that files may be renamed, merged or written
 again without an answer being asked for twice.

@@ -1,4 +1,4 @@
-"""Whether the pool that labels were made of still holds what was labelled, for `verify`."""
+"""The check of a pool for `verify`: it still holds what its labels were made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the labelled sets before a run: what is wrong with none of them, and still changes what its figures mean."""
+"""Notes on the labelled sets before a run: few rows, missing classes, rows in two sets, which change what its figures mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the work of a run or a labelling job has cost, kept beside it and shown at its end."""
+"""The work log of a run or a labelling job: what its phases cost, kept beside it and shown at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units: the pieces of the pool that workers take.
+"""Splits of the pool, called units: the pieces that workers take.
 
 A unit is a Parquet file and a range of its row groups, with an id: the BLAKE2b hash of the file's footer (which holds the
 sizes, offsets and statistics of every column chunk), its name and the row range. Planning reads footers only. Everything

@@ -1,4 +1,4 @@
-"""Load soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
+"""The loader of soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
 
 Threads read windows of row groups ahead, others take batches out of them, make the student's input and apply the
 transform; the training's thread only receives. A batch is a function of the dataset, the seed, the epoch and its
@@ -54,7 +54,7 @@ class SoftLabelDataset:
       path: directory of a dataset, or several of them with the same specification.
       batch_size: rows per rank and step, or what gives them for the datasets' number of rows; only the last two steps of an
         epoch have fewer, which share what is left evenly.
-      seed: of the order, which does not depend on the ranks.
+      seed: decides the order of the rows, which does not depend on the ranks.
       rank: this process's number.
       world_size: number of processes that share the datasets.
       input: how columns become the student's input.
@@ -301,7 +301,7 @@ def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
 
     Args:
       batch: from a SoftLabelDataset.
-      spec: of the dataset.
+      spec: how the dataset's labels are stored.
 
     Returns:
       DenseLabels, TopKLabels or SampledLabels.

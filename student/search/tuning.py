@@ -82,7 +82,7 @@ def search(
       space: dotted settings and their ranges.
       config: trials, metric and cutting.
       directory: of the journal; made if it is not there. One process at a time may work in it.
-      seed: of the draws.
+      seed: with the number of trials that ended it decides a trial's settings.
       about: what else decides the outcome, as plain data; a journal about something else is refused.
       progress: told the trials that ended and all trials.
 

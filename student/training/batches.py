@@ -1,4 +1,4 @@
-"""What a training reads: soft labels that suit the student, labelled examples, and how rows are dealt out to steps."""
+"""The batches of a training: soft labels that suit the student, labelled examples, and how rows are dealt out to steps."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Sources:
       steps: steps of an epoch, which visits every row once.
       input_shape: shape of one example's input.
       training: the training's configuration.
-      seed: of the order.
+      seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
     """
 
@@ -166,7 +166,7 @@ def open_soft_labels(
       training: its training's configuration.
       classes: names of the student's classes.
       hard: the human-labelled rows, or None.
-      seed: of the order.
+      seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
       mixing_weights: share of each dataset in an epoch; None for their numbers of rows.
 

@@ -1,4 +1,4 @@
-"""What is seen of a training under way: lines of metrics.jsonl, TensorBoard events, and calls of a progress function.
+"""The metrics log of a training: lines of metrics.jsonl, TensorBoard events, and what its progress is told.
 
 metrics.jsonl has a line for every epoch (`epoch`, `step`, `train_loss`, `validation_...`) and, if asked for, one every n
 steps (`step`, `loss`, `gradient_norm`); all with `lr`, `examples_per_s` since the last line of the kind, and `seconds` in all.

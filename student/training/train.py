@@ -92,7 +92,7 @@ def train(
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
         keeps its checkpoints and figures in the directory of this name with `.training` after it.
-      seed: of the initial weights, the order, the augmentation and the dropout.
+      seed: decides the initial weights, the order of the rows, the augmentation and the dropout.
       init: directory of a student to start from instead of random weights.
       validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
         not answer; needed for `reestimate_epochs`.
