@@ -132,7 +132,7 @@ def _solve(choice: Choice) -> dict[str, Any]:
         return {**plan, "examples": sketch.count}
     # the adversary of the game spoils as many labels as the teacher is expected to have wrong among what is left
     wrong = 0.0 if choice.method == "greedy" else sketch.count * choice.wrong_share
-    # sketches bound the threshold from both sides; a pass over the gains between the bounds makes it exact
+    # exact by the sketch alone unless the level or the cut falls inside a bin, whose values a second pass counts
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)
     return {
         **plan,
