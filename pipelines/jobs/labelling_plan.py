@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from distilbeam.pipelines.labelling.dead_letter_rows import dead_rows
 from distilbeam.pipelines.labelling.matching import match, read_rows_of
 from distilbeam.pipelines.labelling.reconcile import Mask, Standing, Stored, wanted_pieces
 from distilbeam.pipelines.labelling.saved_answers import rows_saved
-from distilbeam.pipelines.labelling.shard_plan import Bounds, Part, Task, plan_pieces
+from distilbeam.pipelines.labelling.shard_plan import Part, Task, plan_pieces
 from distilbeam.pipelines.labelling.shard_work import part_rows
 from distilbeam.pipelines.pool.datasets import require_columns
 from distilbeam.pipelines.pool.row_ranges import from_ranges, to_ranges
@@ -110,6 +111,51 @@ def plan_labels(
     Raises:
       ValueError: a missing file or column, two rows with one id, or a dataset that is not a labelling job's.
     """
+    entries, because, before, contents, pool, standing = _compare(labels, check_content)
+    if prune:
+        standing = standing.pruned()
+    same = contents.same if not (prune or standing.rows_dropped) else {}
+    dead = dead_rows(labels.dead_letters, pool)
+    parts = _pieces(labels, pool, _wanted(pool, standing, same, {} if retry else dead))
+    known = _Known(parts, standing, same, sum(part.rows for part in parts))
+    found = _look_up(labels, pool, known, because, search_all) if parts else known
+    tasks = tuple(plan_pieces(found.parts, labels.bounds, labels.spec))
+    asked = [part_rows(shard) for task in tasks for shard in task.shards]
+    return LabelPlan(
+        pool=pool,
+        standing=found.standing,
+        before=before,
+        contents=contents.of(pool, found.same),
+        tasks=tasks,
+        copies=found.copies,
+        changes=_changes(labels, pool, before, contents),
+        rows_wanted=found.wanted,
+        rows_waiting=found.waiting,
+        rows_same=sum(len(from_ranges(ranges)) for ranges in found.same.values()),
+        rows_saved=rows_saved(str(labels.dataset), labels.spec.to_json(), asked) if asked else 0,
+        rows_dead=sum(int(mask.sum()) for mask in dead.values()),
+        compared=found.compared,
+        superseded=sum(entry.rows for entry in entries) if because else 0,
+        because=because,
+    )
+
+
+class _Compared(NamedTuple):
+    """The dataset in use, in what its labels differ from those asked for, and how what there is stands to the pool.
+
+    The contents are those that were known of the pool's files before, and those that are now.
+    """
+
+    entries: tuple[ManifestEntry, ...]
+    because: tuple[str, ...]
+    before: Contents
+    contents: Contents
+    pool: Pool
+    standing: Standing
+
+
+def _compare(labels: PoolLabels, check_content: bool) -> _Compared:
+    """Compare the pool with its labels by footers and manifests, and by rows where a file was touched."""
     planned = labels.pool()
     require_columns(planned.columns, labels.columns, "data.pool")
     entries = labels.entries(labels.dataset)
@@ -128,77 +174,65 @@ def plan_labels(
         replaced=contents.replaced(pool),
         resolve=lambda entry, part, first, unit: find_rows(dataset / entry.path, first, part, unit, labels.labelling),
     )
-    if prune:
-        standing = standing.pruned()
-    same = contents.same if not (prune or standing.rows_dropped) else {}
-    dead = dead_rows(labels.dead_letters, pool)
-    wanted = _wanted(pool, standing, same, {} if retry else dead)
-    plan = _plan(labels, pool, standing, contents, wanted, same, dead, because, entries, search_all)
-    return replace(plan, before=before, changes=_changes(labels, pool, before, contents))
+    return _Compared(entries, because, before, contents, pool, standing)
 
 
-def _plan(
-    labels: PoolLabels,
-    pool: Pool,
-    standing: Standing,
-    contents: Contents,
-    wanted: Mapping[str, Mask],
-    same: Mapping[str, tuple[int, ...]],
-    dead: Mapping[str, Mask],
-    because: tuple[str, ...],
-    entries: Sequence[ManifestEntry],
-    search_all: bool,
-) -> LabelPlan:
-    bounds = Bounds(labels.config.engine.shard_rows, labels.config.engine.shard_bytes)
-    parts = _pieces(labels, pool, wanted, bounds)
-    rows = sum(part.rows for part in parts)
-    others = _others(labels, because) if rows else ()
-    leaving = bool(standing.rows_gone or standing.rows_dropped or others)
-    compared = bool(rows) and (leaving or search_all or rows <= labels.config.engine.compare_rows)
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the rows without a label.
+
+    Attributes:
+      parts: the rows whose answer is not known.
+      standing: how the dataset stands to the pool.
+      same: rows of units that are kept once with another, as ranges.
+      copies: shards of the rows whose answer is known.
+      wanted: rows without a label: these, and those of which one of them asks the same.
+      waiting: the latter.
+      compared: whether the rows were compared with each other and with what is labelled.
+    """
+
+    parts: list[Part]
+    standing: Standing
+    same: Mapping[str, tuple[int, ...]]
+    wanted: int
     copies: tuple[Copy, ...] = ()
-    waiting = 0
-    if compared:
-        sources = (*(standing.stored if search_all else _searched(labels, standing, rows)), *others)
-        found = match(
-            read_rows_of(parts, labels.input_columns, labels.labelling),
-            sources,
-            labels.input_columns,
-            pool,
-            labels.config.data.id is not None,
-        )
-        searched = {shard.entry.key: shard for shard in found.stored}
-        standing = Standing(tuple(searched.get(s.entry.key, s) for s in standing.stored), standing.labelled)
-        copied = _pieces(labels, pool, _masks(parts, found.copied), bounds)
-        copies = plan_copies(copied, found, sources, bounds, labels.spec)
-        same = _joined(same, _masks(parts, found.same))
-        waiting = int(found.waiting.sum())
-        unknown = _masks(parts, ~(found.copied | found.same | found.waiting))
-        parts = _pieces(labels, pool, unknown, bounds)
-        rows -= int((found.copied | found.same).sum())
-    tasks = tuple(plan_pieces(parts, bounds, labels.spec))
-    asked = [part_rows(shard) for task in tasks for shard in task.shards]
-    return LabelPlan(
-        pool=pool,
-        standing=standing,
-        contents=contents.of(pool, same),
-        tasks=tasks,
-        copies=copies,
-        before=contents,
-        changes={},
-        rows_wanted=rows,
-        rows_waiting=waiting,
-        rows_same=sum(len(from_ranges(ranges)) for ranges in same.values()),
-        rows_saved=rows_saved(str(labels.dataset), labels.spec.to_json(), asked) if asked else 0,
-        rows_dead=sum(int(mask.sum()) for mask in dead.values()),
-        compared=compared or not rows,
-        superseded=sum(entry.rows for entry in entries) if because else 0,
-        because=because,
+    waiting: int = 0
+    compared: bool = True
+
+
+def _look_up(labels: PoolLabels, pool: Pool, known: _Known, because: tuple[str, ...], search_all: bool) -> _Known:
+    """Look for known answers to the rows without a label, and for rows among them that ask the same."""
+    parts, standing, rows = known.parts, known.standing, known.wanted
+    others = _others(labels, because)
+    leaving = bool(standing.rows_gone or standing.rows_dropped or others)
+    # More rows than engine.compare_rows are each asked: comparing would read them all once more. But where rows have left a file,
+    # or labels were set aside, answers are there for the taking, and nothing else finds them.
+    if not (leaving or search_all or rows <= labels.config.engine.compare_rows):
+        return replace(known, compared=False)
+    sources = (*(standing.stored if search_all else _searched(labels, standing, rows)), *others)
+    found = match(
+        read_rows_of(parts, labels.input_columns, labels.labelling),
+        sources,
+        labels.input_columns,
+        pool,
+        labels.config.data.id is not None,
+    )
+    searched = {shard.entry.key: shard for shard in found.stored}
+    copied = _pieces(labels, pool, _masks(parts, found.copied))
+    unknown = ~(found.copied | found.same | found.waiting)
+    return _Known(
+        parts=_pieces(labels, pool, _masks(parts, unknown)),
+        standing=Standing(tuple(searched.get(s.entry.key, s) for s in standing.stored), standing.labelled),
+        same=_joined(known.same, _masks(parts, found.same)),
+        copies=plan_copies(copied, found, sources, labels.bounds, labels.spec),
+        wanted=int((~(found.copied | found.same)).sum()),
+        waiting=int(found.waiting.sum()),
     )
 
 
-def _pieces(labels: PoolLabels, pool: Pool, wanted: Mapping[str, Mask], bounds: Bounds) -> list[Part]:
+def _pieces(labels: PoolLabels, pool: Pool, wanted: Mapping[str, Mask]) -> list[Part]:
     pieces = (
-        wanted_pieces(unit, wanted[unit.uid], bounds.rows_of(unit, labels.spec))
+        wanted_pieces(unit, wanted[unit.uid], labels.bounds.rows_of(unit, labels.spec))
         for unit in pool.units
         if unit.uid in wanted
     )

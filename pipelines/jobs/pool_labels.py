@@ -13,6 +13,7 @@ from distilbeam.pipelines.labelling.comparing import changed_files
 from distilbeam.pipelines.labelling.contents import read_contents
 from distilbeam.pipelines.labelling.label_rows import Labelling
 from distilbeam.pipelines.labelling.phase import Label
+from distilbeam.pipelines.labelling.shard_plan import Bounds
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.pool.splits import Pool, plan_pool
@@ -59,6 +60,11 @@ class PoolLabels:
     def superseded(self) -> Path:
         """Folder of the datasets of other teachers and forms."""
         return self.directory.root / "superseded"
+
+    @property
+    def bounds(self) -> Bounds:
+        """How large a shard may be."""
+        return Bounds(self.config.engine.shard_rows, self.config.engine.shard_bytes)
 
     @cached_property
     def teacher(self) -> str:
