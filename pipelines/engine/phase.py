@@ -23,14 +23,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import apache_beam as beam
-import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
@@ -111,8 +110,9 @@ class PhaseError(RuntimeError):
 
 
 class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, spare: bool = False) -> None:
-        self.phase, self.work, self.errors, self.private, self.spare = phase, work, errors, private, spare
+    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, *, spare: bool, models: bool) -> None:
+        self.phase, self.work, self.errors, self.private = phase, work, errors, private
+        self.spare, self.models = spare, models
 
     def setup(self) -> None:
         keep_freed_memory()
@@ -127,7 +127,7 @@ class _Run(beam.DoFn, Generic[Item]):
 
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             if is_stopped():  # what was begun finds out by itself, and keeps what it has
                 self._do_begun()
                 return
@@ -137,7 +137,7 @@ class _Run(beam.DoFn, Generic[Item]):
         self.begun = None if rest is None else (item, rest)
 
     def finish_bundle(self) -> None:
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             self._do_begun()
             with self._kept_error(lambda: "of those that were being flushed to the disk"):
                 self.settler.finish()
@@ -189,19 +189,30 @@ def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int, *, models: bool = True) -> Iterator[None]:
     """Keep BLAS and torch to `count` threads inside the block.
 
     Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
     makes sums, and so gains and labels, the same on every runner.
+
+    Args:
+      count: the number of threads.
+      models: whether models may run there; without them torch, which takes seconds to import, is left alone.
     """
+    # libraries are looked for anew, which takes 2 ms: a model that was loaded in between may have brought one of its own
+    with _torch_threads(count) if models else nullcontext(), ThreadpoolController().limit(limits=count):
+        yield
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
     before = torch.get_num_threads()
     if before != count:
         torch.set_num_threads(count)
     try:
-        # looked for anew, which takes 2 ms: a model that was loaded in between may have brought a library of its own
-        with ThreadpoolController().limit(limits=count):
-            yield
+        yield
     finally:
         if before != count:
             torch.set_num_threads(before)
@@ -217,6 +228,7 @@ def run_phase(
     progress: Progress | None = None,
     attempts: int = 2,
     poll_s: float = 0.2,
+    models: bool = True,
 ) -> PhaseReport:
     """Do `work` for every item whose file is missing, as one Beam pipeline.
 
@@ -229,6 +241,7 @@ def run_phase(
       progress: told the rows done and all rows, about every `poll_s` seconds.
       attempts: pipelines to submit before an item that fails ends the phase.
       poll_s: seconds between two looks at the committed files.
+      models: whether the work runs models, see `threads`.
 
     Returns:
       What it cost.
@@ -243,6 +256,7 @@ def run_phase(
         private_folder("errors") as private,
         interruptible(partial(write_stop, (errors, private))) as interrupted,
     ):
+        worker = partial(_Run, phase, work, str(errors), str(private), models=models)
         while todo:
             attempt += 1
             _clear(errors, private)
@@ -253,7 +267,7 @@ def run_phase(
                 )
             with _Watch(work, items, progress, poll_s):
                 try:
-                    counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
+                    counts += _submit(worker, todo, private, sheltered(options) if known else options)
                 except WorkerLostError as e:
                     lost = str(e)
                     log.warning("%s: %s", phase, lost)
@@ -302,19 +316,19 @@ def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
 
 
 def _submit(
-    phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, private: Path, options: PipelineOptions
+    worker: Callable[..., _Run[Item]], todo: Sequence[Item], private: Path, options: PipelineOptions
 ) -> Counter[str]:
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
         _keep_inside(pipeline, private)
-        run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
+        run: Any = worker(spare=spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
             pipeline
             | "Items" >> beam.Create(list(todo), reshuffle=False)
             | beam.Reshuffle()
-            | phase.capitalize() >> beam.ParDo(run)
+            | run.phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
 
