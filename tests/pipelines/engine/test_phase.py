@@ -109,3 +109,21 @@ def test_work_runs_on_one_thread() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_work_without_models_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from square_work import Squares\n"
+        "from distilbeam.pipelines.engine.beam_options import pipeline_options\n"
+        "from distilbeam.pipelines.engine.phase import run_phase\n"
+        "where = Path(sys.argv[1])\n"
+        "how = {'errors': where / 'errors', 'options': pipeline_options(), 'models': False}\n"
+        "print(run_phase('square', Squares(sys.argv[1]), [3], **how).items, 'torch' in sys.modules)\n"
+    )
+    support = {"PYTHONPATH": str(SUPPORT)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **support}, check=False)
+    assert done.stdout == "1 False\n", done.stderr
+    assert (tmp_path / "3.txt").read_text() == "9"
