@@ -1,4 +1,4 @@
-"""From rows to labelled rows: ask the teacher, encode, attach the estimates. No files and no Beam.
+"""Labelled rows out of rows: ask the teacher, encode, attach the estimates. No files and no Beam.
 
 The phase of a run (`phase.Label`) and the PTransform (`label_examples.LabelExamples`) are two shells around this.
 """

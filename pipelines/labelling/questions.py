@@ -1,4 +1,4 @@
-"""What a row asks the teacher, as a digest: two rows with one digest get one answer.
+"""The digest of what a row asks the teacher: two rows with one digest get one answer.
 
 The digest is of the values in the columns that the teacher reads, in its order, and of their types; names, other columns, files
 and the way that values are encoded are no part of it. With the row's bytes as 16-bit numbers w it is, four times with other

@@ -150,7 +150,7 @@ def _spill(dataset: str, *, make: bool) -> Path | None:
     own = own_folder("spill", make=make)
     if own is None:
         return None
-    where = dataset if is_remote(dataset) else str(Path(dataset).resolve())
+    where = str(to_path(dataset).resolve())
     folder = own / hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
     if make:
         folder.mkdir(mode=0o700, exist_ok=True)
