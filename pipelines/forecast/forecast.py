@@ -16,6 +16,7 @@ from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.labelling import LabellingJob
 from distilbeam.pipelines.jobs.labelling_plan import LabelPlan
+from distilbeam.pipelines.labelling.saved_answers import saved
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, keyed
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.steps import Step, steps_of
@@ -149,4 +150,6 @@ def _rows_to_ask(job: Job, step: Step) -> int:
 
 
 def _labelled(dataset: Path) -> int:
-    return sum(entry.rows for entry in read_entries(manifest_files(dataset)))
+    """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
+    kept = sum(answered.table.num_rows for answered in saved(str(dataset), None))
+    return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))
