@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from distilbeam.pipelines.acquisition.find_unusable import FindUnusable
 from distilbeam.pipelines.acquisition.herding import candidates_share
 from distilbeam.pipelines.acquisition.score import Candidates, Score
 from distilbeam.pipelines.acquisition.select import Choice, choose
@@ -111,16 +112,20 @@ class Job:
         """Score what is left of the pool with the current student, solve the game, choose."""
         self.check_teacher()
         choice = self._choice_of_round(number)
-        if choice.method != "uniform":
-            score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
+        student, units = self.directory.student(number), self.run.inputs.pool.units
+        if choice.method == "uniform":
+            self.phases.carry_out("check", self._find_unusable(student, choice.gains), units, progress)
+            choice = replace(choice, bought=(*choice.bought, str(unusable_directory(choice.gains))))
+        else:
+            score = self._score_work(student, choice.gains, choice.bought)
             if choice.method == "herding":
                 left = self.run.inputs.pool.rows - choice.budget * number
                 share = candidates_share(left, choice.budget)
                 candidates = Candidates(share, choice.seed, choice.round, str(choice.embeddings))
                 score = replace(score, candidates=candidates)
-            self.phases.carry_out("score", score, self.run.inputs.pool.units, progress)
-            if unusable := gather_unusable(choice.gains, self.run.inputs.pool.units):
-                log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
+            self.phases.carry_out("score", score, units, progress)
+        if unusable := gather_unusable(choice.gains, units):
+            log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
         choose(choice)
 
     def label(self, number: int, progress: Progress) -> None:
@@ -234,6 +239,10 @@ class Job:
             batch_rows=self.config.engine.batch_rows,
             trust=trusted(),
         )
+
+    def _find_unusable(self, student: Path, gains: Path) -> FindUnusable:
+        columns, batch_rows = self.run.inputs.student_columns, self.config.engine.batch_rows
+        return FindUnusable(str(student), str(gains), columns, batch_rows, trusted())
 
     def _choice_of_round(self, number: int) -> Choice:
         bought = tuple(str(self.directory.picks(r)) for r in range(number))
