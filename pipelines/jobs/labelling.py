@@ -16,8 +16,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.engine.phase import PhaseReport
+from distilbeam.pipelines.jobs.directory import opened_run
 from distilbeam.pipelines.jobs.labelling_plan import LabelPlan, plan_labels
-from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.pool_labels import PoolLabels
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.labelling import reconcile
@@ -128,7 +128,7 @@ class LabellingJob(PoolLabels):
 
 @contextmanager
 def opened_job(config: LabelConfig, base: Path) -> Iterator[LabellingJob]:
-    """Create or reopen a labelling job and hold its directory until the block ends; see `opening.opened_run`."""
+    """Create or reopen a labelling job and hold its directory until the block ends; see `directory.opened_run`."""
     with opened_run(config, base) as directory:
         yield LabellingJob(config, base, directory)
 

@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from distilbeam.pipelines.config import differing_keys, load_config, parse_config, write_config
-from distilbeam.pipelines.jobs.opening import opened_run
+from distilbeam.pipelines.jobs.directory import opened_run
 
 SETTINGS: dict[str, Any] = {
     "data": {"pool": "pool", "labelled": "a.parquet", "validation": "v.parquet"},
