@@ -151,5 +151,5 @@ def _rows_to_ask(job: Job, step: Step) -> int:
 
 def _labelled(dataset: Path) -> int:
     """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
-    kept = sum(answered.table.num_rows for answered in saved(str(dataset), None))
+    kept: int = sum(answered.table.num_rows for answered in saved(str(dataset), None))
     return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))
