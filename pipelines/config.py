@@ -2,38 +2,27 @@
 
 A file without the sections of a student ([selection], [student], [training]) describes a labelling job: every row of a
 pool is labelled, and the pool may grow. Relative paths are relative to the configuration file. Every rule that does not
-need the data is checked here; each violation is one sentence that names the setting, the value and, for an unknown name,
-the nearest valid one.
+need the data is checked here; `distilbeam.settings` says each violation as one sentence.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-import tomllib
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
+from distilbeam.settings import Section, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
-from distilbeam.toml_files import read_toml
-
-_Config = TypeVar("_Config", bound=BaseModel)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Where the run lives and how long it goes on."""
 
     directory: str = Field("run", description="the run directory")
@@ -41,7 +30,7 @@ class RunSection(_Section):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
 
 
-class PoolSection(_Section):
+class PoolSection(Section):
     """The pool: Parquet files and which of their columns mean what."""
 
     pool: str = Field(description="unlabelled examples: a Parquet file, a directory of them or a glob pattern")
@@ -95,7 +84,7 @@ class LabelDataSection(PoolSection):
         return self
 
 
-class _LabelForm(_Section):
+class _LabelForm(Section):
     kind: Literal["dense", "top_k", "sampled"] = Field(
         "dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)"
     )
@@ -145,7 +134,7 @@ class RunLabelsSection(_LabelForm):
         return temperature
 
 
-class SelectionSection(_Section):
+class SelectionSection(Section):
     """Which examples to buy labels for."""
 
     method: Literal["herding", "greedy", "rad", "uniform"] = Field(
@@ -167,7 +156,7 @@ class SelectionSection(_Section):
     )
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """How the work is cut; nothing here changes what a label means."""
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
@@ -196,7 +185,7 @@ class EngineSection(_Section):
     retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
-class PricesSection(_Section):
+class PricesSection(Section):
     """What work costs, for `distilbeam plan`."""
 
     currency: str = Field("USD", description="what the prices are in")
@@ -205,7 +194,7 @@ class PricesSection(_Section):
     per_gb_month: float = Field(0.0, ge=0, description="of storing 10^9 bytes of labels for a month")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that a run depends on."""
 
     run: RunSection = RunSection()
@@ -238,7 +227,7 @@ class RunConfig(_Section):
         return _dumped(self)
 
 
-class WatchSection(_Section):
+class WatchSection(Section):
     """How `distilbeam label --watch` gathers what arrives, chooses from it, and ends."""
 
     poll_s: float = Field(1.0, gt=0, description="seconds between two looks at the directory")
@@ -266,13 +255,13 @@ class WatchSection(_Section):
         return self
 
 
-class JobSection(_Section):
+class JobSection(Section):
     """Where a labelling job lives."""
 
     directory: str = Field("labelling", description="the job's directory; the dataset is its folder labels")
 
 
-class LabelConfig(_Section):
+class LabelConfig(Section):
     """Everything that a labelling job depends on."""
 
     run: JobSection = JobSection()
@@ -303,7 +292,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
       ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
         a line per setting.
     """
-    data = _read_toml(path, overrides)
+    data = read_settings(path, overrides)
     if data and describes_labelling(data):
         raise ValueError(
             f"{path} describes a labelling job, it has no [selection] and no [student]: 'distilbeam label' does it; a run "
@@ -314,45 +303,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | LabelConfig:
     """Read and validate the configuration file of a run or of a labelling job; see `load_config`."""
-    data = _read_toml(path, overrides)
+    data = read_settings(path, overrides)
     return parse_label_config(data) if describes_labelling(data) else parse_config(data)
 
 
 def describes_labelling(data: Mapping[str, Any]) -> bool:
-    """Tell whether plain data has only the sections of a labelling job."""
-    return set(data) <= set(LabelConfig.model_fields) and not {"labelled", "validation"} & set(data.get("data", {}))
-
-
-def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        data = read_toml(path)
-    except FileNotFoundError as e:
-        raise ValueError(
-            f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
-        ) from e
-    except IsADirectoryError as e:
-        raise ValueError(f"{path} is a directory; name the configuration file in it") from e
-    for override in overrides:
-        _apply(data, override)
-    return data
+    """Tell whether plain data describes a labelling job: it has nothing that only a run has."""
+    of_runs = set(RunConfig.model_fields) - set(LabelConfig.model_fields)
+    section = data.get("data")
+    return not of_runs & set(data) and not (isinstance(section, Mapping) and {"labelled", "validation"} & set(section))
 
 
 def parse_config(data: Mapping[str, Any]) -> RunConfig:
     """Validate the configuration of a run given as plain data; see `load_config`."""
-    return _validated(RunConfig, data)
+    return validated(RunConfig, data)
 
 
 def parse_label_config(data: Mapping[str, Any]) -> LabelConfig:
     """Validate the configuration of a labelling job given as plain data; see `load_config`."""
-    return _validated(LabelConfig, data)
-
-
-def _validated(model: type[_Config], data: Mapping[str, Any]) -> _Config:
-    try:
-        return model.model_validate(data)
-    except ValidationError as e:
-        sentences = [_sentence(error, model) for error in e.errors()]
-        raise ValueError("\n".join(dict.fromkeys(sentences))) from e
+    return validated(LabelConfig, data)
 
 
 def _dumped(config: BaseModel) -> dict[str, Any]:
@@ -379,108 +348,3 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 def _shown(value: Any) -> str:
     return "unset" if value is None else repr(value)
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    if override.startswith("@"):
-        _merge(data, _read_toml(Path(override[1:]), ()))
-        return
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"--set takes section.key=value, got '{override}'")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ValueError(f"--set {override}: '{key}' is a value, not a section")
-    data[keys[-1]] = value
-
-
-def _merge(data: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put settings over others, section by section."""
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
-            _merge(data[key], value)
-        else:
-            data[key] = value
-
-
-def _sentence(error: Any, root: type[BaseModel]) -> str:
-    names, models = _resolve(error["loc"], root)
-    name = ".".join(names)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{name} is not a setting{_suggestion(error['loc'], root)}"
-        case "missing":
-            return f"{name} must be given"
-        case "union_tag_invalid" | "union_tag_not_found":
-            kinds = [tag for model in models if (tag := _tag(model)) is not None]
-            return f"{name}.kind must be one of {', '.join(kinds)}, got {error['ctx'].get('tag', 'nothing')!r}"
-        case "value_error":
-            return _placed(str(error["ctx"]["error"]), names, models)
-        case _:
-            rule = re.sub(r", (unable|got) .*", "", error["msg"].removeprefix("Input ").replace("should", "must", 1))
-            return f"{name}: {rule}, got {error['input']!r}"
-
-
-def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> str:
-    """Put the section before a validator's sentence that begins with the name of a field."""
-    first = message.split(" ", 1)[0]
-    if names and first == names[-1]:
-        return ".".join([*names[:-1], message])
-    if not names or any(first in model.model_fields for model in models):
-        return ".".join([*names, message])
-    return f"{'.'.join(names)}: {message}"
-
-
-def _suggestion(location: Sequence[str | int], root: type[BaseModel]) -> str:
-    names, models = _resolve(location[:-1], root)
-    valid = sorted({name for model in models for name in model.model_fields})
-    near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-    elsewhere = [name for name in _all_settings(root) if name.rsplit(".", 1)[-1] == location[-1]]
-    likely = elsewhere if elsewhere and not names else [".".join([*names, *near])] if near else elsewhere
-    return f"; did you mean {likely[0]}?" if likely else f"; the valid ones are {', '.join(valid)}"
-
-
-def _resolve(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
-    """Follow a validation error's location: the settings it names, without the tags of unions, and the models it ends in."""
-    names: list[str] = []
-    models: list[type[BaseModel]] = [root]
-    for part in location:
-        tagged = [model for model in models if _tag(model) == part and part not in model.model_fields]
-        if tagged:
-            models = tagged
-            continue
-        names.append(str(part))
-        models = [
-            m
-            for model in models
-            if part in model.model_fields
-            for m in _models_in(model.model_fields[str(part)].annotation)
-        ]
-    return names, models
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
-        for argument in get_args(annotation):
-            yield from _models_in(argument)
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    kind = model.model_fields.get("kind")
-    values = get_args(kind.annotation) if kind is not None else ()
-    return str(values[0]) if len(values) == 1 else None
-
-
-def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for inner in _models_in(field.annotation):
-            yield from _all_settings(inner, f"{prefix}{name}.")

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from distilbeam.inputs.config import InputConfig
+from distilbeam.settings import Section, validated
 from distilbeam.teacher.answers import AnswerKind
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+class _Config(Section):
+    model_config = ConfigDict(protected_namespaces=())  # settings may begin with model_
 
     def relative_to(self, base: Path) -> Self:
         """Return the configuration with relative paths resolved against a folder."""
@@ -354,47 +351,10 @@ def parse_teacher_config(data: Any) -> TeacherConfig:
     Raises:
       ValueError: settings that are not valid, one sentence and line for each.
     """
-    try:
-        config: TeacherConfig = TypeAdapter[TeacherConfig](TeacherConfig).validate_python(data)
-    except ValidationError as e:
-        kind = data.get("kind") if isinstance(data, Mapping) else None
-        raise ValueError("\n".join(dict.fromkeys(_sentence(error, kind) for error in e.errors()))) from e
-    return config
+    return validated(_WithTeacher, {"teacher": data}).teacher
 
 
-def _sentence(error: Any, kind: Any) -> str:
-    location = [str(part) for part in error["loc"] if part != kind]  # the kind that was chosen comes first
-    name = ".".join(["teacher", *location])
-    match error["type"]:
-        case "union_tag_invalid" | "union_tag_not_found":
-            known = ", ".join(sorted(_CLASSES))
-            return f"teacher.kind must be one of {known}, got {error['ctx'].get('tag', 'nothing')!r}"
-        case "extra_forbidden":
-            return f"{name} is not a setting{_suggestion(location, kind)}"
-        case "missing":
-            return f"{name} must be given"
-        case "value_error":
-            return f"{name}: {error['ctx']['error']}"
-        case _:
-            message = error["msg"].removeprefix("Input ")
-            return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+class _WithTeacher(Section):
+    """A file's section [teacher] alone, so that settings are named as in the file."""
 
-
-_CLASSES: dict[str, type[BaseModel]] = {
-    "beam": BeamConfig,
-    "huggingface": HuggingFaceConfig,
-    "onnx": OnnxConfig,
-    "savedmodel": SavedModelConfig,
-    "tfserving": TfServingConfig,
-    "torch": TorchConfig,
-}
-
-
-def _suggestion(location: Sequence[str], kind: str) -> str:
-    nested: dict[str, type[BaseModel]] = {"input": InputConfig, "headers": HeaderConfig}
-    fields = (_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields
-    settings = sorted(fields, key=lambda name: name in _TeacherConfig.model_fields)  # its own first
-    near = difflib.get_close_matches(location[-1], settings, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {'.'.join(['teacher', *location[:-1], near[0]])}?"
-    return f"; the valid ones are {', '.join(settings)}"
+    teacher: TeacherConfig

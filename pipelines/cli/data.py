@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.cli.options import stop_at_once
+from distilbeam.pipelines.cli.options import SetOption, stop_at_once
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
 
 console = plain_console()
@@ -58,6 +58,7 @@ def ingest(
     max_record_bytes: Annotated[
         int, typer.Option(help="csv, jsonl, text: a longer record is a bad one; bounds memory.")
     ] = 16 * 2**20,
+    overrides: SetOption = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
@@ -72,19 +73,23 @@ def ingest(
     with display.waiting("loading"):
         from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
         from distilbeam.pipelines.ingest.settings import ingest_options
+        from distilbeam.settings import override
         from distilbeam.storage.paths import to_path
 
         beam = _beam_options(flags)
-    options = ingest_options(
-        format=format_,
-        id_column=id_column,
-        class_column=class_column,
-        delimiter="\t" if delimiter == "tab" else delimiter,
-        columns=tuple(columns.split(",")) if columns else (),
-        vectors=_vectors(vector or [], shape or []),
-        types=dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
-        max_record_bytes=max_record_bytes,
-    )
+    settings = {
+        "format": format_,
+        "id_column": id_column,
+        "class_column": class_column,
+        "delimiter": "\t" if delimiter == "tab" else delimiter,
+        "columns": tuple(columns.split(",")) if columns else (),
+        "vectors": _vectors(vector or [], shape or []),
+        "types": dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
+        "max_record_bytes": max_record_bytes,
+    }
+    for text in overrides or ():
+        override(settings, text)
+    options = ingest_options(**settings)
     place = to_path(out)
     summary = ingest_sources(sources, place, options, beam=beam, display=display)
     for sentence in _sentences(summary, place):

@@ -14,6 +14,7 @@ import typer
 
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.engine.forkserver import begin
+from distilbeam.settings import SET_HELP, SET_METAVAR
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
@@ -30,8 +31,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Override a setting; @FILE: all those of a TOML file. May be repeated.",
+        metavar=SET_METAVAR,
+        help=SET_HELP,
     ),
 ]
 RoundOption = Annotated[

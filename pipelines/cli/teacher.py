@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from distilbeam.pipelines.engine.display import configure_logs, plain_console
-from distilbeam.toml_files import read_toml
+from distilbeam.settings import read_toml
 
 console = plain_console()
 
@@ -82,10 +82,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _teacher_section(path: Path) -> dict[str, Any]:
-    try:
-        data = read_toml(path)
-    except FileNotFoundError as e:
-        raise ValueError(f"no configuration file at {path}") from e
+    data = read_toml(path)
     if not isinstance(data.get("teacher"), dict):
         raise ValueError(f"{path} must have a section [teacher]")
     section: dict[str, Any] = data["teacher"]

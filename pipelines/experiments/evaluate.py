@@ -26,11 +26,11 @@ from distilbeam.pipelines.experiments.model_metrics import (
 from distilbeam.pipelines.labelling.teacher_answers import read_answers
 from distilbeam.pipelines.pool.datasets import require_columns
 from distilbeam.pipelines.pool.splits import find_files, open_parquet
+from distilbeam.settings import read_toml
 from distilbeam.student.data.labelled import class_indices, inputs_of
 from distilbeam.student.evaluation.metrics import evaluate, per_class, worst_classes
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import read_manifest
-from distilbeam.toml_files import read_toml
 
 
 def evaluate_directory(

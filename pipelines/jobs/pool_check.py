@@ -10,8 +10,8 @@ from distilbeam.pipelines.config import LabelConfig, load_any_config
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.settings import read_toml
 from distilbeam.storage.paths import to_path, within
-from distilbeam.toml_files import read_toml
 
 
 def pool_problems(config: Path, dataset: str) -> list[str]:

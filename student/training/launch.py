@@ -29,28 +29,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distilbeam.settings import SET_HELP, SET_METAVAR, Section, read_settings, validated
 from distilbeam.student.data.labelled import with_meaning
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.blind import train_blind
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.torchrun_folders import remove_own
 from distilbeam.student.training.train import TrainResult, train
-from distilbeam.toml_files import read_toml
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """What a student is trained on, and where it goes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
     mixing_weights: tuple[float, ...] | None = Field(None, description="share of each of them in an epoch")
@@ -67,10 +65,8 @@ class DataConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
 
 
-class LaunchConfig(BaseModel):
+class LaunchConfig(Section):
     """A training over Parquet files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: DataConfig
     student: StudentConfig
@@ -122,30 +118,23 @@ def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResul
     return train(student, training, soft_labels=soft_labels, **common)
 
 
-def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
-    """Read a configuration, with words `section.key=value` over it.
+def read_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
+    """Read and validate the configuration of a training; see `distilbeam.settings`.
+
+    Args:
+      path: the TOML file.
+      overrides: words `section.key=value`, or `@FILE`.
 
     Raises:
       ValueError: it cannot be read, or a setting is not valid; a line for each.
     """
-    try:
-        data = read_toml(path)
-        for override in overrides:
-            name, _, value = override.partition("=")
-            section, _, key = name.partition(".")
-            data.setdefault(section, {})[key] = tomllib.loads(f"value = {value}")["value"]
-        return LaunchConfig.model_validate(data)
-    except ValidationError as e:
-        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
-        raise ValueError("\n".join(lines)) from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"--set is not valid TOML: {e}") from e
+    return validated(LaunchConfig, read_settings(path, overrides))
 
 
 def main(
     config: Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
+        list[str] | None, typer.Option("--set", metavar=SET_METAVAR, help=SET_HELP, show_default=False)
     ] = None,
 ) -> None:
     """Train a student over Parquet files."""

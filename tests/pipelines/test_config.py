@@ -51,8 +51,12 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("teacher.modle", "x", "teacher.modle is not a setting; did you mean teacher.model?"),
         ("student.input.colums", ["x"], "student.input.colums is not a setting; did you mean student.input.columns?"),
         ("selection.budget", "many", "selection.budget: must be a valid integer, got 'many'"),
-        ("tune.space", {"training.lr": {"low": 1}}, "tune.space.training.lr: low must be below high, got 1 and None"),
-        ("tune.space", {"training.lr": {"lo": 1}}, "tune.space.training.lr.lo is not a setting"),
+        ("tune.space", {"training.lr": {"low": 1}}, "tune.space.training.lr.low must be below high, got 1 and None"),
+        (
+            "tune.space",
+            {"training.lr": {"lo": 1}},
+            "tune.space.training.lr.lo is not a setting; did you mean tune.space.training.lr.low?",
+        ),
         ("pareto.widths", [], "pareto.widths"),
         ("pareto.grow", 1, "pareto.grow: must be greater than 1, got 1"),
         ("selection.budget", 0, "selection.budget: must be greater than or equal to 1, got 0"),
@@ -136,7 +140,10 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, sentence: st
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no configuration file at .*; 'distilbeam init DIRECTORY' writes one"):
+    with pytest.raises(
+        ValueError,
+        match=r"no configuration file at .*; name one that is there, or let 'distilbeam init DIRECTORY' write one",
+    ):
         load_config(tmp_path / "missing.toml")
     with pytest.raises(ValueError, match="is a directory"):
         load_config(tmp_path)

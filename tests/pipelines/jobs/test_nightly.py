@@ -17,11 +17,11 @@ import torch
 from distilbeam.pipelines.config import load_any_config
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.splits import plan_pool
+from distilbeam.settings import read_toml
 from distilbeam.teacher import load_teacher
 from distilbeam.teacher.config import parse_teacher_config
 from distilbeam.teacher.tfserving.probing import with_probe_shape
 from distilbeam.teacher.tfserving.serve import TeacherServer
-from distilbeam.toml_files import read_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 WIDTH = 8
