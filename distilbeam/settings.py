@@ -1,7 +1,8 @@
 """Settings: TOML files, overrides `section.key=value` over them, and their validation; each mistake is one sentence.
 
-    data = read_settings(path, overrides)     # plain data: the file, then each override over it
-    config = validated(Config, data)          # a frozen pydantic model, or a ValueError with a line for each mistake
+    data = read_settings(path, overrides)          # plain data: the file, then each override over it
+    config = validated(Config, data)               # frozen, or a ValueError with a line for each mistake
+    config = config.relative_to(folder_of(path))   # its paths made absolute, once and here
 
 Whatever is wrong with a setting is said as `section.key: rule, got value`, or `section.key is not a setting; did you mean
 section.other?`, a line for each, so that the command line, the launcher, the streaming job and ingest speak alike.
@@ -13,11 +14,13 @@ import difflib
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from distilbeam.storage.paths import is_remote
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -29,6 +32,84 @@ class Section(BaseModel):
     """Settings that belong together: frozen, and without any that are not declared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths, or collections of paths."""
+        return ()
+
+    def relative_to(self, folder: Path) -> Self:
+        """Return the settings with relative paths made absolute; places in an object store stay as they are.
+
+        Args:
+          folder: where relative paths start.
+        """
+        return self.with_paths(lambda _, text: text if is_remote(text) else str(folder / text))
+
+    def with_paths(self, change: Callable[[str, str], str], prefix: str = "") -> Self:
+        """Return the settings with every path changed, those of inner sections too.
+
+        Args:
+          change: from the dotted name of a setting and its text to its new text.
+          prefix: put before the names.
+        """
+        changed = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            new = _changed(value, change, prefix + name, is_path=name in self.paths())
+            if new is not value:
+                changed[name] = new
+        return self.model_copy(update=changed) if changed else self
+
+
+def _changed(value: Any, change: Callable[[str, str], str], name: str, *, is_path: bool) -> Any:
+    if isinstance(value, Section):
+        return value.with_paths(change, f"{name}.")
+    if is_path and isinstance(value, str):
+        return change(name, value)
+    if is_path and isinstance(value, tuple):
+        return tuple(change(f"{name}.{place}", text) for place, text in enumerate(value))
+    if isinstance(value, dict) and any(isinstance(inner, Section) for inner in value.values()):
+        return {key: _changed(inner, change, f"{name}.{key}", is_path=is_path) for key, inner in value.items()}
+    return value
+
+
+class Configuration(Section):
+    """All settings of a file. Its paths are absolute once it knows its folder, and are stored as they were written.
+
+    What is stored is compared with what is given: a directory that has moved with its configuration has not changed.
+    """
+
+    _written: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict)  # name -> absolute, as it was written
+
+    def relative_to(self, folder: Path) -> Self:
+        """Return the settings with relative paths made absolute; see `Section.relative_to`."""
+        written = dict(self._written)
+
+        def change(name: str, text: str) -> str:
+            absolute = text if is_remote(text) else str(folder / text)
+            if absolute != text:
+                written[name] = (absolute, text)
+            return absolute
+
+        resolved = self.with_paths(change)
+        if resolved is not self:
+            resolved._written = written
+        return resolved
+
+    def dump(self) -> dict[str, Any]:
+        """Return the settings as plain data, without those that are unset, paths as they were written."""
+
+        def change(name: str, text: str) -> str:
+            absolute, as_written = self._written.get(name, (None, text))
+            return as_written if text == absolute else text  # another one since: settings were copied with changes
+
+        data: dict[str, Any] = self.with_paths(change).model_dump(mode="json", exclude_none=True)
+        return data
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder that relative paths in a file of settings start at."""
+    return path.parent.resolve()
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -136,7 +217,7 @@ def _sentence(error: Any, root: type[BaseModel]) -> str:
 
 def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> str:
     """Put the section before a validator's sentence that begins with the name of a field."""
-    first = re.split(r"[ .]", message, maxsplit=1)[0]
+    first = message[: re.match(r"\w*", message).end()]  # type: ignore[union-attr]  # it always matches
     if names and first == names[-1]:
         return ".".join([*names[:-1], message])
     if not names or any(first in model.model_fields for model in models):

@@ -1,7 +1,7 @@
 """The configuration of a run or of a labelling job: one TOML file, typed, frozen, validated.
 
 A file without the sections of a student ([selection], [student], [training]) describes a labelling job: every row of a
-pool is labelled, and the pool may grow. Relative paths are relative to the configuration file. Every rule that does not
+pool is labelled, and the pool may grow. Relative paths are relative to the configuration file and absolute once it is read. Every rule that does not
 need the data is checked here; `distilbeam.settings` says each violation as one sentence.
 """
 
@@ -10,16 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distilbeam.settings import Section, read_settings, validated
+from distilbeam.selection.gains import gain_named
+from distilbeam.selection.strategies.registry import gain_read, strategy_class
+from distilbeam.settings import Configuration, Section, folder_of, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
+
+
+def _known_gain(name: str) -> str:
+    gain_named(name)
+    return name.replace("-", "_")  # one spelling, in which runs that are there have stored it
+
+
+GainName = Annotated[str, AfterValidator(_known_gain)]
+_KNOWN_OF_POOL = ("gains", "logits", "embeddings")  # what a run can tell a strategy of each example
 
 
 class RunSection(Section):
@@ -28,6 +39,10 @@ class RunSection(Section):
     directory: str = Field("run", description="the run directory")
     rounds: int = Field(3, ge=1, le=10_000, description="rounds of select, label, train")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("directory",)
 
 
 class PoolSection(Section):
@@ -47,6 +62,10 @@ class PoolSection(Section):
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must be at least two different names")
         return self
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("pool",)
 
 
 class DataSection(PoolSection):
@@ -70,6 +89,10 @@ class DataSection(PoolSection):
         description="stop where the teacher's answers for the validation set are no better than chance, or fit far better with "
         "its outputs in another order",
     )
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("pool", "labelled", "validation", "test")
 
 
 class LabelDataSection(PoolSection):
@@ -137,14 +160,13 @@ class RunLabelsSection(_LabelForm):
 class SelectionSection(Section):
     """Which examples to buy labels for."""
 
-    method: Literal["herding", "greedy", "rad", "uniform"] = Field(
+    method: str = Field(
         "herding",
-        description="what covers best what the student is unsure of (`gain`), the largest gains, the game against the "
-        "teacher's mistakes, or chance",
+        description="herding: what covers best what the student is unsure of (`gain`); greedy: the largest gains; rad: the "
+        "game against the teacher's mistakes (Robust Active Distillation); uniform: chance; another strategy of "
+        "`distilbeam.selection`; or module:Class, a strategy of your own",
     )
-    gain: Literal["margin", "entropy", "least_confidence"] = Field(
-        "margin", description="what the student would learn from an example's label"
-    )
+    gain: GainName = Field("margin", description="what the student would learn from an example's label")
     budget: int = Field(description="labels to buy in each round", ge=1)
     floor: float = Field(0.5, ge=0, le=1, description="lower bound of the teacher's estimated accuracy")
     coverage: float = Field(
@@ -154,6 +176,21 @@ class SelectionSection(Section):
         True,
         description="also train on as many uniformly chosen labels, for the report; asks the teacher for those not bought already",
     )
+
+    @field_validator("method")
+    @classmethod
+    def _known_to_a_run(cls, method: str) -> str:
+        if unknown := [name for name in strategy_class(method, "method").reads if name not in _KNOWN_OF_POOL]:
+            raise ValueError(
+                f"method must be a strategy that reads {', '.join(_KNOWN_OF_POOL)} alone, {method} reads {unknown[0]}, which a "
+                "run does not estimate"
+            )
+        return method if ":" in method else method.replace("_", "-")
+
+    @property
+    def scored(self) -> str | None:
+        """Name of the gain that the pool is scored by; None where the strategy reads nothing of the examples."""
+        return gain_read(self.method, self.gain)
 
 
 class EngineSection(Section):
@@ -194,7 +231,7 @@ class PricesSection(Section):
     per_gb_month: float = Field(0.0, ge=0, description="of storing 10^9 bytes of labels for a month")
 
 
-class RunConfig(Section):
+class RunConfig(Configuration):
     """Everything that a run depends on."""
 
     run: RunSection = RunSection()
@@ -222,10 +259,6 @@ class RunConfig(Section):
                 raise ValueError("training.finetune must be left out with labels.pooled: no student chose its examples")
         return self
 
-    def dump(self) -> dict[str, Any]:
-        """Return the configuration as plain data, without the settings that are unset."""
-        return _dumped(self)
-
 
 class WatchSection(Section):
     """How `distilbeam label --watch` gathers what arrives, chooses from it, and ends."""
@@ -242,9 +275,7 @@ class WatchSection(Section):
         None, description="with a budget: the student that scores, such as run/students/round=003"
     )
     wrong_share: float | None = Field(None, ge=0, le=1, description="with a budget: expected share of wrong labels")
-    gain: Literal["margin", "entropy", "least_confidence"] = Field(
-        "margin", description="with a budget: what the student would learn from an example's label"
-    )
+    gain: GainName = Field("margin", description="with a budget: what the student would learn from an example's label")
     seed: int = Field(0, ge=0, lt=2**32, description="with a budget: seed of the choice")
 
     @model_validator(mode="after")
@@ -254,14 +285,22 @@ class WatchSection(Section):
             raise ValueError("budget, student and wrong_share must be given together: a choice needs all three")
         return self
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("student",)
+
 
 class JobSection(Section):
     """Where a labelling job lives."""
 
     directory: str = Field("labelling", description="the job's directory; the dataset is its folder labels")
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("directory",)
 
-class LabelConfig(Section):
+
+class LabelConfig(Configuration):
     """Everything that a labelling job depends on."""
 
     run: JobSection = JobSection()
@@ -271,10 +310,6 @@ class LabelConfig(Section):
     engine: EngineSection = EngineSection()
     prices: PricesSection = PricesSection()
     watch: WatchSection = WatchSection()
-
-    def dump(self) -> dict[str, Any]:
-        """Return the configuration as plain data, without the settings that are unset."""
-        return _dumped(self)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -286,7 +321,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         of another TOML file, such as the one that `distilbeam tune` writes.
 
     Returns:
-      The configuration.
+      The configuration, with absolute paths.
 
     Raises:
       ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
@@ -298,13 +333,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path} describes a labelling job, it has no [selection] and no [student]: 'distilbeam label' does it; a run "
             "needs these sections, and labelled and validation in [data]"
         )
-    return parse_config(data)
+    return parse_config(data).relative_to(folder_of(path))
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | LabelConfig:
     """Read and validate the configuration file of a run or of a labelling job; see `load_config`."""
     data = read_settings(path, overrides)
-    return parse_label_config(data) if describes_labelling(data) else parse_config(data)
+    config = parse_label_config(data) if describes_labelling(data) else parse_config(data)
+    return config.relative_to(folder_of(path))
 
 
 def describes_labelling(data: Mapping[str, Any]) -> bool:
@@ -322,11 +358,6 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
 def parse_label_config(data: Mapping[str, Any]) -> LabelConfig:
     """Validate the configuration of a labelling job given as plain data; see `load_config`."""
     return validated(LabelConfig, data)
-
-
-def _dumped(config: BaseModel) -> dict[str, Any]:
-    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    return data
 
 
 def write_config(path: Path, config: RunConfig | LabelConfig) -> None:

@@ -134,6 +134,7 @@ def run(
     elif isinstance(config, Mapping):
         config = parse_config(config)
     base = Path(base or ".").resolve()
+    config = config.relative_to(base)
     require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
     with opened_run(config, base) as directory:

@@ -19,27 +19,12 @@ from pydantic import (
 )
 
 from distilbeam.inputs.config import InputConfig
-from distilbeam.settings import Section, validated
+from distilbeam.settings import Section, folder_of, read_toml, validated
 from distilbeam.teacher.answers import AnswerKind
 
 
 class _Config(Section):
     model_config = ConfigDict(protected_namespaces=())  # settings may begin with model_
-
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        updates: dict[str, Any] = {}
-        for name in self.paths():
-            value = getattr(self, name)
-            if value is not None:
-                updates[name] = str(base / value)
-        if getattr(self, "input", None) is not None:
-            updates["input"] = self.input.relative_to(base)  # type: ignore[attr-defined]
-        return self.model_copy(update=updates)
-
-    def paths(self) -> tuple[str, ...]:
-        """Return the names of the settings that are paths."""
-        return ()
 
 
 def _as_plain(value: Any) -> Any:
@@ -243,11 +228,6 @@ class TfServingConfig(_TeacherConfig):
         """Return the names of the settings that are paths."""
         return ("ca_file", "cert_file", "key_file")
 
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        headers = {name: header.relative_to(base) for name, header in self.headers.items()}
-        return super().relative_to(base).model_copy(update={"headers": headers})
-
 
 class OnnxConfig(_TeacherConfig):
     """An ONNX model, run by ONNX Runtime."""
@@ -327,10 +307,9 @@ class BeamConfig(_TeacherConfig):
             raise ValueError("files or version must be given, so that the labels of another model are told apart")
         return self
 
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        files = tuple(str(base / file) for file in self.files)
-        return super().relative_to(base).model_copy(update={"files": files})
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("files",)
 
 
 TeacherConfig = Annotated[
@@ -352,6 +331,24 @@ def parse_teacher_config(data: Any) -> TeacherConfig:
       ValueError: settings that are not valid, one sentence and line for each.
     """
     return validated(_WithTeacher, {"teacher": data}).teacher
+
+
+def read_teacher_config(path: Path) -> TeacherConfig:
+    """Read the section `[teacher]` of a TOML file, such as a run's configuration.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The configuration, with absolute paths.
+
+    Raises:
+      ValueError: the file cannot be read, has no such section, or one with settings that are not valid.
+    """
+    data = read_toml(path)
+    if not isinstance(data.get("teacher"), dict):
+        raise ValueError(f"{path} must have a section [teacher]")
+    return parse_teacher_config(data["teacher"]).relative_to(folder_of(path))
 
 
 class _WithTeacher(Section):

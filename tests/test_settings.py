@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.transforms import stream_job
-from distilbeam.settings import Section, override, read_settings, read_toml, validated
+from distilbeam.settings import Configuration, Section, override, read_settings, read_toml, validated
 from distilbeam.student.training import launch
 
 TEACHER = 'kind = "torch"\nmodel = "teacher.pt2"\ninput = { columns = ["x"] }\n'
@@ -170,3 +170,52 @@ def test_an_override_of_a_section_replaces_it() -> None:
     data: dict[str, Any] = {"a": {"b": 1}}
     override(data, "a={ c = 2 }")
     assert data == {"a": {"c": 2}}
+
+
+class Place(Section):
+    folder: str
+    files: tuple[str, ...] = ()
+    name: str = "a name"
+
+    def paths(self) -> tuple[str, ...]:
+        return ("folder", "files")
+
+
+class WithPlaces(Configuration):
+    one: Place
+    named: dict[str, Place] = Field({})
+
+
+def with_places(folder: str) -> WithPlaces:
+    return validated(
+        WithPlaces,
+        {
+            "one": {"folder": folder, "files": ["x", "/y", "gs://bucket/z"]},
+            "named": {"n": {"folder": "sub/../deep"}},
+        },
+    )
+
+
+def test_paths_of_inner_sections_become_absolute_and_are_dumped_as_written() -> None:
+    written = with_places("here")
+    absolute = written.relative_to(Path("/base"))
+    assert (absolute.one.folder, absolute.one.name) == ("/base/here", "a name")
+    assert absolute.one.files == ("/base/x", "/y", "gs://bucket/z")
+    assert absolute.named["n"].folder == "/base/sub/../deep"
+    assert written.one.folder == "here"
+    assert absolute.dump() == written.dump()
+    assert absolute.relative_to(Path("/other")).model_dump() == absolute.model_dump()  # nothing is left to resolve
+    assert absolute.relative_to(Path("/other")).dump() == written.dump()
+
+
+def test_a_path_that_is_changed_afterwards_is_dumped_as_it_is_then() -> None:
+    absolute = with_places("here").relative_to(Path("/base"))
+    changed = absolute.model_copy(update={"one": absolute.one.model_copy(update={"folder": "/base/there"})})
+    assert changed.dump()["one"]["folder"] == "/base/there"
+    assert changed.dump()["one"]["files"] == ["x", "/y", "gs://bucket/z"]
+
+
+def test_settings_that_were_written_absolute_stay_so_beside_the_same_place_written_relative() -> None:
+    absolute = with_places("/base/x").relative_to(Path("/base"))
+    assert (absolute.one.folder, absolute.one.files[0]) == ("/base/x", "/base/x")
+    assert (absolute.dump()["one"]["folder"], absolute.dump()["one"]["files"][0]) == ("/base/x", "x")

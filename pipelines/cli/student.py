@@ -226,7 +226,7 @@ def _export_of_run(
         material.judge,
         Display(console),
         material.examples(rows),
-        {"pool": material.config.data.pool, "seed": material.config.run.seed},
+        {"pool": material.config.dump()["data"]["pool"], "seed": material.config.run.seed},
         material.provenance(student),
         lambda config, init, directory, report: material.train(config, short, directory, report, init=init),
         ratio,

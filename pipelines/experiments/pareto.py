@@ -85,7 +85,7 @@ def _make(stage: Stage, root: Path, material: Material, report: Report) -> Path:
         material.train(load_student(cut).config, short, directory, report, init=cut)
     else:
         assert stage.source is not None
-        origin = {"pool": material.config.data.pool, "seed": material.config.run.seed}
+        origin = {"pool": material.config.dump()["data"]["pool"], "seed": material.config.run.seed}
         examples, made_from = material.examples(CALIBRATION_ROWS), material.provenance()
         export_student(root / stage.source, stage.form, directory, examples, origin, made_from)
     return directory

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.acquisition.herding import candidates_share
-from distilbeam.pipelines.acquisition.score import Candidates, Score, gains_file
+from distilbeam.pipelines.acquisition.score import Score, gains_file
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import (
     gather_unusable,
@@ -203,13 +202,10 @@ class Job:
         """Score what is left of the pool with the current student, solve the game, choose."""
         self.check_teacher()
         choice = self._choice_of_round(number)
-        if choice.method != "uniform":
+        if choice.scored is not None:
             score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
-            if choice.method == "herding":
-                left = self.inputs.pool.rows - choice.budget * number
-                share = candidates_share(left, choice.budget)
-                candidates = Candidates(share, choice.seed, choice.round, str(choice.embeddings))
-                score = replace(score, candidates=candidates)
+            candidates = choice.candidates(self.inputs.pool.rows - choice.budget * number)
+            score = replace(score, gain=choice.scored, candidates=candidates)
             done = self._phase("score", score, self.inputs.pool.units, report)
             add_work(self.directory.work, "score", done)
             if unusable := gather_unusable(choice.gains, self.inputs.pool.units):
@@ -466,6 +462,7 @@ class Job:
             seed=self.config.run.seed,
             round=number,
             digests={"pool": self.inputs.pool.digest, "teacher": self.fingerprint, **digests},
+            gain=self.config.selection.gain,
         )
 
     def _asked_spec(self, name: str) -> SoftLabelSpec:

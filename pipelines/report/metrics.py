@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.report.tables import LATENCIES
+from distilbeam.selection.gains import gain_named
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.protocol import Teacher
@@ -106,7 +106,7 @@ def _teacher_footprint(job: Job) -> dict[str, Any]:
     if config.kind not in MAY_BE_PAID:
         latency = _teacher_latency(job, teacher)
     models = [getattr(config, name) for name in config.paths() if name in ("model", "weights")]
-    paths = [job.base / path for path in (*models, *getattr(config, "files", ())) if path is not None]
+    paths = [Path(path) for path in (*models, *getattr(config, "files", ())) if path is not None]
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}
@@ -148,9 +148,9 @@ def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
         "summary": summary,
         **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")},
     }
-    if plan["method"] == "uniform":
-        return entry
     gains = [_column(file, "gain") for file in sorted(job.directory.gains(number).glob("*.parquet"))]
+    if not gains:  # of a choice that does not look at the examples
+        return entry
     edges = np.linspace(0, max(float(g.max(initial=0)) for g in gains), _BINS + 1)
     bought = np.concatenate([_column(path, "gain") for path in read_manifest(job.directory.labels(number)).paths()])
     return {
@@ -166,7 +166,9 @@ def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> 
     """Count the validation examples, and those that the teacher has right, by the gain that the round's student gives them."""
     answers = job.answers("validation")
     answered = ~np.isnan(answers).any(axis=1)
-    gain = GAINS[job.config.selection.gain](job.student_logits(job.directory.chooser(number), "validation"))
+    gain = gain_named(job.config.selection.scored or job.config.selection.gain)(
+        job.student_logits(job.directory.chooser(number), "validation")
+    )
     right = answers.argmax(axis=1) == job.truth("validation")
     count = np.histogram(gain[answered], edges)[0]
     return {"count": count.tolist(), "right": np.histogram(gain[answered & right], edges)[0].tolist()}

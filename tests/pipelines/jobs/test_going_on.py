@@ -22,6 +22,7 @@ from distilbeam.pipelines.config import LabelConfig, load_any_config, load_confi
 from distilbeam.pipelines.experiments.run_data import Material
 from distilbeam.pipelines.jobs.directory import opened_run, planned_run
 from distilbeam.pipelines.jobs.variants import VariantDirectory
+from distilbeam.settings import read_toml
 from distilbeam.storage.files import read_json
 from distilbeam.student.checkpoint import load_student
 
@@ -277,7 +278,7 @@ def test_data_in_another_place_must_be_the_same(problem, finished, tmp_path):
     bought = asked_of_pool(tmp_path)
     assert run(changed(problem, {"data.pool": "copy"}), base=tmp_path) == finished
     assert asked_of_pool(tmp_path) == bought
-    assert load_config(finished / "config.toml").data.pool == "copy"
+    assert read_toml(finished / "config.toml")["data"]["pool"] == "copy"
     pq.write_table(make_table(60, 9, labelled=False), tmp_path / "pool" / "2.parquet")
     for _ in range(2):  # nothing is left to do, and still
         with pytest.raises(ValueError, match=r"the data changed since .*run was started: pool file\(s\) 2.parquet"):
