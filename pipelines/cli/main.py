@@ -19,6 +19,7 @@ from rich.text import Text
 import distilbeam
 from distilbeam.pipelines.cli.data import ingest
 from distilbeam.pipelines.cli.label import label, plan
+from distilbeam.pipelines.cli.launch import launch
 from distilbeam.pipelines.cli.options import (
     BeamArgument,
     CheckContentOption,
@@ -253,5 +254,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, ingest, export, tune, pareto, inspect, verify, serve_teacher):
+for command in (plan, label, ingest, launch, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -118,7 +118,7 @@ def test_torchrun_launches_a_training(tmp_path, capsys):
     }
     (tmp_path / "training.toml").write_text(tomli_w.dumps(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "distilbeam.student.training.launch", tmp_path / "training.toml", "--set", "training.epochs=2"]
+    arguments = ["-m", "distilbeam", "launch", tmp_path / "training.toml", "--set", "training.epochs=2"]
     done = subprocess.run(
         [*launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
