@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distilbeam.pipelines.cli.options import ConfigArgument, DebugOption, LogOption, SetOption
-from distilbeam.pipelines.engine.display import configure_logs, plain_console
+from distilbeam.pipelines.cli.options import ConfigArgument, DebugOption, LogOption, SetOption, console
+from distilbeam.pipelines.engine.display import configure_logs
 
 
 def launch(
@@ -13,7 +13,7 @@ def launch(
     debug: DebugOption = False,  # noqa: ARG001  # read from the arguments, where an error finds it
 ) -> None:
     """Train a student over Parquet files; 'torchrun --nproc-per-node 2 -m distilbeam launch CONFIG' in several processes."""
-    configure_logs(log_level, plain_console())
+    configure_logs(log_level, console)
     from distilbeam.student.training.launch import launch_file  # torch takes seconds to import
 
     launch_file(config, overrides or ())

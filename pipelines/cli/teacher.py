@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.engine.display import configure_logs, plain_console
-
-console = plain_console()
+from distilbeam.pipelines.cli.options import console
+from distilbeam.pipelines.engine.display import configure_logs
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")

@@ -37,8 +37,10 @@ from typing import Annotated, Any, Literal
 import pyarrow.parquet as pq
 import typer
 from pydantic import Field
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
+from distilbeam.progress import Progress
 from distilbeam.settings import SET_HELP, SET_METAVAR, Section, folder_of, read_settings, validated
 from distilbeam.storage.paths import to_path
 from distilbeam.student.data.labelled import with_meaning
@@ -71,6 +73,15 @@ class DataConfig(Section):
         return ("soft_labels", "labelled", "labelled_answers", "validation", "directory")
 
 
+class _Bar(Progress):
+    def __init__(self, bars: Bars) -> None:
+        self._bars, self._task = bars, bars.add_task("", total=None, note="")
+
+    def step(self, done: int, total: int, note: str = "") -> None:
+        rate = self._bars.tasks[0].speed or 0
+        self._bars.update(self._task, completed=done, total=total, note=f"{note}  {rate:,.0f} steps/s")
+
+
 class LaunchConfig(Section):
     """A training over Parquet files."""
 
@@ -79,7 +90,7 @@ class LaunchConfig(Section):
     training: TrainConfig = TrainConfig()
 
 
-def launch(config: LaunchConfig, base: Path | None = None, progress: Any = None) -> TrainResult:
+def launch(config: LaunchConfig, base: Path | None = None, progress: Progress | None = None) -> TrainResult:
     """Train what a configuration says.
 
     Args:
@@ -161,14 +172,8 @@ def launch_file(config: Path, overrides: Sequence[str] = ()) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bar:
-        task = bar.add_task("", total=None, note="")
-
-        def progress(done: int, total: int, loss: float) -> None:
-            rate = bar.tasks[0].speed or 0
-            bar.update(task, completed=done, total=total, note=f"loss {loss:.4f}  {rate:,.0f} steps/s")
-
-        result = launch(read_config(config, overrides), progress=progress)
+    with Bars(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bars:
+        result = launch(read_config(config, overrides), progress=_Bar(bars))
     if first:
         remove_own()
         figures = {name: round(value, 4) for name, value in result.metrics.items()}
