@@ -80,6 +80,12 @@ class Configuration(Section):
     """
 
     _written: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict)  # name -> absolute, as it was written
+    _folder: Path | None = PrivateAttr(None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its relative paths started; None while it is not known."""
+        return self._folder
 
     def relative_to(self, folder: Path) -> Self:
         """Return the settings with relative paths made absolute; see `Section.relative_to`."""
@@ -91,9 +97,8 @@ class Configuration(Section):
                 written[name] = (absolute, text)
             return absolute
 
-        resolved = self.with_paths(change)
-        if resolved is not self:
-            resolved._written = written
+        resolved = self.with_paths(change).model_copy()
+        resolved._written, resolved._folder = written, self._folder or folder
         return resolved
 
     def dump(self) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class LabelDataSection(PoolSection):
 
 class _LabelForm(Section):
     kind: Literal["dense", "top_k", "sampled"] = Field(
-        "dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)"
+        "dense",
+        description="all classes, the k largest with the mass of the rest, or k draws by their probability (random sampling distillation)",
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(

@@ -337,7 +337,7 @@ def read_teacher_config(path: Path) -> TeacherConfig:
     """Read the section `[teacher]` of a TOML file, such as a run's configuration.
 
     Args:
-      path: the file.
+      path: the TOML file; its folder is where relative paths start.
 
     Returns:
       The configuration, with absolute paths.

@@ -1,4 +1,4 @@
-"""How columns of an Arrow batch become a model's input.
+"""Configuration of a model's input: which columns of an Arrow batch become it, and how.
 
 The same configuration serves the teacher and, separately, the student. Reading costs nothing where the column already
 is the array: a `fixed_size_binary` column of float32 is viewed, not copied.

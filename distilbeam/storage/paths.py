@@ -1,4 +1,4 @@
-"""Where files are: on a file system, or in an object store that a URL such as `gs://bucket/folder` names.
+"""Paths of files: on a file system, or in an object store that a URL such as `gs://bucket/folder` names.
 
 A file system's places are `pathlib.Path`; an object store's are `upath.UPath`, which has the same methods over fsspec and
 is loaded only when a URL is met. Credentials are the business of the store's own package (environment variables,

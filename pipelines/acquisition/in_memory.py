@@ -1,4 +1,4 @@
-"""Strategies that compare examples with each other, or need all gains at once: played in the driver's memory.
+"""Strategies that compare examples with each other, or need all gains at once, in the driver's memory.
 
 The score phase keeps the embeddings, and the logits where the strategy reads them, of the candidates: all examples while
 they are at most `CANDIDATES`, a random part of a larger pool. What is labelled counts as covered.
@@ -43,12 +43,12 @@ def chosen_in_memory(
     Args:
       strategy: reads nothing but gains and what is in `KEPT`.
       units: the pool's units, in order.
-      gains: directory of the gains.
+      gains: directory of the gains files of the score phase.
       candidates: directory of the candidates' embeddings and logits.
       labelled: gives float32 [m, d], embeddings of what has a label.
       bought: picks directories of earlier rounds.
       budget: labels to buy.
-      rng: source of randomness.
+      rng: the strategy's generator, derived from seed, round and method, so that a lost choice is made again alike.
 
     Yields:
       The units of which something was chosen, with the chosen rows, ascending, their gains (None where nothing was

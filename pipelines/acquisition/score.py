@@ -45,9 +45,9 @@ class Candidates:
     """Which rows are candidates of a choice that compares them.
 
     Attributes:
-      share: of the rows, in (0, 1].
-      seed: the run's seed.
-      round: number of the round.
+      share: share of the rows that are candidates, in (0, 1].
+      seed: the run's seed, from which each unit's draw is derived.
+      round: number of the round, part of that seed: each round draws others.
       output: directory of the embeddings.
       kept: what is kept of them, "embeddings", "logits" or both.
     """

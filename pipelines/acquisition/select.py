@@ -72,7 +72,8 @@ class Choice:
     gain: str = "margin"
 
     def strategy(self, examples: int = 0) -> Selector:
-        """Make the strategy, for a pool of so many examples; the candidates that it holds are bounded by `candidates`."""
+        """Make the strategy, for a pool of so many examples."""
+        # without its own limit: `candidates` bounds what it holds, and a budget beyond the limit has candidates beyond it
         return selector_with(self.method, gain=self.gain, wrong=examples * self.wrong_share, limit=None)
 
     @property
@@ -151,7 +152,7 @@ def _solve(choice: Choice) -> dict[str, Any]:
     _check_budget(choice.budget, sketch.count)
     # the adversary of the game spoils as many labels as the teacher is expected to have wrong among what is left
     wrong = choice.strategy().wrong_in_game(sketch.count, choice.wrong_share)
-    if wrong is None:
+    if wrong is None:  # no game with a threshold: chosen in memory, when it is picked
         return {**plan, "examples": sketch.count}
     # exact by the sketch alone unless the level or the cut falls inside a bin, whose values a second pass counts
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)

@@ -144,7 +144,7 @@ def _sentences(summary: Any, out: Path) -> Iterator[str]:
         yield f"Bad records are in {out / '_dead_letters.jsonl'}, the first: {first['file']}{line}: {first['error']}"
 
 
-def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]) -> None:
+def watch_directory(settings: Any, directory: Path, flags: list[str]) -> None:
     """Label what arrives in a directory; the part of `label` behind `--watch`."""
     from distilbeam.pipelines.engine.beam_options import pipeline_options
     from distilbeam.pipelines.jobs.labelling import opened_job
@@ -158,7 +158,7 @@ def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]
         )
     display, options = Display(console), pipeline_options(flags)
     signal.signal(signal.SIGINT, stop_at_once)
-    with opened_job(settings, base) as job:
+    with opened_job(settings) as job:
         totals = watch(job, directory, options, display)
     sentences = [
         f"{totals['windows']:,} window(s), {totals['files']:,} file(s), {totals['rows']:,} rows: {totals['labelled']:,} "

@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: its entry, its form of failure, and the commands that carry out a run.
 
 Every failure that a user can mend is one sentence on standard error and exit status 2 (wrong input) or 1 (work that
 failed); `--debug` shows the traceback.

@@ -1,4 +1,4 @@
-"""What an ingest is asked to do."""
+"""The settings of an ingest: format, columns, types, vectors, sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Vector(Section):
     columns: tuple[str, ...] = Field(
         description="names, or patterns with * and ?; in the order of the file", min_length=1
     )
-    dtype: Literal["float32", "uint8", "int32", "int64"] = "float32"
+    dtype: Literal["float32", "uint8", "int32", "int64"] = Field("float32", description="type of its numbers")
     shape: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="of an example; one axis without it"
     )

@@ -153,7 +153,7 @@ def _spec(config: LabelConfig, base: Path) -> SoftLabelSpec:
         temperature=labels.temperature,
         storage=labels.storage,
         classes=data.classes or None,
-        teacher=cached_teacher(teacher_text(config.teacher, base, data.classes)).fingerprint(),
+        teacher=cached_teacher(teacher_text(config.teacher.relative_to(base), data.classes)).fingerprint(),
         carried=data.carry,
     )
 

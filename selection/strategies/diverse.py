@@ -124,7 +124,7 @@ def spread_by_distance(
       size: number of points.
       budget: number to draw, at most `size`.
       squared_distances: gives float64 [size], the squared distances of all points from one.
-      rng: source of randomness.
+      rng: draws the points, the first one uniformly.
 
     Returns:
       int64 [budget], distinct; where only coincident points are left, these are drawn alike.

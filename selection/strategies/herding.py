@@ -43,7 +43,7 @@ class Herding(Selector):
     """Choose what covers the uncertain examples best, one after the other; see `herd`.
 
     Attributes:
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
       references: most examples that the objective is summed over.
     """
 

@@ -85,7 +85,7 @@ def gain_read(name: str, gain: str) -> str | None:
     """Return the name of the gain that a pool is to be scored by for a strategy; None where it reads nothing.
 
     Args:
-      name: as in `selector`.
+      name: of the strategy, as in `selector`.
       gain: the one for strategies of any gain.
     """
     strategy = selector_with(name, gain=gain)

@@ -1,4 +1,4 @@
-"""Selectors that know more of the teacher's mistakes than their number: what they cost, or where they are.
+"""Strategies that know more of the teacher's mistakes than their number: what they cost, or where they are.
 
 Where they are comes from `LocalErrors`, as rates in `CandidatePool.errors` and `CandidatePool.caps`. All of them are
 functions of each example's own gain and rates, and of thresholds that one pass over the pool can find.
@@ -23,7 +23,7 @@ class RadLoss(Selector):
 
     Attributes:
       wrong: k, the number of wrong labels the teacher would give in this pool.
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "rad-loss"
@@ -45,7 +45,7 @@ class RadCapped(Selector):
     """Choose by the game whose adversary is bound to believable local error rates; k is the pool's expected errors.
 
     Attributes:
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "rad-capped"
@@ -67,7 +67,7 @@ class CorrectGain(Selector):
     """Choose the largest expected gains of right labels, gain times (1 - error rate); ties by chance.
 
     Attributes:
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "correct-gain"

@@ -1,4 +1,4 @@
-"""What a strategy of choosing examples is: the pool as it sees it, its base class, and the three plain ones.
+"""The base class of acquisition strategies, the pool as they see it, and the three plain ones: chance, largest gains, the game.
 
     selector("rad", wrong=120).select(pool, budget, rng)  ->  bool [n], exactly `budget` of them True
 
@@ -27,7 +27,7 @@ class CandidatePool:
     """The unlabelled examples as selectors see them.
 
     Attributes:
-      size: n, the number of examples.
+      size: n, the number of examples without a label.
       logits: float [n, C], the student's, or None.
       embeddings: float [n, d], for instance the student's last hidden layer, or None.
       labelled_embeddings: float [m, d] of the examples that have a label already; None counts as none.
@@ -112,7 +112,7 @@ class Selector(ABC):
     `module:Class`, leads there from a run's `selection.method`.
 
     Attributes:
-      name: as in `selector`.
+      name: the name by which `selector` and `selection.method` find it.
       reads: which fields of a `CandidatePool` it reads, of "gains" (or the logits that they follow from), "logits",
         "embeddings", "errors" and "caps".
       distributes: whether it needs no more of the pool at a time than a shard.
@@ -185,7 +185,7 @@ class TopGain(Selector):
     """Choose the largest gains; ties by chance.
 
     Attributes:
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "greedy"
@@ -207,7 +207,7 @@ class Rad(Selector):
 
     Attributes:
       wrong: k, the number of wrong labels the teacher would give in this pool.
-      gain: a key of `gains.GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "rad"

@@ -59,7 +59,9 @@ class ParetoConfig(Section):
 
     widths: tuple[float, ...] = Field((0.25, 0.5, 1.0), description="multiples of student.width to try", min_length=1)
     strategies: tuple[Strategy, ...] = Field(
-        ("shrink-and-improve", "grow-improve-and-shrink"), description="the Survey's strategies", min_length=1
+        ("shrink-and-improve", "grow-improve-and-shrink"),
+        description="shrink the network and improve it, or grow it, improve it and shrink it",
+        min_length=1,
     )
     compressions: tuple[Compression, ...] = Field(
         ("int8", "int8-weights"), description="compressed forms of every improved student, beside float32"

@@ -50,7 +50,8 @@ class TrainConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
     objective: Objective = Field(
         "distill",
-        description="distill; weighted: by the column weight; slam: mixed by the columns alpha and candidates",
+        description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
+        "candidates; or both, slam+weighted",
     )
     mixing: Literal["plain", "normalised", "forward"] = Field("normalised", description="slam: form of the mixture")
     temperature: float = Field(1.0, gt=0, description="softens teacher and student")

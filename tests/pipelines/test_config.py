@@ -256,13 +256,15 @@ def test_another_file_over_the_configuration(tmp_path: Path) -> None:
 
 
 def test_searches_do_not_belong_to_a_run(tmp_path: Path) -> None:
-    with opened_run(parse_config(SETTINGS), tmp_path):
+    with opened_run(parse_config(SETTINGS).relative_to(tmp_path)):
         pass
-    with opened_run(parse_config(changed("tune.trials", 5) | {"pareto": {"widths": [2]}}), tmp_path) as directory:
+    with opened_run(
+        parse_config(changed("tune.trials", 5) | {"pareto": {"widths": [2]}}).relative_to(tmp_path)
+    ) as directory:
         assert directory.root == tmp_path / "run"
         directory.frozen.write_text("{}")  # a run that has begun
     with (
         pytest.raises(ValueError, match=r"it differs in .*labels\.kind"),
-        opened_run(parse_config(changed("labels", {"kind": "top_k", "k": 2})), tmp_path),
+        opened_run(parse_config(changed("labels", {"kind": "top_k", "k": 2})).relative_to(tmp_path)),
     ):
         pass
