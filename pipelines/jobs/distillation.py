@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from distilbeam.pipelines.acquisition.find_unusable import FindUnusable
 from distilbeam.pipelines.acquisition.score import Score
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import (
@@ -110,13 +111,17 @@ class Job:
         """Score what is left of the pool with the current student, solve the game, choose."""
         self.check_teacher()
         choice = self._choice_of_round(number)
-        if choice.scored is not None:
-            score = self._score_work(self.directory.student(number), choice.gains, choice.bought)
+        student, units = self.directory.student(number), self.run.inputs.pool.units
+        if choice.scored is None:
+            self.phases.carry_out("check", self._find_unusable(student, choice.gains), units, progress)
+            choice = replace(choice, bought=(*choice.bought, str(unusable_directory(choice.gains))))
+        else:
+            score = self._score_work(student, choice.gains, choice.bought)
             candidates = choice.candidates(self.run.inputs.pool.rows - choice.budget * number)
             score = replace(score, gain=choice.scored, candidates=candidates)
-            self.phases.carry_out("score", score, self.run.inputs.pool.units, progress)
-            if unusable := gather_unusable(choice.gains, self.run.inputs.pool.units):
-                log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
+            self.phases.carry_out("score", score, units, progress)
+        if unusable := gather_unusable(choice.gains, units):
+            log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
         choose(choice)
 
     def label(self, number: int, progress: Progress) -> None:
@@ -230,6 +235,10 @@ class Job:
             batch_rows=self.config.engine.batch_rows,
             trust=trusted(),
         )
+
+    def _find_unusable(self, student: Path, gains: Path) -> FindUnusable:
+        columns, batch_rows = self.run.inputs.student_columns, self.config.engine.batch_rows
+        return FindUnusable(str(student), str(gains), columns, batch_rows, trusted())
 
     def _choice_of_round(self, number: int) -> Choice:
         bought = tuple(str(self.directory.picks(r)) for r in range(number))
