@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the job's own options."""
     options = argparse.ArgumentParser(prog="python -m distilbeam.pipelines.transforms.stream_job", allow_abbrev=False)
     options.add_argument("--config", required=True, help="configuration of a labelling job (TOML)")
-    options.add_argument("--set", dest="overrides", action="append", default=[], metavar=SET_METAVAR, help=SET_HELP)
+    options.add_argument("--set", action="append", default=[], metavar=SET_METAVAR, help=SET_HELP)
     options.add_argument(
         "--source", required=True, help="pubsub:SUBSCRIPTION, kafka:BROKER,...:TOPIC or parquet:PATTERN"
     )
@@ -125,7 +125,7 @@ def read_source(pipeline: Any, source: str, schema: str, window_s: float) -> Any
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the pipeline and run it."""
     own, flags = parser().parse_known_args(arguments)
-    config = load_any_config(Path(own.config), own.overrides)
+    config = load_any_config(Path(own.config), own.set)
     if not isinstance(config, LabelConfig):
         raise ValueError(f"--config must describe a labelling job, {own.config} describes a run")
     options = stream_options(flags, own.source)
