@@ -51,11 +51,6 @@ def to_path(place: str | Path) -> Path:
     return Path(place) if isinstance(place, (str, os.PathLike)) else _without_listings(place)
 
 
-def within(base: Path, place: str) -> Path:
-    """Return the path that text means in a configuration file in the folder `base`."""
-    return to_path(place) if is_remote(place) else base / place
-
-
 def joined(directory: Path, relative: str) -> Path:
     """Return the file that a path relative to a folder leads to; an object store knows no `..`."""
     path = directory / relative
