@@ -239,7 +239,7 @@ def test_two_runs_in_one_directory_at_once(problem: dict[str, Any], tmp_path: Pa
     from distilbeam.pipelines.jobs.directory import opened_run
 
     with (
-        opened_run(parse_config(problem), tmp_path),
+        opened_run(parse_config(problem).relative_to(tmp_path)),
         pytest.raises(ValueError, match=rf"is being worked on by process {os.getpid()} on .*; wait for it"),
     ):
         run(problem, base=tmp_path)
