@@ -16,13 +16,8 @@ from torch.autograd.function import once_differentiable
 from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_kernels import (
-    dense_rows,
-    dense_sweeps,
-    mark_rows,
-    solve_rows,
-    spread_rows,
-)
+from distilbeam.kernels.distillation.triton_dense import dense_rows, dense_sweeps
+from distilbeam.kernels.distillation.triton_kernels import mark_rows, solve_rows, spread_rows
 from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 MOST_IN_REGISTERS = 4_096  # classes of a dense row

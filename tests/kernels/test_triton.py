@@ -231,38 +231,6 @@ def test_a_class_that_does_not_exist_makes_its_row_nan_and_no_other(objective, o
     assert bool(slope[others].isfinite().all())
 
 
-@pytest.mark.parametrize("classes", [300, 9000, 20_001])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_value_and_gradient_in_one_kernel(classes, dtype, rng):
-    """Blocks in registers, blocks read again and a tail; the factor from above is one for no row, then for all."""
-    logits = torch.randn(ROWS, classes, generator=rng).to(dtype)
-    top = torch.randn(ROWS, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(30, dim=1)
-    labels = TopKLabels(top.values, top.indices)
-    exact = logits.double().requires_grad_()
-    truth = distill_loss(exact, labels, objective="tail", reduction="none", implementation="reference")
-    for factor in (0.5, 1.0):
-        leaf = logits.to(DEVICE).requires_grad_()
-        found = distill_loss(leaf, moved(labels), objective="tail", reduction="none", implementation="one_kernel")
-        torch.testing.assert_close(found.detach().cpu().double(), truth.detach(), rtol=3e-5, atol=3e-6)
-        above = torch.full((ROWS,), factor, device=DEVICE)
-        slope = torch.autograd.grad(found, leaf, above, retain_graph=True)[0].cpu().double()
-        best = torch.autograd.grad(truth, exact, above.cpu().double(), retain_graph=True)[0]
-        torch.testing.assert_close(slope, best, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        with pytest.raises(RuntimeError, match="'one_kernel' hands its gradient on once; use 'triton'"):
-            torch.autograd.grad(found, leaf, above)
-
-
-def test_what_the_one_kernel_cannot_do_is_said(make_labels):
-    labels = moved(make_labels("top_k", ROWS, 70))
-    with pytest.raises(
-        NotImplementedError, match=r"one_kernel: it holds logits of 16 bits, got float32\); .* and triton can"
-    ):
-        distill_loss(torch.zeros(ROWS, 70, device=DEVICE), labels, implementation="one_kernel")
-    narrow = torch.zeros(ROWS, 70, device=DEVICE, dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="it takes sparse labels with a bucket of all other classes"):
-        distill_loss(narrow, labels, objective="renormalised", implementation="one_kernel")
-
-
 def test_logits_that_lie_column_by_column(make_labels, rng):
     """20,000 x 128,256 of them reach beyond 2^31 numbers, which an offset of 32 bits does not."""
     labels = make_labels("top_k", ROWS, 70)
