@@ -8,8 +8,11 @@ output lie in `--out`. A section that failed, or that has no figure of a candida
 end. What they decide:
 
     tests     the Triton kernels pass on this GPU
-    loss      `one_kernel` at .70 of the roofline or more at 4096 x 128,256: it becomes the form for 16-bit logits, else it goes
-    layer     what `linear_distillation/choice.py` should hold for a GPU, and by which order a layer below 512 features runs
+    loss      `one_kernel` at .70 of the roofline or more at 4096 x 128,256: it becomes the form for 16-bit logits, else it
+              goes; of dense labels where it beats `triton`. `two_kernels` where they beat `triton` at 1024 x 128,256 or
+              4096 x 50,257. The last layer `in_place` at 18 ms or less at 4096 x 4096 x 128,256: it becomes the form for
+              layers in 16 bits, and its fp8 logits are what `precision = "fp8"` means
+    layer     what `linear_distillation/choice.py` should hold for a GPU
     layers    fp8 at 1.2 times bfloat16's speed or more at 16384 x 2048 x 2048: `low_precision/shapes.py` is filled, else the
               README says that it is not
     residual  LAuReL beside torch.compile, with a norm and 8-bit rows too
@@ -32,6 +35,7 @@ TESTS = HERE.parent / "tests" / "kernels"
 GPU = ["--device", "cuda", "--dtype", "bfloat16"]
 DRY = ["--quick", "--dtype", "bfloat16"]
 PYTEST = ["-m", "pytest", "-q", "-x"]
+SLOW = ["distilbeam chunked", "distilbeam reference", "distilbeam bf16", "distilbeam int8", "distilbeam fp8", "TRL"]
 DRY_LIMIT = 600.0  # seconds of a section; the interpreter is slow
 
 
@@ -53,13 +57,20 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "tests": Section(
-        120, [*PYTEST, "-m", "gpu", str(TESTS)], [*PYTEST, str(TESTS / "test_triton.py"), "-k", "one_kernel"]
+        120, [*PYTEST, "-m", "gpu", str(TESTS)], [*PYTEST, str(TESTS / "test_triton_prepared.py"), "-k", "anywhere"]
     ),
     "loss": Section(
         130,
-        ["distill_loss.py", "--grid", "language", *GPU, "--repeats", "9"],
-        ["distill_loss.py", *DRY],
-        ("distilbeam triton", "distilbeam one kernel"),
+        ["distill_loss.py", "--grid", "decide", *GPU, "--repeats", "7", "--without", *SLOW],
+        ["distill_loss.py", *DRY, "--without", *SLOW],
+        (
+            "distilbeam triton",
+            "distilbeam one kernel",
+            "distilbeam two kernels",
+            "distilbeam dense, one kernel",
+            "distilbeam in place",
+            "distilbeam in place, fp8",
+        ),
     ),
     "layer": Section(
         90,

@@ -21,15 +21,6 @@ from distilbeam.kernels.distillation.triton_buckets import LOG2_E, OCTET, bucket
 
 
 @triton.jit
-def mark_rows(classes, bits, first, size, words, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """Set the bits of the kept classes first to first + size, counted from the first of them."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, KP)
-    ids = tl.load(classes + row * K + k, mask=k < K, other=-1) - first
-    mark_row(bits + row * words, ids, (k < K) & (ids >= 0) & (ids < size), words, BLOCK)
-
-
-@triton.jit
 def _others(
     z_row, bias, words_row, start, C, counts,
     BLOCK: tl.constexpr, BIAS: tl.constexpr,

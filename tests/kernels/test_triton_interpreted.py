@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from triton_device import INTERPRETED, needs_triton, run_interpreted
 
-FILES = ("test_triton.py", "test_triton_prepared.py", "test_low_precision_triton.py", "test_loss_fuzz.py")
+FILES = (
+    "test_triton.py",
+    "test_triton_in_place.py",
+    "test_triton_prepared.py",
+    "test_low_precision_triton.py",
+    "test_loss_fuzz.py",
+)
 
 
 @pytest.mark.slow
