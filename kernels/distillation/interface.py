@@ -14,7 +14,7 @@ from distilbeam.kernels.distillation.given import Given, given
 from distilbeam.kernels.distillation.given import reasons as given_reasons
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
-from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
+from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 MOST_MIXED_CLASSES = 4_096  # the kernel keeps a dense row in registers where SLaM mixes it
@@ -113,6 +113,12 @@ def distill_loss(
         if name in PREPARING:
             return _preparing(name)(logits, given(call.labels, *logits.shape, options), reduction != "none")
         return _implementation(name)(logits, call.terms, reduction != "none")
+
+
+def chosen(device: torch.device) -> str:
+    """Name the implementation that computes the loss of sparse labels and float32 logits where nobody asks for one."""
+    nobody = HardLabels(torch.empty(0, dtype=torch.int64, device=device))
+    return resolve("distill_loss", None, _backends(_Call(torch.empty(0, 2, device=device), nobody, Options())))
 
 
 class _Call:

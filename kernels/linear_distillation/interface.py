@@ -13,7 +13,7 @@ from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation.interface import MOST_KEPT
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
-from distilbeam.kernels.labels import Labels
+from distilbeam.kernels.labels import HardLabels, Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
 from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 from distilbeam.kernels.linear_distillation.precision import Precision, autocast, checked, narrowed
@@ -140,6 +140,14 @@ def _loss(
     if index is None or reduced:
         return value
     return value.new_zeros(count).index_put((index,), value)
+
+
+def chosen(device: torch.device) -> str:
+    """Name the implementation that computes the loss of sparse labels and a float32 layer where nobody asks for one."""
+    nobody = HardLabels(torch.empty(0, dtype=torch.int64, device=device))
+    operands = Operands(torch.empty(0, 1, device=device), torch.empty(2, 1, device=device), None)
+    terms = make_terms(nobody, 0, 2, torch.float32, device, Options())
+    return resolve("linear_distill_loss", None, _backends(operands, terms))
 
 
 def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor]:

@@ -161,7 +161,7 @@ def test_losses_of_a_last_layer_in_triton(block, implementation, parts, monkeypa
             continue
         compare_layer(case, implementation, f"of {implementation}, case {seed}")
         tried += 1
-    assert tried >= 4
+    assert tried >= 2
 
 
 def compare_layer(case, implementation, message):
