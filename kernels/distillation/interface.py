@@ -111,7 +111,9 @@ def distill_loss(
     name = resolve("distill_loss", implementation, _backends(call))
     with not_narrowed(logits.device.type):
         if name in PREPARING:
-            return _preparing(name)(logits, given(call.labels, *logits.shape, options), reduction != "none")
+            return _preparing(name)(
+                logits, given(call.labels, len(logits), logits.shape[1], options), reduction != "none"
+            )
         return _implementation(name)(logits, call.terms, reduction != "none")
 
 
@@ -132,7 +134,7 @@ class _Call:
         """The terms, in the dtype of the computation."""
         logits = self.logits
         compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return make_terms(self.labels, *logits.shape, compute, logits.device, self.options)
+        return make_terms(self.labels, len(logits), logits.shape[1], compute, logits.device, self.options)
 
 
 def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tensor]:
