@@ -55,6 +55,8 @@ def write_results(run: Run, progress: Progress) -> None:
         uniform = run.comparison
         labels = read_json(where.summary(uniform.labels(0)))["rows"]
         results["uniform"] = _student_row(run, uniform.student(1), name, "student, uniform choice", labels)
+    if (ran := cached_student(str(where.student(config.run.rounds))).extra.get("precision")) is not None:
+        results["ran"] = ran
     if (sentence := where.sentence(config.run.rounds)) is not None:
         results["variant"] = sentence
     if (own := where.beside(config.run.rounds)) is not None:
