@@ -26,6 +26,7 @@ from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Source
 
 _HEADER_BYTES = 2**20
+_PIECE_BYTES = 2**23
 _RECORD_LINES = 10_000  # most lines of one record
 _GLOB = set("*?[]{}")  # DuckDB takes a name with one of these for a pattern
 
@@ -84,6 +85,8 @@ def prepared(source: Source, copy: Path, options: IngestOptions, bad: Sink) -> C
       bad: takes what a copy no longer shows.
     """
     copied = source.compressed or bool(_GLOB & set(source.path)) or has_mark(source)
+    if not copied and _is_plain(source):
+        return CsvFile(source, source.path)
     kinds, lost = _LineEnds(), None
     with copy.open("wb") as out:
         try:
@@ -157,34 +160,53 @@ def _blank(data: bytes) -> bytes:
     return data[: len(data) - len(data.lstrip(b"\r\n"))]
 
 
+def _is_plain(source: Source) -> bool:
+    """Tell whether a file has neither quotes nor carriage returns, so that there is nothing to differ about."""
+    with Path(source.path).open("rb") as file:
+        return all(b'"' not in data and b"\r" not in data for data in iter(lambda: file.read(_PIECE_BYTES), b""))
+
+
 def _is_strange(data: bytes, delimiter: str) -> bool:
     """Tell whether the two readers may differ; cheap, and more often wrong about a quote inside a field than needed."""
-    if data.count(b"\r") != data.count(b"\r\n"):
+    if b"\r" in data and data.count(b"\r") != data.count(b"\r\n"):
         return True
-    mark = re.escape(delimiter.encode())
-    before = b' "' in data and (
-        re.search(rb'\A +"', data) or re.search(rb'\n +"', data) or re.search(mark + rb' +"', data)
-    )
-    behind = b'" ' in data and re.search(rb'" +(?:' + mark + rb"|[\r\n]|\Z)", data)
-    return bool(before or behind)
+    if b' "' not in data and b'" ' not in data:
+        return False
+    letters = np.frombuffer(data, np.uint8)
+    ends = [*delimiter.encode(), *b"\r\n"]
+    quotes = np.flatnonzero(letters == ord('"'))
+    for step in (-1, 1):  # blanks before a quote, and behind one: do they reach to where the field ends?
+        at = quotes + step
+        while len(at):
+            inside = at[(at >= 0) & (at < len(letters))]
+            blank = inside[letters[inside] == ord(" ")]
+            passed = blank + step
+            if ((passed < 0) | (passed == len(letters))).any():
+                return True
+            if np.isin(letters[passed], ends).any():
+                return True
+            at = passed
+    return False
 
 
 @dataclass
 class _LineEnds:
     """How the lines of a file end; within quotes both kinds may stand, and DuckDB tells when they do not."""
 
-    feeds: int = 0
-    returns: int = 0
+    feeds: bool = False
+    returns: bool = False
     quotes: bool = False
 
     def add(self, data: bytes) -> None:
-        self.feeds += data.count(b"\n")
-        self.returns += data.count(b"\r\n")
         self.quotes |= b'"' in data
+        if not self.quotes:
+            returns = data.count(b"\r\n") if b"\r" in data else 0
+            self.returns |= returns > 0
+            self.feeds |= data.count(b"\n") > returns if returns else b"\n" in data
 
     @property
     def are_mixed(self) -> bool:
-        return not self.quotes and self.returns not in (0, self.feeds)
+        return self.feeds and self.returns and not self.quotes
 
 
 class _TextLines:

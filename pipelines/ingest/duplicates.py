@@ -23,26 +23,27 @@ class Duplicates:
     conflicting: npt.NDArray[np.int64]
 
 
-def find_duplicates(connection: duckdb.DuckDBPyConnection, key: str, content: str | None) -> Duplicates:
+def find_duplicates(
+    connection: duckdb.DuckDBPyConnection, key: str, content: str | None, columns: str | None = None
+) -> Duplicates:
     """Find the records of the table `records` that are left out; those in the table `bad` do not count.
 
     Args:
       connection: the database.
       key: expression for what must be unique.
-      content: expression for all of a record; None where the key is a hash of it.
+      content: expression for all of a record; None where the key says it.
+      columns: what the key is made of, where it is long: the key itself is made only for records whose hash of 64 bits
+        occurs more than once.
     """
+    hashed = f"hash({columns or key})"
     run(
         connection,
-        f"""CREATE TEMP TABLE keys AS SELECT rowid AS number, {key} AS key FROM records
-        WHERE rowid NOT IN (SELECT number FROM bad)""",
-    )
-    run(
-        connection,
-        """CREATE TEMP TABLE repeated AS SELECT number, first FROM keys
-        JOIN (SELECT key, min(number) AS first FROM keys GROUP BY key HAVING count(*) > 1) USING (key)
+        f"""CREATE TEMP TABLE repeated AS SELECT number, first FROM (
+        SELECT number, min(number) OVER (PARTITION BY key) AS first FROM (
+        SELECT rowid AS number, {key} AS key FROM records WHERE rowid NOT IN (SELECT number FROM bad) AND
+        {hashed} IN (SELECT hashed FROM (SELECT {hashed} AS hashed FROM records) GROUP BY hashed HAVING count(*) > 1)))
         WHERE number > first""",
     )
-    run(connection, "DROP TABLE keys")
     conflicting = []
     if content is not None:  # of these few records only
         contents = f"SELECT rowid AS number, {content} AS content FROM records WHERE rowid IN"

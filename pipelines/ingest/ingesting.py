@@ -89,7 +89,11 @@ class Loaded(Protocol):
 
     @property
     def content(self) -> str | None:
-        """The expression for all of a record, where the key is not a hash of it."""
+        """The expression for all of a record, where the key does not say it."""
+
+    @property
+    def columns(self) -> str | None:
+        """What the key is made of, where that is the whole record."""
 
     def tables(self) -> Iterator[pa.Table]:
         """Read all records in their order."""
@@ -218,7 +222,7 @@ class _Ingest:
         """Leave out bad records and duplicates of `records` and write the pool."""
         pool = self.work / "pool"
         with self._step("find duplicates"):
-            repeated = find_duplicates(connection, loaded.key, loaded.content)
+            repeated = find_duplicates(connection, loaded.key, loaded.content, loaded.columns)
         for start in range(0, len(repeated.conflicting), _AT_ONCE):
             for file, line in loaded.places(repeated.conflicting[start : start + _AT_ONCE].tolist()):
                 self.letters.add(Bad(file, line, "the id of this record is that of an earlier one with other content"))

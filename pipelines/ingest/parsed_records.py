@@ -45,7 +45,7 @@ class ParsedRecords:
     rows: int
     unusable: int
 
-    key = "key"  # see `typed_text.TypedText`
+    key, columns = "key", None  # see `typed_text.TypedText`
 
     @property
     def content(self) -> str | None:
@@ -60,7 +60,7 @@ class ParsedRecords:
             for batch in self._batches()
         )
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        run(connection, "CREATE TABLE records AS SELECT * FROM reader", reader=reader)
+        run(connection, "CREATE TEMP TABLE records AS SELECT * FROM reader", reader=reader)
         run(connection, "CREATE TEMP TABLE bad (number BIGINT)")
 
     def tables(self) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ from distilbeam.pipelines.ingest.database import run, text
 from distilbeam.pipelines.ingest.records_table import RecordsTable
 from distilbeam.pipelines.ingest.vectors import count_vectors, is_numeric_list, vector_fits, vector_numbers
 
+_PLAIN = r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?"  # most numbers: float64 holds them, and one look tells
 _WHOLE = "[+-]?(0|[1-9][0-9]*)"
 _FRACTION = r"[+-]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(0|[1-9][0-9]*)[eE][+-]?[0-9]+"
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
@@ -54,8 +55,7 @@ class CsvTypes:
     def kind(self, value: str) -> str:
         """See `TextTypes`."""
         return f"""CASE WHEN {value} IS NULL THEN NULL WHEN NOT contains('{_FIRST}', {value}[1]) THEN 'text'
-            WHEN {self.missing(value)} THEN NULL {_number_kind(value)}
-            WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
+            {_number_kind(value)} WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool' WHEN {self.missing(value)} THEN NULL
             WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
@@ -71,10 +71,17 @@ class CsvTypes:
 
     def converted(self, value: str, type_: ColumnType) -> str:
         """See `TextTypes`."""
-        if type_.kind in ("string", "binary"):
-            return value if type_.kind == "string" else f"encode({value})"
-        word = f"lower({value}) = 'true'" if type_.kind == "bool" else f"TRY_CAST({value} AS {_TYPES[type_.kind]})"
-        return f"CASE WHEN NOT {self.missing(value)} THEN {word} END"
+        match type_.kind:
+            case "string":
+                return value
+            case "binary":
+                return f"encode({value})"
+            case "bool":
+                return f"CASE lower({value}) WHEN 'true' THEN true WHEN 'false' THEN false END"
+            case "int64":
+                return f"TRY_CAST({value} AS BIGINT)"
+            case _:  # of the words for a missing value NaN alone is a number
+                return f"nullif(TRY_CAST({value} AS DOUBLE), 'nan'::DOUBLE)"
 
 
 class JsonTypes:
@@ -82,14 +89,16 @@ class JsonTypes:
 
     def missing(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"({value} IS NULL OR {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]'))"
+        return f"""CASE WHEN {value} IS NULL THEN true WHEN contains('-nN', {value}[1])
+            THEN {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]') ELSE false END"""
 
     def kind(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"""CASE WHEN {self.missing(value)} THEN NULL
-            WHEN {value}[1] = '"' THEN CASE WHEN regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
+        return f"""CASE WHEN {value} IS NULL THEN NULL
+            WHEN {value}[1] = '"' THEN CASE WHEN contains('+-.0123456789', {value}[2])
+            AND regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
             WHEN {value}[1] = '[' THEN CASE WHEN {is_numeric_list(value)} THEN 'vector' ELSE 'other' END
-            WHEN {value}[1] = '{{' THEN 'other'
+            WHEN {value}[1] = '{{' THEN 'other' WHEN {self.missing(value)} THEN NULL
             WHEN {_is_one_of(value, ("true", "false"))} THEN 'bool' {_number_kind(value)}
             WHEN regexp_full_match(lower({value}), '-?inf(inity)?') THEN 'infinite' ELSE 'other' END"""
 
@@ -152,7 +161,8 @@ def _is_one_of(value: str, words: Sequence[str]) -> str:
 def _number_kind(value: str) -> str:
     """Write the cases of a number that is no code."""
     whole, real = f"TRY_CAST({value} AS BIGINT)", f"TRY_CAST({value} AS DOUBLE)"
-    return f"""WHEN regexp_full_match({value}, {text(_WHOLE)}) THEN
+    return f"""WHEN regexp_full_match({value}, {text(_PLAIN)}) THEN CASE WHEN contains({value}, '.') THEN 'float' ELSE 'int' END
+        WHEN regexp_full_match({value}, {text(_WHOLE)}) THEN
         CASE WHEN {whole} IS NULL THEN 'code' WHEN {whole} BETWEEN -{_EXACT} AND {_EXACT} THEN 'int' ELSE 'large' END
         WHEN regexp_full_match({value}, {text(_FRACTION)}) THEN CASE WHEN isfinite({real}) THEN 'float' ELSE 'overflow' END
         WHEN regexp_full_match({value}, {text(INFINITE)}) THEN 'infinite'"""

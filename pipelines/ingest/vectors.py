@@ -10,14 +10,14 @@ from distilbeam.pipelines.ingest.database import run, text
 
 _FLOAT32 = 3.4028235677973366e38  # from here on a number is infinite as float32
 _DEEPEST = 8  # axes of a vector
-_LIST = r"\[[-+0-9.,eE\[\]naifNIty]*\]"
 _FIELD = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Infinity)"
 _WHOLE_FIELD = r"[+-]?[0-9]+(\.0*)?"
 
 
 def is_numeric_list(value: str) -> str:
-    """Write the condition that the text of a JSON list has no other letters than numbers have."""
-    return f"(regexp_full_match({value}, {text(_LIST)}) AND {_depth(value)} <= {_DEEPEST})"
+    """Write the condition that the text of a JSON list holds no text, object, true, false or null, and is not too deep."""
+    others = " AND ".join(f"NOT contains({value}, '{letter}')" for letter in '"{ul')
+    return f"({others} AND {_depth(value)} <= {_DEEPEST})"
 
 
 def count_vectors(counts: ColumnCounts, connection: duckdb.DuckDBPyConnection, column: str) -> None:
@@ -114,12 +114,12 @@ def _parsed(value: str, type_: str, depth: int) -> str:
 
 
 def _depth(value: str) -> str:
-    return f"(length({value}) - length(ltrim({value}, '[')))"
+    return f"CASE WHEN {value}[2] = '[' THEN length({value}) - length(ltrim({value}, '[')) ELSE 1 END"
 
 
 def _is_fraction(value: str) -> str:
-    return f"regexp_matches({value}, '[.eEnN]')"
+    return f"CASE WHEN contains({value}, '.') THEN true ELSE regexp_matches({value}, '[eEnN]') END"
 
 
 def _is_special(value: str) -> str:
-    return f"regexp_matches({value}, '[nN]')"
+    return f"(contains({value}, 'n') OR contains({value}, 'N'))"
