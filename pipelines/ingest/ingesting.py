@@ -27,7 +27,6 @@ from distilbeam.pipelines.ingest.database import opened
 from distilbeam.pipelines.ingest.duplicates import find_duplicates
 from distilbeam.pipelines.ingest.letters import Letters
 from distilbeam.pipelines.ingest.lines_table import load_json, load_text
-from distilbeam.pipelines.ingest.parsed_records import parse_records
 from distilbeam.pipelines.ingest.pool_columns import PoolColumns, pool_columns
 from distilbeam.pipelines.ingest.records import Bad
 from distilbeam.pipelines.ingest.records_table import RecordsTable
@@ -174,6 +173,8 @@ class _Ingest:
             return self._ingest_text(connection)
 
     def _ingest_parsed(self, connection: duckdb.DuckDBPyConnection) -> Summary:
+        from distilbeam.pipelines.ingest.parsed_records import parse_records  # for text nobody waits for its imports
+
         parsed = parse_records(
             self.sources, self.options, self.work, beam=self.beam, display=self.display, attempts=self.attempts
         )

@@ -35,9 +35,9 @@ def load_text(
     """Load lines that are not blank as the column `text`."""
     run(
         connection,
-        f"""CREATE TEMP TABLE records AS SELECT line_text AS c0, file, line
-        FROM (SELECT ltrim(line_text, {_MARK}) AS line_text, file, line FROM source_lines)
-        WHERE ltrim(line_text, {_BLANK}) <> ''""",
+        f"""CREATE TEMP TABLE records AS SELECT line_text AS c0, file, line FROM (SELECT CASE
+        WHEN line_text[1] = {_MARK} THEN ltrim(line_text, {_MARK}) ELSE line_text END AS line_text, file, line
+        FROM source_lines) WHERE CASE WHEN line_text >= '!' THEN true ELSE ltrim(line_text, {_BLANK}) <> '' END""",
         source_lines=pa.RecordBatchReader.from_batches(_SCHEMA, _batches(sources, options, bad)),
     )
     return _loaded(connection, sources, ("text",))
@@ -119,8 +119,11 @@ def _batches(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> It
         try:
             for lines in read_lines(source, options.max_record_bytes):
                 numbers, texts = good_lines(source.name, lines, options.max_record_bytes, bad)
-                files = pa.array(np.full(len(numbers), index, np.int32))
-                yield pa.record_batch([files, pa.array(numbers), pc.ascii_rtrim(texts, "\r\n")], schema=_SCHEMA)
+                files, places = (
+                    pa.Array.from_buffers(type_, len(numbers), [None, pa.py_buffer(values)])
+                    for type_, values in ((pa.int32(), np.full(len(numbers), index, np.int32)), (pa.int64(), numbers))
+                )
+                yield pa.record_batch([files, places, pc.ascii_rtrim(texts, "\r\n")], schema=_SCHEMA)
         except DAMAGES as e:
             bad(damage(source, e))
 

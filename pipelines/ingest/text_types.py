@@ -8,7 +8,6 @@ dates, more digits than int64 holds), or with whole numbers beyond 2^53 beside f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,7 +22,6 @@ _FRACTION = r"[+-]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(0|
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 INFINITE = "[+-]?(inf|Infinity)"
 _CODE = r"[+-]?\.?[0-9].*"
-_FIRST = "+-.0123456789NnIiTtFf"  # of anything but text: most text is told by it without the dearer look
 _BOOLEANS = ("true", "True", "TRUE", "false", "False", "FALSE")
 _EXACT = 2**53  # float64 holds every whole number up to here
 _TYPES = {"int64": "BIGINT", "float64": "DOUBLE"}
@@ -54,9 +52,11 @@ class CsvTypes:
 
     def kind(self, value: str) -> str:
         """See `TextTypes`."""
-        return f"""CASE WHEN {value} IS NULL THEN NULL WHEN NOT contains('{_FIRST}', {value}[1]) THEN 'text'
-            {_number_kind(value)} WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool' WHEN {self.missing(value)} THEN NULL
-            WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END"""
+        return f"""CASE WHEN {value} IS NULL THEN NULL WHEN contains('NnIiTtFf', {value}[1]) THEN
+            CASE WHEN {_is_one_of(value, MISSING)} THEN NULL WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
+            WHEN {_is_one_of(value, ("inf", "Infinity"))} THEN 'infinite' ELSE 'text' END
+            WHEN contains('+-.0123456789', {value}[1]) THEN CASE {_number_kind(value)}
+            WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END ELSE 'text' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
         """See `TextTypes`."""
@@ -155,7 +155,7 @@ def shown(value: str | None, types: TextTypes) -> str:
 
 def _is_one_of(value: str, words: Sequence[str]) -> str:
     """Write the condition that a value is one of some words; DuckDB makes a join of IN, which loses the rows' order."""
-    return f"regexp_full_match({value}, {text('|'.join(map(re.escape, words)))})"
+    return f"({' OR '.join(f'{value} = {text(word)}' for word in words)})"
 
 
 def _number_kind(value: str) -> str:
