@@ -9,6 +9,7 @@ everything is in `.<pool>.ingest/`, and a killed ingest is done again when the s
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -134,7 +135,9 @@ def ingest(
     digest = _digest(found, options)
     place = _working_directory(out)
     if _in_use(out, place):
-        return _finished(out, digest)
+        summary = _finished(out, digest)
+        display.say(f"{out} was made from these sources with these options before; nothing is left to do.")
+        return summary
     with held(place, "--out", "--out DIRECTORY") as work:
         sweep(work)
         summary = _begun(work, digest) or _Ingest(found, options, work, digest, beam, display, attempts).run()
@@ -246,7 +249,8 @@ class _Ingest:
             columns=loaded.pool.describe(),
             digest=self.digest,
         )
-        write_json(pool / SUMMARY, asdict(summary))
+        with replacing(pool / SUMMARY) as temporary:  # its columns are in their order, not in that of their names
+            temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
     @contextmanager
