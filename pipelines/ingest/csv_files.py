@@ -10,7 +10,6 @@ Both readers pass over blank lines, and over empty fields behind the last column
 from __future__ import annotations
 
 import csv
-import re
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -87,19 +86,16 @@ def prepared(source: Source, copy: Path, options: IngestOptions, bad: Sink) -> C
     copied = source.compressed or bool(_GLOB & set(source.path)) or has_mark(source)
     if not copied and _is_plain(source):
         return CsvFile(source, source.path)
-    kinds, lost = _LineEnds(), None
+    lost = None
     with copy.open("wb") as out:
         try:
             for lines in read_lines(source, options.max_record_bytes):
-                kinds.add(lines.data)
                 if lines.bad or _is_strange(lines.data, options.delimiter):
                     return mended(source, copy, options, bad)
                 if copied:
                     out.write(lines.data)
         except DAMAGES as e:
             lost = damage(source, e)
-    if kinds.are_mixed:
-        return mended(source, copy, options, bad)
     return CsvFile(source, str(copy) if copied else source.path, damage=lost)
 
 
@@ -187,26 +183,6 @@ def _is_strange(data: bytes, delimiter: str) -> bool:
                 return True
             at = passed
     return False
-
-
-@dataclass
-class _LineEnds:
-    """How the lines of a file end; within quotes both kinds may stand, and DuckDB tells when they do not."""
-
-    feeds: bool = False
-    returns: bool = False
-    quotes: bool = False
-
-    def add(self, data: bytes) -> None:
-        self.quotes |= b'"' in data
-        if not self.quotes:
-            returns = data.count(b"\r\n") if b"\r" in data else 0
-            self.returns |= returns > 0
-            self.feeds |= data.count(b"\n") > returns if returns else b"\n" in data
-
-    @property
-    def are_mixed(self) -> bool:
-        return self.feeds and self.returns and not self.quotes
 
 
 class _TextLines:

@@ -60,7 +60,11 @@ def load_csv(
         ]
         files += _load_part(connection, prepared_files, len(files), header, names, options, copies, bad)
     widths = [len(headers[file.source]) for file in files]
-    found = run(connection, "SELECT file, min(rowid) FROM records GROUP BY file ORDER BY file") if len(files) > 1 else [(0, 0)]
+    found = (
+        run(connection, "SELECT file, min(rowid) FROM records GROUP BY file ORDER BY file")
+        if len(files) > 1
+        else [(0, 0)]
+    )
     own, firsts = ([row[i] for row in found] for i in (0, 1))
 
     def places(rows: Sequence[int]) -> list[tuple[str, int | None]]:

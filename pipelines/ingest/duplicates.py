@@ -12,8 +12,6 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
-from distilbeam.pipelines.ingest.database import run
-
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -36,24 +34,13 @@ def find_duplicates(
         occurs more than once.
     """
     hashed = f"hash({columns or key})"
-    run(
-        connection,
-        f"""CREATE TEMP TABLE repeated AS SELECT number, first FROM (
-        SELECT number, min(number) OVER (PARTITION BY key) AS first FROM (
-        SELECT rowid AS number, {key} AS key FROM records WHERE rowid NOT IN (SELECT number FROM bad) AND
-        {hashed} IN (SELECT hashed FROM (SELECT {hashed} AS hashed FROM records) GROUP BY hashed HAVING count(*) > 1)))
-        WHERE number > first""",
-    )
-    conflicting = []
-    if content is not None:  # of these few records only
-        contents = f"SELECT rowid AS number, {content} AS content FROM records WHERE rowid IN"
-        conflicting = run(
-            connection,
-            f"""SELECT repeated.number FROM repeated
-            JOIN ({contents} (SELECT number FROM repeated)) later ON later.number = repeated.number
-            JOIN ({contents} (SELECT first FROM repeated)) earlier ON earlier.number = first
-            WHERE later.content <> earlier.content ORDER BY repeated.number""",
-        )
-    numbers = [number for (number,) in run(connection, "SELECT number FROM repeated ORDER BY number")]
-    conflicts = np.array([number for (number,) in conflicting], np.int64)
-    return Duplicates(np.setdiff1d(np.array(numbers, np.int64), conflicts), conflicts)
+    found = connection.execute(
+        f"""SELECT number, content <> first_content AS conflicting FROM (
+        SELECT number, content, min(number) OVER same AS first, arg_min(content, number) OVER same AS first_content FROM (
+        SELECT rowid AS number, {key} AS key, {content or "''"} AS content FROM records
+        WHERE rowid NOT IN (SELECT number FROM bad) AND {hashed} IN (
+        SELECT hashed FROM (SELECT {hashed} AS hashed FROM records) GROUP BY hashed HAVING count(*) > 1))
+        WINDOW same AS (PARTITION BY key)) WHERE number > first ORDER BY number"""
+    ).fetchnumpy()
+    numbers, conflicting = np.asarray(found["number"], np.int64), np.asarray(found["conflicting"], bool)
+    return Duplicates(numbers[~conflicting], numbers[conflicting])

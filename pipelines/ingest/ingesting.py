@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.ingest.columns import ColumnType
@@ -28,7 +27,7 @@ from distilbeam.pipelines.ingest.database import opened
 from distilbeam.pipelines.ingest.duplicates import find_duplicates
 from distilbeam.pipelines.ingest.letters import Letters
 from distilbeam.pipelines.ingest.lines_table import load_json, load_text
-from distilbeam.pipelines.ingest.pool_columns import PoolColumns, pool_columns
+from distilbeam.pipelines.ingest.pool_columns import pool_columns
 from distilbeam.pipelines.ingest.records import Bad
 from distilbeam.pipelines.ingest.records_table import RecordsTable
 from distilbeam.pipelines.ingest.settings import IngestOptions
@@ -40,6 +39,9 @@ from distilbeam.pipelines.jobs.directory import held
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep, write_json
 from distilbeam.storage.paths import is_remote, list_files, upload
+
+if TYPE_CHECKING:
+    from distilbeam.pipelines.ingest.parsed_records import ParsedRecords
 
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"
@@ -74,32 +76,6 @@ class Summary:
     bytes: int
     columns: dict[str, str]
     digest: str
-
-
-class Loaded(Protocol):
-    """Records with types, and the tables `records` and `bad` that tell them apart."""
-
-    @property
-    def pool(self) -> PoolColumns:
-        """The pool's columns."""
-
-    @property
-    def key(self) -> str:
-        """The expression for what must be unique."""
-
-    @property
-    def content(self) -> str | None:
-        """The expression for all of a record, where the key does not say it."""
-
-    @property
-    def columns(self) -> str | None:
-        """What the key is made of, where that is the whole record."""
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Read all records in their order."""
-
-    def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:
-        """Find file and line of records, given their numbers in ascending order."""
 
 
 def ingest(
@@ -222,7 +198,9 @@ class _Ingest:
             self.letters.add(bad)
         return typed, unfit
 
-    def _finish(self, connection: duckdb.DuckDBPyConnection, loaded: Loaded, records: int) -> Summary:
+    def _finish(
+        self, connection: duckdb.DuckDBPyConnection, loaded: TypedText | ParsedRecords, records: int
+    ) -> Summary:
         """Leave out bad records and duplicates of `records` and write the pool."""
         pool = self.work / "pool"
         with self._step("find duplicates"):

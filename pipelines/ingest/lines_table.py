@@ -59,13 +59,10 @@ def load_json(
     while new:
         names = (*names, *new)
         new = _extract(connection, names, _batches(sources, options, lambda _: None))
-    refused = 0
-    for refused, (file, line, data, keys) in enumerate(
-        streamed(connection, "SELECT file, line, data, keys FROM odd ORDER BY number"), 1
-    ):
+    for file, line, data, keys in streamed(connection, "SELECT file, line, data, keys FROM odd ORDER BY number"):
         error = _cannot_be(json.loads(keys)) if keys else ""
         bad(Bad(sources[file].name, line, error or _what_is_wrong(data), excerpt(data)))
-    if refused:
+    if run(connection, "SELECT 1 FROM odd LIMIT 1"):
         run(connection, "CREATE TEMP TABLE good AS SELECT * FROM records WHERE odd IS NULL ORDER BY rowid")
         run(connection, "DROP TABLE records")
         run(connection, "ALTER TABLE good RENAME TO records")

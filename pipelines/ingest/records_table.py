@@ -55,7 +55,9 @@ def content_of(table: RecordsTable) -> str:
     for name in sorted(table.names):
         value = table.column(name)
         own = [text(f"{len(name)}:{name}"), f"strlen({value})", "':'", value]
-        parts += own if present[name] == table.rows else [f"CASE WHEN {value} IS NOT NULL THEN concat({', '.join(own)}) END"]
+        parts += (
+            own if present[name] == table.rows else [f"CASE WHEN {value} IS NOT NULL THEN concat({', '.join(own)}) END"]
+        )
     return f"concat({', '.join(parts)})"
 
 

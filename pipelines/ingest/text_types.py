@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from distilbeam.pipelines.ingest.columns import MISSING, ColumnCounts, ColumnType
 from distilbeam.pipelines.ingest.database import run, text
@@ -27,31 +27,15 @@ _EXACT = 2**53  # float64 holds every whole number up to here
 _TYPES = {"int64": "BIGINT", "float64": "DOUBLE"}
 
 
-class TextTypes(Protocol):
-    """What a format writes as text, and how it is read; the arguments are SQL, and so is what is returned."""
-
-    def missing(self, value: str) -> str:
-        """The condition that a value says that there is none."""
-
-    def kind(self, value: str) -> str:
-        """The kind of a value, one of `ColumnCounts.kinds`; null where it is missing."""
-
-    def fits(self, value: str, type_: ColumnType) -> str:
-        """The condition that a value is missing or can be a type."""
-
-    def converted(self, value: str, type_: ColumnType) -> str:
-        """A value that fits as a type; a vector as a list of numbers, nested where it has several axes."""
-
-
 class CsvTypes:
     """Fields of CSV: an empty one is missing, and in a column of numbers or booleans a word that says so."""
 
     def missing(self, value: str) -> str:
-        """See `TextTypes`."""
+        """Write the condition that a value says that there is none."""
         return f"({value} IS NULL OR {_is_one_of(value, MISSING)})"
 
     def kind(self, value: str) -> str:
-        """See `TextTypes`."""
+        """Write the kind of a value, one of `ColumnCounts.kinds`; null where it is missing."""
         return f"""CASE WHEN {value} IS NULL THEN NULL WHEN contains('NnIiTtFf', {value}[1]) THEN
             CASE WHEN {_is_one_of(value, MISSING)} THEN NULL WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
             WHEN {_is_one_of(value, ("inf", "Infinity"))} THEN 'infinite' ELSE 'text' END
@@ -59,7 +43,7 @@ class CsvTypes:
             WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END ELSE 'text' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """Write the condition that a value is missing or can be a type."""
         if type_.kind in ("string", "binary"):
             return "true"
         fits = (
@@ -70,7 +54,7 @@ class CsvTypes:
         return f"({self.missing(value)} OR {fits})"
 
     def converted(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """Write a value that fits as a type."""
         match type_.kind:
             case "string":
                 return value
@@ -88,12 +72,12 @@ class JsonTypes:
     """Values of JSON as their text: a list of numbers is a vector, other lists and objects stay text."""
 
     def missing(self, value: str) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`."""
         return f"""CASE WHEN {value} IS NULL THEN true WHEN contains('-nN', {value}[1])
             THEN {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]') ELSE false END"""
 
     def kind(self, value: str) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`."""
         return f"""CASE WHEN {value} IS NULL THEN NULL
             WHEN {value}[1] = '"' THEN CASE WHEN contains('+-.0123456789', {value}[2])
             AND regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
@@ -103,7 +87,7 @@ class JsonTypes:
             WHEN regexp_full_match(lower({value}), '-?inf(inity)?') THEN 'infinite' ELSE 'other' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`."""
         if type_.kind == "string":
             return "true"
         if type_.kind == "binary":
@@ -117,7 +101,7 @@ class JsonTypes:
         return f"({self.missing(value)} OR coalesce({fits}, false))"
 
     def converted(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`; a vector is a list of numbers, nested where it has several axes."""
         string = f"CASE WHEN {value}[1] = '\"' THEN json_extract_string({value}, '$') ELSE {value} END"
         if type_.kind in ("string", "binary"):
             word = string if type_.kind == "string" else f"encode({string})"
@@ -128,6 +112,9 @@ class JsonTypes:
         else:
             word = f"TRY_CAST({value} AS {_TYPES[type_.kind]})"
         return f"CASE WHEN NOT {self.missing(value)} THEN {word} END"
+
+
+TextTypes: TypeAlias = CsvTypes | JsonTypes
 
 
 def count_kinds(table: RecordsTable, types: TextTypes, name: str) -> ColumnCounts:

@@ -98,7 +98,9 @@ class TypedText:
             )
             numbers = np.concatenate([np.from_dlpack(chunk) for chunk in found["number"].chunks])
             rows = min(step, self.table.rows - start)
-            assert np.array_equal(numbers, np.arange(start, start + rows)), "records must be in their order without a gap"
+            assert np.array_equal(numbers, np.arange(start, start + rows)), (
+                "records must be in their order without a gap"
+            )
             yield self._packed(found)
 
     def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:

@@ -143,8 +143,12 @@ def test_fields_that_turn_up_late_are_columns_of_all(tmp_path: Path) -> None:
     lines = lines_of(records).splitlines()
     lines[2100] = '{"n": 1, "only here": 1, "only here": 2}'
     _, pool, bad = run(tmp_path, "\n".join(lines), "a.jsonl")
-    assert pool.schema.names == ["id", "n", "late", "later"], "in the order in which they are met; what is refused adds none"
-    assert [(b["line"], b["error"]) for b in bad] == [(2101, "a line must have every field once, got 'only here' twice")]
+    assert pool.schema.names == ["id", "n", "late", "later"], (
+        "in the order in which they are met; what is refused adds none"
+    )
+    assert [(b["line"], b["error"]) for b in bad] == [
+        (2101, "a line must have every field once, got 'only here' twice")
+    ]
     assert pool["n"].to_pylist() == [i for i in range(2500) if i != 2100]
     assert [value for value in pool["late"].to_pylist() if value is not None] == ["x"]
 
