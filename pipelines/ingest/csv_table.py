@@ -137,7 +137,8 @@ def _append(
 ) -> set[int]:
     """Append the records of files; return which files must be mended first, of which nothing was appended then."""
     columns = ", ".join(f"c{i}: 'VARCHAR'" for i in range(len(header)))
-    own = ", ".join(f"c{header.index(name)}" if name in header else "NULL" for name in names)
+    places = {name: f"c{i}" for i, name in enumerate(header)}
+    own = ", ".join(places.get(name, "NULL") for name in names)
     line = options.max_record_bytes
     for name in ("reject_errors", "reject_scans"):
         run(connection, f"DROP TABLE IF EXISTS {name}")

@@ -120,9 +120,9 @@ class TypedText:
 
     def _step(self) -> int:
         """Return how many records are converted at once, by their mean size."""
-        sizes = " + ".join(f"coalesce(strlen({self.table.column(name)}), 0)" for name in self.table.names)
-        mean = run(self.table.connection, f"SELECT avg({sizes}) FROM records WHERE rowid % 8 = 0")[0][0]
-        return max(64, min(_TABLE_ROWS, int(_TABLE_BYTES / (mean + 64))))
+        sizes = ", ".join(f"strlen({self.table.column(name)})" for name in self.table.names)
+        mean = run(self.table.connection, f"SELECT avg(list_sum([{sizes}])) FROM records WHERE rowid % 8 = 0")[0][0]
+        return max(64, min(_TABLE_ROWS, int(_TABLE_BYTES / ((mean or 0) + 64))))
 
     def _is_unsure(self, name: str) -> bool:
         return name in self.unsure or name in self.pool.members or name == self.pool.id_column

@@ -180,6 +180,15 @@ def test_names_may_be_any(tmp_path: Path) -> None:
     assert pool.drop_columns(["id"]).to_pylist() == [dict(zip(names, range(len(names)), strict=True))]
 
 
+def test_more_columns_than_an_expression_has_terms(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(1500)]
+    rows = [[str(1500 * i + j) for j in range(1500)] for i in range(3)]
+    text = "\n".join(",".join(fields) for fields in [names, *rows, rows[0]])
+    _, pool, bad = run(tmp_path, text, "a.csv", types=dict.fromkeys(names, "string"))
+    assert bad == []
+    assert [list(row.values())[1:] for row in pool.to_pylist()] == rows
+
+
 @pytest.mark.parametrize("header", ["a,a", "a,,b", ""])
 def test_headers_that_cannot_be(tmp_path: Path, header: str) -> None:
     with pytest.raises(ValueError, match="the first line must give every column a name of its own"):
