@@ -139,8 +139,7 @@ class TypedText:
     def _value(self, name: str) -> str:
         type_ = self.pool.columns[name]
         if name in self.pool.members:
-            numbers = field_numbers(self._members(name), type_.dtype)
-            return f"CASE WHEN {fields_fit(self._members(name), type_.dtype)} THEN {numbers} END"
+            return field_numbers(self._members(name), type_.dtype)  # records that do not fit are left out later
         value = self.types.converted(self.table.column(name), type_)
         return (
             f"CASE WHEN {self.types.fits(self.table.column(name), type_)} THEN {value} END"

@@ -9,6 +9,7 @@ from distilbeam.pipelines.ingest.columns import ColumnCounts, ColumnType
 from distilbeam.pipelines.ingest.database import run, text
 
 _FLOAT32 = 3.4028235677973366e38  # from here on a number is infinite as float32
+_SQL = {"float32": "FLOAT", "uint8": "UTINYINT", "int32": "INTEGER", "int64": "BIGINT"}
 _DEEPEST = 8  # axes of a vector
 _FIELD = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Infinity)"
 _WHOLE_FIELD = r"[+-]?[0-9]+(\.0*)?"
@@ -66,19 +67,17 @@ def fields_fit(fields: list[str], dtype: str) -> str:
     line = f"concat_ws(',', {', '.join(f'coalesce({field}, {empty})' for field in fields)})"
     number = f"({_FIELD})" if dtype == "float32" else _WHOLE_FIELD
     written = f"regexp_full_match({line}, {text(f'{number}(,{number})*')})"
-    numbers = field_numbers(fields, dtype)
+    numbers = f"[{', '.join(f'TRY_CAST({field} AS {_SQL[dtype]})' for field in fields)}]"
     if dtype == "float32":
         held = f"({_within(numbers, -_FLOAT32, _FLOAT32)} OR contains(lower({line}), 'inf'))"
     else:
-        bounds = np.iinfo(dtype)
-        held = f"len({numbers}) = list_count({numbers}) AND {_within(numbers, int(bounds.min), int(bounds.max))}"
+        held = f"len({numbers}) = list_count({numbers})"
     return f"CASE WHEN {written} THEN {held} ELSE false END"
 
 
 def field_numbers(fields: list[str], dtype: str) -> str:
-    """Write fields of CSV as a list of numbers, float64 or int64."""
-    type_ = "DOUBLE" if dtype == "float32" else "BIGINT"
-    return f"[{', '.join(f'TRY_CAST({field} AS {type_})' for field in fields)}]"
+    """Write fields of CSV as a list of numbers; 0 for what is none."""
+    return f"[{', '.join(f'coalesce(TRY_CAST({field} AS {_SQL[dtype]}), 0)' for field in fields)}]"
 
 
 def _holds(real: str, whole: str, fraction: str, special: str, depth: int) -> str:
