@@ -224,8 +224,8 @@ def label(data: Data, exported: Path, work: Path, threads: int) -> tuple[Path, f
     with opened_job(config, work) as job:
         plan = job.plan()
         if plan.tasks:
-            with Display.silent().step("label") as report:
-                job.label(plan, pipeline_options(()), report)
+            with Display.silent().step("label") as progress:
+                job.label(plan, pipeline_options(()), progress)
         return job.dataset, time.perf_counter() - start
 
 

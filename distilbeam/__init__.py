@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from distilbeam.quiet import drop_beam_import_line
+
 PARTS = ("kernels", "pipelines", "selection", "student", "teacher")
 
 try:
@@ -99,6 +101,7 @@ class _FormerPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.insert(0, _FormerPaths())
+drop_beam_import_line()
 
 for _part in PARTS:
     if f"{__name__}.{_part}" not in sys.modules:

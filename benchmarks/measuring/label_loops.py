@@ -18,6 +18,7 @@ from distilbeam.pipelines.config import LabelConfig, parse_label_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.forkserver import local_runner
 from distilbeam.pipelines.jobs.labelling import LabellingJob, opened_job
+from distilbeam.progress import Progress
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.pools import Teacher
@@ -104,7 +105,7 @@ def distilbeam_on_dask(task: Task) -> None:
 
 
 def _label(job: LabellingJob, flags: tuple[str, ...]) -> None:
-    job.label(job.plan(), pipeline_options(flags), lambda *_: None)
+    job.label(job.plan(), pipeline_options(flags), Progress())
 
 
 _clusters: list[Any] = []

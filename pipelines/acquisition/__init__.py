@@ -1,5 +1,5 @@
 """Acquisition: which rows are bought.
 
-Read in this order: score (Beam), select (driver), herding.
+Read in this order: score (Beam), or find_unusable (Beam) before a uniform choice; select (driver), herding.
 Imports: pool, engine, distilbeam.selection.
 """

@@ -1,4 +1,4 @@
-"""Score: what the current student would gain from each example's label, per unit, with the unit's sketch.
+"""The score phase: what the current student would gain from each example's label, per unit, with the unit's sketch.
 
 A unit's file `gains/<uid>.parquet` has the columns `row` (int64, row of the unit) and `gain` (float32, >= 0) for the rows
 that were not bought in an earlier round and that the student can read (see `unusable_rows`), and the unit's `GainSketch` in

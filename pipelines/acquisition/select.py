@@ -1,4 +1,4 @@
-"""Choose: solve the game once, freeze the plan, round the marginals to exactly the budget.
+"""The choice of a round: solve the game once, freeze the plan, round the marginals to exactly the budget.
 
 The driver adds the units' sketches, solves the game of Robust Active Distillation (arXiv 2210.01213, Algorithm 1) for the
 expected number of wrong teacher labels, makes the solution exact with one light pass over the gains and writes the plan;
@@ -27,7 +27,8 @@ from distilbeam.pipelines.acquisition.score import picks_file, read_gains, read_
 from distilbeam.pipelines.pool.splits import Pool, Unit
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.sketch.gain_sketch import GainSketch, Threshold
-from distilbeam.storage.files import committed_directory, read_json, write_json, write_parquet
+from distilbeam.storage.atomic import committed_directory
+from distilbeam.storage.files import read_json, write_json, write_parquet
 
 _UnitMarginals: TypeAlias = tuple[Unit, npt.NDArray[np.int64], npt.NDArray[np.float32] | None, npt.NDArray[np.float64]]
 
@@ -91,6 +92,8 @@ def choose(choice: Choice) -> dict[str, Any]:
     Raises:
       ValueError: the plan on disk belongs to another student, teacher or pool, or the budget exceeds what is left.
     """
+    # In two commits: the plan is written first and read from then on, so that a choice that was killed goes on with the same
+    # threshold, even if the gains were scored again on another processor.
     plan = _frozen_plan(choice)
     if not choice.picks.exists():
         with committed_directory(choice.picks) as picks:
@@ -127,7 +130,9 @@ def _solve(choice: Choice) -> dict[str, Any]:
     _check_budget(choice.budget, sketch.count)
     if choice.method == "herding":
         return {**plan, "examples": sketch.count}
+    # the adversary of the game spoils as many labels as the teacher is expected to have wrong among what is left
     wrong = 0.0 if choice.method == "greedy" else sketch.count * choice.wrong_share
+    # exact by the sketch alone unless the level or the cut falls inside a bin, whose values a second pass counts
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)
     return {
         **plan,
@@ -168,15 +173,19 @@ def _pick_herded(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
 
 
 def _pick(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
+    # Exactly the budget, though no unit knows of another: each rounds its own marginals so that all but one are 0 or 1, the one
+    # that is left (the carry) keeps a probability, and the carries are rounded together, last. The sum of all marginals is the
+    # budget, a whole number, so that the carries' probabilities sum to a whole number too.
     carries: list[_Carry] = []
     chosen = 0
     for unit, rows, gains, marginals in _marginals(choice, plan):
         selected, carry, probability = round_shard(marginals, _rng(choice, unit.uid))
         columns = _pick_columns(rows, gains, marginals)
-        if carry >= 0:
+        if carry >= 0:  # undecided: not written with its unit, but added to its file if it wins
             selected[carry] = False
             carries.append(_Carry(unit, columns.slice(carry, 1), probability))
         chosen += _write_picks(picks_file(directory, unit), columns.filter(pa.array(selected)))
+    # generators by unit and by name: what one unit draws does not depend on which others there are or who drew before
     won = round_carries([c.probability for c in carries], _rng(choice, "carries"))
     for winner in compress(carries, won):
         chosen += _add_pick(picks_file(directory, winner.unit), winner.pick)

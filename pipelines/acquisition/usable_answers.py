@@ -1,4 +1,4 @@
-"""What a student answers, row by row where it must be: a row that it cannot read costs its neighbours nothing."""
+"""A student's answers, row by row where it must be: a row that it cannot read costs its neighbours nothing."""
 
 from __future__ import annotations
 

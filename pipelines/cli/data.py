@@ -9,10 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.cli.options import stop_at_once
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
-
-console = plain_console()
+from distilbeam.pipelines.cli.options import console, stop_at_once
+from distilbeam.pipelines.engine.display import Display, configure_logs
 
 
 def ingest(

@@ -24,14 +24,13 @@ from distilbeam.pipelines.cli.options import (
     SetOption,
     TrustOption,
     check_early,
+    console,
     run_steps,
     stop_at_once,
     with_max_failures,
 )
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.display import Display, configure_logs
 from distilbeam.pipelines.engine.forkserver import begin
-
-console = plain_console()
 
 
 def label(
@@ -114,6 +113,7 @@ def plan(
         from distilbeam.pipelines.engine.beam_options import pipeline_options
         from distilbeam.pipelines.forecast.forecast import forecast_labelling, forecast_run
         from distilbeam.pipelines.jobs.distillation import Job
+        from distilbeam.pipelines.jobs.run import Run
 
     options = pipeline_options(flags)
     if isinstance(settings, LabelConfig):
@@ -124,7 +124,7 @@ def plan(
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:
         with _run_directory(settings, base, held=sample > 0) as directory:
-            forecast = forecast_run(Job(settings, base, directory, options), sample)
+            forecast = forecast_run(Job(Run(settings, base, directory), options), sample)
     _print_forecast(forecast)
     if json_file is not None:
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
@@ -207,8 +207,8 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how:
             plan = job.plan(**how)
         for sentence in plan_sentences(plan):
             display.say(sentence)
-        with display.step(f"label {plan.rows_asked:,} rows") as report:
-            done = job.label(plan, options, report, relabel=relabel, **how)
+        with display.step(f"label {plan.rows_asked:,} rows") as progress:
+            done = job.label(plan, options, progress, relabel=relabel, **how)
         metrics = write_metrics(job, plan, done)
     if metrics["work"]:
         console.print(work_table(metrics["work"]))

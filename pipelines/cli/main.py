@@ -30,13 +30,16 @@ from distilbeam.pipelines.cli.options import (
     RoundOption,
     SetOption,
     TrustOption,
+    console,
     end_stopped,
+    errors,
     run_steps,
     with_max_failures,
 )
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.display import Display, configure_logs
+from distilbeam.pipelines.engine.ending import Interrupted, end_given_up
 from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
@@ -48,8 +51,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = plain_console()
-errors = plain_console(stderr=True)
 _INTERRUPTED = 130
 
 
@@ -66,9 +67,9 @@ def main() -> None:
         _exit(e.code if isinstance(e.code, int) else 0)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
+    except Interrupted as e:
+        end_stopped(str(e))
     except RuntimeError as e:
-        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
-            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 
@@ -82,9 +83,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    watchdog = sys.modules.get("distilbeam.pipelines.engine.watchdog")
-    if watchdog is not None:
-        watchdog.end_given_up(status)
+    end_given_up(status)
     sys.exit(status)
 
 
@@ -129,8 +128,8 @@ def init(
 
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
-            with Display(console).step("make the digits example: data and teacher") as report:
-                write_digits(Path(temporary) / "example", seed, report)
+            with Display(console).step("make the digits example: data and teacher") as progress:
+                write_digits(Path(temporary) / "example", seed, progress)
             shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
     else:
         raise ValueError(f"--example must be digits, got {example}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.ending import interrupt
 from distilbeam.pipelines.engine.forkserver import begin
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def stop_at_once(*_: object) -> None:
 
     Every file is whole or not there, and runners turn a KeyboardInterrupt into errors of their own.
     """
-    phases = sys.modules.get("distilbeam.pipelines.engine.phase")
-    if phases is None or not phases.interrupt():
+    if not interrupt():
         end_stopped("stopped; the same command goes on from here")
     patience = threading.Timer(_PATIENCE_S, end_stopped, ["stopped; the same command goes on from here"])
     patience.daemon = True

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.engine.display import configure_logs, plain_console
+from distilbeam.pipelines.cli.options import console
+from distilbeam.pipelines.engine.display import configure_logs
 from distilbeam.toml_files import read_toml
-
-console = plain_console()
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")

@@ -47,7 +47,7 @@ def cached_student(directory: str, trust: Sequence[str] = ()) -> Student:
     """Return this process's copy of a student; a process keeps only the last one, since rounds do not go back.
 
     Args:
-      directory: of the student.
+      directory: the student's checkpoint.
       trust: whose code it may call besides what this process trusts; see `load_student`.
     """
     with _lock:

@@ -17,27 +17,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import apache_beam as beam
-import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.engine.beam_options import spares_processor, spread_over_tasks
 from distilbeam.pipelines.engine.commit_queue import Settler
 from distilbeam.pipelines.engine.counters import count, totals
+from distilbeam.pipelines.engine.ending import Interrupted, interruptible
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
 from distilbeam.pipelines.engine.malloc import keep_freed_memory
 from distilbeam.pipelines.engine.prefetch import sparing
@@ -51,6 +50,7 @@ from distilbeam.pipelines.engine.stopping import (
     write_stop,
 )
 from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.storage.paths import StoreError, list_files, remove_folder, to_path
 from distilbeam.storage.private_folders import is_private, private_folder
@@ -109,16 +109,10 @@ class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
 
 
-class Interrupted(RuntimeError):  # noqa: N818  (named after what happened)
-    """The phase was told to stop, by Ctrl-C for instance, and has kept what it had."""
-
-
-_at_work: list[tuple[tuple[Path, ...], threading.Event]] = []
-
-
 class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, spare: bool = False) -> None:
-        self.phase, self.work, self.errors, self.private, self.spare = phase, work, errors, private, spare
+    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, *, spare: bool, models: bool) -> None:
+        self.phase, self.work, self.errors, self.private = phase, work, errors, private
+        self.spare, self.models = spare, models
 
     def setup(self) -> None:
         keep_freed_memory()
@@ -127,9 +121,13 @@ class _Run(beam.DoFn, Generic[Item]):
         self.settler = Settler(self.work.settle)
         self.begun: tuple[Item, Iterable[Any]] | None = None
 
+    # One item behind: what is left of an item (`begun`) is done after the next one has been started, whose reading ahead then
+    # fills the time in which this one is worked on. A bundle's last item is finished by `finish_bundle`, and Beam counts the
+    # elements of a bundle as done only after that.
+
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             if is_stopped():  # what was begun finds out by itself, and keeps what it has
                 self._do_begun()
                 return
@@ -139,7 +137,7 @@ class _Run(beam.DoFn, Generic[Item]):
         self.begun = None if rest is None else (item, rest)
 
     def finish_bundle(self) -> None:
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             self._do_begun()
             with self._kept_error(lambda: "of those that were being flushed to the disk"):
                 self.settler.finish()
@@ -148,9 +146,9 @@ class _Run(beam.DoFn, Generic[Item]):
         if self.begun is None:
             return
         item, rest = self.begun
-        self.begun = None
+        self.begun = None  # before the work: what fails must not be begun again by the next item
         with self._kept_error(lambda: self.work.name(item)):
-            for end in rest:
+            for end in rest:  # committed by another thread while the next item is worked on: fsync waits for the disk
                 self.settler.add(end)
             count(f"{self.phase}_items")
 
@@ -165,6 +163,8 @@ class _Run(beam.DoFn, Generic[Item]):
         except Stopped:
             pass
         except Exception as e:  # noqa: BLE001  # the boundary
+            # Not raised into Beam: a runner that retries a bundle would do the neighbours' work again, four times on Dataflow,
+            # and the local one ends the pipeline with a traceback that hides the sentence.
             record = {
                 "item": name(),
                 "type": type(e).__name__,
@@ -189,27 +189,33 @@ def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int, *, models: bool = True) -> Iterator[None]:
     """Keep BLAS and torch to `count` threads inside the block.
 
     Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
     makes sums, and so gains and labels, the same on every runner.
+
+    Args:
+      count: the number of threads.
+      models: whether models may run there; without them torch, which takes seconds to import, is left alone.
     """
+    # libraries are looked for anew, which takes 2 ms: a model that was loaded in between may have brought one of its own
+    with _torch_threads(count) if models else nullcontext(), ThreadpoolController().limit(limits=count):
+        yield
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
     before = torch.get_num_threads()
     if before != count:
         torch.set_num_threads(count)
     try:
-        with _thread_pools(len(sys.modules)).limit(limits=count):
-            yield
+        yield
     finally:
         if before != count:
             torch.set_num_threads(before)
-
-
-@lru_cache(maxsize=1)
-def _thread_pools(_modules: int) -> ThreadpoolController:
-    """Find the loaded BLAS and OpenMP libraries, again only when something was imported: it takes milliseconds."""
-    return ThreadpoolController()
 
 
 def run_phase(
@@ -219,9 +225,10 @@ def run_phase(
     *,
     errors: Path,
     options: PipelineOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     attempts: int = 2,
     poll_s: float = 0.2,
+    models: bool = True,
 ) -> PhaseReport:
     """Do `work` for every item whose file is missing, as one Beam pipeline.
 
@@ -231,20 +238,25 @@ def run_phase(
       items: all items of the phase.
       errors: directory for the records of items that failed.
       options: Beam's options; they name the runner.
-      progress: called about every `poll_s` seconds with the number of rows done and of all rows.
+      progress: told the rows done and all rows, about every `poll_s` seconds.
       attempts: pipelines to submit before an item that fails ends the phase.
       poll_s: seconds between two looks at the committed files.
+      models: whether the work runs models, see `threads`.
 
     Returns:
       What it cost.
 
     Raises:
       PhaseError: an item failed in every attempt.
-      Interrupted: `interrupt` was called.
+      Interrupted: `ending.interrupt` was called.
     """
     start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
     todo = planned = work.remaining(items)
-    with private_folder("errors") as private, _interruptible((errors, private)) as interrupted:
+    with (
+        private_folder("errors") as private,
+        interruptible(partial(write_stop, (errors, private))) as interrupted,
+    ):
+        worker = partial(_Run, phase, work, str(errors), str(private), models=models)
         while todo:
             attempt += 1
             _clear(errors, private)
@@ -255,11 +267,11 @@ def run_phase(
                 )
             with _Watch(work, items, progress, poll_s):
                 try:
-                    counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
+                    counts += _submit(worker, todo, private, sheltered(options) if known else options)
                 except WorkerLostError as e:
                     lost = str(e)
                     log.warning("%s: %s", phase, lost)
-            todo = work.remaining(todo)
+            todo = work.remaining(todo)  # the files decide what is done, whatever the runner reported
             if interrupted.is_set():
                 _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")
@@ -274,28 +286,6 @@ def run_phase(
                 retried += len(todo)
     _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
-
-
-def interrupt() -> bool:
-    """Tell the phase that is at work to stop; `run_phase` then raises `Interrupted`. False where none is, or was told before."""
-    if not _at_work:
-        return False
-    places, interrupted = _at_work[-1]
-    if interrupted.is_set():
-        return False
-    interrupted.set()
-    write_stop(places)
-    return True
-
-
-@contextmanager
-def _interruptible(places: tuple[Path, ...]) -> Iterator[threading.Event]:
-    interrupted = threading.Event()
-    _at_work.append((places, interrupted))
-    try:
-        yield interrupted
-    finally:
-        _at_work.pop()
 
 
 def _dangers(work: Work[Item]) -> frozenset[Any]:
@@ -326,19 +316,19 @@ def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
 
 
 def _submit(
-    phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, private: Path, options: PipelineOptions
+    worker: Callable[..., _Run[Item]], todo: Sequence[Item], private: Path, options: PipelineOptions
 ) -> Counter[str]:
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
         _keep_inside(pipeline, private)
-        run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
+        run: Any = worker(spare=spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
             pipeline
             | "Items" >> beam.Create(list(todo), reshuffle=False)
             | beam.Reshuffle()
-            | phase.capitalize() >> beam.ParDo(run)
+            | run.phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
 
@@ -353,9 +343,7 @@ def _keep_inside(pipeline: Any, private: Path) -> None:
 class _Watch(Generic[Item]):
     """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
 
-    def __init__(
-        self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
-    ) -> None:
+    def __init__(self, work: Work[Item], items: Sequence[Item], progress: Progress | None, poll_s: float) -> None:
         self._pending: Sequence[Item] = items
         self._total = sum(work.rows(item) for item in items) if progress is not None else 0
         self._work, self._progress, self._poll_s = work, progress, poll_s
@@ -382,9 +370,9 @@ class _Watch(Generic[Item]):
             # a look lists every file that is committed, which may not take the work's time
             wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
-    def _report(self, progress: Callable[[int, int], None]) -> None:
+    def _report(self, progress: Progress) -> None:
         self._pending = self._work.remaining(self._pending)
-        progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
+        progress.step(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
 
 
 def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:

@@ -35,10 +35,10 @@ from distilbeam.pipelines.ingest.sources import Source, find_sources
 from distilbeam.pipelines.ingest.text_types import CsvTypes, JsonTypes, TextTypes, count_kinds
 from distilbeam.pipelines.ingest.typed_text import TypedText
 from distilbeam.pipelines.ingest.write import without, write_pool
-from distilbeam.pipelines.jobs.directory import held
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep, write_json
 from distilbeam.storage.paths import is_remote, list_files, upload
+from distilbeam.storage.stores import store_of
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.ingest.parsed_records import ParsedRecords
@@ -109,12 +109,12 @@ def ingest(
     display = display or Display.silent()
     found = find_sources(sources, options.format)
     digest = _digest(found, options)
-    place = _working_directory(out)
-    if _in_use(out, place):
+    work = _working_directory(out)
+    if _in_use(out, work):
         summary = _finished(out, digest)
         display.say(f"{out} was made from these sources with these options before; nothing is left to do.")
         return summary
-    with held(place, "--out", "--out DIRECTORY") as work:
+    with store_of(work).hold(work, "--out", "--out DIRECTORY"):
         sweep(work)
         summary = _begun(work, digest) or _Ingest(found, options, work, digest, beam, display, attempts).run()
         if is_remote(out):

@@ -1,15 +1,14 @@
-"""Whether the pool that labels were made of still holds what was labelled, for `verify`."""
+"""The check of a pool for `verify`: it still holds what its labels were made of."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from apache_beam.options.pipeline_options import PipelineOptions
-
 from distilbeam.pipelines.config import LabelConfig, load_any_config
 from distilbeam.pipelines.jobs.directory import RunDirectory
-from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.freeze import changed_files
 from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.storage.paths import to_path, within
 from distilbeam.toml_files import read_toml
 
@@ -38,7 +37,7 @@ def pool_problems(config: Path, dataset: str) -> list[str]:
         way_out = "'distilbeam label' asks its changed rows again"
     else:
         ours = labels.is_relative_to(directory.root) and directory.frozen.exists()
-        changed = Job(settings, base, directory, PipelineOptions()).changed_files() if ours else []
+        changed = changed_files(Run(settings, base, directory)) if ours else []
         way_out = "put it back, or start a new run.directory"
     if not changed:
         return []

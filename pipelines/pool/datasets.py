@@ -1,4 +1,4 @@
-"""What a run is given: the frozen plan of the pool and the labelled sets, checked against each other before anything is spent."""
+"""The inputs of a run: the plan of the pool and the labelled sets, checked against each other before anything is spent."""
 
 from __future__ import annotations
 

@@ -36,8 +36,10 @@ from typing import Annotated, Any, Literal
 import pyarrow.parquet as pq
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
+from distilbeam.progress import Progress
 from distilbeam.student.data.labelled import with_meaning
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.blind import train_blind
@@ -67,6 +69,15 @@ class DataConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
 
 
+class _Bar(Progress):
+    def __init__(self, bars: Bars) -> None:
+        self._bars, self._task = bars, bars.add_task("", total=None, note="")
+
+    def step(self, done: int, total: int, note: str = "") -> None:
+        rate = self._bars.tasks[0].speed or 0
+        self._bars.update(self._task, completed=done, total=total, note=f"{note}  {rate:,.0f} steps/s")
+
+
 class LaunchConfig(BaseModel):
     """A training over Parquet files."""
 
@@ -77,7 +88,7 @@ class LaunchConfig(BaseModel):
     training: TrainConfig = TrainConfig()
 
 
-def launch(config: LaunchConfig, base: Path, progress: Any = None) -> TrainResult:
+def launch(config: LaunchConfig, base: Path, progress: Progress | None = None) -> TrainResult:
     """Train what a configuration says.
 
     Args:
@@ -160,14 +171,8 @@ def main(
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bar:
-            task = bar.add_task("", total=None, note="")
-
-            def progress(done: int, total: int, loss: float) -> None:
-                rate = bar.tasks[0].speed or 0
-                bar.update(task, completed=done, total=total, note=f"loss {loss:.4f}  {rate:,.0f} steps/s")
-
-            result = launch(read_config(config, overrides or []), config.parent, progress)
+        with Bars(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bars:
+            result = launch(read_config(config, overrides or []), config.parent, _Bar(bars))
     except (ValueError, OSError) as e:
         typer.echo(f"error: {e}", err=True)
         raise SystemExit(2) from e

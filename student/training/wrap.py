@@ -1,5 +1,4 @@
-"""How a student's forward pass is carried out: in which precision, compiled or not, in how many processes, and whether its
-last layer is left to the loss."""
+"""The network as a training calls it: its precision, compiled or not, shared by processes, its last layer left to the loss."""
 
 from __future__ import annotations
 

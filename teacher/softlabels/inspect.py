@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
 
-from distilbeam.storage.paths import StoreError, is_remote, readable
+from distilbeam.storage.paths import StoreError
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
@@ -176,7 +177,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path), page_checksum_verification=True) as file:
+        with store_of(path).open_parquet(path) as file:
             yield file
     except StoreError:
         raise

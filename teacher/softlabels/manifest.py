@@ -230,7 +230,7 @@ def _require_own(directory: Path, entries: Sequence[ManifestEntry]) -> None:
         if is_inside(directory, entry.path):
             continue
         file = joined(directory, entry.path)
-        origin = file.parent if is_remote(file) else file.parent.resolve()
+        origin = file.parent.resolve()
         if ".." in PurePosixPath(entry.path).parts and origin != directory.resolve():
             if origin not in origins:
                 origins[origin] = {e.path: (e.key, e.checksum) for e in _entries(origin) if is_inside(origin, e.path)}

@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 from distilbeam.pipelines import run
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import LabelConfig, load_any_config, load_config, parse_config
-from distilbeam.pipelines.experiments.run_data import Material
+from distilbeam.pipelines.experiments.further_students import train_further
 from distilbeam.pipelines.jobs.directory import opened_run, planned_run
+from distilbeam.pipelines.jobs.freeze import require_data_of_run
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.variants import VariantDirectory
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json
 from distilbeam.student.checkpoint import load_student
 
@@ -138,14 +141,14 @@ def test_another_student_is_that_of_a_training_on_the_same_labels(problem, finis
     root = run(changed(problem, WIDER), base=tmp_path)
     settings = parse_config(changed(problem, WIDER))
     with opened_run(settings, tmp_path) as directory:
-        material = Material(settings, tmp_path, directory)
-        assert [str(path.relative_to(finished)) for path in material.soft_labels] == [
+        of_run = Run(settings, tmp_path, directory)
+        assert [str(path.relative_to(finished)) for path in of_run.soft_labels] == [
             "labels/round=000",
             "labels/round=001",
         ]
-        material.train(settings.student, settings.training, tmp_path / "again", lambda *_: None)
-        assert material.last_student() == root / "students" / "round=002"
-        assert material.provenance(root / "students" / "round=002")["soft_labels"]["datasets"] == [
+        train_further(of_run, settings.student, settings.training, tmp_path / "again", Progress())
+        assert of_run.last_student() == root / "students" / "round=002"
+        assert of_run.provenance(root / "students" / "round=002")["soft_labels"]["datasets"] == [
             "labels/round=000",
             "labels/round=001",
         ]
@@ -278,6 +281,9 @@ def test_data_in_another_place_must_be_the_same(problem, finished, tmp_path):
     assert run(changed(problem, {"data.pool": "copy"}), base=tmp_path) == finished
     assert asked_of_pool(tmp_path) == bought
     assert load_config(finished / "config.toml").data.pool == "copy"
+    with opened_run(parse_config(problem), tmp_path) as directory:
+        assert directory.moved == ("data.pool",)
+        require_data_of_run(Run(parse_config(problem), tmp_path, directory))  # back again, and the same
     pq.write_table(make_table(60, 9, labelled=False), tmp_path / "pool" / "2.parquet")
     for _ in range(2):  # nothing is left to do, and still
         with pytest.raises(ValueError, match=r"the data changed since .*run was started: pool file\(s\) 2.parquet"):
@@ -286,7 +292,7 @@ def test_data_in_another_place_must_be_the_same(problem, finished, tmp_path):
         opened_run(parse_config(problem), tmp_path) as directory,
         pytest.raises(ValueError, match=r"data\.pool must lead to"),
     ):
-        Material(parse_config(problem), tmp_path, directory).inputs  # noqa: B018
+        require_data_of_run(Run(parse_config(problem), tmp_path, directory))
 
 
 @pytest.mark.slow

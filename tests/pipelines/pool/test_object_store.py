@@ -31,6 +31,7 @@ from distilbeam.pipelines.engine.model_cache import forget_models
 from distilbeam.pipelines.engine.phase import PhaseError
 from distilbeam.pipelines.jobs.labelling import opened_job
 from distilbeam.pipelines.pool.splits import plan_pool
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_parquet
 from distilbeam.storage.lease import leased
 from distilbeam.storage.paths import list_files, readable, to_path
@@ -235,7 +236,7 @@ def test_an_object_that_breaks_after_the_plan_costs_its_neighbours_nothing(
         if what == "truncated":
             broken.write_bytes(data[: len(data) // 2])
         with pytest.raises(PhaseError, match=sentence):
-            labelling.label(plan, pipeline_options(), lambda *_: None)
+            labelling.label(plan, pipeline_options(), Progress())
     assert read_manifest(bucket / "job" / "labels").rows == 180
     if what == "truncated":
         with (
