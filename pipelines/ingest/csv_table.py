@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -55,28 +56,31 @@ def load_csv(
     files: list[CsvFile] = []
     for header, part in _parts(headers):
         # a copy stays: lines are looked up in it
-        prepared_files = [
-            prepared(source, copies / f"{len(files) + i}.csv", options, bad) for i, source in enumerate(part)
-        ]
-        files += _load_part(connection, prepared_files, len(files), header, names, options, copies, bad)
+        places = [copies / f"{len(files) + i}.csv" for i in range(len(part))]
+        here = [prepared(source, place, options, bad) for source, place in zip(part, places, strict=True)]
+        while strange := _append(connection, here, len(files), header, names, options):
+            for i in strange:
+                here[i] = mended(here[i].source, places[i], options, bad)
+        for damage in (file.damage for file in here if file.damage is not None):
+            bad(damage)
+        _send_rejected(connection, here, len(header), options, bad)
+        files += here
+    firsts = dict(run(connection, "SELECT file, min(rowid) FROM records GROUP BY file ORDER BY file"))
     widths = [len(headers[file.source]) for file in files]
-    found = (
-        run(connection, "SELECT file, min(rowid) FROM records GROUP BY file ORDER BY file")
-        if len(files) > 1
-        else [(0, 0)]
-    )
-    own, firsts = ([row[i] for row in found] for i in (0, 1))
+    return RecordsTable(connection, names, count(connection), partial(_places, files, firsts, widths, options))
 
-    def places(rows: Sequence[int]) -> list[tuple[str, int | None]]:
-        places: list[tuple[str, int | None]] = []
-        which = np.searchsorted(firsts, rows, side="right") - 1
-        for index, group in groupby(zip(which.tolist(), rows, strict=True), key=lambda pair: pair[0]):
-            file, first = files[own[index]], firsts[index]
-            lines = lines_of(file, [row - first for _, row in group], widths[own[index]], options)
-            places += [(file.source.name, line) for line in lines]
-        return places
 
-    return RecordsTable(connection, names, count(connection), places)
+def _places(
+    files: Sequence[CsvFile], firsts: dict[int, int], widths: Sequence[int], options: IngestOptions, rows: Sequence[int]
+) -> list[tuple[str, int | None]]:
+    """Find file and line of records; `firsts` has the number of the first record of each file that has one."""
+    found: list[tuple[str, int | None]] = []
+    which = np.searchsorted(list(firsts.values()), rows, side="right") - 1
+    for index, group in groupby(zip(which.tolist(), rows, strict=True), key=lambda pair: pair[0]):
+        file, first = list(firsts.items())[index]
+        lines = lines_of(files[file], [row - first for _, row in group], widths[file], options)
+        found += [(files[file].source.name, line) for line in lines]
+    return found
 
 
 def _all_names(headers: dict[Source, tuple[str, ...]]) -> tuple[str, ...]:
@@ -104,27 +108,6 @@ def _parts(headers: dict[Source, tuple[str, ...]]) -> Iterator[tuple[tuple[str, 
             waiting.append(source)
         if waiting:
             yield header, waiting
-
-
-def _load_part(
-    connection: duckdb.DuckDBPyConnection,
-    files: list[CsvFile],
-    before: int,
-    header: tuple[str, ...],
-    names: tuple[str, ...],
-    options: IngestOptions,
-    copies: Path,
-    bad: Sink,
-) -> list[CsvFile]:
-    """Append the records of files with one header, `before` files behind the first; return the files that were read."""
-    while strange := _append(connection, files, before, header, names, options):
-        for i in strange:
-            files[i] = mended(files[i].source, copies / f"{before + i}.csv", options, bad)
-    for file in files:
-        if file.damage is not None:
-            bad(file.damage)
-    _send_rejected(connection, files, len(header), options, bad)
-    return files
 
 
 def _append(
