@@ -131,7 +131,7 @@ def parse_records(
         counts = merge_counts(survey.read(unit) for unit in units)
         found = {name: count.decide(single=True) for name, count in counts.items()}
     pool = PoolColumns(found, {}, None) if not found else pool_columns(found, options)
-    parse = Parse(options, pool, str(work / "rows"))
+    parse = Parse(options, str(work / "rows"), pool)
     phase("parse", "read the records", parse, units)
     commits = [read_json(parse.files(unit)["commit"]) for unit in units]
     totals = (sum(commit[name] for commit in commits) for name in ("rows", "bad"))
