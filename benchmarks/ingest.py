@@ -1,7 +1,7 @@
 """Ingest: seconds for a pool out of CSV and JSON lines, beside what DuckDB, pandas and pyarrow need for less.
 
     python benchmarks/ingest.py                                        # 10^6 rows, some ten minutes
-    python benchmarks/ingest.py --rows 50000 --repeats 1               # its short form
+    python benchmarks/ingest.py --quick                                # its short form
     python benchmarks/ingest.py --json benchmarks/results/ingest.json
     python benchmarks/ingest.py --against ~/checkout-of-another-version
 
@@ -130,8 +130,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--against", type=Path, help="a checkout of another version of distilbeam, timed as well")
+    parser.add_argument("--quick", action="store_true", help="50,000 rows, once")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rows, arguments.repeats = 50_000, 1
     about = machine(("duckdb", "pandas", "pyarrow"))
     with tempfile.TemporaryDirectory() as folder:
         write_sources(Path(folder), arguments.rows)
