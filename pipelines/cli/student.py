@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,10 @@ def tune(
         found = tune_run(run, Display(console))
         console.print(trial_table(found, run.config.tune.metric))
         best = run.directory.root / "tune" / "best.toml"
+    words = [word for value in [*(overrides or []), f"@{best}"] for word in ("--set", value)]
+    again = shlex.join(["distilbeam", "run", str(config), *words])
     console.print(
-        f"Best settings: {best}. A student of these on the labels that are there: distilbeam run {config} --set @{best}",
+        f"Best settings: {best}. A student of these on the labels that are there: {again}",
         highlight=False,
         soft_wrap=True,
     )

@@ -339,12 +339,13 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     assert f"{finished}/students/round=000" in call("train", str(tmp_path / "run.toml"), "--round", "0")
 
     found = call("tune", str(tmp_path / "run.toml"), "--trials", "2", "--set", "training.epochs=3")
-    assert f"distilbeam run {tmp_path / 'run.toml'} --set @{finished / 'tune' / 'best.toml'}" in found
-    again = call("run", str(tmp_path / "run.toml"), "--set", f"@{finished / 'tune' / 'best.toml'}")
+    best = finished / "tune" / "best.toml"
+    assert f"distilbeam run {tmp_path / 'run.toml'} --set training.epochs=3 --set @{best}" in found
+    again = call("run", str(tmp_path / "run.toml"), "--set", f"@{best}")
     assert again.count("Another student than that of") == 1
     assert "variants/mlp-" in again
-    best = load_config(tmp_path / "run.toml", [f"@{finished / 'tune' / 'best.toml'}"])
-    root = planned_run(best, tmp_path).root
-    assert load_student(root / "students" / "round=002").extra["training"]["lr"] == best.training.lr
+    tuned = load_config(tmp_path / "run.toml", [f"@{best}"])
+    root = planned_run(tuned, tmp_path).root
+    assert load_student(root / "students" / "round=002").extra["training"]["lr"] == tuned.training.lr
     assert asked_of_pool(tmp_path) == bought
     assert np.isfinite(read_json(root / "report" / "metrics.json")["students"][-1]["nll"])
