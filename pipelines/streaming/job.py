@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from distilbeam.pipelines.jobs.directory import held
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.streaming.checks import decoder_of, require_installed, require_same_dataset
 from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
 from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
 from distilbeam.pipelines.streaming.kafka_read import Reading, close_readers
@@ -34,6 +36,7 @@ from distilbeam.pipelines.streaming.prism import Runner, choose_runner, running
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
 from distilbeam.pipelines.streaming.stop_file import ask_to_stop, clear_stop
+from distilbeam.pipelines.streaming.write_panes import fence
 from distilbeam.storage.paths import is_remote, to_path
 
 ATTEMPTS = 3  # times the pipeline may die without having committed anything in between
@@ -105,7 +108,7 @@ class StreamJob:
           ValueError: another process works on the dataset.
           RuntimeError: the engine dies again and again, too many messages have no label, or messages were lost.
         """
-        with held(to_path(self.settings.out), "--out", "--out"), self._lines():
+        with held(to_path(self.settings.out), "--out", "--out"), engine_lines(self.engine_log):
             clear_stop(self.settings.out)
             journal = Journal(self.settings.out, self._name)
             journal.look()
@@ -182,7 +185,9 @@ class StreamJob:
         left = ATTEMPTS
         while True:
             before = journal.settled.offsets.count
-            error = self._submit(journal)
+            attempt = uuid.uuid4().hex
+            error = self._submit(journal, attempt)
+            fence(attempt)
             if self._lag is not None:
                 self._lag.hurry()
             self._look(journal)
@@ -211,7 +216,7 @@ class StreamJob:
         firsts = dict(start)
         return replace(reading, start=start, settled=tuple(item for item in known if item[2] >= firsts.get(item[0], 0)))
 
-    def _submit(self, journal: Journal) -> str | None:
+    def _submit(self, journal: Journal, attempt: str) -> str | None:
         """Run the pipeline once; return why it ended before its work was done."""
         with ExitStack() as stack:
             flags = list(self.runner.flags)
@@ -221,15 +226,15 @@ class StreamJob:
             options = pipeline_options(flags)
             unbounded = self.settings.messages and (self._reading is None or self._reading.until is None)
             options.view_as(StandardOptions).streaming = unbounded
-            work = _Running(lambda: self._run(options))
+            work = _Running(lambda: self._run(options, attempt))
             stack.callback(work.cancel)
             while not work.done.wait(_TICK_S):
                 self._look(journal)
             return work.error
 
-    def _run(self, options: Any) -> Any:
+    def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, self.config, self.base, self.settings, self.decoder, self._reading)
+        build(pipeline, self.config, self.base, self.settings, self.decoder, self._reading, attempt)
         return pipeline.run()
 
     def _look(self, journal: Journal) -> None:
@@ -274,30 +279,6 @@ class StreamJob:
                 f"{partition}: the runner has lost them; start again, which asks about them"
             )
 
-    @contextmanager
-    def _lines(self) -> Iterator[None]:
-        """Send Beam's own lines to the engine's file, where there is one."""
-        if self.engine_log is None:
-            yield
-            return
-        self.engine_log.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.engine_log, mode="w", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        loggers = [logging.getLogger(name) for name in ("apache_beam", "grpc")]
-        kept = [(logger.propagate, logger.level) for logger in loggers]
-        for logger in loggers:
-            logger.addHandler(handler)
-            logger.propagate = logger.level == logging.DEBUG  # asked for with --log-level debug
-            logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
-        try:
-            yield
-        finally:
-            for logger, (propagate, level) in zip(loggers, kept, strict=True):
-                logger.removeHandler(handler)
-                logger.propagate = propagate
-                logger.setLevel(level)
-            handler.close()
-
 
 class _Running:
     """A pipeline that runs in a thread, so that signals and commits are seen meanwhile."""
@@ -313,7 +294,7 @@ class _Running:
             self._result = run()
             self._result.wait_until_finish()
         except Exception as e:  # of any runner; the caller decides what it means
-            self.error = _first_line(e)
+            self.error = first_line(e)
             log.debug("the pipeline ended", exc_info=True)
         finally:
             self.done.set()
@@ -323,11 +304,3 @@ class _Running:
         if self._result is not None and not self.done.is_set():
             with suppress(Exception):
                 self._result.cancel()
-
-
-def _first_line(error: BaseException) -> str:
-    """Return what an engine says went wrong, without its traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if ": " in line and not line.startswith(("File ", "Traceback", "at "))]
-    said = (causes or lines or [type(error).__name__])[-1]
-    return said if len(said) < 400 else f"{said[:400]}…"

@@ -69,11 +69,21 @@ class LabelMessageStream(beam.PTransform):
       settings: the job's options.
       decoder: how messages become rows.
       topic: what the messages come from.
+      attempt: name of this submission of the pipeline.
     """
 
-    def __init__(self, config: LabelConfig, base: Path, settings: StreamSettings, decoder: Decoder, topic: str) -> None:
+    def __init__(
+        self,
+        config: LabelConfig,
+        base: Path,
+        settings: StreamSettings,
+        decoder: Decoder,
+        topic: str,
+        attempt: str = "",
+    ) -> None:
         super().__init__()
         self.config, self.base, self.settings, self.decoder, self.topic = config, base, settings, decoder, topic
+        self.attempt = attempt
 
     def expand(self, batches: Any) -> Any:
         spec = spec_of(self.config, self.base)
@@ -95,8 +105,8 @@ class LabelMessageStream(beam.PTransform):
             outcomes = (labelled, decoded.receipts) | "LabelsAndReceipts" >> beam.Flatten()
         else:
             outcomes = batches | "Label" >> beam.ParDo(LabelMessages(self.decoder, labelling, self.topic))
-        write = WritePanes(self.settings.out, self.settings.letters, spec, self.topic, shards=self.settings.shards)
-        return outcomes | write
+        out, letters, shards = self.settings.out, self.settings.letters, self.settings.shards
+        return outcomes | WritePanes(out, letters, spec, self.topic, shards=shards, attempt=self.attempt)
 
 
 def build(
@@ -106,6 +116,7 @@ def build(
     settings: StreamSettings,
     decoder: Decoder | None,
     reading: Reading | None,
+    attempt: str = "",
 ) -> Any:
     """Add the job's steps to a pipeline; return what was committed.
 
@@ -116,6 +127,7 @@ def build(
       settings: the job's options.
       decoder: how messages become rows; None for files.
       reading: how the Kafka topic is read; None for other sources.
+      attempt: name of this submission of the pipeline.
     """
     if not settings.messages:
         tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(settings.place)
@@ -135,7 +147,7 @@ def build(
         )
         windowed = messages | "Window" >> _windows(settings, config) | "Batch" >> gather
         batches = windowed | "Gathered" >> beam.Map(_gathered)
-    return batches | LabelMessageStream(config, base, settings, decoder, topic)
+    return batches | LabelMessageStream(config, base, settings, decoder, topic, attempt)
 
 
 def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:

@@ -7,6 +7,7 @@ and a second job add panes. A repetition of the same pane has the same name and 
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -31,6 +32,10 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import FOLDER as MANIFEST
 
 
+_ended: set[str] = set()
+_committing = threading.Lock()
+
+
 class WritePanes(beam.PTransform):
     """Write each window's outcomes; give what was committed, as JSON values.
 
@@ -40,12 +45,15 @@ class WritePanes(beam.PTransform):
       spec: the dataset's specification.
       topic: the topic.
       shards: shards of a window.
+      attempt: name of this submission of the pipeline; see `fence`.
     """
 
-    def __init__(self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, *, shards: int = 1) -> None:
+    def __init__(
+        self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, *, shards: int = 1, attempt: str = ""
+    ) -> None:
         super().__init__()
         self.shards = shards
-        self.write = _WritePane(dataset, dead_letters, spec, topic)
+        self.write = _WritePane(dataset, dead_letters, spec, topic, attempt)
 
     def expand(self, outcomes: Any) -> Any:
         return (
@@ -56,13 +64,24 @@ class WritePanes(beam.PTransform):
         )
 
 
+def fence(attempt: str) -> None:
+    """Let no worker of this process commit anything more for a submission whose engine has died.
+
+    Its threads outlive the engine; what one of them committed after the next submission has looked at what is settled would
+    be asked and written twice. A commit under way is waited for.
+    """
+    with _committing:
+        _ended.add(attempt)
+
+
 def _by_shard(outcome: Outcome, shards: int) -> tuple[int, Outcome]:
     return int(outcome.digest[:8], 16) % shards, outcome
 
 
 class _WritePane(beam.DoFn):
-    def __init__(self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str) -> None:
+    def __init__(self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, attempt: str) -> None:
         self.dataset, self.dead_letters, self.spec, self.topic = dataset, dead_letters, spec, topic
+        self.attempt = attempt
         self.written = Metrics.counter("WritePanes", "written")
 
     def process(
@@ -87,8 +106,11 @@ class _WritePane(beam.DoFn):
             "offsets": self._settled(ordered).to_json(),
             "dead": dict(Counter(item["stage"] for item in letters)),
         }
-        if not any(exists_anywhere(self.dataset, folder, f"{key}.json") for folder in (MANIFEST, FOLDER)):
-            self._commit(key, labels, letters, facts)
+        with _committing:
+            if self.attempt in _ended:
+                raise RuntimeError("this pipeline was given up and submitted again")
+            if not any(exists_anywhere(self.dataset, folder, f"{key}.json") for folder in (MANIFEST, FOLDER)):
+                self._commit(key, labels, letters, facts)
         rows = 0 if labels is None else labels.num_rows
         self.written.inc(rows)
         yield {"key": key, "rows": rows, **facts}

@@ -1,0 +1,67 @@
+"""Where an engine's own lines go: Beam's logs and the tracebacks of its threads into one file, one sentence to the user."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_LOGGERS = ("apache_beam", "grpc", "root")
+_LONGEST = 400  # characters of a sentence
+_ENGINES = ("apache_beam", "grpc")
+
+
+@contextmanager
+def engine_lines(file: Path | None) -> Iterator[None]:
+    """Send what Beam, grpc and their threads say to a file until the block ends; what was asked for with debug is shown, too.
+
+    Args:
+      file: the file, written anew; None leaves everything as it is.
+    """
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    kept = [(logger.propagate, logger.level) for logger in loggers]
+    said_before = threading.excepthook
+
+    def keep(failed: Any) -> None:
+        lines = traceback.format_exception(failed.exc_type, failed.exc_value, failed.exc_traceback)
+        if any(f"/{name}/" in line for line in lines for name in _ENGINES):  # a thread of an engine that is gone
+            handler.stream.write("".join(lines))
+            handler.flush()
+        else:
+            said_before(failed)
+
+    threading.excepthook = keep
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = logger.level == logging.DEBUG
+        logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
+    try:
+        yield
+    finally:
+        threading.excepthook = said_before
+        for logger, (propagate, level) in zip(loggers, kept, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+            logger.setLevel(level)
+        handler.close()
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an engine says went wrong, without its traceback."""
+    details = getattr(error, "details", None)
+    if callable(details):  # of grpc: the engine does not answer
+        return f"the engine is gone, {details()}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if ": " in line and not line.startswith(("File ", "Traceback", "at "))]
+    said = (causes or lines or [type(error).__name__])[-1]
+    return said if len(said) < _LONGEST else f"{said[:_LONGEST]}…"
