@@ -35,8 +35,8 @@ def engine_lines(file: Path | None) -> Iterator[None]:
     def keep(failed: Any) -> None:
         lines = traceback.format_exception(failed.exc_type, failed.exc_value, failed.exc_traceback)
         if any(f"/{name}/" in line for line in lines for name in _ENGINES):  # a thread of an engine that is gone
-            handler.stream.write("".join(lines))
-            handler.flush()
+            with file.open("a", encoding="utf-8") as more:
+                more.write("".join(lines))
         else:
             said_before(failed)
 

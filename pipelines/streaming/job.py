@@ -30,6 +30,7 @@ from distilbeam.pipelines.streaming.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
 from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
 from distilbeam.pipelines.streaming.kafka_read import Reading, close_readers
+from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.pipeline import build, has_budget, spec_of
 from distilbeam.pipelines.streaming.prism import Runner, choose_runner, running
@@ -73,7 +74,7 @@ class StreamJob:
     def __post_init__(self) -> None:
         settings, data = self.settings, self.config.data
         require_installed(settings, self.config)
-        self.runner: Runner = choose_runner(self.flags, unbounded=settings.messages and not settings.until)
+        self.runner: Runner = choose_runner(self.flags, unbounded=settings.unbounded)
         pipeline_options(self.runner.flags)
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
@@ -84,6 +85,7 @@ class StreamJob:
         self.topic: Topic | None = None
         self._reading: Reading | None = None
         self._lag: Lag | None = None
+        self._letters: Letters | None = None
         self._ends: dict[int, tuple[int, int]] = {}
         self._failed = ""
         self._stopping = threading.Event()
@@ -110,6 +112,8 @@ class StreamJob:
         """
         with held(to_path(self.settings.out), "--out", "--out"), engine_lines(self.engine_log):
             clear_stop(self.settings.out)
+            if self.settings.kind == "letters":
+                self._letters = Letters(self.settings.place, self.settings.out)
             journal = Journal(self.settings.out, self._name)
             journal.look()
             if self.topic is not None:
@@ -122,6 +126,8 @@ class StreamJob:
                 if self._lag is not None:
                     self._lag.close()
             self._require_all_settled(journal)
+            if self._letters is not None:
+                self._letters.forget()
         if self._failed:
             raise RuntimeError(self._failed)
         return self.state
@@ -133,6 +139,8 @@ class StreamJob:
 
     @property
     def _name(self) -> str:
+        if self._letters is not None:
+            return self._letters.topic
         return self.settings.place if self.topic is None else self.topic.name
 
     def _begin(self, topic: Topic, journal: Journal) -> None:
@@ -234,7 +242,7 @@ class StreamJob:
 
     def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, self.config, self.base, self.settings, self.decoder, self._reading, attempt)
+        build(pipeline, self.config, self.base, self.settings, self.decoder, self._reading, attempt, self._letters)
         return pipeline.run()
 
     def _look(self, journal: Journal) -> None:

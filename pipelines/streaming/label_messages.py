@@ -139,6 +139,7 @@ def letter(topic: str, message: Message, stage: str, error: str, attempts: int =
         "timestamp_ms": message.timestamp_ms,
         "key": message.key,
         "value": message.value,
+        "headers": [{"name": name, "value": value} for name, value in message.headers],
         "example_id": None,
         "stage": stage,
         "error": plain(error),

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 UNKNOWN = -1  # partition and offset of a message of a source that has none
 PARTITION, OFFSET = "source_partition", "source_offset"  # int32 and int64, columns of a label
+AGAIN = "again"  # in a manifest entry: its rows were dead letters before
 
 
 class Message(NamedTuple):
@@ -72,6 +73,7 @@ LETTERS = pa.schema(
         pa.field("timestamp_ms", pa.int64()),
         pa.field("key", pa.binary()),
         pa.field("value", pa.binary()),
+        pa.field("headers", pa.list_(pa.struct([("name", pa.string()), ("value", pa.binary())]))),
         pa.field("example_id", pa.string()),
         pa.field("stage", pa.string()),  # message, late, input or teacher
         pa.field("error", pa.string()),

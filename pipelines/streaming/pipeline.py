@@ -18,6 +18,7 @@ from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.kafka_client import Topic
 from distilbeam.pipelines.streaming.kafka_read import Reading, ReadKafka
 from distilbeam.pipelines.streaming.label_messages import DecodeMessages, LabelChosen, LabelMessages
+from distilbeam.pipelines.streaming.letters import Letters, read_letters
 from distilbeam.pipelines.streaming.message import UNKNOWN, Message, MessageBatch
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.write_panes import WritePanes
@@ -70,6 +71,7 @@ class LabelMessageStream(beam.PTransform):
       decoder: how messages become rows.
       topic: what the messages come from.
       attempt: name of this submission of the pipeline.
+      again: mark of the dead letters that the messages were, or "".
     """
 
     def __init__(
@@ -80,10 +82,11 @@ class LabelMessageStream(beam.PTransform):
         decoder: Decoder,
         topic: str,
         attempt: str = "",
+        again: str = "",
     ) -> None:
         super().__init__()
         self.config, self.base, self.settings, self.decoder, self.topic = config, base, settings, decoder, topic
-        self.attempt = attempt
+        self.attempt, self.again = attempt, again
 
     def expand(self, batches: Any) -> Any:
         spec = spec_of(self.config, self.base)
@@ -106,7 +109,9 @@ class LabelMessageStream(beam.PTransform):
         else:
             outcomes = batches | "Label" >> beam.ParDo(LabelMessages(self.decoder, labelling, self.topic))
         out, letters, shards = self.settings.out, self.settings.letters, self.settings.shards
-        return outcomes | WritePanes(out, letters, spec, self.topic, shards=shards, attempt=self.attempt)
+        return outcomes | WritePanes(
+            out, letters, spec, self.topic, shards=shards, attempt=self.attempt, again=self.again
+        )
 
 
 def build(
@@ -117,6 +122,7 @@ def build(
     decoder: Decoder | None,
     reading: Reading | None,
     attempt: str = "",
+    letters: Letters | None = None,
 ) -> Any:
     """Add the job's steps to a pipeline; return what was committed.
 
@@ -128,13 +134,19 @@ def build(
       decoder: how messages become rows; None for files.
       reading: how the Kafka topic is read; None for other sources.
       attempt: name of this submission of the pipeline.
+      letters: the dead letters that are asked again; None for other sources.
     """
     if not settings.messages:
         tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(settings.place)
         batches = tables | "Batches" >> beam.FlatMap(lambda table: table.to_batches())
         return batches | LabelStream(config, base, settings.out, shards=settings.shards, dead_letters=settings.letters)
     assert decoder is not None
-    if reading is not None:
+    again = ""
+    if letters is not None:
+        items = list(letters.batches(settings.window_s, config.engine.teacher_batch))
+        batches = read_letters(pipeline, items) | "Window" >> beam.WindowInto(FixedWindows(settings.window_s))
+        topic, again = letters.topic, letters.mark
+    elif reading is not None:
         # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
         batches = pipeline | "ReadMessages" >> ReadKafka(reading) | "Window" >> _windows(settings, config)
         topic = reading.topic.name
@@ -147,7 +159,7 @@ def build(
         )
         windowed = messages | "Window" >> _windows(settings, config) | "Batch" >> gather
         batches = windowed | "Gathered" >> beam.Map(_gathered)
-    return batches | LabelMessageStream(config, base, settings, decoder, topic, attempt)
+    return batches | LabelMessageStream(config, base, settings, decoder, topic, attempt, again)
 
 
 def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:

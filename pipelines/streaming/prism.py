@@ -20,6 +20,7 @@ from pathlib import Path
 
 _START_S = 30.0
 _PR_SET_PDEATHSIG = 1
+_NO_FREEZE = "--experiments=disable_logging_submission_environment"  # Beam would run pip for seconds at every start
 BATCH_ONLY = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
 
@@ -66,7 +67,7 @@ def choose_runner(flags: Sequence[str], *, unbounded: bool) -> Runner:
         prism = find_prism() if location is None else _program(location)
         if prism is not None:
             rest = _without(flags, ("--runner", "--prism_location"))
-            return Runner((*rest, "--runner=PortableRunner", *_loopback(rest)), prism)
+            return Runner((*rest, "--runner=PortableRunner", _NO_FREEZE, *_loopback(rest)), prism)
         if name == "PrismRunner" or not unbounded:
             return Runner(tuple(flags))  # Beam fetches its own, or the local runner does it
     elif not (unbounded and name in BATCH_ONLY):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("kafka", "kafka-java", "pubsub", "parquet")
+SOURCES = ("kafka", "kafka-java", "pubsub", "parquet", "letters")
 STARTS = ("resume", "earliest", "latest")
 
 
@@ -96,6 +96,11 @@ class StreamSettings:
     def messages(self) -> bool:
         """Whether the source gives messages rather than files."""
         return self.kind != "parquet"
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether the source has no end."""
+        return self.kind in ("kafka-java", "pubsub") or (self.kind == "kafka" and not self.until)
 
     @property
     def letters(self) -> str:

@@ -18,7 +18,7 @@ from apache_beam.metrics import Metrics
 
 from distilbeam.pipelines.streaming.journal import FOLDER
 from distilbeam.pipelines.streaming.label_messages import row_names, sorted_by_place
-from distilbeam.pipelines.streaming.message import LETTERS, OFFSET, PARTITION, Outcome
+from distilbeam.pipelines.streaming.message import AGAIN, LETTERS, OFFSET, PARTITION, Outcome
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.transforms.beam_files import (
     exists_anywhere,
@@ -30,7 +30,6 @@ from distilbeam.pipelines.transforms.select_examples import window_name
 from distilbeam.pipelines.transforms.write_soft_labels import rows_digest
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import FOLDER as MANIFEST
-
 
 _ended: set[str] = set()
 _committing = threading.Lock()
@@ -46,14 +45,23 @@ class WritePanes(beam.PTransform):
       topic: the topic.
       shards: shards of a window.
       attempt: name of this submission of the pipeline; see `fence`.
+      again: mark of the dead letters that these messages were, or "".
     """
 
     def __init__(
-        self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, *, shards: int = 1, attempt: str = ""
+        self,
+        dataset: str,
+        dead_letters: str,
+        spec: SoftLabelSpec,
+        topic: str,
+        *,
+        shards: int = 1,
+        attempt: str = "",
+        again: str = "",
     ) -> None:
         super().__init__()
         self.shards = shards
-        self.write = _WritePane(dataset, dead_letters, spec, topic, attempt)
+        self.write = _WritePane(dataset, dead_letters, spec, topic, attempt, again)
 
     def expand(self, outcomes: Any) -> Any:
         return (
@@ -79,9 +87,11 @@ def _by_shard(outcome: Outcome, shards: int) -> tuple[int, Outcome]:
 
 
 class _WritePane(beam.DoFn):
-    def __init__(self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, attempt: str) -> None:
+    def __init__(
+        self, dataset: str, dead_letters: str, spec: SoftLabelSpec, topic: str, attempt: str, again: str
+    ) -> None:
         self.dataset, self.dead_letters, self.spec, self.topic = dataset, dead_letters, spec, topic
-        self.attempt = attempt
+        self.attempt, self.again = attempt, again
         self.written = Metrics.counter("WritePanes", "written")
 
     def process(
@@ -98,6 +108,7 @@ class _WritePane(beam.DoFn):
         names = [] if labels is None else row_names(labels)
         names += [repr((item["partition"], item["offset"], item["key"], item["error"])) for item in letters]
         names += [] if names else [outcome.digest for outcome in ordered]
+        names += [self.again] if self.again else []
         key = f"window={window_name(window)}-{shard:05d}-{rows_digest(names)}"
         facts: dict[str, Any] = {
             "window": window_name(window),
@@ -106,6 +117,8 @@ class _WritePane(beam.DoFn):
             "offsets": self._settled(ordered).to_json(),
             "dead": dict(Counter(item["stage"] for item in letters)),
         }
+        if self.again:
+            facts[AGAIN] = True
         with _committing:
             if self.attempt in _ended:
                 raise RuntimeError("this pipeline was given up and submitted again")

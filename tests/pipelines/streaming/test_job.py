@@ -151,6 +151,34 @@ def test_refused_messages_are_dead_letters_with_all_that_is_known_of_them(broker
     assert len(asked(config.parent)) == times_asked
 
 
+def test_dead_letters_are_asked_again_by_command(broker: str, config: Path) -> None:
+    out, folder = config.parent / "labels", config.parent / "labels-deadletter"
+    send(broker, TOPIC, [{"message": {"value": row, "headers": {"f": b"1"}}} for row in rows(20)], partition=1)
+    send(broker, TOPIC, [b"{", None], partition=1)
+    wrong = {"schema": f"{SCHEMA},f:string=header.g"}  # somebody wrote the wrong name of a header
+    assert label(broker, config, **wrong).dead_letters == 22
+    assert not asked(config.parent)
+
+    def again() -> StreamState:
+        settings = load_any_config(config)
+        assert isinstance(settings, LabelConfig)
+        given = StreamSettings(f"letters:{folder}", str(out), f"{SCHEMA},f:string=header.f", window_s=1.0)
+        return StreamJob(settings, config.parent, given, FLAGS).run()
+
+    state = again()
+    assert (state.labels, state.dead_letters) == (20, 2)
+    assert len(asked(config.parent)) == 20
+    assert sorted(labels_in(out)["source_offset"].to_pylist()) == list(range(20))
+    assert [letter["offset"] for letter in letters_in(folder)] == [20, 21]
+    assert (again().labels, len(asked(config.parent))) == (0, 20), "what is still bad stays, under another name"
+    assert [letter["offset"] for letter in letters_in(folder)] == [20, 21]
+    assert label(broker, config).settled == 0
+    for file in folder.glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(ValueError, match="--source: there are no dead letters in"):
+        again()
+
+
 def test_a_stream_of_refused_messages_alone_is_settled_without_a_shard(broker: str, config: Path) -> None:
     send(broker, TOPIC, [b"{"] * 7, partition=0)
     state = label(broker, config)
