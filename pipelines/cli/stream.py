@@ -17,7 +17,6 @@ from distilbeam.pipelines.cli.options import (
     LogOption,
     SetOption,
     TrustOption,
-    check_early,
     end_stopped,
 )
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
@@ -149,7 +148,6 @@ def stream(
         from distilbeam.student.trust import trust as trust_code
 
         trust_code(*trust)
-    check_early(settings, config.parent.resolve(), beam_options or [])
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.streaming.job import StreamJob
         from distilbeam.pipelines.streaming.settings import StreamSettings

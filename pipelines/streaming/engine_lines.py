@@ -10,26 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_LOGGERS = ("apache_beam", "grpc", "root")
-_LONGEST = 400  # characters of a sentence
 _ENGINES = ("apache_beam", "grpc")
+_LONGEST = 400  # characters of a sentence
 
 
 @contextmanager
 def engine_lines(file: Path | None) -> Iterator[None]:
-    """Send what Beam, grpc and their threads say to a file until the block ends; what was asked for with debug is shown, too.
+    """Send what Beam, grpc and their threads say to a file until the block ends, and only ours to where logs were shown.
 
     Args:
-      file: the file, written anew; None leaves everything as it is.
+      file: the file, written anew; None leaves everything as it is, and so does the log level debug.
     """
-    if file is None:
+    loggers = [logging.getLogger(name) for name in _ENGINES]
+    if file is None or loggers[0].level == logging.DEBUG:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    kept = [(logger.propagate, logger.level) for logger in loggers]
+    root = logging.getLogger()  # Beam logs what a job service says there
+    shown = list(root.handlers)
+    levels = [logger.level for logger in loggers]
     said_before = threading.excepthook
 
     def keep(failed: Any) -> None:
@@ -42,18 +43,24 @@ def engine_lines(file: Path | None) -> Iterator[None]:
 
     threading.excepthook = keep
     for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = logger.level == logging.DEBUG
-        logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
+        logger.setLevel(logging.WARNING)
+    for each in shown:
+        each.addFilter(_is_ours)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        threading.excepthook = said_before
-        for logger, (propagate, level) in zip(loggers, kept, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate = propagate
+        root.removeHandler(handler)
+        for each in shown:
+            each.removeFilter(_is_ours)
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        threading.excepthook = said_before
         handler.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.startswith("distilbeam")
 
 
 def first_line(error: BaseException) -> str:

@@ -112,6 +112,8 @@ class StreamJob:
         """
         with held(to_path(self.settings.out), "--out", "--out"), engine_lines(self.engine_log):
             clear_stop(self.settings.out)
+            if self._stopping.is_set():  # told while everything was loading
+                ask_to_stop(self.settings.out)
             if self.settings.kind == "letters":
                 self._letters = Letters(self.settings.place, self.settings.out)
             journal = Journal(self.settings.out, self._name)
@@ -196,6 +198,7 @@ class StreamJob:
             attempt = uuid.uuid4().hex
             error = self._submit(journal, attempt)
             fence(attempt)
+            journal.hurry()
             if self._lag is not None:
                 self._lag.hurry()
             self._look(journal)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any
 
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.storage.atomic import replacing
-from distilbeam.storage.paths import list_files, read_texts, to_path
+from distilbeam.storage.paths import is_remote, list_files, read_texts, to_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 
 FOLDER = "_stream"
+_SHARE = 20.0  # of a processor's time: a listing of a hundred thousand entries is not made twice a second
+_STORE_S = 5.0  # between two listings of a store, which cost money
 
 
 @dataclass
@@ -65,21 +68,32 @@ class Journal:
         self.root, self.topic = to_path(dataset), topic
         self.settled = Settled()
         self._read: set[str] = set()
+        self._next = -float("inf")
+
+    def hurry(self) -> None:
+        """Look the next time, whenever that is."""
+        self._next = -float("inf")
 
     def look(self) -> list[dict[str, Any]]:
-        """Read what is new; return its facts."""
+        """Read what is new; return its facts. It looks no oftener than its own cost allows: nothing in between."""
+        start = time.monotonic()
+        if start < self._next:
+            return []
         found = []
         for key, rows, facts in [*self._entries(), *self._records()]:
             if key not in self._read and facts.get("topic") == self.topic:
                 self.settled.add(facts, rows)
                 found.append({**facts, "rows": rows})
             self._read.add(key)
+        cost_s = time.monotonic() - start
+        self._next = start + max(_SHARE * cost_s, _STORE_S if is_remote(self.root) else 0.0)
         return found
 
     def _entries(self) -> Iterable[tuple[str, int, dict[str, Any]]]:
-        files = [file for file in manifest_files(self.root) if file.suffix == ".jsonl" or file.stem not in self._read]
+        files = [file for file in manifest_files(self.root) if file.stem not in self._read]
         for entry in read_entries(files) if files else ():
             yield entry.key, entry.rows, dict(entry.extra)
+        self._read.update(file.stem for file in files if file.suffix == ".jsonl")  # named by what it gathers
 
     def _records(self) -> Iterable[tuple[str, int, dict[str, Any]]]:
         files = [file for file in list_files(self.root / FOLDER, "*.json") if file.stem not in self._read]

@@ -92,6 +92,8 @@ class Broker:
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
             self.process = None
 
 

@@ -218,7 +218,8 @@ def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker,
         send(real.address, TOPIC, sent[150:250])
         wait_for(lambda: len(ids(config)) == 250)
 
-        AdminClient({"bootstrap.servers": real.address}).create_partitions([NewPartitions(TOPIC, 4)])[TOPIC].result(30)
+        admin = AdminClient({"bootstrap.servers": real.address})
+        admin.create_partitions([NewPartitions(TOPIC, 4)])[TOPIC].result(30)
         time.sleep(1)
         for partition in (2, 3):
             send(
