@@ -205,8 +205,8 @@ def plain_loop(address: str, topic: str, count: int, config: Path, window_s: flo
     from distilbeam.teacher.softlabels import encode
 
     settings = load_any_config(config)
-    teacher = cached_teacher(teacher_text(settings.teacher, config.parent, ()))
-    spec = spec_of(settings, config.parent)
+    teacher = cached_teacher(teacher_text(settings.teacher, ()))
+    spec = spec_of(settings)
     out = config.parent / "plain"
     out.mkdir()
     options_ = {"group.id": "plain", "auto.offset.reset": "earliest", "enable.auto.commit": False}
@@ -254,7 +254,7 @@ def run_one(way: str, arguments: dict[str, Any]) -> None:
         source = f"kafka:{arguments['address']}:{arguments['topic']}"
         settings = StreamSettings(source, str(config.parent / "labels"), SCHEMA, until="latest")
         start = time.perf_counter()
-        state = StreamJob(load_any_config(config), config.parent, settings).run()
+        state = StreamJob(load_any_config(config), settings).run()
         assert state.labels == arguments["count"], f"{state.labels:,} labels of {arguments['count']:,} messages"
     print(json.dumps({"seconds": time.perf_counter() - start}))
 

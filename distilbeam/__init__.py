@@ -5,6 +5,8 @@ folders stand at the root of the repository without an `__init__.py`, because a 
 `kernels` would shadow the package of that name which Hugging Face transformers imports. Each part lists its public names
 in `__init__.pyi`, where type checkers and editors look. This module gives those names to the running program: the first
 access imports the module that defines the name, and nothing is imported before.
+
+What all parts stand on lies in this folder, and uses none of them: settings, inputs, storage, progress, extras, quiet.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import types
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from distilbeam.quiet import drop_beam_import_line
 
 PARTS = ("kernels", "pipelines", "selection", "student", "teacher")
 
@@ -100,6 +104,7 @@ class _FormerPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.insert(0, _FormerPaths())
+drop_beam_import_line()
 
 for _part in PARTS:
     if f"{__name__}.{_part}" not in sys.modules:

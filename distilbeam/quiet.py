@@ -43,6 +43,15 @@ def keep_quiet() -> None:
         warnings.simplefilter("ignore")
 
 
+def drop_beam_import_line() -> None:
+    """Drop the line that Beam logs when it is imported without the extra gcp, which nothing of ours needs."""
+    logging.getLogger().addFilter(_is_no_import_line)
+
+
+def _is_no_import_line(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("apitools not found")
+
+
 @contextmanager
 def native_lines_dropped() -> Iterator[None]:
     """Drop what native code writes to standard error in the block, where `keep_quiet` was called; not what Python raises."""

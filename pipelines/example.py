@@ -7,7 +7,6 @@ with `torch.export` like any user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from distilbeam.pipelines.engine.phase import threads
+from distilbeam.progress import Progress
 
 SPLITS = {"test": 400, "validation": 200, "teacher": 300, "labelled": 60}
 
@@ -61,13 +61,13 @@ weight_decay = 0.1
 """
 
 
-def write_digits(directory: Path, seed: int, progress: Callable[[int, int], None]) -> Path:
+def write_digits(directory: Path, seed: int, progress: Progress) -> Path:
     """Write the example's data, teacher and configuration.
 
     Args:
       directory: where to write; made if it is not there.
-      seed: of the split and of the teacher's training.
-      progress: called with the number of the teacher's epochs done and of all.
+      seed: decides which images are in which set, and the teacher's training.
+      progress: told the epochs of the teacher's training.
 
     Returns:
       The path of the configuration.
@@ -122,7 +122,7 @@ def _train_teacher(
     images: npt.NDArray[np.uint8],
     digits: npt.NDArray[np.int64],
     seed: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     epochs: int = 30,
     batch: int = 64,
 ) -> nn.Module:
@@ -141,5 +141,5 @@ def _train_teacher(
                 loss.backward()
                 optimiser.step()
                 schedule.step()
-            progress(epoch + 1, epochs)
+            progress.step(epoch + 1, epochs)
     return teacher.eval()

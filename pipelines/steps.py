@@ -16,13 +16,16 @@ from typing import Any
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
-from distilbeam.pipelines.engine.display import Display, Report
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.jobs.directory import RunDirectory, opened_run
 from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.freeze import freeze
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.set_notes import notes_on
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report.html import write_report
 from distilbeam.pipelines.report.metrics import are_current, write_results
+from distilbeam.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Step:
     round: int | None
     title: str
     commit: Path
-    do: Callable[[Report], None]
+    do: Callable[[Progress], None]
     current: Callable[[], bool] = lambda: True
 
     @property
@@ -65,11 +68,11 @@ def steps_of(job: Job) -> list[Step]:
         ]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
-        steps.append(Step("compare", None, title, job.comparison.student(1), job.compare))
-    current = partial(are_current, job)
+        steps.append(Step("compare", None, title, job.run.comparison.student(1), job.compare))
+    current = partial(are_current, job.run)
     return [
         *steps,
-        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job), current),
+        Step("evaluate", None, "evaluate", where.metrics, partial(write_results, job.run), current),
         Step("report", None, "draw the report", where.report / "report.html", partial(write_report, where), current),
     ]
 
@@ -129,15 +132,16 @@ def run(
     """
     display = display or Display.silent()
     if isinstance(config, str | Path):
-        base = Path(config).parent if base is None else base
         config = load_config(Path(config))
+        if base is not None:
+            config = parse_config(config.dump())
     elif isinstance(config, Mapping):
         config = parse_config(config)
-    base = Path(base or ".").resolve()
+    config = config.relative_to(Path(base or ".").resolve())
     require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
-    with opened_run(config, base) as directory:
-        job = Job(config, base, directory, options)
+    with opened_run(config) as directory:
+        job = Job(Run(config, directory), options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
         if config.engine.retry:
@@ -145,7 +149,7 @@ def run(
         steps = _up_to(steps_of(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:
-            job.freeze(check_content)
+            freeze(job.run, check_content)
             directory.record(config)
         if not todo:
             display.say(f"Nothing to do: all {len(steps)} steps are done in {directory.root}")
@@ -155,19 +159,19 @@ def run(
                 f"Going on in {directory.root}: {len(steps) - len(todo)} of {len(steps)} steps are done already"
             )
         with display.step("read the data and load the teacher"):
-            job.freeze(check_content)
+            freeze(job.run, check_content)
         if todo[0] is steps[0]:
-            for note in notes_on(job.inputs):
+            for note in notes_on(job.run.inputs):
                 display.say(f"note: {note}")
         for step in todo:
-            with display.step(step.title) as report:
-                step.do(report)
+            with display.step(step.title) as progress:
+                step.do(progress)
     return directory.root
 
 
 def redraw_report(root: Path) -> None:
     """Draw the report of a finished run again."""
-    write_report(RunDirectory(root), lambda *_: None)
+    write_report(RunDirectory(root), Progress())
 
 
 def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step]:

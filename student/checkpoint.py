@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distilbeam.inputs.config import make_input, with_padding
+from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.networks.build import build_student, count_parameters
 from distilbeam.student.networks.config import KINDS, StudentConfig
 from distilbeam.student.networks.embedding import seen_by_head
@@ -202,9 +200,7 @@ def save_student(
         "num_parameters": count_parameters(module),
         "extra": dict(extra or {}),
     }
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with committed_directory(directory) as temporary:
         tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
         whole = config.model_copy(update={"input": with_own_files(config.input, temporary)})
@@ -212,11 +208,6 @@ def save_student(
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         if files is not None:
             files(temporary)
-        _flush(temporary)
-        temporary.replace(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return directory
 
 
@@ -303,12 +294,3 @@ def _digest(weights: Path, config: StudentConfig, description: Description) -> s
     if config.input.tokenizer and description.config.input.tokenizer == TOKENIZER:
         digest.update(str(content_of(config.input)).encode())
     return digest.hexdigest()
-
-
-def _flush(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

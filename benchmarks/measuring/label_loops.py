@@ -18,6 +18,7 @@ from distilbeam.pipelines.config import LabelConfig, parse_label_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.forkserver import local_runner
 from distilbeam.pipelines.jobs.labelling import LabellingJob, opened_job
+from distilbeam.progress import Progress
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from measuring.pools import Teacher
@@ -93,18 +94,18 @@ def plain_loop(task: Task, processes: int = 1) -> None:
 
 def distilbeam(task: Task, *flags: str) -> None:
     """Label by a labelling job, manifest, checksums and flushing to disk included."""
-    with opened_job(task.config(), task.output.parent) as job:
+    with opened_job(task.config().relative_to(task.output.parent)) as job:
         _label(job, flags)
 
 
 def distilbeam_on_dask(task: Task) -> None:
     """Label by a labelling job on a Dask cluster of two worker processes; the start of the cluster is not measured."""
-    with opened_job(task.config(), task.output.parent) as job:
+    with opened_job(task.config().relative_to(task.output.parent)) as job:
         _label(job, ("--runner=DaskRunner", f"--dask_client_address={_cluster().scheduler_address}"))
 
 
 def _label(job: LabellingJob, flags: tuple[str, ...]) -> None:
-    job.label(job.plan(), pipeline_options(flags), lambda *_: None)
+    job.label(job.plan(), pipeline_options(flags), Progress())
 
 
 _clusters: list[Any] = []

@@ -1,10 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: written under a temporary name, flushed to the disk, renamed.
+
+Temporary names begin with a dot and end in `.tmp`, with a random part between, so that two writers of one file never share
+one; what a killed process left behind is swept when its run is opened again (`files.sweep`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +53,29 @@ def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def committed_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill and move it to `path` when the block ends without an error.
+
+    Every file and folder in it is flushed before the rename and the folder around it after, as by `replacing`.
+
+    Args:
+      path: the final name, of a folder that is not there, or is empty; the folder around it is made where it is missing.
+
+    Yields:
+      A new folder beside `path`, whose name begins with a dot.
+    """
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for inside in temporary.rglob("*"):
+            flush(inside)
+        move_flushed({temporary: path})  # which takes the place of an empty folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def temporary_name(path: Path) -> Path:
     """Return a name beside `path` that nobody else uses and readers pass over; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +83,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def move_flushed(moves: Mapping[Path, Path]) -> None:
-    """Flush files to the disk, give them their final names, then flush the folders, each once.
+    """Flush files, or folders, to the disk, give them their final names, then flush the folders around them, each once.
 
     Args:
       moves: final names by temporary ones, each in the folder of its final one.

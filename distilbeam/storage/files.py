@@ -1,39 +1,17 @@
-"""Files and directories that appear whole or not at all: written under a temporary name, flushed to disk, renamed.
-
-Temporary names begin with a dot and end in `.tmp`, with a random part between, so that two writers of one file never share
-one; what a killed process left behind is swept when its run is opened again.
-"""
+"""JSON and Parquet files that appear whole or not at all, and the sweeping of what killed writers left."""
 
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.storage.atomic import flush, move_flushed, replacing
+from distilbeam.storage.atomic import replacing
 from distilbeam.storage.paths import read_texts
-
-
-@contextmanager
-def committed_directory(path: Path) -> Iterator[Path]:
-    """Yield a new temporary directory beside `path`; flush its files and rename it to `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            flush(file)
-        move_flushed({temporary: path})
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: its entry, its form of failure, and the commands that carry out a run.
 
 Every failure that a user can mend is one sentence on standard error and exit status 2 (wrong input) or 1 (work that
 failed); `--debug` shows the traceback.
@@ -19,6 +19,7 @@ from rich.text import Text
 import distilbeam
 from distilbeam.pipelines.cli.data import ingest
 from distilbeam.pipelines.cli.label import label, plan
+from distilbeam.pipelines.cli.launch import launch
 from distilbeam.pipelines.cli.options import (
     BeamArgument,
     CheckContentOption,
@@ -30,14 +31,17 @@ from distilbeam.pipelines.cli.options import (
     RoundOption,
     SetOption,
     TrustOption,
+    console,
     end_stopped,
+    errors,
     run_steps,
     with_max_failures,
 )
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
-from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
+from distilbeam.pipelines.engine.display import Display, configure_logs
+from distilbeam.pipelines.engine.ending import Interrupted, end_given_up
 from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
@@ -49,8 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = plain_console()
-errors = plain_console(stderr=True)
 _INTERRUPTED = 130
 
 
@@ -67,9 +69,9 @@ def main() -> None:
         _exit(e.code if isinstance(e.code, int) else 0)
     except (ValueError, OSError) as e:
         _fail(e, 2, arguments)
+    except Interrupted as e:
+        end_stopped(str(e))
     except RuntimeError as e:
-        if type(e).__name__ == "Interrupted":  # of `phases`, which is not imported for every command
-            end_stopped(str(e))
         _fail(e, 1, arguments)
 
 
@@ -83,9 +85,7 @@ def _fail(error: Exception, status: int, arguments: list[str]) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    watchdog = sys.modules.get("distilbeam.pipelines.engine.watchdog")
-    if watchdog is not None:
-        watchdog.end_given_up(status)
+    end_given_up(status)
     sys.exit(status)
 
 
@@ -130,8 +130,8 @@ def init(
 
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
-            with Display(console).step("make the digits example: data and teacher") as report:
-                write_digits(Path(temporary) / "example", seed, report)
+            with Display(console).step("make the digits example: data and teacher") as progress:
+                write_digits(Path(temporary) / "example", seed, progress)
             shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
     else:
         raise ValueError(f"--example must be digits, got {example}")
@@ -254,5 +254,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, stream, ingest, export, tune, pareto, inspect, verify, serve_teacher):
+for command in (plan, label, stream, ingest, launch, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -155,9 +155,7 @@ def stream(
 
     shown = _Shown(as_json)
     say = Display(plain_console(stderr=as_json)).say
-    job = StreamJob(
-        settings, config.parent.resolve(), StreamSettings.of(options), beam_options or [], shown.report, say
-    )
+    job = StreamJob(settings, StreamSettings.of(options), beam_options or [], shown.report, say)
     if metrics_port is not None:
         serve_state(job.state, metrics_port)
     _stop_on_signals(job, say)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +24,7 @@ from distilbeam.pipelines.cli.options import (
 from distilbeam.pipelines.engine.display import Display, configure_logs
 
 if TYPE_CHECKING:
-    from distilbeam.pipelines.experiments.run_data import Material
+    from distilbeam.pipelines.jobs.run import Run
 
 TargetArgument = Annotated[
     Path,
@@ -73,8 +75,8 @@ def export(
     check_formats(wanted)
     if _is_config(student):
         _refuse_for_configuration(calibrate=calibrate, data=data)
-        with _material(student, overrides) as material:
-            _export_of_run(material, wanted, output, number, calibration_rows, ratio, recovery)
+        with _opened_run(student, overrides) as run:
+            _export_of_run(run, wanted, output, number, calibration_rows, ratio, recovery)
     else:
         _refuse_for_directory(overrides, number)
         _export_of_directory(student, wanted, output, calibrate, calibration_rows, data, label)
@@ -95,15 +97,17 @@ def tune(
 
     require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
-    with _material(config, [*(overrides or []), *more]) as material:
+    with _opened_run(config, [*(overrides or []), *more]) as run:
         from distilbeam.pipelines.experiments.tune import tune as tune_run
         from distilbeam.pipelines.report.tables import trial_table
 
-        found = tune_run(material, Display(console))
-        console.print(trial_table(found, material.config.tune.metric))
-        best = material.directory.root / "tune" / "best.toml"
+        found = tune_run(run, Display(console))
+        console.print(trial_table(found, run.config.tune.metric))
+        best = run.directory.root / "tune" / "best.toml"
+    words = [word for value in [*(overrides or []), f"@{best}"] for word in ("--set", value)]
+    again = shlex.join(["distilbeam", "run", str(config), *words])
     console.print(
-        f"Best settings: {best}. A student of these on the labels that are there: distilbeam run {config} --set @{best}",
+        f"Best settings: {best}. A student of these on the labels that are there: {again}",
         highlight=False,
         soft_wrap=True,
     )
@@ -115,18 +119,18 @@ def pareto(
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Make students of several sizes by both of the Survey's strategies; show which are worth having."""
+    """Make students of several sizes, shrunk and then improved, or grown, improved and shrunk; show which are worth having."""
     configure_logs(log_level, console)
     signal.signal(signal.SIGINT, stop_at_once)
-    with _material(config, overrides) as material:
+    with _opened_run(config, overrides) as run:
         from distilbeam.pipelines.experiments.pareto import sweep_widths
         from distilbeam.pipelines.report.tables import PARETO_COLUMNS, console_table, pareto_rows
 
-        results = sweep_widths(material, Display(console))
+        results = sweep_widths(run, Display(console))
         title = f"Accuracy against {results['cost']}; the front is that of the validation set"
         console.print(console_table(title, PARETO_COLUMNS, pareto_rows(results)))
-        _redraw(material)
-        picture = material.directory.root / "pareto" / "pareto.png"
+        _redraw(run)
+        picture = run.directory.root / "pareto" / "pareto.png"
     console.print(f"Plot: {picture}", highlight=False, soft_wrap=True)
 
 
@@ -189,24 +193,28 @@ def _is_config(target: Path) -> bool:
 
 
 @contextmanager
-def _material(config: Path, overrides: list[str] | None) -> Iterator[Material]:
-    """Hold a configuration's run directory and give its data."""
+def _opened_run(config: Path, overrides: list[str] | None) -> Iterator[Run]:
+    """Hold a configuration's run directory and give the run."""
     with Display(console).waiting("loading"):
         from distilbeam.extras import require_extras
         from distilbeam.pipelines.config import load_config
-        from distilbeam.pipelines.experiments.run_data import Material
         from distilbeam.pipelines.jobs.directory import opened_run
+        from distilbeam.pipelines.jobs.freeze import require_data_of_run
+        from distilbeam.pipelines.jobs.run import Run
         from distilbeam.pipelines.needs import needs_of
-    settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    settings = load_config(config, overrides or ())
     require_extras(needs_of(settings))
-    with opened_run(settings, base) as directory:
+    with opened_run(settings) as directory:
         if (sentence := directory.sentence(settings.run.rounds)) is not None:
             Display(console).say(sentence)
-        yield Material(settings, base, directory)
+        run = Run(settings, directory)
+        if directory.moved:
+            require_data_of_run(run)
+        yield run
 
 
 def _export_of_run(
-    material: Material,
+    run: Run,
     formats: list[str],
     output: Path | None,
     number: int | None,
@@ -215,24 +223,26 @@ def _export_of_run(
     recovery: float,
 ) -> None:
     from distilbeam.pipelines.experiments.exports import write_exports
+    from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
+    from distilbeam.pipelines.experiments.model_metrics import pool_examples
 
-    student = material.last_student(number)
-    training = material.config.training
+    student = run.last_student(number)
+    training = run.config.training
     short = training.model_copy(update={"epochs": max(1, round(recovery * training.epochs))})
     table = write_exports(
         student,
         formats,
-        output or material.directory.root / "exports" / student.name,
-        material.judge,
+        output or run.directory.root / "exports" / student.name,
+        partial(judge_on_run, run),
         Display(console),
-        material.examples(rows),
-        {"pool": material.config.data.pool, "seed": material.config.run.seed},
-        material.provenance(student),
-        lambda config, init, directory, report: material.train(config, short, directory, report, init=init),
+        pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
+        {"pool": run.config.dump()["data"]["pool"], "seed": run.config.run.seed},
+        run.provenance(student),
+        lambda config, init, directory, progress: train_further(run, config, short, directory, progress, init=init),
         ratio,
     )
-    _print_exports(table, "validation" if material.config.data.test is None else "test")
-    _redraw(material)
+    _print_exports(table, "validation" if run.config.data.test is None else "test")
+    _redraw(run)
 
 
 def _export_of_directory(
@@ -273,11 +283,11 @@ def _print_exports(table: list[dict[str, Any]], evaluated_on: str | None) -> Non
     console.print(console_table(title, EXPORT_COLUMNS, export_rows(table, evaluated_on)))
 
 
-def _redraw(material: Material) -> None:
-    if material.directory.metrics.exists():
+def _redraw(run: Run) -> None:
+    if run.directory.metrics.exists():
         from distilbeam.pipelines.steps import redraw_report
 
-        redraw_report(material.directory.root)
+        redraw_report(run.directory.root)
 
 
 def _refuse_for_configuration(**options: Path | None) -> None:

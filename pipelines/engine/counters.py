@@ -1,4 +1,4 @@
-"""What the work of a phase costs, counted where it is done.
+"""Counters of a phase: what its work costs, counted where it is done.
 
 The counts are Beam counters of the namespace `distilbeam`, so that a runner's own display (Dataflow's page of a job, say)
 shows them too; `totals` reads them when a pipeline has ended. Times are microseconds. Outside a pipeline counting does

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per finished step, a bar while one is under way, and quiet logs.
+"""The display of a run: one line per finished step, a bar while one is under way, and quiet logs.
 
 Beam, TensorFlow and their libraries log through the standard loggers; below the chosen level they are kept out of the
 picture, and ours are shown through rich, above the bar.
@@ -10,12 +10,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
+
+from distilbeam.progress import Progress
 
 NOISY = (
     *("absl", "apache_beam", "google", "grpc", "h5py", "huggingface_hub", "jax", "matplotlib", "onnxruntime", "PIL"),
@@ -23,15 +25,19 @@ NOISY = (
 )
 
 
-class Report(Protocol):
-    """Called with the numbers of things done and of all things, and a few words about the latest."""
-
-    def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
-
-
 def plain_console(stderr: bool = False) -> Console:
     """Return a console that prints text as it is: no name of a file or a class is markup, an emoji or highlighted."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+class _Bar(Progress):
+    def __init__(self, bars: Bars, title: str) -> None:
+        self._bars, self._task = bars, bars.add_task(title, total=None, note="")
+
+    def step(self, done: int, total: int, note: str = "") -> None:
+        rate = self._bars.tasks[0].speed
+        words = [note, "" if rate is None else f"{rate:,.0f}/s"]
+        self._bars.update(self._task, completed=done, total=total, note="  ".join(filter(None, words)))
 
 
 class Display:
@@ -46,14 +52,14 @@ class Display:
         return cls(Console(quiet=True))
 
     @contextmanager
-    def step(self, title: str) -> Iterator[Report]:
+    def step(self, title: str) -> Iterator[Progress]:
         """Show a step: a bar while it runs, a line with its time when it is done.
 
         Args:
           title: what is being done, in a few words.
 
         Yields:
-          A function to call with the numbers of things done and of all things, and a note.
+          What to tell of things done.
         """
         start = time.perf_counter()
         columns = (
@@ -65,15 +71,8 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None, note="")
-
-            def report(done: int, total: int, note: str = "", /) -> None:
-                rate = progress.tasks[0].speed
-                words = [note, "" if rate is None else f"{rate:,.0f}/s"]
-                progress.update(task, completed=done, total=total, note="  ".join(filter(None, words)))
-
-            yield report
+        with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+            yield _Bar(bars, title)
         took = f"{time.perf_counter() - start:.1f} s"
         self.console.print(Text.assemble("  ", ("✓", "green"), f" {title} ", (took, "dim")))
 

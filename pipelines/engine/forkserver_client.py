@@ -1,4 +1,4 @@
-"""What Beam starts in the place of a worker: asks the server for one and ends when the worker does.
+"""The client that Beam starts in the place of a worker: it asks the fork server for one and ends when the worker does.
 
 A program of its own that imports nothing of the project, so that it starts in milliseconds.
 """

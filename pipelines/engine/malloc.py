@@ -1,4 +1,4 @@
-"""Memory that a worker frees and soon needs again."""
+"""Settings of malloc: memory that a worker frees and soon needs again stays its own."""
 
 from __future__ import annotations
 

@@ -15,45 +15,45 @@ in worker processes from then on, and what is found out by dying is no attempt.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import apache_beam as beam
-import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.engine.beam_options import spares_processor, spread_over_tasks
 from distilbeam.pipelines.engine.commit_queue import Settler
 from distilbeam.pipelines.engine.counters import count, totals
+from distilbeam.pipelines.engine.ending import Interrupted, interruptible
+from distilbeam.pipelines.engine.failures import (
+    are_hopeless,
+    clear_failures,
+    failure_sentence,
+    kept_error,
+    read_failures,
+)
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
 from distilbeam.pipelines.engine.malloc import keep_freed_memory
 from distilbeam.pipelines.engine.prefetch import sparing
 from distilbeam.pipelines.engine.stopping import (
-    STOP,
-    Stopped,
-    can_pass,
-    cannot_be_written,
     is_stopped,
     stoppable,
     write_stop,
 )
 from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
-from distilbeam.storage.files import read_json, write_json
-from distilbeam.storage.paths import StoreError, list_files, remove_folder, to_path
-from distilbeam.storage.private_folders import is_private, private_folder
+from distilbeam.progress import Progress
+from distilbeam.storage.paths import StoreError, to_path
+from distilbeam.storage.private_folders import private_folder
 
 log = logging.getLogger("distilbeam.phases")
 
@@ -109,16 +109,10 @@ class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
 
 
-class Interrupted(RuntimeError):  # noqa: N818  (named after what happened)
-    """The phase was told to stop, by Ctrl-C for instance, and has kept what it had."""
-
-
-_at_work: list[tuple[tuple[Path, ...], threading.Event]] = []
-
-
 class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, spare: bool = False) -> None:
-        self.phase, self.work, self.errors, self.private, self.spare = phase, work, errors, private, spare
+    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, *, spare: bool, models: bool) -> None:
+        self.phase, self.work, self.errors, self.private = phase, work, errors, private
+        self.spare, self.models = spare, models
 
     def setup(self) -> None:
         keep_freed_memory()
@@ -127,9 +121,13 @@ class _Run(beam.DoFn, Generic[Item]):
         self.settler = Settler(self.work.settle)
         self.begun: tuple[Item, Iterable[Any]] | None = None
 
+    # One item behind: what is left of an item (`begun`) is done after the next one has been started, whose reading ahead then
+    # fills the time in which this one is worked on. A bundle's last item is finished by `finish_bundle`, and Beam counts the
+    # elements of a bundle as done only after that.
+
     def process(self, item: Item) -> None:
         rest: Iterable[Any] | None = None
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             if is_stopped():  # what was begun finds out by itself, and keeps what it has
                 self._do_begun()
                 return
@@ -139,7 +137,7 @@ class _Run(beam.DoFn, Generic[Item]):
         self.begun = None if rest is None else (item, rest)
 
     def finish_bundle(self) -> None:
-        with threads(1), self._stoppable():
+        with threads(1, models=self.models), self._stoppable():
             self._do_begun()
             with self._kept_error(lambda: "of those that were being flushed to the disk"):
                 self.settler.finish()
@@ -148,68 +146,47 @@ class _Run(beam.DoFn, Generic[Item]):
         if self.begun is None:
             return
         item, rest = self.begun
-        self.begun = None
+        self.begun = None  # before the work: what fails must not be begun again by the next item
         with self._kept_error(lambda: self.work.name(item)):
-            for end in rest:
+            for end in rest:  # committed by another thread while the next item is worked on: fsync waits for the disk
                 self.settler.add(end)
             count(f"{self.phase}_items")
 
     def _stoppable(self) -> AbstractContextManager[None]:
         return stoppable(to_path(self.errors), Path(self.private))
 
-    @contextmanager
-    def _kept_error(self, name: Callable[[], str]) -> Iterator[None]:
-        """Keep an error for the driver, which reads it and raises it."""
-        try:
-            yield
-        except Stopped:
-            pass
-        except Exception as e:  # noqa: BLE001  # the boundary
-            record = {
-                "item": name(),
-                "type": type(e).__name__,
-                "message": str(e),
-                "traceback": traceback.format_exc(),
-                "passes": can_pass(e),
-                "stops": is_stopped(),
-                "full": cannot_be_written(e),
-            }
-            _keep(record, to_path(self.errors), Path(self.private))
-
-
-def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
-    """Write an error's record where the driver looks for it; among the driver's temporary files if the disk is full."""
-    name = f"{_stable_name(record['item'])}.json"
-    try:
-        write_json(errors / name, record)
-    except OSError:
-        if not is_private(private):  # on another machine, or not the one that the driver made
-            raise
-        write_json(private / name, record)
+    def _kept_error(self, name: Callable[[], str]) -> AbstractContextManager[None]:
+        return kept_error(name, to_path(self.errors), Path(self.private))
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int, *, models: bool = True) -> Iterator[None]:
     """Keep BLAS and torch to `count` threads inside the block.
 
     Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
     makes sums, and so gains and labels, the same on every runner.
+
+    Args:
+      count: the number of threads.
+      models: whether models may run there; without them torch, which takes seconds to import, is left alone.
     """
+    # libraries are looked for anew, which takes 2 ms: a model that was loaded in between may have brought one of its own
+    with _torch_threads(count) if models else nullcontext(), ThreadpoolController().limit(limits=count):
+        yield
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
     before = torch.get_num_threads()
     if before != count:
         torch.set_num_threads(count)
     try:
-        with _thread_pools(len(sys.modules)).limit(limits=count):
-            yield
+        yield
     finally:
         if before != count:
             torch.set_num_threads(before)
-
-
-@lru_cache(maxsize=1)
-def _thread_pools(_modules: int) -> ThreadpoolController:
-    """Find the loaded BLAS and OpenMP libraries, again only when something was imported: it takes milliseconds."""
-    return ThreadpoolController()
 
 
 def run_phase(
@@ -219,9 +196,10 @@ def run_phase(
     *,
     errors: Path,
     options: PipelineOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     attempts: int = 2,
     poll_s: float = 0.2,
+    models: bool = True,
 ) -> PhaseReport:
     """Do `work` for every item whose file is missing, as one Beam pipeline.
 
@@ -231,23 +209,28 @@ def run_phase(
       items: all items of the phase.
       errors: directory for the records of items that failed.
       options: Beam's options; they name the runner.
-      progress: called about every `poll_s` seconds with the number of rows done and of all rows.
+      progress: told the rows done and all rows, about every `poll_s` seconds.
       attempts: pipelines to submit before an item that fails ends the phase.
       poll_s: seconds between two looks at the committed files.
+      models: whether the work runs models, see `threads`.
 
     Returns:
       What it cost.
 
     Raises:
       PhaseError: an item failed in every attempt.
-      Interrupted: `interrupt` was called.
+      Interrupted: `ending.interrupt` was called.
     """
     start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
     todo = planned = work.remaining(items)
-    with private_folder("errors") as private, _interruptible((errors, private)) as interrupted:
+    with (
+        private_folder("errors") as private,
+        interruptible(partial(write_stop, (errors, private))) as interrupted,
+    ):
+        worker = partial(_Run, phase, work, str(errors), str(private), models=models)
         while todo:
             attempt += 1
-            _clear(errors, private)
+            clear_failures(errors, private)
             lost, known = "", _dangers(work)
             if known:
                 log.warning(
@@ -255,47 +238,25 @@ def run_phase(
                 )
             with _Watch(work, items, progress, poll_s):
                 try:
-                    counts += _submit(phase, work, todo, errors, private, sheltered(options) if known else options)
+                    counts += _submit(worker, todo, private, sheltered(options) if known else options)
                 except WorkerLostError as e:
                     lost = str(e)
                     log.warning("%s: %s", phase, lost)
-            todo = work.remaining(todo)
+            todo = work.remaining(todo)  # the files decide what is done, whatever the runner reported
             if interrupted.is_set():
                 _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")
-            failed = _failures(errors, private)
+            failed = read_failures(errors, private)
             if lost and _dangers(work) - known:
                 attempt -= 1  # it is known better what the process dies of
-            elif todo and (attempt >= attempts or _hopeless(failed)):
+            elif todo and (attempt >= attempts or are_hopeless(failed)):
                 _tidy(work, finished=False)
-                raise PhaseError(_sentence(phase, todo, failed, work, lost))
+                raise PhaseError(failure_sentence(phase, len(todo), work.name(todo[0]), failed, lost))
             if todo:
                 log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
                 retried += len(todo)
     _tidy(work, finished=True)
     return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
-
-
-def interrupt() -> bool:
-    """Tell the phase that is at work to stop; `run_phase` then raises `Interrupted`. False where none is, or was told before."""
-    if not _at_work:
-        return False
-    places, interrupted = _at_work[-1]
-    if interrupted.is_set():
-        return False
-    interrupted.set()
-    write_stop(places)
-    return True
-
-
-@contextmanager
-def _interruptible(places: tuple[Path, ...]) -> Iterator[threading.Event]:
-    interrupted = threading.Event()
-    _at_work.append((places, interrupted))
-    try:
-        yield interrupted
-    finally:
-        _at_work.pop()
 
 
 def _dangers(work: Work[Item]) -> frozenset[Any]:
@@ -312,33 +273,20 @@ def _tidy(work: Work[Item], *, finished: bool) -> None:
             tidy(finished)
 
 
-def _clear(errors: Path, private: Path) -> None:
-    remove_folder(errors)
-    for path in (*private.glob("*.json"), private / STOP):
-        path.unlink(missing_ok=True)
-
-
-def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether trying again is in vain: everything that failed would fail again, or something that stopped everybody."""
-    return bool(failed) and (
-        any(f["stops"] and not f["passes"] for f in failed) or not any(f["passes"] for f in failed)
-    )
-
-
 def _submit(
-    phase: str, work: Work[Item], todo: Sequence[Item], errors: Path, private: Path, options: PipelineOptions
+    worker: Callable[..., _Run[Item]], todo: Sequence[Item], private: Path, options: PipelineOptions
 ) -> Counter[str]:
     with spread_over_tasks(options, len(todo)):
         runner, local = local_runner(options) if in_processes(options) else (None, options)
         pipeline = beam.Pipeline(runner, local)
         _keep_inside(pipeline, private)
-        run: Any = _Run(phase, work, str(errors), str(private), spares_processor(options))
+        run: Any = worker(spare=spares_processor(options))
         # Create would reshuffle, too: a tenth of a second for a second time
         _ = (
             pipeline
             | "Items" >> beam.Create(list(todo), reshuffle=False)
             | beam.Reshuffle()
-            | phase.capitalize() >> beam.ParDo(run)
+            | run.phase.capitalize() >> beam.ParDo(run)
         )
         return totals(run_watched(pipeline, options))
 
@@ -353,9 +301,7 @@ def _keep_inside(pipeline: Any, private: Path) -> None:
 class _Watch(Generic[Item]):
     """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
 
-    def __init__(
-        self, work: Work[Item], items: Sequence[Item], progress: Callable[[int, int], None] | None, poll_s: float
-    ) -> None:
+    def __init__(self, work: Work[Item], items: Sequence[Item], progress: Progress | None, poll_s: float) -> None:
         self._pending: Sequence[Item] = items
         self._total = sum(work.rows(item) for item in items) if progress is not None else 0
         self._work, self._progress, self._poll_s = work, progress, poll_s
@@ -382,32 +328,6 @@ class _Watch(Generic[Item]):
             # a look lists every file that is committed, which may not take the work's time
             wait_s = max(self._poll_s, _LOOKS * (time.perf_counter() - start))
 
-    def _report(self, progress: Callable[[int, int], None]) -> None:
+    def _report(self, progress: Progress) -> None:
         self._pending = self._work.remaining(self._pending)
-        progress(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
-
-
-def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:
-    """Read the records of what failed, those that stopped everybody first."""
-    found = [read_json(path) for place in (errors, private) for path in sorted(list_files(place, "*.json"))]
-    return sorted(found, key=lambda record: not (record["stops"] and not record["passes"]))
-
-
-def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:
-    count = f"{phase}: {len(todo)} item(s) could not be done"
-    if lost and not failed:
-        return f"{count}, the first {work.name(todo[0])}: {lost}; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
-    if not failed:
-        return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
-    first = failed[0]
-    log.debug("first failure of %s:\n%s", phase, first["traceback"])
-    sentence = first["type"] in ("ValueError", "DamagedFileError", "TeacherMisfit", "TooManyFailures")
-    message = first["message"] if sentence else f"{first['type']}: {first['message']}"
-    way_out = (
-        "; what was answered is kept: make room, or let it be written to, and start again" if first["full"] else ""
-    )
-    return f"{count}, the first {first['item']}: {message}{way_out}"
-
-
-def _stable_name(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        progress.step(self._total - sum(self._work.rows(item) for item in self._pending), self._total)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from distilbeam.storage.paths import is_remote
+from distilbeam.storage.stores import store_of
 
 Value = TypeVar("Value")
 _END: Any = object()
@@ -56,7 +56,7 @@ def read_from(path: str, items: Iterable[Value]) -> Iterator[tuple[Value, float]
     Returns:
       See `read_ahead`.
     """
-    return read_ahead(items) if _spare.get() or is_remote(path) else read_in_turn(items)
+    return read_ahead(items) if _spare.get() or store_of(path).by_request else read_in_turn(items)
 
 
 def read_in_turn(items: Iterable[Value]) -> Iterator[tuple[Value, float]]:

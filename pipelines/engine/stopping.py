@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from distilbeam.storage.paths import is_remote, list_files
+from distilbeam.storage.paths import list_files
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.protocol import TeacherChanged
 
 STOP = "stop"
-_LISTING_S = 5.0  # between two looks into an object store, which cost money
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _places: ContextVar[tuple[Path, ...]] = ContextVar("places", default=())
 _looked: dict[Path, tuple[float, bool]] = {}
@@ -46,8 +46,7 @@ def write_stop(places: tuple[Path, ...]) -> None:
     """Leave the word to stop in each of the folders that takes it."""
     for place in places:
         with suppress(OSError):
-            if not is_remote(place):
-                place.mkdir(parents=True, exist_ok=True)
+            store_of(place).make_folder(place)
             (place / STOP).touch()
 
 
@@ -73,10 +72,11 @@ def cannot_be_written(error: BaseException) -> bool:
 
 
 def _asked(place: Path) -> bool:
-    if not is_remote(place):
+    store = store_of(place)
+    if not store.by_request:
         return (place / STOP).exists()
-    then, found = _looked.get(place, (-_LISTING_S, False))
-    if not found and time.monotonic() - then >= _LISTING_S:
+    then, found = _looked.get(place, (-store.look_s, False))
+    if not found and time.monotonic() - then >= store.look_s:
         with suppress(OSError):
             found = bool(list_files(place, STOP))
         _looked[place] = time.monotonic(), found

@@ -9,8 +9,6 @@ is given up, and the caller decides what to repeat. Nothing is lost: what was co
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -19,12 +17,12 @@ from typing import Any
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from distilbeam.pipelines.engine.ending import give_up
 from distilbeam.pipelines.engine.forkserver import CLIENT, deaths, in_processes
 
 _FIRST_LOOK_S = 0.02  # a worker may die at once
 _CONNECTIONS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")  # Beam's threads, by name
 _hooks: list[Any] = []
-_given_up = threading.Event()
 
 
 class WorkerLostError(RuntimeError):
@@ -65,21 +63,13 @@ def run_watched(pipeline: Any, options: PipelineOptions, *, grace_s: float = 5.0
             continue
         gone_since = gone_since or time.monotonic()
         if time.monotonic() - gone_since > grace_s:
-            _given_up.set()
+            give_up()
             for process in alive:
                 process.kill()
             lost = max(1, len(workers) - len(alive), len(died))
             how = ", ".join(sorted(set(died.values()))) or "killed, or out of memory"
             raise WorkerLostError(f"{lost} of {max(lost, len(workers))} worker processes died ({how})")
     return outcome.result()
-
-
-def end_given_up(status: int) -> None:
-    """End the process at once if a pipeline was given up: its threads would keep the interpreter from ending."""
-    if _given_up.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def _silence_connections() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy.typing as npt
 
 from distilbeam.extras import require_extras
-from distilbeam.pipelines.engine.display import Display, Report
-from distilbeam.pipelines.jobs.directory import held
+from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.needs import needs_of_formats
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, sweep, write_json
+from distilbeam.storage.stores import store_of
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.export.export import FORMATS, export_student
 from distilbeam.student.export.prune import prune_student, require_prunable
@@ -22,7 +23,7 @@ PRUNED, CUT = "pruned", "pruned-untrained"
 ALL_FORMATS = (*FORMATS, PRUNED)
 
 Judge = Callable[[Path], dict[str, Any]]
-Retrain = Callable[[StudentConfig, Path, Path, Report], object]
+Retrain = Callable[[StudentConfig, Path, Path, Progress], object]
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -56,7 +57,7 @@ def write_exports(
       examples: inputs out of the pool to calibrate on.
       origin: where the examples come from.
       provenance: what the student was made from.
-      retrain: trains a pruned network: its configuration, the directory to start from, the directory to write, report.
+      retrain: trains a pruned network: its configuration, the directory to start from, the directory to write, progress.
       ratio: share of the channels that `pruned` takes away.
 
     Returns:
@@ -70,7 +71,7 @@ def write_exports(
     fingerprint = loaded.fingerprint()
     if PRUNED in formats:
         _require_pruning(loaded, ratio, retrain)
-    with held(output, "--output", "--output"):
+    with store_of(output).hold(output, "--output", "--output"):
         sweep(output)  # what was left by one that was killed
         return _exported(
             student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio
@@ -92,11 +93,11 @@ def _exported(
 ) -> list[dict[str, Any]]:
     for name in formats:
         directory = output / name
-        with display.step(f"export {name}") as report:
+        with display.step(f"export {name}") as progress:
             if directory.exists() or (name == PRUNED and (output / CUT).exists()):
                 _require_same(output, name, fingerprint, ratio)
             if name == PRUNED:
-                _write_pruned(student, output, ratio, retrain, report)
+                _write_pruned(student, output, ratio, retrain, progress)
             elif not directory.exists():
                 export_student(student, name, directory, examples, origin, provenance)
     rows = [("student", student), *((name, output / name) for name in ALL_FORMATS if (output / name).exists())]
@@ -120,12 +121,12 @@ def _require_pruning(student: Student, ratio: float, retrain: Retrain | None) ->
     require_prunable(student.module)
 
 
-def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, report: Report) -> None:
+def _write_pruned(student: Path, output: Path, ratio: float, retrain: Retrain | None, progress: Progress) -> None:
     assert retrain is not None  # `_require_pruning` refuses
     cut = output / CUT
     if not cut.exists():
         prune_student(student, ratio, cut)
-    retrain(load_student(cut).config, cut, output / PRUNED, report)
+    retrain(load_student(cut).config, cut, output / PRUNED, progress)
 
 
 def _require_same(output: Path, name: str, fingerprint: str, ratio: float) -> None:

@@ -87,7 +87,7 @@ def pool_examples(pool: Pool, config: InputConfig, rows: int, seed: int) -> npt.
       pool: the planned pool.
       config: how columns become the input.
       rows: how many at most.
-      seed: of the draw.
+      seed: decides which row groups are read and which of their rows are taken.
 
     Returns:
       The inputs [rows, ...], without the rows that cannot be read.

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, differing_keys
-from distilbeam.pipelines.engine.display import Display, Report
-from distilbeam.pipelines.experiments.run_data import Material
+from distilbeam.pipelines.engine.display import Display
+from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
+from distilbeam.pipelines.experiments.model_metrics import pool_examples
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.needs import needs_of_sweep
 from distilbeam.pipelines.report.plots import draw_pareto
+from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.export.export import export_student
@@ -26,14 +31,14 @@ CALIBRATION_ROWS = 1024
 SHOWN_METRICS = ("accuracy", "nll", "ece", "agreement")
 
 
-def sweep_widths(material: Material, display: Display) -> dict[str, Any]:
+def sweep_widths(run: Run, display: Display) -> dict[str, Any]:
     """Make the students of `[pareto]`, or what is left of them, and find the front.
 
     The front is found on the validation set; the figures on the test set stand beside it. Everything is in the run
     directory's `pareto/`: the students, a file of figures for each, `pareto.json` and `pareto.png`.
 
     Args:
-      material: the run's data.
+      run: the run.
       display: shows the stages.
 
     Returns:
@@ -43,56 +48,56 @@ def sweep_widths(material: Material, display: Display) -> dict[str, Any]:
       ValueError: nothing is labelled yet, the network has no width or cannot be pruned, or the directory was made with
         other settings.
     """
-    config, root = material.config, material.directory.root / "pareto"
+    config, root = run.config, run.directory.root / "pareto"
     require_extras(needs_of_sweep(config.pareto))
     stages = plan(config.pareto)
-    material.require_soft_labels("the sweep compares students before and after they learn from soft labels")
+    run.require_soft_labels("the sweep compares students before and after they learn from soft labels")
     _require_widths(config, stages)
     if any(stage.action == "prune" for stage in stages):
-        _require_prunable(material)
-    _require_same_settings(root, material)
+        _require_prunable(run)
+    _require_same_settings(root, run)
 
     points = []
     for stage in stages:
         figures = root / f"{stage.name}.json"
         if not figures.exists():
-            with display.step(_title(stage)) as report:
-                directory = _make(stage, root, material, report)
-                write_json(figures, material.judge(directory))
+            with display.step(_title(stage)) as progress:
+                directory = _make(stage, root, run, progress)
+                write_json(figures, judge_on_run(run, directory))
         if stage.shown:
             points.append(_point(stage, read_json(figures)))
     cost = config.pareto.cost
     for point, chosen in zip(points, front(points, cost, "accuracy"), strict=True):
         point["on_front"] = chosen
-    results = {"cost": cost, "points": points, "test": config.data.test is not None, "teacher": _teacher(material)}
+    results = {"cost": cost, "points": points, "test": config.data.test is not None, "teacher": _teacher(run)}
     write_json(root / "pareto.json", results)
     draw_pareto(results, root)
     return results
 
 
-def _make(stage: Stage, root: Path, material: Material, report: Report) -> Path:
-    directory, training = root / stage.name, material.config.training
+def _make(stage: Stage, root: Path, run: Run, progress: Progress) -> Path:
+    directory, training = root / stage.name, run.config.training
     if directory.exists():
         return directory
     if stage.action == "train":
-        material.train(_widened(material, stage.built), training, directory, report, labels=stage.labels)
+        train_further(run, _widened(run, stage.built), training, directory, progress, labels=stage.labels)
     elif stage.action == "prune":
         assert stage.source is not None
         cut = root / f"{stage.name}-untrained"
         if not cut.exists():
             prune_student(root / stage.source, 1 - stage.width / stage.built, cut)
-        short = training.model_copy(update={"epochs": max(1, round(material.config.pareto.recovery * training.epochs))})
-        material.train(load_student(cut).config, short, directory, report, init=cut)
+        short = training.model_copy(update={"epochs": max(1, round(run.config.pareto.recovery * training.epochs))})
+        train_further(run, load_student(cut).config, short, directory, progress, init=cut)
     else:
         assert stage.source is not None
-        origin = {"pool": material.config.data.pool, "seed": material.config.run.seed}
-        examples, made_from = material.examples(CALIBRATION_ROWS), material.provenance()
+        origin = {"pool": run.config.dump()["data"]["pool"], "seed": run.config.run.seed}
+        examples, made_from = _examples(run, CALIBRATION_ROWS), run.provenance()
         export_student(root / stage.source, stage.form, directory, examples, origin, made_from)
     return directory
 
 
-def _widened(material: Material, factor: float) -> StudentConfig:
-    return material.student_config(width=material.config.student.width * factor)
+def _widened(run: Run, factor: float) -> StudentConfig:
+    return run.student_config(width=run.config.student.width * factor)
 
 
 def _point(stage: Stage, figures: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +117,13 @@ def _title(stage: Stage) -> str:
     return f"train width {stage.built:g} {how}"
 
 
-def _teacher(material: Material) -> float | None:
+def _teacher(run: Run) -> float | None:
     """Give the teacher's accuracy on the validation set, where it was asked."""
-    answers = material.answers("validation")
-    if answers is None:
-        return None
-    labels = material.inputs.validation.table[material.config.data.label].to_numpy()
-    return float((answers.argmax(axis=1) == labels).mean())
+    return 1 - run.wrong_share if run.was_asked("validation") else None
+
+
+def _examples(run: Run, rows: int) -> npt.NDArray[Any]:
+    return pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed)
 
 
 def _require_widths(config: RunConfig, stages: list[Stage]) -> None:
@@ -135,24 +140,24 @@ def _require_widths(config: RunConfig, stages: list[Stage]) -> None:
         )
 
 
-def _require_prunable(material: Material) -> None:
+def _require_prunable(run: Run) -> None:
     """Build the network and look at it before hours go into training a wide one."""
-    shape = material.examples(1).shape[1:]
+    shape = _examples(run, 1).shape[1:]
     try:
-        require_prunable(build_student(material.student_config(), shape, len(material.inputs.classes)))
+        require_prunable(build_student(run.student_config(), shape, len(run.inputs.classes)))
     except ValueError as e:
         raise ValueError(f"{e}; or set pareto.strategies = ['shrink-and-improve']") from e
 
 
-def _require_same_settings(root: Path, material: Material) -> None:
+def _require_same_settings(root: Path, run: Run) -> None:
     """Check that the students there were made from the same data with the same settings; more widths may be added."""
-    config = material.config.dump()
+    config = run.config.dump()
     now = {
-        "data": material.digest,
+        "data": run.digest,
         "student": config["student"],
         "training": config["training"],
         "pareto": {name: config["pareto"][name] for name in ("grow", "recovery")},
-        "seed": material.config.run.seed,
+        "seed": run.config.run.seed,
     }
     path = root / "made-with.json"
     if not path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import tomli_w
 
 from distilbeam.pipelines.config import RunConfig, parse_config
 from distilbeam.pipelines.engine.display import Display
-from distilbeam.pipelines.experiments.run_data import Material
+from distilbeam.pipelines.experiments.further_students import train_further
+from distilbeam.pipelines.jobs.run import Run
+from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import write_json
 from distilbeam.student.search.space import SearchRange, default_space, nested
-from distilbeam.student.search.tuning import CutShort, Search, Trial, search
+from distilbeam.student.search.tuning import CutShort, Objective, Search, Trial, search
 from distilbeam.student.training.checkpoints import METRICS, SUFFIX
 
 SECTIONS = ("student", "training")
 
 
-def tune(material: Material, display: Display) -> Search:
+def tune(run: Run, display: Display) -> Search:
     """Search the configuration's space and write `tune/best.toml`, `tune/results.json` into the run directory.
 
     Args:
-      material: the run's data.
+      run: the run.
       display: shows the trials.
 
     Returns:
@@ -37,14 +39,14 @@ def tune(material: Material, display: Display) -> Search:
       ValueError: a setting of the space that there is not or that cannot have a value of its range; or as for
         `student.tuning.search`.
     """
-    config = material.config
+    config = run.config
     space = dict(config.tune.space) or default_space(config.student)
     _require_valid(config, space)
-    root = material.directory.root / "tune"
-    about = {"data": material.digest, **{name: _section(config, name, space) for name in SECTIONS}}
+    root = run.directory.root / "tune"
+    about = {"data": run.digest, **{name: _section(config, name, space) for name in SECTIONS}}
 
-    with display.step(f"search {len(space)} settings in {config.tune.trials} trials") as report:
-        found = search(_objective(material, root), space, config.tune, root, config.run.seed, about, report)
+    with display.step(f"search {len(space)} settings in {config.tune.trials} trials") as progress:
+        found = search(_objective(run, root), space, config.tune, root, config.run.seed, about, progress)
     metric = config.tune.metric
     with replacing(root / "best.toml") as temporary:
         temporary.write_text(_overlay(found.best, metric))
@@ -61,60 +63,35 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         for part in path:
             section = section.setdefault(part, {})
         section[key] = value
-    return parse_config(data)
+    made = parse_config(data)
+    return made if config.folder is None else made.relative_to(config.folder)
 
 
-def _objective(material: Material, root: Path) -> Callable[[Mapping[str, Any], Any], float]:
-    metric = f"validation_{material.config.tune.metric}"
+def _objective(run: Run, root: Path) -> Objective:
+    metric = f"validation_{run.config.tune.metric}"
 
-    def objective(settings: Mapping[str, Any], watch: Callable[[int, float], None]) -> float:
-        config = with_settings(material.config, settings)
+    def objective(settings: Mapping[str, Any], progress: Progress) -> float:
+        config = with_settings(run.config, settings)
         digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=8).hexdigest()
         directory = root / "trials" / digest
-        lines = directory.with_name(directory.name + SUFFIX) / METRICS
-        student = config.student.model_copy(update={"input": config.student.input.relative_to(material.base)})
         if directory.exists():  # a killed search had trained it to its end: the search learns its epochs now
-            _Watch(directory / METRICS, metric, watch).all_but_the_last()
+            _tell_epochs(directory / METRICS, progress)
         try:
-            metrics = material.train(student, config.training, directory, _muted, watch=_Watch(lines, metric, watch))
+            metrics = train_further(run, config.student, config.training, directory, progress)
         except CutShort:
-            shutil.rmtree(lines.parent)
+            shutil.rmtree(directory.with_name(directory.name + SUFFIX))
             raise
         return metrics[metric]
 
     return objective
 
 
-class _Watch:
-    """Passes on the epochs that a training under way has written down since it was called last."""
-
-    def __init__(self, lines: Path, metric: str, report: Callable[[int, float], None]) -> None:
-        self._lines, self._metric, self._report = lines, metric, report
-        self._size, self._epochs = 0, 0
-
-    def __call__(self) -> None:
-        size = self._lines.stat().st_size
-        if size == self._size:
-            return
-        self._size = size
-        self._pass_on(self._read())
-
-    def all_but_the_last(self) -> None:
-        """Pass on what is passed on of a training that goes on to its end, whose last epoch no step follows."""
-        self._pass_on(self._read()[:-1])
-
-    def _read(self) -> list[float]:
-        figures = [json.loads(line) for line in self._lines.read_text().splitlines()]
-        return [line[self._metric] for line in figures if "epoch" in line]
-
-    def _pass_on(self, values: list[float]) -> None:
-        for value in values[self._epochs :]:
-            self._epochs += 1
-            self._report(self._epochs, value)
-
-
-def _muted(done: int, total: int, note: str = "") -> None:
-    """Show nothing: the bar is about trials, not about steps."""
+def _tell_epochs(lines: Path, progress: Progress) -> None:
+    """Tell the epochs of a training that ended, as it told them itself: the last is followed by no step."""
+    figures = [json.loads(line) for line in lines.read_text().splitlines()]
+    for epoch in [line for line in figures if "epoch" in line][:-1]:
+        progress.epoch(epoch["epoch"], epoch)
+    progress.step(1, 1)
 
 
 def _require_valid(config: RunConfig, space: Mapping[str, SearchRange]) -> None:

@@ -13,7 +13,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.inputs.config import make_input
 from distilbeam.pipelines.forecast.rates import Forecast, Line, Rates, measure_rates, measure_scoring, workers_of
 from distilbeam.pipelines.jobs.distillation import Job
-from distilbeam.pipelines.jobs.labelling import LabellingJob, LabelPlan
+from distilbeam.pipelines.jobs.freeze import freeze
+from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.pipelines.jobs.labelling_plan import LabelPlan
+from distilbeam.pipelines.labelling.saved_answers import saved
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, keyed
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.steps import Step, steps_of
@@ -64,14 +67,14 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
     """
     rates, sampled = Rates(), 0
     if sample_rows:
-        job.freeze()
-        shard = _sample([_not_sampled(job)], sample_rows, job.sample_spec)
+        freeze(job.run)
+        shard = _sample([_not_sampled(job)], sample_rows, job.run.sample_spec)
         rates, sampled = (
-            measure_rates(job.sample_work(job.sampled, job.directory.dead_letters("sampled")), shard),
+            measure_rates(job.sample_work(job.run.sampled, job.directory.dead_letters("sampled")), shard),
             shard.rows,
         )
     todo = [step for step in steps_of(job) if not step.done]
-    scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
+    scoring = any(step.name == "select" for step in todo) and job.config.selection.scored is not None and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
     return Forecast((*_sample_line(sampled), *lines), workers_of(job.options), sampled, job.config.prices)
@@ -88,8 +91,8 @@ def _sample(parts: Sequence[Part], rows: int, spec: SoftLabelSpec) -> Shard:
 
 def _not_sampled(job: Job) -> Part:
     """Find the rows of the largest unit that no sample had."""
-    unit = max(job.inputs.pool.units, key=lambda unit: unit.rows)
-    sampled = read_entries(manifest_files(job.sampled))
+    unit = max(job.run.inputs.pool.units, key=lambda unit: unit.rows)
+    sampled = read_entries(manifest_files(job.run.sampled))
     asked = sum(entry.rows + int(entry.extra["failed"]) for entry in sampled)
     if asked >= unit.rows:
         raise ValueError(
@@ -103,7 +106,7 @@ def _sample_line(rows: int) -> tuple[Line, ...]:
 
 
 def _line(job: Job, step: Step, rates: Rates) -> Line | None:
-    config, pool, workers = job.config, job.inputs.pool.rows, workers_of(job.options)
+    config, pool, workers = job.config, job.run.inputs.pool.rows, workers_of(job.options)
     budget, shard_rows = config.selection.budget, config.engine.shard_rows
     match step.name:
         case "ask":
@@ -111,12 +114,12 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
         case "label":
             assert step.round is not None
             rows = budget - _labelled(job.directory.labels(step.round))
-        case "compare" if job.directory.summary(job.comparison.labels(0)).exists():
+        case "compare" if job.directory.summary(job.run.comparison.labels(0)).exists():
             return None
         case "compare":
             total = budget * config.run.rounds
             rows = math.ceil(total * (1 - total / pool))  # the others were bought by the rounds
-        case "select" if config.selection.method != "uniform":
+        case "select" if config.selection.scored is not None:
             assert step.round is not None
             return Line(step.title, pool - step.round * budget, seconds=pool * rates.score_s / workers)
         case _:
@@ -131,8 +134,7 @@ def _label_line(what: str, rows: int, calls: int, shards: int, rates: Rates, wor
 
 def _score_s(job: Job) -> float:
     """Time scoring with a student of the right size; what it has learned does not matter."""
-    config, inputs = job.config.student, job.inputs
-    config = config.model_copy(update={"input": config.input.relative_to(job.base)})
+    config, inputs = job.run.student_config(), job.run.inputs
     example = inputs.labelled.table.select(inputs.student_columns).slice(0, 1).combine_chunks().to_batches()[0]
     shape = make_input(config.input)(example).shape[1:]
     with tempfile.TemporaryDirectory(prefix="distilbeam-plan-") as directory:
@@ -144,8 +146,10 @@ def _score_s(job: Job) -> float:
 def _rows_to_ask(job: Job, step: Step) -> int:
     sets = ("validation", "test", "labelled")
     name = next(name for name in sets if job.directory.summary(job.directory.asked(name)) == step.commit)
-    return job.labelled_set(name).plan.rows - _labelled(job.directory.asked(name))
+    return job.run.labelled_set(name).plan.rows - _labelled(job.directory.asked(name))
 
 
 def _labelled(dataset: Path) -> int:
-    return sum(entry.rows for entry in read_entries(manifest_files(dataset)))
+    """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
+    kept: int = sum(answered.table.num_rows for answered in saved(str(dataset), None))
+    return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))

@@ -36,10 +36,10 @@ from distilbeam.pipelines.ingest.sources import Source, find_sources
 from distilbeam.pipelines.ingest.text_types import CsvTypes, JsonTypes, TextTypes, count_kinds
 from distilbeam.pipelines.ingest.typed_text import TypedText
 from distilbeam.pipelines.ingest.write import without, write_pool
-from distilbeam.pipelines.jobs.directory import held
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep, write_json
 from distilbeam.storage.paths import is_remote, list_files, upload
+from distilbeam.storage.stores import store_of
 
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"
@@ -132,7 +132,8 @@ def ingest(
     place = _working_directory(out)
     if _in_use(out, place):
         return _finished(out, digest)
-    with held(place, "--out", "--out DIRECTORY") as work:
+    work = place
+    with store_of(work).hold(work, "--out", "--out DIRECTORY"):
         sweep(work)
         summary = _begun(work, digest) or _Ingest(found, options, work, digest, beam, display, attempts).run()
         if is_remote(out):

@@ -116,8 +116,9 @@ def parse_records(
 
     def phase(name: str, title: str, item_work: Any, items: Any) -> None:
         errors = work / "errors" / name
-        with display.step(title) as report:
-            run_phase(name, item_work, items, errors=errors, options=beam, progress=report, attempts=attempts)
+        with display.step(title) as progress:
+            how: dict[str, Any] = {"options": beam, "progress": progress, "attempts": attempts, "models": False}
+            run_phase(name, item_work, items, errors=errors, **how)
 
     groups = group_sources(sources, options.unit_bytes)
     index = Index(options, str(work / "index"))

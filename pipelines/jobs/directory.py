@@ -6,8 +6,6 @@ rounds go on in it; students of other settings learn from its labels in a direct
 
 from __future__ import annotations
 
-import fcntl
-import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys, parse_config, write_config
-from distilbeam.pipelines.jobs.move_dataset import finish_move
 from distilbeam.pipelines.pool.object_store import is_hidden
 from distilbeam.pipelines.pool.splits import root_of
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep
 from distilbeam.storage.lease import FOLDER as LEASE
-from distilbeam.storage.lease import leased
-from distilbeam.storage.paths import is_remote, read_texts, within
+from distilbeam.storage.paths import is_remote, read_texts, to_path
 from distilbeam.storage.private_folders import remove_left
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.placing import commit_all_left
 
 if TYPE_CHECKING:
@@ -214,12 +211,11 @@ class RunDirectory:
 
 
 @contextmanager
-def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirectory]:
+def opened_run(config: RunConfig | LabelConfig) -> Iterator[RunDirectory]:
     """Create or reopen the run directory of a configuration and hold it until the block ends.
 
     Args:
-      config: the configuration.
-      base: directory that relative paths are relative to.
+      config: the configuration, with absolute paths.
 
     Yields:
       The run directory.
@@ -227,20 +223,19 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
     Raises:
       ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
     """
-    root = within(base, config.run.directory).resolve()
-    _check_apart(config, base)
+    root = to_path(config.run.directory).resolve()
+    _check_apart(config)
     if is_remote(root) and isinstance(config, RunConfig):
         raise ValueError(
             f"run.directory must be on a file system, a run trains students there; got {root}. Labelling jobs (without "
             "[selection], [student] and [training]) can be in an object store"
         )
-    with held(root, "run.directory", "--set run.directory=..."):
+    with store_of(root).hold(root, "run.directory", "--set run.directory=..."):
         directory = _checked(RunDirectory(root), config)
         if not directory.moved:  # else when the data were found to be the same
             directory.record(config)
-        if is_remote(root):  # uploads leave nothing under a temporary name
-            finish_move(root)
-        else:
+        store_of(root).finish_move(root)
+        if not is_remote(root):  # uploads leave nothing under a temporary name
             from distilbeam.student.training.checkpoints import remove_finished  # takes torch's seconds to import
 
             remove_left()
@@ -254,7 +249,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
             raise
 
 
-def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
+def check_former(config: RunConfig | LabelConfig) -> None:
     """Say at once, without holding or making anything, that a run directory belongs to another configuration.
 
     Of an object store nothing is asked yet.
@@ -262,14 +257,14 @@ def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
     Raises:
       ValueError: it does.
     """
-    directory = RunDirectory(within(base, config.run.directory))
-    if not is_remote(directory.root) and directory.config.exists():
+    directory = RunDirectory(to_path(config.run.directory))
+    if not store_of(directory.root).by_request and directory.config.exists():
         _checked(directory, config)
 
 
-def planned_run(config: RunConfig | LabelConfig, base: Path) -> RunDirectory:
+def planned_run(config: RunConfig | LabelConfig) -> RunDirectory:
     """Give the directory that a configuration would work in, without holding or making anything; see `opened_run`."""
-    directory = RunDirectory(within(base, config.run.directory).resolve())
+    directory = RunDirectory(to_path(config.run.directory).resolve())
     if isinstance(config, RunConfig) and directory.config.exists():
         return _checked(directory, config)
     return directory
@@ -310,55 +305,10 @@ def _below(inner: Path, outer: Path) -> str:
     return inner.relative_to(outer).as_posix()
 
 
-def _check_apart(config: RunConfig | LabelConfig, base: Path) -> None:
-    root, pool = within(base, config.run.directory), within(base, config.data.pool)
-    if is_remote(root) == is_remote(pool):
+def _check_apart(config: RunConfig | LabelConfig) -> None:
+    root, pool = to_path(config.run.directory), to_path(config.data.pool)
+    if store_of(root) is store_of(pool):
         require_apart(root, pool, "data.pool")
-
-
-@contextmanager
-def held(root: Path, setting: str, way_out: str) -> Iterator[Path]:
-    """Make a directory and hold it against other processes until the block ends.
-
-    On a file system the lock is the system's and ends with the process; see `lease` for an object store.
-
-    Args:
-      root: the directory.
-      setting: what named it, for errors.
-      way_out: the words with which another directory is chosen.
-
-    Yields:
-      The directory.
-
-    Raises:
-      ValueError: it cannot be written, or another process holds it.
-    """
-    if is_remote(root):
-        with leased(root, setting, way_out):
-            yield root
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a+")
-    except OSError as e:
-        raise ValueError(f"{setting}: {root} cannot be written ({e.strerror}); choose another with {way_out}") from e
-    with lock:
-        _hold(lock, root, setting)
-        yield root
-
-
-def _hold(lock: Any, root: Path, setting: str) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        raise ValueError(
-            f"{root} is being worked on by {holder}; wait for it to end or choose another {setting}"
-        ) from e
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-    lock.flush()
 
 
 def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDirectory:

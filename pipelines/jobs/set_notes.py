@@ -1,4 +1,4 @@
-"""What is said of the labelled sets before a run: what is wrong with none of them, and still changes what its figures mean."""
+"""Notes on the labelled sets before a run: few rows, missing classes, rows in two sets, which change what its figures mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distilbeam.pipelines.pool.content_ids import content_ids
 from distilbeam.pipelines.pool.datasets import Inputs
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet
 from distilbeam.pipelines.pool.splits import Pool, open_parquet, read_groups
-from distilbeam.storage.paths import is_remote, to_path
+from distilbeam.storage.stores import store_of
 
 _FEW = 100  # validation rows, with which a share is known to 10 points
 _LOOKED_AT = 65_536  # rows of the pool that are compared with the sets
@@ -88,7 +88,7 @@ def _shared(one: LabelledSet, others: set[bytes]) -> int:
 
 def _pool_ids(pool: Pool, columns: Sequence[str]) -> list[bytes]:
     """Hash rows of the pool, all of a small one, of a larger one those of some row groups."""
-    if is_remote(to_path(pool.units[0].path)):  # where reading costs money
+    if store_of(pool.units[0].path).by_request:  # where reading costs money
         return []
     groups = [(unit.path, group) for unit in pool.units for group in range(*unit.row_groups)]
     ids: list[bytes] = []

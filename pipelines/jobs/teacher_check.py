@@ -1,4 +1,4 @@
-"""What a run says and does when the validation set shows that its teacher is at chance, or has its classes in another order."""
+"""The check of a teacher by its validation answers: at chance, or with its classes in another order, it ends the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch: look for files, freeze windows, label them, until told to end.
+"""A watched directory: files are looked for, frozen into windows and labelled, until the job is told to end.
 
     look ──▶ whole new files ──▶ a window closes (time, number of files) ──▶ journal ──▶ phases ──▶ done ──▶ look ...
 
@@ -160,8 +160,8 @@ class _Watcher:
             self.journal.change(window)
             with self.display.step(
                 f"window {window.number}: {window.rows:,} rows in {len(window.files)} file(s)"
-            ) as report:
-                summary = self.work.do(window, report)
+            ) as progress:
+                summary = self.work.do(window, progress)
         except LostFileError as e:  # later files are none the worse for it
             self.problems.append(str(e))
             log.warning("%s", e)

@@ -1,4 +1,4 @@
-"""Which files of a directory are new and whole.
+"""Arrivals in a watched directory: the files that are new and whole.
 
 A file is taken when its size and time have not changed for `settle_s` seconds and its Parquet footer can be read: a file
 that is still being written has none. Its columns are read once, so that one that is damaged is passed over and keeps no other

@@ -15,18 +15,17 @@ from distilbeam.pipelines.acquisition.score import Score
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import gather_unusable, unusable_list, unusable_sentence
 from distilbeam.pipelines.config import WatchSection
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student
-from distilbeam.pipelines.engine.phase import run_phase
 from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.jobs.watch_files import Arrival, PassedOver
 from distilbeam.pipelines.jobs.watch_journal import Window
-from distilbeam.pipelines.jobs.work_log import add_work
 from distilbeam.pipelines.labelling.dead_letters import ask_again, drop_answered
 from distilbeam.pipelines.labelling.phase import Label
 from distilbeam.pipelines.labelling.shard_plan import Shard, plan_shards
 from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters
 from distilbeam.pipelines.pool.splits import Pool, plan_units
+from distilbeam.progress import Progress
 from distilbeam.storage.paths import list_files
 from distilbeam.student.trust import trusted
 from distilbeam.teacher.softlabels import ManifestEntry, committed
@@ -59,7 +58,8 @@ class WindowWork:
     """
 
     def __init__(self, job: LabellingJob, directory: Path, options: PipelineOptions) -> None:
-        self.job, self.directory, self.options = job, directory, options
+        self.job, self.directory = job, directory
+        self.phases = RecordedPhases(job.directory, job.config.engine, options)
 
     @property
     def settings(self) -> WatchSection:
@@ -70,7 +70,7 @@ class WindowWork:
     def student(self) -> str:
         """Directory of the student that scores."""
         assert self.settings.student is not None
-        return str((self.job.base / self.settings.student).resolve())
+        return str(Path(self.settings.student).resolve())
 
     def student_columns(self) -> tuple[str, ...]:
         """Columns that the student reads."""
@@ -102,7 +102,7 @@ class WindowWork:
             return ""
         return "is gone" if state is None else "was changed"
 
-    def do(self, window: Window, report: Report) -> dict[str, Any]:
+    def do(self, window: Window, progress: Progress) -> dict[str, Any]:
         """Carry a window out, or what is left of it.
 
         Returns:
@@ -115,14 +115,14 @@ class WindowWork:
         if not window.files:
             return {"rows": 0, "wanted": 0, "labelled": 0, "failed": 0}
         pool = self._pool(window)
-        picks = None if window.budget is None else self._choose(window, pool, report)
+        picks = None if window.budget is None else self._choose(window, pool, progress)
         dead_letters = self.job.directory.dead_letters(f"window={window.number:06d}")
         work = self._work(window, dead_letters, picks)
         engine = self.job.config.engine
         tasks = plan_shards(pool.units, picks, engine.shard_rows, self.job.spec, engine.shard_bytes)
         spec, done = self.job.spec, committed(self.job.dataset)
         again = ask_again(dead_letters, pool.units, picks, engine.shard_rows, spec, done) if engine.retry else []
-        self._phase("label", work, [*tasks, *again], report)
+        self.phases.carry_out("label", work, [*tasks, *again], progress, labels=self.job.dataset)
         drop_answered(dead_letters, committed(self.job.dataset))
         wanted, failed = sum(task.rows for task in tasks), count_dead_letters(dead_letters)
         return {"rows": pool.rows, "wanted": wanted, "labelled": wanted - failed, "failed": failed}
@@ -148,7 +148,7 @@ class WindowWork:
         )
         return replace(pool, units=tuple(units))
 
-    def _choose(self, window: Window, pool: Pool, report: Report) -> str:
+    def _choose(self, window: Window, pool: Pool, progress: Progress) -> str:
         settings, student = self.settings, self.student
         assert window.budget is not None
         assert settings.wrong_share is not None
@@ -167,7 +167,7 @@ class WindowWork:
         score = Score(
             student, settings.gain, str(choice.gains), (), self.student_columns(), batch_rows, trust=trusted()
         )
-        self._phase("score", score, pool.units, report)
+        self.phases.carry_out("score", score, pool.units, progress)
         usable = pool.rows
         if unusable := gather_unusable(choice.gains, pool.units):
             log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
@@ -182,8 +182,3 @@ class WindowWork:
         work = self.job.work(self.job.dataset, dead_letters)
         fields = {**vars(work), "growing": False, "picks": picks}
         return WindowLabel(**fields, window=window.number)
-
-    def _phase(self, name: str, work: Any, items: Any, report: Report) -> None:
-        errors, attempts = self.job.directory.errors(name), self.job.config.engine.attempts
-        done = run_phase(name, work, items, errors=errors, options=self.options, progress=report, attempts=attempts)
-        add_work(self.job.directory.work, name, done)

@@ -1,4 +1,4 @@
-"""What the work of a run or a labelling job has cost, kept beside it and shown at its end."""
+"""The work log of a run or a labelling job: what its phases cost, kept beside it and shown at its end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distilbeam.pipelines.engine.phase import PhaseReport
 from distilbeam.pipelines.labelling.shard_plan import Task
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.teacher.softlabels import read_manifest
+from distilbeam.teacher.softlabels.manifest import manifest_files
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 _TIMES = ("read", "score", "teacher", "encode", "write")
@@ -32,7 +33,7 @@ def add_work(path: Path, phase: str, done: PhaseReport) -> None:
 
 def with_counts_of(done: PhaseReport, dataset: Path, tasks: Sequence[Task]) -> PhaseReport:
     """Fill in, from the manifest, the counts of a label phase whose runner keeps no metrics."""
-    if done.counts or not done.items:
+    if done.counts or not done.items or not manifest_files(dataset):
         return done
     keys = {shard.key for task in tasks for shard in task.shards}
     entries = [entry for entry in read_manifest(dataset).entries if entry.key in keys]

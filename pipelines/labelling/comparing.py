@@ -1,4 +1,4 @@
-"""Whether files hold what was labelled: their rows beside the ids and columns that are stored with the labels."""
+"""Files compared with their labels: rows beside the ids and columns that are stored with the labels."""
 
 from __future__ import annotations
 

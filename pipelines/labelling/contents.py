@@ -1,4 +1,4 @@
-"""What a labelling job knows of its pool's files, in `contents.json`: whether what they hold is what was labelled.
+"""The contents of a labelling job's pool, in `contents.json`: by them a file whose values changed is found.
 
 A file's footer stays the same when a vector is corrected or an image is replaced by one of equal size. A file whose size, time
 of change and inode (in an object store: version) are those of the last call holds what it held. The rows of any other are
@@ -26,7 +26,7 @@ class FileRecord:
 
     Attributes:
       footer: digest of its footer.
-      state: what tells it from a file that replaces it; see `splits.state_of`.
+      state: what tells it from a file that replaces it; see `Store.identity`.
       version: number of contents with this footer that were seen before.
       uids: ids of its units.
     """

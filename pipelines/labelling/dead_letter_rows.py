@@ -1,4 +1,4 @@
-"""Which rows of the pool are in the dead letters of a labelling job."""
+"""The rows of the pool that are in the dead letters of a labelling job."""
 
 from __future__ import annotations
 

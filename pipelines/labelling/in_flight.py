@@ -1,4 +1,4 @@
-"""Which rows are being asked about, written down before they are, so that it is known what a process died of.
+"""Requests in flight: the rows that are being asked about, written down before, so that it is known what a process died of.
 
 A worker keeps one small file for the shard that it labels, holds the system's lock on it, and overwrites it before each
 portion. The lock ends with the process: a file that nobody holds names the rows that were asked when its process died.

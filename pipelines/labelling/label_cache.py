@@ -1,4 +1,4 @@
-"""Answers that were paid for already: found by row, copied instead of asked again."""
+"""The cache of answers that were paid for already: found by row, copied instead of asked again."""
 
 from __future__ import annotations
 

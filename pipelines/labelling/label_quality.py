@@ -1,4 +1,4 @@
-"""How far to trust a label: what the validation set says about the teacher, carried to workers as text.
+"""Label quality: how far to trust a label by what the validation set says about the teacher; carried to workers as text.
 
 `alpha` and `candidates` are Student-Label Mixing's estimates of the teacher's accuracy and of the number of classes that
 hold the truth (arXiv 2302.03806); `weight` is Weighted Distillation's debiasing weight (arXiv 2210.06711), which depends

@@ -1,4 +1,4 @@
-"""From rows to labelled rows: ask the teacher, encode, attach the estimates. No files and no Beam.
+"""Labelled rows out of rows: ask the teacher, encode, attach the estimates. No files and no Beam.
 
 The phase of a run (`phase.Label`) and the PTransform (`label_examples.LabelExamples`) are two shells around this.
 """
@@ -163,9 +163,11 @@ class Labelling:
         return pa.table(list(columns.values()), schema=schema)
 
     def question_column(self, rows: pa.Table) -> dict[str, pa.Array]:
-        """Digest what each row asks, where that is stored."""
+        """Digest what each row asks, where that is stored; whoever read the rows may have done so."""
         if not self.question:
             return {}
+        if QUESTION in rows.column_names:
+            return {QUESTION: rows[QUESTION]}
         digests = question_digests(rows, self.question)
         kind = pa.binary(ID_BYTES)
         return {QUESTION: pa.Array.from_buffers(kind, len(digests), [None, pa.py_buffer(digests.tobytes())])}

@@ -1,4 +1,4 @@
-"""Answers found by content: which rows without a label ask what was answered already, and which of them ask the same.
+"""Matching by content: the rows without a label that ask what was answered already, and those that ask the same.
 
 The rows without a label are read once; of each, what it asks (`questions`) and its id are held, about 60 bytes a row. The
 shards are gone through one by one. Then

@@ -1,4 +1,4 @@
-"""Label: the phase that asks the teacher about rows and commits shards of soft labels.
+"""The label phase: asks the teacher about rows and commits shards of soft labels.
 
 A worker reads the rows of each shard of its task, labels them and places the shard; flushing it to the disk and its
 manifest entry, which is the commit, follow while the next one is labelled. A killed process loses no placed shard, and of
@@ -43,7 +43,7 @@ from distilbeam.pipelines.labelling.shard_plan import Part, Shard, Task, read_ro
 from distilbeam.pipelines.labelling.shard_work import COSTS, ShardSettings, ShardWork, has_kept, part_rows
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.pool.row_reader import RowReader
-from distilbeam.pipelines.pool.splits import BATCH_BYTES, answered_rows, require_unchanged
+from distilbeam.pipelines.pool.splits import BATCH_BYTES, DamagedFileError, answered_rows, require_unchanged
 from distilbeam.storage.paths import is_remote, list_files, readable, to_path
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
@@ -256,20 +256,38 @@ class Label:
         """Read the shard's rows in tables of about `batch_rows` rows, so that requests to the teacher are full.
 
         Their column `saved_answers.PLACE` is the row of the shard.
+
+        Raises:
+          DamagedFileError: after all that can be read was given.
         """
         waiting: list[pa.Table] = []
         waiting_rows = size = 0
+        damage: list[DamagedFileError] = []
         for part, place in _parts_left(shard, done):
-            first = place
-            for table in read_rows(reader, part, self.picks):
-                waiting.append(table.append_column(PLACE, pa.array(np.arange(first, first + table.num_rows))))
-                first += table.num_rows
+            for table in self._numbered_rows(part, place, reader, damage):
+                waiting.append(table)
                 waiting_rows, size = waiting_rows + table.num_rows, size + table.nbytes
                 if waiting_rows >= self.rows_at_once or size >= BATCH_BYTES:
                     yield pa.concat_tables(waiting)
                     waiting, waiting_rows, size = [], 0, 0
         if waiting:
             yield pa.concat_tables(waiting)
+        if damage:  # the answers to the others are saved, and are not asked for again when the file is mended or gone
+            raise damage[0]
+
+    def _numbered_rows(
+        self, part: Part, place: int, reader: RowReader, damage: list[DamagedFileError]
+    ) -> Iterator[pa.Table]:
+        """Read a part in tables with their rows' places in the shard, up to where the file is damaged."""
+        try:
+            for read in read_rows(reader, part, self.picks):
+                table = read.append_column(PLACE, pa.array(np.arange(place, place + read.num_rows)))
+                for name, column in self.labelling.question_column(read).items():  # often in a thread of its own here
+                    table = table.append_column(name, column)
+                place += read.num_rows
+                yield table
+        except DamagedFileError as e:
+            damage.append(e)
 
     def _require_few(self, shard: Shard, failed: int, last: str) -> None:
         """Raise an error where more rows have no answer, in the whole job and in all workers, than are allowed."""

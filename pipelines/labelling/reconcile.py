@@ -1,4 +1,4 @@
-"""What of a pool that may grow is labelled already, and what changes when files come, go or change.
+"""A growing pool reconciled with its labels: what is labelled already, and what changes when files come, go or change.
 
 A shard's manifest entry lists the units that it was made of and which of their rows it has. What the pool has, no shard has
 and no dead letter names, is wanted. Labels of files that are gone are kept, for they may come back; labels of rows that a

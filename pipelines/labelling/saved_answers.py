@@ -96,8 +96,8 @@ def save(dataset: str, key: str, spec: str, parts: Sequence[PartRows], answered:
         _write(spill / name, data)
 
 
-def saved(dataset: str, spec: str) -> list[Answered]:
-    """Read all answers of a specification that were saved; damaged files are passed over."""
+def saved(dataset: str, spec: str | None) -> list[Answered]:
+    """Read all answers of a specification that were saved, None for any; damaged files are passed over."""
     found = []
     for path in _files(dataset, ""):
         with suppress(OSError, ValueError, KeyError, pa.ArrowException):
@@ -150,7 +150,7 @@ def _spill(dataset: str, *, make: bool) -> Path | None:
     own = own_folder("spill", make=make)
     if own is None:
         return None
-    where = dataset if is_remote(dataset) else str(Path(dataset).resolve())
+    where = str(to_path(dataset).resolve())
     folder = own / hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
     if make:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -194,13 +194,13 @@ def _packed(answered: Sequence[Answered], spec: str, parts: Sequence[PartRows]) 
     return hashlib.blake2b(data, digest_size=_HASH_BYTES).digest() + data
 
 
-def _unpacked(data: bytes, spec: str) -> Answered:
+def _unpacked(data: bytes, spec: str | None) -> Answered:
     if hashlib.blake2b(data[_HASH_BYTES:], digest_size=_HASH_BYTES).digest() != data[:_HASH_BYTES]:
         raise ValueError("the answers are damaged")
     table = pa.ipc.open_stream(pa.py_buffer(data[_HASH_BYTES:])).read_all()
     metadata = dict(table.schema.metadata)
     facts = json.loads(metadata.pop(_FACTS))
-    if facts["spec"] != spec:
+    if spec is not None and facts["spec"] != spec:
         raise ValueError("the answers are of another teacher, or labels of another form")
     places = table[PLACE].to_numpy()
     labelled = table.drop_columns([PLACE]).replace_schema_metadata(metadata or None)

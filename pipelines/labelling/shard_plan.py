@@ -147,6 +147,8 @@ def plan_pieces(wanted: Sequence[Part], bounds: Bounds, spec: SoftLabelSpec) -> 
 
 def shard_key(parts: Sequence[tuple[str, bytes]], spec: SoftLabelSpec) -> str:
     """Hash what a shard is: the ids of its units with the rows of each, and the specification."""
+    # Of what is asked, never of the dataset that it goes to or of who works on it: two plans that ask the same rows of the same teacher
+    # have the same keys, so that a retry, another runner or a job that goes on finds what is committed.
     content = hashlib.blake2b(digest_size=16)
     for uid, rows in parts:
         content.update(uid.encode())
@@ -183,6 +185,7 @@ def pieces(unit: Unit, shard_rows: int) -> Iterator[Part]:
     """Cut a unit at the ends of its row groups, and a row group of more than `shard_rows` rows into equal parts."""
     first = 0
     for rows in unit.sizes:
+        # equal parts: a row group just above the bound would leave a shard of a few rows, with a footer and a commit of its own
         edges = np.linspace(first, first + rows, math.ceil(rows / shard_rows) + 1).astype(int).tolist()
         yield from (Part(unit, start, stop) for start, stop in pairwise(edges))
         first += rows
@@ -198,7 +201,9 @@ def packed(wanted: Sequence[Part], bounds: Bounds, spec: SoftLabelSpec) -> Itera
         if parts and (full or not _follows(parts[-1], piece)):
             yield parts
             parts, rows, size = [], 0, 0
-        if parts and parts[-1].unit == piece.unit:
+        if (
+            parts and parts[-1].unit == piece.unit
+        ):  # one range, as if it had never been cut: the key is of the rows alone
             parts[-1] = _joined(parts[-1], piece)
         else:
             parts.append(piece)
@@ -220,6 +225,8 @@ def _joined(one: Part, two: Part) -> Part:
 
 def _cut(chosen: Sequence[Part], bounds: Bounds, spec: SoftLabelSpec) -> Iterator[list[Part]]:
     """Fill one shard after the other to the last row."""
+    # Chosen rows are few of each row group, so that shards that end with row groups would be tiny: here a shard ends where it
+    # is full, in the middle of a unit too, and `_tasks` sees to it that its row group is decoded once all the same.
     parts: list[Part] = []
     room, left = bounds.rows, bounds.bytes or 0
     for part in chosen:
@@ -227,7 +234,9 @@ def _cut(chosen: Sequence[Part], bounds: Bounds, spec: SoftLabelSpec) -> Iterato
         start = part.start
         while start < part.stop:
             fits = left // row_bytes if row_bytes else room
-            if fits == 0 and parts:
+            if (
+                fits == 0 and parts
+            ):  # a row that is larger than a whole shard gets one of its own, see max(1, ...) below
                 yield parts
                 parts, room, left = [], bounds.rows, bounds.bytes or 0
                 continue
@@ -244,6 +253,9 @@ def _cut(chosen: Sequence[Part], bounds: Bounds, spec: SoftLabelSpec) -> Iterato
 
 def _tasks(shards: Sequence[Shard], picks: str | None) -> list[Task]:
     """Join neighbours of which one lies wholly in the row group that they share."""
+    # A worker that takes both neighbours decodes the row group that they share once. Chains are kept short: a shard that spans
+    # several row groups joins a neighbour only where that one lies in a single row group; otherwise everything that is planned
+    # would hang together in one task, which one worker does alone.
     tasks: list[list[Shard]] = []
     last: tuple[str, int] | None = None
     alone_before = False

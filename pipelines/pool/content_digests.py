@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.storage.files import read_json, write_json
-from distilbeam.storage.paths import is_remote
+from distilbeam.storage.stores import store_of
 
 _STATE = 3  # entries of a state that count: the machine does not
 _READ_BYTES = 2**20
@@ -41,7 +41,7 @@ def content_digests(pool: Pool, cache: Path, check_all: bool = False) -> dict[st
 
     def digest(name: str) -> list[str]:
         path, state = paths[name], list(states[name][:_STATE])
-        if is_remote(path):
+        if store_of(path).by_request:  # its version tells what it holds
             return [str(part) for part in state]
         known = kept.get(f"{about}|{path}")
         if known is None or known["state"] != state or check_all:

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.pool.pool_types import cast_batches
-from distilbeam.pipelines.pool.splits import Unit, open_parquet, read_groups, require_unchanged
-from distilbeam.storage.paths import is_remote
+from distilbeam.pipelines.pool.splits import Unit, opened_unit, read_groups
 
 
 class RowReader:
@@ -58,6 +57,8 @@ class RowReader:
     def _of_group(
         self, file: pq.ParquetFile, group: int, first: int, rows: npt.NDArray[np.int64], wanted: slice
     ) -> Iterator[tuple[pa.RecordBatch, slice]]:
+        # Begin the row group anew only where it must be: another one, or rows before the batch that was decoded last. The next
+        # shard of a task asks for later rows of the same row group and goes on with the batch that is at hand.
         if group != self._group or self._batch is None or rows[wanted.start] < self._start:
             self._group, self._start = group, first
             batches = read_groups(file, self._path, [group], self._columns, self._batch_rows)
@@ -68,22 +69,19 @@ class RowReader:
             assert self._batch is not None
             stop = self._start + self._batch.num_rows
             hi = lo + int(np.searchsorted(rows[lo : wanted.stop], stop))
-            if hi > lo:
+            if hi > lo:  # batches without a wanted row are decoded, as Parquet pages follow each other, and dropped
                 yield _taken(self._batch, rows[lo:hi] - self._start), slice(lo, hi)
             lo = hi
-            if lo < wanted.stop:
+            if lo < wanted.stop:  # not before more is wanted: the batch at hand may have the next shard's rows
                 self._start, self._batch = stop, next(self._batches)
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
-        if self._file is None or unit.path != self._path:
-            if not is_remote(unit.path):  # a request to a store, which says itself what is gone
-                require_unchanged(unit)
-            self._path, self._file, self._group, self._casts = unit.path, open_parquet(unit.path), -1, unit.casts
-            require_unchanged(unit)  # it may have been replaced between the two
+        if self._file is None or unit.path != self._path:  # units of one file share its handle and its footer
+            self._path, self._file, self._group, self._casts = unit.path, opened_unit(unit), -1, unit.casts
         return self._file
 
 
 def _taken(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
-    if rows[-1] - rows[0] == len(rows) - 1:
+    if rows[-1] - rows[0] == len(rows) - 1:  # ascending and without gaps: a view, no copy
         return batch.slice(rows[0], len(rows))
     return batch.take(pa.array(rows))

@@ -1,4 +1,4 @@
-"""Units: the pieces of the pool that workers take.
+"""Splits of the pool, called units: the pieces that workers take.
 
 A unit is a Parquet file and a range of its row groups, with an id: the BLAKE2b hash of the file's footer (which holds the
 sizes, offsets and statistics of every column chunk), its name and the row range. Planning reads footers only. Everything
@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.pool.object_store import is_hidden, list_pool, metadata_of, read_footers
 from distilbeam.pipelines.pool.pool_types import cast_batches, common_type
-from distilbeam.storage.paths import StoreError, is_remote, object_identity, readable, to_path
+from distilbeam.storage.paths import StoreError, is_remote, to_path
+from distilbeam.storage.stores import store_of
 
 BATCH_BYTES = 16 * 2**20  # of a batch that is worked on; a few of them are held at a time
 ANSWER_BYTES = 64 * 2**20  # of a model's answers to a batch
@@ -47,7 +48,7 @@ class Unit:
       sizes: rows of each of its row groups.
       widths: bytes that a row takes in each column that is read, as the footer has them.
       casts: columns that are read and have another type in this file than in the pool, with the pool's.
-      state: what tells the file from one that replaces it, see `state_of`; None where nobody looked.
+      state: what tells the file from one that replaces it, see `Store.identity`; None where nobody looked.
     """
 
     uid: str
@@ -71,7 +72,7 @@ class Pool:
       units: in file order, then row order.
       columns: column names of the first file; every file has those that are read.
       types: the types of the columns that are read, which are those of all files together.
-      states: what tells each file from one that replaces it, by name; see `state_of`.
+      states: what tells each file from one that replaces it, by name; see `Store.identity`.
       paths: where each file is, by name.
     """
 
@@ -184,20 +185,6 @@ def plan_units(
     return _planned((_on_disk(path, root, what) for path in files), target_rows, what, columns)
 
 
-def state_of(path: str | Path) -> tuple[Any, ...]:
-    """Return what tells a file from one that replaces it: size, time of change in ns, inode and machine; an object's version.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      StoreError: the store did not tell.
-    """
-    if is_remote(path):
-        version, size = object_identity(to_path(path))
-        return size, str(version)
-    state = Path(path).stat()
-    return state.st_size, state.st_mtime_ns, state.st_ino, os.uname().nodename
-
-
 def require_unchanged(unit: Unit) -> None:
     """Check that a unit's file is the one that was planned.
 
@@ -207,7 +194,7 @@ def require_unchanged(unit: Unit) -> None:
     if unit.state is None:
         return
     try:
-        now = state_of(unit.path)
+        now = store_of(unit.path).identity(to_path(unit.path))
     except FileNotFoundError:
         now = ()
     # an inode has a meaning on one machine only
@@ -222,8 +209,7 @@ def require_unchanged(unit: Unit) -> None:
 def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
     """Open a Parquet file, or say in a sentence why it cannot be."""
     try:
-        # checksums of pages that have one; the chunks of a row group in a store are fetched together
-        return pq.ParquetFile(readable(to_path(path)), page_checksum_verification=True, pre_buffer=is_remote(path))
+        return store_of(path).open_parquet(to_path(path))
     except FileNotFoundError as e:
         raise ValueError(f"{what}: no such file: {path}") from e
     except StoreError:
@@ -232,16 +218,26 @@ def open_parquet(path: str | Path, what: str = "pool") -> pq.ParquetFile:
         raise _not_parquet(what, path, _first_line(e)) from e
 
 
+def opened_unit(unit: Unit) -> pq.ParquetFile:
+    """Open a unit's file as it was planned.
+
+    Raises:
+      ValueError: it is gone, was changed, or is damaged.
+    """
+    if not store_of(unit.path).by_request:  # an object store says itself what is gone
+        require_unchanged(unit)
+    file = open_parquet(unit.path)
+    require_unchanged(unit)  # it may have been replaced between the two
+    return file
+
+
 def read_unit(unit: Unit, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Read a unit in batches of at most `batch_rows` rows, in row order.
 
     Raises:
       ValueError: the file is damaged.
     """
-    if not is_remote(unit.path):  # a request to a store, which says itself what is gone
-        require_unchanged(unit)
-    file = open_parquet(unit.path)
-    require_unchanged(unit)  # it may have been replaced between the two
+    file = opened_unit(unit)
     batches = read_groups(file, unit.path, range(*unit.row_groups), columns, batch_rows)
     return cast_batches(batches, unit.casts, unit.path)
 
@@ -386,7 +382,7 @@ def _widths(
 
 
 def _on_disk(path: Path, root: Path, what: str) -> _PoolFile:
-    state = state_of(path) if path.exists() else ()
+    state = store_of(path).identity(path) if path.exists() else ()
     metadata = open_parquet(path, what).metadata
     with path.open("rb") as f:
         size = f.seek(-8, os.SEEK_END) + 8

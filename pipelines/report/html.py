@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,
@@ -20,6 +19,7 @@ from distilbeam.pipelines.report.tables import (
     export_rows,
     pareto_rows,
 )
+from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json
 from distilbeam.teacher.softlabels.plain_table import PlainTable
@@ -35,7 +35,7 @@ _CAPTIONS = {
 _COLUMNS = ("", "labels", "accuracy", "NLL", "ECE", "weights", "size", "ms", "ms/64")
 
 
-def write_report(where: RunDirectory, report: Report) -> None:
+def write_report(where: RunDirectory, progress: Progress) -> None:
     """Draw the plots and write `report/report.html`."""
     # with Matplotlib, half a second that every start would pay
     from distilbeam.pipelines.report.plots import draw_pareto, draw_plots
@@ -45,7 +45,7 @@ def write_report(where: RunDirectory, report: Report) -> None:
     plots = draw_plots(results, where.report)
     if pareto is not None:
         plots.append(draw_pareto(pareto, where.report))
-    report(1, 2)
+    progress.step(1, 2)
     environment = Environment(
         loader=PackageLoader("distilbeam.pipelines.report", "."), autoescape=True, undefined=StrictUndefined
     )
@@ -54,7 +54,7 @@ def write_report(where: RunDirectory, report: Report) -> None:
         results=results,
         columns=_COLUMNS,
         rows=table_rows(results),
-        sentences=[*calls_sentences(results), *([f"{results['variant']}."] if "variant" in results else [])],
+        sentences=_sentences(results),
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
         class_columns=CLASS_COLUMNS,
         classes=class_rows(results.get("classes", []), results.get("worst", [])),
@@ -66,7 +66,14 @@ def write_report(where: RunDirectory, report: Report) -> None:
     )
     with replacing(where.report / "report.html") as temporary:
         temporary.write_text(html)
-    report(2, 2)
+    progress.step(2, 2)
+
+
+def _sentences(results: dict[str, Any]) -> list[str]:
+    """Say below the table what was paid, what the last student is, and what its training ran in."""
+    ran = [f"The last student's training ran {results['ran']}."] if "ran" in results else []
+    variant = [f"{results['variant']}."] if "variant" in results else []
+    return [*calls_sentences(results), *variant, *ran]
 
 
 def _exports(where: RunDirectory) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
-from distilbeam.pipelines.engine.display import Report
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
-from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
+from distilbeam.progress import Progress
+from distilbeam.selection.gains import gain_named
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.protocol import Teacher
@@ -25,9 +25,9 @@ _BINS = 20
 MAY_BE_PAID = ("tfserving", "beam")  # kinds of teachers of which a call may cost money
 
 
-def write_results(job: Job, report: Report) -> None:
+def write_results(run: Run, progress: Progress) -> None:
     """Evaluate the teacher and every student and write `report/metrics.json`."""
-    where, config = job.directory, job.config
+    where, config = run.directory, run.config
     name = "validation" if config.data.test is None else "test"
     bought = [read_json(where.summary(where.labels(r))) for r in range(config.run.rounds)]
     students = []
@@ -35,86 +35,88 @@ def write_results(job: Job, report: Report) -> None:
     for done, number in enumerate(numbers, 1):
         title = f"student, round {number}" if number else "student, before"
         labels = sum(b["rows"] for b in bought[:number])
-        students.append(_student_row(job, where.student(number), name, title, labels))
-        report(done, len(numbers))
+        students.append(_student_row(run, where.student(number), name, title, labels))
+        progress.step(done, len(numbers))
     results: dict[str, Any] = {
         "evaluated_on": name,
-        "teacher": _teacher_row(job, name),
+        "teacher": _teacher_row(run, name),
         "students": students,
-        "human_labels": job.inputs.labelled.plan.rows,
-        "pool_rows": job.inputs.pool.rows,
-        "wrong_share": job.wrong_share,
-        "temperature": job.temperature,
-        "rounds": [_round(job, r, summary) for r, summary in enumerate(bought)],
-        "calls": _calls(job, bought),
-        "unusable": _unusable(job),
+        "human_labels": run.inputs.labelled.plan.rows,
+        "pool_rows": run.inputs.pool.rows,
+        "wrong_share": run.wrong_share,
+        "temperature": run.temperature,
+        "rounds": [_round(run, r, summary) for r, summary in enumerate(bought)],
+        "calls": _calls(run, bought),
+        "unusable": _unusable(run),
         "work": read_json(where.work),
-        **_classes(job, where.student(config.run.rounds), name),
+        **_classes(run, where.student(config.run.rounds), name),
     }
     if config.selection.compare_uniform:
-        uniform = job.comparison
+        uniform = run.comparison
         labels = read_json(where.summary(uniform.labels(0)))["rows"]
-        results["uniform"] = _student_row(job, uniform.student(1), name, "student, uniform choice", labels)
+        results["uniform"] = _student_row(run, uniform.student(1), name, "student, uniform choice", labels)
+    if (ran := cached_student(str(where.student(config.run.rounds))).extra.get("precision")) is not None:
+        results["ran"] = ran
     if (sentence := where.sentence(config.run.rounds)) is not None:
         results["variant"] = sentence
     if (own := where.beside(config.run.rounds)) is not None:
         labels = sum(b["rows"] for b in bought)
-        results["own"] = _student_row(job, own, name, "the run's own student", labels)
+        results["own"] = _student_row(run, own, name, "the run's own student", labels)
     (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
 
 
-def _unusable(job: Job) -> dict[str, Any]:
+def _unusable(run: Run) -> dict[str, Any]:
     """Count the rows of the pool that students could not read, and name the lists that have them."""
-    where = job.directory
-    lists = {r: read_unusable(where.gains(r)) for r in range(job.config.run.rounds)}
+    where = run.directory
+    lists = {r: read_unusable(where.gains(r)) for r in range(run.config.run.rounds)}
     rows = {(row["file"], row["row"]) for found in lists.values() for row in found}
     files = [str(unusable_list(where.gains(r)).relative_to(where.root)) for r, found in lists.items() if found]
     return {"rows": len(rows), "lists": files}
 
 
-def are_current(job: Job) -> bool:
+def are_current(run: Run) -> bool:
     """Tell whether the figures on disk are of the rounds and the comparison that the configuration names."""
-    if not job.directory.metrics.exists():
+    if not run.directory.metrics.exists():
         return False
-    found, config = read_json(job.directory.metrics), job.config
+    found, config = read_json(run.directory.metrics), run.config
     return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 
 
-def _classes(job: Job, student: Path, name: str) -> dict[str, Any]:
+def _classes(run: Run, student: Path, name: str) -> dict[str, Any]:
     """Measure the last student class by class."""
-    logits, truth, classes = job.student_logits(student, name), job.truth(name), job.inputs.classes
+    logits, truth, classes = run.student_logits(student, name), run.truth(name), run.inputs.classes
     return {"classes": per_class(logits, truth, classes), "worst": worst_classes(logits, truth, classes)}
 
 
-def _student_row(job: Job, directory: Path, name: str, title: str, labels: int) -> dict[str, Any]:
-    metrics = evaluate(job.student_logits(directory, name), job.truth(name), job.answers(name))
+def _student_row(run: Run, directory: Path, name: str, title: str, labels: int) -> dict[str, Any]:
+    metrics = evaluate(run.student_logits(directory, name), run.truth(name), run.answers(name))
     return {"name": title, "labels": labels, **metrics, **footprint(cached_student(str(directory)))}
 
 
-def _teacher_row(job: Job, name: str) -> dict[str, Any]:
-    answers = job.answers(name)
+def _teacher_row(run: Run, name: str) -> dict[str, Any]:
+    answers = run.answers(name)
     answered = ~np.isnan(answers).any(axis=1)
-    metrics = evaluate(answers[answered], job.truth(name)[answered])
-    return {"name": "teacher", "unanswered": int((~answered).sum()), **metrics, **_teacher_footprint(job)}
+    metrics = evaluate(answers[answered], run.truth(name)[answered])
+    return {"name": "teacher", "unanswered": int((~answered).sum()), **metrics, **_teacher_footprint(run)}
 
 
-def _teacher_footprint(job: Job) -> dict[str, Any]:
+def _teacher_footprint(run: Run) -> dict[str, Any]:
     """Measure a teacher: its files and parameters, and its latency where asking costs nothing; others may be paid by the call."""
-    teacher, config = cached_teacher(job.teacher), job.config.teacher
+    teacher, config = cached_teacher(run.teacher), run.config.teacher
     latency: dict[str, float | None] = dict.fromkeys(LATENCIES)
     if config.kind not in MAY_BE_PAID:
-        latency = _teacher_latency(job, teacher)
+        latency = _teacher_latency(run, teacher)
     models = [getattr(config, name) for name in config.paths() if name in ("model", "weights")]
-    paths = [job.base / path for path in (*models, *getattr(config, "files", ())) if path is not None]
+    paths = [Path(path) for path in (*models, *getattr(config, "files", ())) if path is not None]
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}
 
 
-def _teacher_latency(job: Job, teacher: Teacher) -> dict[str, float | None]:
-    answered = np.flatnonzero(~np.isnan(job.answers("validation")).any(axis=1))[:64]
-    examples = job.inputs.validation.table.select(job.inputs.teacher_columns).take(answered)
+def _teacher_latency(run: Run, teacher: Teacher) -> dict[str, float | None]:
+    answered = np.flatnonzero(~np.isnan(run.answers("validation")).any(axis=1))[:64]
+    examples = run.inputs.validation.table.select(run.inputs.teacher_columns).take(answered)
     batch = examples.combine_chunks().to_batches()[0]
     sizes = zip(LATENCIES, (1, 64), strict=True)
     return {name: _median_ms(lambda n=n: teacher.logits(batch.slice(0, n))) for name, n in sizes}
@@ -130,44 +132,45 @@ def _median_ms(call: Any, repeats: int = 11) -> float:
     return float(np.median(times))
 
 
-def _calls(job: Job, bought: list[dict[str, Any]]) -> dict[str, int]:
+def _calls(run: Run, bought: list[dict[str, Any]]) -> dict[str, int]:
     """Count the rows that the teacher was asked about, and those of the pool that it was spared."""
-    where = job.directory
-    datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": job.comparison.labels(0)}
+    where = run.directory
+    datasets = {name: where.asked(name) for name in ("validation", "test")} | {"uniform": run.comparison.labels(0)}
     calls = {
         name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()
     }
     asked = sum(b["rows"] + b["failed"] for b in bought)
-    return {**calls, "labels": sum(b["calls"] for b in bought), "saved": job.inputs.pool.rows - asked}
+    return {**calls, "labels": sum(b["calls"] for b in bought), "saved": run.inputs.pool.rows - asked}
 
 
-def _round(job: Job, number: int, summary: dict[str, Any]) -> dict[str, Any]:
+def _round(run: Run, number: int, summary: dict[str, Any]) -> dict[str, Any]:
     """Describe what a round bought: where the pool's and the bought gains lie, and how often the teacher is right there."""
-    plan = read_json(job.directory.selected(number) / "plan.json")
+    plan = read_json(run.directory.selected(number) / "plan.json")
     entry = {
         "summary": summary,
         **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")},
     }
-    if plan["method"] == "uniform":
+    gains = [_column(file, "gain") for file in sorted(run.directory.gains(number).glob("*.parquet"))]
+    if not gains:  # of a choice that does not look at the examples
         return entry
-    gains = [_column(file, "gain") for file in sorted(job.directory.gains(number).glob("*.parquet"))]
     edges = np.linspace(0, max(float(g.max(initial=0)) for g in gains), _BINS + 1)
-    bought = np.concatenate([_column(path, "gain") for path in read_manifest(job.directory.labels(number)).paths()])
+    bought = np.concatenate([_column(path, "gain") for path in read_manifest(run.directory.labels(number)).paths()])
     return {
         **entry,
         "edges": edges.tolist(),
         "pool": np.sum([np.histogram(g, edges)[0] for g in gains], axis=0).tolist(),
         "bought": np.histogram(bought, edges)[0].tolist(),
-        "validation": _validation_curve(job, number, edges),
+        "validation": _validation_curve(run, number, edges),
     }
 
 
-def _validation_curve(job: Job, number: int, edges: npt.NDArray[np.float64]) -> dict[str, list[int]]:
+def _validation_curve(run: Run, number: int, edges: npt.NDArray[np.float64]) -> dict[str, list[int]]:
     """Count the validation examples, and those that the teacher has right, by the gain that the round's student gives them."""
-    answers = job.answers("validation")
+    answers = run.answers("validation")
     answered = ~np.isnan(answers).any(axis=1)
-    gain = GAINS[job.config.selection.gain](job.student_logits(job.directory.chooser(number), "validation"))
-    right = answers.argmax(axis=1) == job.truth("validation")
+    scored = run.config.selection.scored or run.config.selection.gain
+    gain = gain_named(scored)(run.student_logits(run.directory.chooser(number), "validation"))
+    right = answers.argmax(axis=1) == run.truth("validation")
     count = np.histogram(gain[answered], edges)[0]
     return {"count": count.tolist(), "right": np.histogram(gain[answered & right], edges)[0].tolist()}
 

@@ -22,7 +22,6 @@ from apache_beam.options.pipeline_options import StandardOptions
 
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.beam_options import pipeline_options
-from distilbeam.pipelines.jobs.directory import held
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.streaming.checks import decoder_of, require_installed, require_same_dataset
 from distilbeam.pipelines.streaming.decode import Decoder
@@ -39,6 +38,7 @@ from distilbeam.pipelines.streaming.state import StreamState
 from distilbeam.pipelines.streaming.stop_file import ask_to_stop, clear_stop
 from distilbeam.pipelines.streaming.write_panes import fence
 from distilbeam.storage.paths import is_remote, to_path
+from distilbeam.storage.stores import store_of
 
 ATTEMPTS = 3  # times the pipeline may die without having committed anything in between
 _TICK_S = 0.5
@@ -52,8 +52,7 @@ class StreamJob:
     """A streaming job.
 
     Args:
-      config: the configuration of a labelling job.
-      base: directory that relative paths are relative to.
+      config: the configuration of a labelling job, with absolute paths.
       settings: the job's options.
       flags: Beam's options.
       report: called every now and then with the state.
@@ -64,7 +63,6 @@ class StreamJob:
     """
 
     config: LabelConfig
-    base: Path
     settings: StreamSettings
     flags: Sequence[str] = ()
     report: Callable[[StreamState], None] = lambda state: None  # noqa: ARG005
@@ -94,7 +92,7 @@ class StreamJob:
         if settings.kind == "kafka":
             self.topic = parse_place(settings.place, settings.consumer)
             self._ends = ends_of(self.topic)
-        self.spec = spec_of(self.config, self.base)
+        self.spec = spec_of(self.config)
         require_same_dataset(settings.out, self.spec)
 
     @property
@@ -110,13 +108,14 @@ class StreamJob:
           ValueError: another process works on the dataset.
           RuntimeError: the engine dies again and again, too many messages have no label, or messages were lost.
         """
-        with held(to_path(self.settings.out), "--out", "--out"), engine_lines(self.engine_log):
-            clear_stop(self.settings.out)
+        out = self.settings.out
+        with store_of(out).hold(to_path(out), "--out", "--out"), engine_lines(self.engine_log):
+            clear_stop(out)
             if self._stopping.is_set():  # told while everything was loading
-                ask_to_stop(self.settings.out)
+                ask_to_stop(out)
             if self.settings.kind == "letters":
-                self._letters = Letters(self.settings.place, self.settings.out)
-            journal = Journal(self.settings.out, self._name)
+                self._letters = Letters(self.settings.place, out)
+            journal = Journal(out, self._name)
             journal.look()
             if self.topic is not None:
                 self._begin(self.topic, journal)
@@ -245,7 +244,7 @@ class StreamJob:
 
     def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, self.config, self.base, self.settings, self.decoder, self._reading, attempt, self._letters)
+        build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
         return pipeline.run()
 
     def _look(self, journal: Journal) -> None:

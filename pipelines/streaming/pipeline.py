@@ -44,17 +44,17 @@ class LabelStream(beam.PTransform):
         self, config: LabelConfig, base: Path, out: str, *, shards: int = 1, dead_letters: str | None = None
     ) -> None:
         super().__init__()
-        self.config, self.base, self.out, self.shards, self.dead_letters = config, base, out, shards, dead_letters
+        self.config = config.relative_to(base)
+        self.out, self.shards, self.dead_letters = out, shards, dead_letters
 
     def expand(self, batches: Any) -> Any:
-        spec = spec_of(self.config, self.base)
+        spec = spec_of(self.config)
         if has_budget(self.config):
-            batches = batches | _select(self.config, self.base)
+            batches = batches | _select(self.config)
         label = LabelExamples(
             self.config.teacher,
             spec,
             id_column=self.config.data.id,
-            base=self.base,
             teacher_batch=self.config.engine.teacher_batch,
             dead_letters=self.dead_letters,
         )
@@ -65,8 +65,7 @@ class LabelMessageStream(beam.PTransform):
     """Windowed batches of messages to what was committed of them.
 
     Args:
-      config: the configuration of a labelling job.
-      base: directory that the configuration's relative paths are relative to.
+      config: the configuration of a labelling job, with absolute paths.
       settings: the job's options.
       decoder: how messages become rows.
       topic: what the messages come from.
@@ -77,7 +76,6 @@ class LabelMessageStream(beam.PTransform):
     def __init__(
         self,
         config: LabelConfig,
-        base: Path,
         settings: StreamSettings,
         decoder: Decoder,
         topic: str,
@@ -85,13 +83,13 @@ class LabelMessageStream(beam.PTransform):
         again: str = "",
     ) -> None:
         super().__init__()
-        self.config, self.base, self.settings, self.decoder, self.topic = config, base, settings, decoder, topic
+        self.config, self.settings, self.decoder, self.topic = config, settings, decoder, topic
         self.attempt, self.again = attempt, again
 
     def expand(self, batches: Any) -> Any:
-        spec = spec_of(self.config, self.base)
+        spec = spec_of(self.config)
         labelling = Labelling(
-            teacher=teacher_text(self.config.teacher, self.base, spec.classes),
+            teacher=teacher_text(self.config.teacher, spec.classes),
             spec=spec,
             id_column=self.config.data.id,
             teacher_batch=self.config.engine.teacher_batch,
@@ -101,9 +99,7 @@ class LabelMessageStream(beam.PTransform):
             decode = DecodeMessages(self.decoder, self.topic)
             decoded = batches | "Decode" >> beam.ParDo(decode).with_outputs("receipts", main="rows")
             labelled = (
-                decoded.rows
-                | _select(self.config, self.base)
-                | "LabelChosen" >> beam.ParDo(LabelChosen(labelling, self.topic))
+                decoded.rows | _select(self.config) | "LabelChosen" >> beam.ParDo(LabelChosen(labelling, self.topic))
             )
             outcomes = (labelled, decoded.receipts) | "LabelsAndReceipts" >> beam.Flatten()
         else:
@@ -117,7 +113,6 @@ class LabelMessageStream(beam.PTransform):
 def build(
     pipeline: Any,
     config: LabelConfig,
-    base: Path,
     settings: StreamSettings,
     decoder: Decoder | None,
     reading: Reading | None,
@@ -128,8 +123,7 @@ def build(
 
     Args:
       pipeline: the pipeline.
-      config: the configuration of a labelling job.
-      base: directory that the configuration's relative paths are relative to.
+      config: the configuration of a labelling job, with absolute paths.
       settings: the job's options.
       decoder: how messages become rows; None for files.
       reading: how the Kafka topic is read; None for other sources.
@@ -139,7 +133,9 @@ def build(
     if not settings.messages:
         tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(settings.place)
         batches = tables | "Batches" >> beam.FlatMap(lambda table: table.to_batches())
-        return batches | LabelStream(config, base, settings.out, shards=settings.shards, dead_letters=settings.letters)
+        return batches | LabelStream(
+            config, Path(), settings.out, shards=settings.shards, dead_letters=settings.letters
+        )
     assert decoder is not None
     again = ""
     if letters is not None:
@@ -159,7 +155,7 @@ def build(
         )
         windowed = messages | "Window" >> _windows(settings, config) | "Batch" >> gather
         batches = windowed | "Gathered" >> beam.Map(_gathered)
-    return batches | LabelMessageStream(config, base, settings, decoder, topic, attempt, again)
+    return batches | LabelMessageStream(config, settings, decoder, topic, attempt, again)
 
 
 def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:
@@ -179,7 +175,7 @@ def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:
     return pipeline | "ReadMessages" >> read | "Messages" >> beam.Map(_of_java), topic.name
 
 
-def spec_of(config: LabelConfig, base: Path) -> SoftLabelSpec:
+def spec_of(config: LabelConfig) -> SoftLabelSpec:
     """Return the specification of a configuration's labels; loads the teacher."""
     data, labels = config.data, config.labels
     return SoftLabelSpec(
@@ -189,7 +185,7 @@ def spec_of(config: LabelConfig, base: Path) -> SoftLabelSpec:
         temperature=labels.temperature,
         storage=labels.storage,
         classes=data.classes or None,
-        teacher=cached_teacher(teacher_text(config.teacher, base, data.classes)).fingerprint(),
+        teacher=cached_teacher(teacher_text(config.teacher, data.classes)).fingerprint(),
         carried=data.carry,
     )
 
@@ -199,14 +195,12 @@ def has_budget(config: LabelConfig) -> bool:
     return config.watch.budget is not None
 
 
-def _select(config: LabelConfig, base: Path) -> SelectExamples:
+def _select(config: LabelConfig) -> SelectExamples:
     watch = config.watch
     assert watch.budget is not None
     assert watch.student is not None
     assert watch.wrong_share is not None
-    return SelectExamples(
-        base / watch.student, watch.budget, wrong_share=watch.wrong_share, gain=watch.gain, seed=watch.seed
-    )
+    return SelectExamples(watch.student, watch.budget, wrong_share=watch.wrong_share, gain=watch.gain, seed=watch.seed)
 
 
 def _windows(settings: StreamSettings, config: LabelConfig) -> Any:

@@ -20,6 +20,7 @@ from distilbeam.pipelines.config import LabelConfig, load_any_config
 from distilbeam.pipelines.streaming.job import StreamJob
 from distilbeam.pipelines.streaming.pipeline import LabelStream as LabelStream  # its documented place
 from distilbeam.pipelines.streaming.settings import StreamSettings
+from distilbeam.settings import SET_HELP, SET_METAVAR
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m distilbeam.pipelines.streaming.stream_job", allow_abbrev=False)
     add = options.add_argument
     add("--config", required=True, help="configuration of a labelling job (TOML)")
+    add("--set", action="append", default=[], metavar=SET_METAVAR, help=SET_HELP)
     add(
         "--source",
         required=True,
@@ -54,13 +56,17 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the pipeline and run it."""
     own, flags = parser().parse_known_args(arguments)
-    config = load_any_config(Path(own.config))
+    config = load_any_config(Path(own.config), own.set)
     if not isinstance(config, LabelConfig):
         raise ValueError(f"--config must describe a labelling job, {own.config} describes a run")
     settings = StreamSettings.of(vars(own))
-    state = StreamJob(config, Path(own.config).resolve().parent, settings, flags).run()
+    state = StreamJob(config, settings, flags).run()
     print(json.dumps(state.to_json()), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, RuntimeError) else 2)

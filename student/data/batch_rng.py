@@ -1,4 +1,4 @@
-"""Where in a run a batch stands."""
+"""The random generator of a batch, a function of the batch's place in its run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run a batch stands: what the randomness of a transform may depend on.
+    """The place of a batch in a run, which is all that the randomness of a transform may depend on.
 
     Attributes:
-      seed: of the order.
+      seed: the one that the order of the rows is drawn with.
       epoch: number of the epoch.
-      position: of the batch's first row in the epoch.
+      position: the place of the batch's first row in the order of the epoch.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""What the values of a label column mean: one reading for runs, trainings and evaluations.
+"""Class labels: what the values of a label column mean, read alike by runs, trainings and evaluations.
 
 A value names its class. Text stands as it is, bytes are UTF-8, whole numbers (also in float and decimal columns) are their
 digits, booleans `false` and `true`; a number means the class whose name is that number, be it written "1", "01" or "1.0".

@@ -1,4 +1,4 @@
-"""Which Arrow columns are tensors, and viewing them as arrays."""
+"""Tensor columns: the Arrow columns that are tensors, and viewing them as arrays."""
 
 from __future__ import annotations
 

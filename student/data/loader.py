@@ -1,4 +1,4 @@
-"""Load soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
+"""The loader of soft labels: from the manifests of datasets to batches of tensors, shuffled, resumable at any world size.
 
 Threads read windows of row groups ahead, others take batches out of them, make the student's input and apply the
 transform; the training's thread only receives. A batch is a function of the dataset, the seed, the epoch and its
@@ -52,8 +52,9 @@ class SoftLabelDataset:
 
     Args:
       path: directory of a dataset, or several of them with the same specification.
-      batch_size: rows per rank and step; only the last two steps of an epoch have fewer, which share what is left evenly.
-      seed: of the order, which does not depend on the ranks.
+      batch_size: rows per rank and step, or what gives them for the datasets' number of rows; only the last two steps of an
+        epoch have fewer, which share what is left evenly.
+      seed: decides the order of the rows, which does not depend on the ranks.
       rank: this process's number.
       world_size: number of processes that share the datasets.
       input: how columns become the student's input.
@@ -74,7 +75,7 @@ class SoftLabelDataset:
     def __init__(
         self,
         path: str | Path | Sequence[str | Path],
-        batch_size: int,
+        batch_size: int | Callable[[int], int],
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -89,7 +90,7 @@ class SoftLabelDataset:
         pin_memory: bool = False,
     ) -> None:
         for name, value, least in (
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if callable(batch_size) else batch_size, 1),
             ("seed", seed, 0),
             ("world_size", world_size, 1),
             ("buffer_rows", buffer_rows, 1),
@@ -102,10 +103,11 @@ class SoftLabelDataset:
             raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
         opened = open_datasets(list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path])
         self.spec = opened.spec
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.transform, self.workers = transform, workers
         self._groups: list[RowGroup] = [group for groups in opened.groups for group in groups]
         self.rows = sum(group.rows for group in self._groups)
+        self.batch_size = batch_size(self.rows) if callable(batch_size) else batch_size
         self._buffer_rows = buffer_rows
         self._visits = None if mixing_weights is None else _visits(opened.groups, mixing_weights)
         identity = [opened.keys, buffer_rows] + ([] if self._visits is None else [self._visits])
@@ -299,7 +301,7 @@ def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
 
     Args:
       batch: from a SoftLabelDataset.
-      spec: of the dataset.
+      spec: how the dataset's labels are stored.
 
     Returns:
       DenseLabels, TopKLabels or SampledLabels.

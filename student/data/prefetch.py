@@ -26,7 +26,7 @@ class Work(Generic[Read, Shuffled, Made]):
     """What is to be done.
 
     Attributes:
-      order: of the epoch.
+      order: the epoch's order of rows.
       shares: the rank's batches.
       read: reads a row group by its number.
       shuffle: puts the rank's rows of a window in the order of their visit.

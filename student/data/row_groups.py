@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.storage.paths import StoreError, is_remote, object_identity, readable
+from distilbeam.storage.paths import StoreError, readable
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels import SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.manifest import ManifestEntry
 from distilbeam.teacher.softlabels.shards import footer_checksum
@@ -46,16 +47,10 @@ class ShardFile:
         Raises:
           ValueError: it is another one than when the datasets were opened.
         """
-        if _identity(self.path) != self.identity:
+        store = store_of(self.path)
+        if store.identity(self.path) != self.identity:
             raise ValueError(f"{self.path} was written again after the dataset was opened; open the dataset again")
-        remote = is_remote(self.path)
-        return pq.ParquetFile(
-            readable(self.path),
-            metadata=self.metadata,
-            memory_map=not remote,
-            pre_buffer=remote,
-            page_checksum_verification=True,
-        )
+        return store.open_parquet(self.path, metadata=self.metadata, mapped=True)
 
 
 @dataclass(frozen=True)
@@ -127,12 +122,13 @@ def open_datasets(paths: Sequence[str | Path]) -> Datasets:
 
 def _shard(path: Path, entry: ManifestEntry) -> ShardFile:
     try:
-        identity = _identity(path)
+        store = store_of(path)
+        identity = store.identity(path)
         with _found_damage(path):
             metadata = pq.read_metadata(readable(path))
         _require_committed(path, "rows", metadata.num_rows, entry.rows)
-        _require_committed(path, "bytes", identity[1], entry.bytes)
-        if entry.footer and not is_remote(path) and footer_checksum(path) != entry.footer:
+        _require_committed(path, "bytes", identity[0], entry.bytes)
+        if entry.footer and not store.by_request and footer_checksum(path) != entry.footer:
             raise _damaged(path, "its footer is not the one that was written")
     except FileNotFoundError as e:
         raise ValueError(f"{path} is missing, its manifest says that it was committed; label its rows again") from e
@@ -162,13 +158,6 @@ def _found_damage(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise _damaged(path, (str(e).splitlines() or [type(e).__name__])[0].rstrip(".")) from e
-
-
-def _identity(path: Path) -> tuple[Any, ...]:
-    if is_remote(path):
-        return object_identity(path)
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _numbered(datasets: Sequence[Sequence[ShardFile]]) -> list[list[RowGroup]]:

@@ -1,4 +1,4 @@
-"""The order in which a soft-label dataset is visited: a function of its row groups, the seed and the epoch alone.
+"""The sampler of a soft-label dataset: the order of an epoch, a function of row groups, seed and epoch alone.
 
 Row groups are permuted, consecutive ones gathered into windows of at least `buffer_rows` rows, and the rows of a window
 permuted. An epoch may visit some row groups more often than others: a whole pass over a group is one unit of the order,
@@ -30,7 +30,7 @@ class EpochOrder:
     Attributes:
       group_rows: rows of each row group, in the order of the files.
       buffer_rows: fewest rows of a window, but for the last.
-      seed: of the run.
+      seed: with the epoch it decides every permutation.
       epoch: number of the epoch.
       visits: how many rows of each row group the epoch visits; None for every row once. Of v visits to n rows, each row
         gets floor(v / n) or one more.
@@ -54,6 +54,9 @@ class EpochOrder:
     @cached_property
     def windows(self) -> list[list[int]]:
         """Units of each window, in the order of the files."""
+        # Two levels: row groups in random order, rows permuted inside a window of them. A permutation of all rows would
+        # decode a row group once for nearly each of its rows; windows decode each once, at the price that rows of one row
+        # group meet in the same window.
         shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.units))
         windows: list[list[int]] = [[]]
         filled = 0
@@ -63,6 +66,8 @@ class EpochOrder:
                 filled = 0
             windows[-1].append(unit)
             filled += self.units[unit][1]
+        # Which units are together is random, the order inside does not matter (`places` permutes the rows) and is that of the
+        # files, so that a window reads forward.
         return [sorted(window) for window in windows]
 
     @cached_property
@@ -112,6 +117,8 @@ class Shares:
           rank: the rank.
           world_size: number of ranks.
         """
+        # Global steps first, then each rank's contiguous part of one: cutting by rank first would give other steps for another
+        # number of ranks, and a training that goes on with more processes would see other batches.
         first = step_starts(position, rows, batch_size * world_size)
         ends = np.append(first[1:], max(position, rows))[: len(first)]
         size = ends - first
@@ -125,6 +132,7 @@ class Shares:
 
     def positions(self, begin: int, end: int) -> Rows:
         """List the rank's positions from begin to end."""
+        # the steps of which the rank's part overlaps [begin, end): those that end after begin and start before end
         first, last = np.searchsorted(self.stops, begin, side="right"), np.searchsorted(self.starts, end)
         starts, stops = np.maximum(self.starts[first:last], begin), np.minimum(self.stops[first:last], end)
         sizes = np.maximum(stops - starts, 0)
@@ -140,9 +148,11 @@ class Shares:
         """
         begin, end = order.starts[window : window + 2]
         everywhere = order.places(window)
-        if self._all_mine(begin, end):
+        if self._all_mine(begin, end):  # a single rank, as a rule: nothing has to be counted among others' rows
             return everywhere, len(everywhere)
         mine = self.positions(begin, end)
+        # `everywhere` says at which position each row of the window is visited; `among_mine` turns a position into the number
+        # of the rank's rows before it, and -1 where the position is another rank's
         among_mine = np.full(len(everywhere), -1, np.int64)
         among_mine[mine - begin] = np.arange(len(mine))
         return among_mine[everywhere], len(mine)
@@ -159,6 +169,8 @@ class Shares:
         Returns:
           Triples of a window and the rank's rows before it and before the next one.
         """
+        # The rank's rows before each window's border: those of whole steps before it (`before`), and what the border cuts off
+        # of the step that it falls into. A window of which the rank has none is not read at all.
         borders = np.asarray(order.starts, np.int64)
         step = np.searchsorted(self.stops, borders, side="right")
         within = np.maximum(borders - np.append(self.starts, borders[-1])[step], 0)
@@ -181,7 +193,7 @@ def step_starts(position: int, rows: int, step_rows: int) -> Rows:
       int64 [steps].
     """
     starts = np.arange(position, rows, step_rows, dtype=np.int64)
-    if len(starts) > 1:
+    if len(starts) > 1:  # by what is left, not by the epoch: whoever goes on between two steps computes the same ends
         starts[-1] = rows - (rows - starts[-2]) // 2 if rows - starts[-1] < step_rows else starts[-1]
     return starts
 

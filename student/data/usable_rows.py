@@ -1,4 +1,4 @@
-"""Which rows of a batch make an input that a network can learn from: the others are found one by one, each with its reason.
+"""The usable rows of a batch, of which a network can learn: the others are found one by one, each with its reason.
 
 A batch that cannot be made into an input is halved until the rows that are in the way stand alone, so that k of n rows cost
 at most about 2 k log2 n attempts; a batch without any costs one.

@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,15 +27,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from distilbeam.extras import Need, require_extras
 from distilbeam.inputs.config import InputConfig
-from distilbeam.kernels.laurel.reference import residual_sum
+from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.export.quantise import quantise_static, quantise_weights
 from distilbeam.student.export.runtimes import open_runner
-from distilbeam.student.networks import laurel
 from distilbeam.student.own_files import with_own_files
 
 FORMATS = ("pt2", "onnx", "int8", "int8-weights")
@@ -85,9 +81,7 @@ def export_student(
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds something; choose another directory or remove it")
     loaded = load_student(student)
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with committed_directory(directory) as temporary:
         file = temporary / ("model.pt2" if format == "pt2" else "model.onnx")
         _write(loaded, format, file, examples)
         check = _compared(loaded, file, examples, exact=format in ("pt2", "onnx"))
@@ -95,12 +89,6 @@ def export_student(
         inputs = with_own_files(loaded.config.input, temporary)
         description = _description(loaded, inputs, format, file, check, calibration, provenance or {})
         (temporary / "export.json").write_text(json.dumps(description, indent=1) + "\n")
-        if directory.exists():
-            directory.rmdir()
-        temporary.replace(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return directory
 
 
@@ -122,25 +110,8 @@ def _write(student: Student, format_: str, file: Path, examples: npt.NDArray[Any
 
 def _program(student: Student) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("batch", min=1, max=2**20)
-    with _torch_operations():
-        # an example of two rows: torch takes a dimension of one to be one for ever
-        return torch.export.export(student.module, (student.zeros(2),), dynamic_shapes=({0: rows},))
-
-
-@contextmanager
-def _torch_operations() -> Iterator[None]:
-    """Record learned residuals by their definition: kernels choose by device and by the number of rows, a file cannot."""
-    kernel = vars(laurel)["laurel_residual"]
-
-    def by_definition(update: Tensor, residual: Tensor, **others: Any) -> Tensor:
-        keys = ("alpha", "beta", "down", "up", "previous", "gamma")
-        return residual_sum(update, residual, *(others[key] for key in keys)).to(update.dtype)
-
-    vars(laurel)["laurel_residual"] = by_definition
-    try:
-        yield
-    finally:
-        vars(laurel)["laurel_residual"] = kernel
+    # an example of two rows: torch takes a dimension of one to be one for ever
+    return torch.export.export(student.module, (student.zeros(2),), dynamic_shapes=({0: rows},))
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.laurel.interface import laurel_residual
+from distilbeam.kernels.laurel.reference import residual_sum
 from distilbeam.kernels.quantize.formats import QuantizedRows
 
 PARTS = ("rw", "lr", "pa")
@@ -85,7 +86,10 @@ class LaurelResidual(nn.Module):
         Returns:
           The layer's residual output, [..., D].
         """
-        total: Tensor = laurel_residual(update, residual, **self._learned(previous))
+        learned = self._learned(previous)
+        if torch.compiler.is_exporting():  # kernels choose by device and by the number of rows, a file cannot
+            return residual_sum(update, residual, **learned).to(update.dtype)
+        total: Tensor = laurel_residual(update, residual, **learned)
         return total
 
     def normed(

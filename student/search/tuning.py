@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distilbeam.progress import Progress
 from distilbeam.student.search.space import SearchRange, TuneConfig
 from distilbeam.student.training.checkpoints import differing_settings
 
 JOURNAL = "journal.log"
 GIVE_UP_AFTER = 3
 
-Report = Callable[[int, float], None]
-Objective = Callable[[Mapping[str, Any], Report], float]
+Objective = Callable[[Mapping[str, Any], Progress], float]
 
 
 class CutShort(Exception):  # noqa: N818 - no error: the search has seen enough of a trial
-    """Raised by a trial's report to end it."""
+    """Raised by a trial's progress to end it."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,19 @@ def search(
     directory: Path,
     seed: int,
     about: Mapping[str, Any],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Search:
     """Try settings until there are enough trials; trials of a search that was killed count.
 
     Args:
-      objective: trains with the settings it is given and returns the metric; it calls the report it is given with the
-        number of each epoch, from 1, and the metric there, which may raise `CutShort`. It raises `ValueError` where the
-        settings do not train.
+      objective: trains with the settings it is given and returns the metric; it tells the progress it is given every step
+        and every epoch, as `train` does, which may raise `CutShort`. It raises `ValueError` where the settings do not train.
       space: dotted settings and their ranges.
       config: trials, metric and cutting.
       directory: of the journal; made if it is not there. One process at a time may work in it.
-      seed: of the draws.
+      seed: with the number of trials that ended it decides a trial's settings.
       about: what else decides the outcome, as plain data; a journal about something else is refused.
-      progress: called with the numbers of trials that ended and of all.
+      progress: told the trials that ended and all trials.
 
     Returns:
       The trials and the best of them.
@@ -93,7 +92,7 @@ def search(
     Raises:
       ValueError: Optuna is not installed, the journal belongs to another search, or the first trials all failed.
     """
-    optuna = _library()
+    optuna, progress = _library(), progress or Progress()
     directory.mkdir(parents=True, exist_ok=True)
     study = _study(
         optuna, directory, config, seed, dict(about) | {"space": _plain(space), "metric": config.metric, "seed": seed}
@@ -101,13 +100,11 @@ def search(
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # of a process that was killed: drawn again below
     while (ended := len(_ended(study))) < config.trials:
-        if progress is not None:
-            progress(ended, config.trials)
+        progress.step(ended, config.trials)
         study.sampler = optuna.samplers.TPESampler(seed=_seed(seed, ended), n_startup_trials=config.startup)
-        _carry_out(optuna, study, objective, space)
+        _carry_out(optuna, study, objective, space, f"validation_{config.metric}")
         _give_up_early(study)
-    if progress is not None:
-        progress(config.trials, config.trials)
+    progress.step(config.trials, config.trials)
     trials = tuple(_summary(trial) for trial in _ended(study))
     complete = [trial for trial in trials if trial.state == "complete"]
     if not complete:
@@ -118,17 +115,11 @@ def search(
     return Search(min(complete, key=lambda trial: sign * (trial.value or 0.0)), trials)
 
 
-def _carry_out(optuna: Any, study: Any, objective: Objective, space: Mapping[str, SearchRange]) -> None:
+def _carry_out(optuna: Any, study: Any, objective: Objective, space: Mapping[str, SearchRange], metric: str) -> None:
     trial = study.ask()
     settings = {name: _suggest(trial, name, values) for name, values in space.items()}
-
-    def report(epoch: int, value: float) -> None:
-        trial.report(value, epoch)
-        if trial.should_prune():
-            raise CutShort
-
     try:
-        value = objective(settings, report)
+        value = objective(settings, _TrialProgress(trial, metric))
     except CutShort:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except ValueError as e:
@@ -136,6 +127,27 @@ def _carry_out(optuna: Any, study: Any, objective: Objective, space: Mapping[str
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
     else:
         study.tell(trial, value)
+
+
+class _TrialProgress(Progress):
+    """Passes a trial's epochs on to Optuna, each with the first step after it.
+
+    An epoch that no step follows is the last one: what it came to is the value of the whole trial, which is not cut any more.
+    """
+
+    def __init__(self, trial: Any, metric: str) -> None:
+        self._trial, self._metric = trial, metric
+        self._ended: list[tuple[int, float]] = []
+
+    def step(self, done: int, total: int, note: str = "") -> None:  # noqa: ARG002
+        while self._ended:
+            number, value = self._ended.pop(0)
+            self._trial.report(value, number)
+            if self._trial.should_prune():
+                raise CutShort
+
+    def epoch(self, number: int, figures: Mapping[str, float]) -> None:
+        self._ended.append((number, figures[self._metric]))
 
 
 def _library() -> Any:

@@ -31,7 +31,7 @@ def augment_images(
       images: floating [B, channels, height, width].
       positions: int64 [B], of each example in the epoch; any number that is the example's own will do.
       config: what is done.
-      seed: of the training.
+      seed: the training's; with epoch, source and position it decides every draw.
       epoch: number of the epoch.
       source: number of the source, so that positions of two sources differ.
 
@@ -94,7 +94,7 @@ def random_words(positions: Tensor, seed: int, epoch: int, source: int) -> Words
 
     Args:
       positions: int64 [B].
-      seed: of the training.
+      seed: the training's; with epoch, source and position it decides every draw.
       epoch: number of the epoch.
       source: number of the source.
 

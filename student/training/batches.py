@@ -1,4 +1,4 @@
-"""What a training reads: soft labels that suit the student, labelled examples, and how rows are dealt out to steps."""
+"""The batches of a training: soft labels that suit the student, labelled examples, and how rows are dealt out to steps."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Sources:
       steps: steps of an epoch, which visits every row once.
       input_shape: shape of one example's input.
       training: the training's configuration.
-      seed: of the order.
+      seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
     """
 
@@ -166,7 +166,7 @@ def open_soft_labels(
       training: its training's configuration.
       classes: names of the student's classes.
       hard: the human-labelled rows, or None.
-      seed: of the order.
+      seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
       mixing_weights: share of each dataset in an epoch; None for their numbers of rows.
 
@@ -182,9 +182,14 @@ def open_soft_labels(
         return None
     columns = NEEDED_COLUMNS[training.objective]
     augment = training.augment
+
+    def soft_rows_of_a_step(rows: int) -> int:
+        share = rows / (rows + (0 if hard is None else len(hard)))
+        return max(1, round(training.batch_size * share / processes.size))
+
     dataset = SoftLabelDataset(
         paths,
-        training.batch_size,
+        soft_rows_of_a_step,
         seed,
         processes.rank,
         processes.size,
@@ -211,8 +216,6 @@ def open_soft_labels(
             f"the soft labels' column weight must be above 0 in some row, it is 0 in all {dataset.rows:,}; weigh the rows, or "
             "choose training.objective = 'distill', which does not read it"
         )
-    share = dataset.rows / (dataset.rows + (0 if hard is None else len(hard)))
-    dataset.batch_size = max(1, round(training.batch_size * share / processes.size))
     return dataset
 
 

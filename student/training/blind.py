@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from distilbeam.progress import Progress
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import TrainConfig
-from distilbeam.student.training.metrics_log import Progress
 from distilbeam.student.training.train import TrainResult, train
 
 SUFFIX = ".blind"
@@ -54,7 +54,7 @@ def train_blind(
       directory: where the student appears; the first phase's stays beside it, with `.blind` after the name.
       seed: as for `train`.
       mixing_weights: share of each of the pool's datasets in an epoch, as for `train`.
-      progress: called after every step of either phase with the steps done, the steps in all, and the loss.
+      progress: told the steps and epochs of either phase, as by `train`.
 
     Returns:
       The metrics and the directory of the second phase.

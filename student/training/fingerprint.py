@@ -1,4 +1,4 @@
-"""What a training is about: everything that its weights depend on, for a stopped one to go on with nothing else."""
+"""The fingerprint of a training: everything that its weights depend on, so that a stopped one goes on with nothing else."""
 
 from __future__ import annotations
 

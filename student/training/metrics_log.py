@@ -1,4 +1,4 @@
-"""What is seen of a training under way: lines of metrics.jsonl, TensorBoard events, and calls of a progress function.
+"""The metrics log of a training: lines of metrics.jsonl, TensorBoard events, and what its progress is told.
 
 metrics.jsonl has a line for every epoch (`epoch`, `step`, `train_loss`, `validation_...`) and, if asked for, one every n
 steps (`step`, `loss`, `gradient_norm`); all with `lr`, `examples_per_s` since the last line of the kind, and `seconds` in all.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.student.training.checkpoints import EVENTS, METRICS
 from distilbeam.student.training.config import TrainConfig
-
-Progress = Callable[[int, int, float], None]
 
 
 class Observer:
@@ -30,7 +29,7 @@ class Observer:
       total: steps in all.
       done: steps done before, whose lines stay; later ones, of a process that was killed, go.
       seconds: time spent before.
-      progress: called after every step with the steps done, the steps in all, and the step's loss.
+      progress: told every step, with its loss, and every epoch.
       silent: write nothing: another process does.
 
     Raises:
@@ -44,7 +43,7 @@ class Observer:
         total: int,
         done: int,
         seconds: float,
-        progress: Progress | None,
+        progress: Progress,
         silent: bool,
     ) -> None:
         self._training, self._total, self._progress = training, total, progress
@@ -76,12 +75,12 @@ class Observer:
         self._examples, self._lr = self._examples + examples, lr
         if self._training.log_steps is not None and done % self._training.log_steps == 0:
             self._write("step", {"step": done, "loss": loss} | ({} if norm is None else {"gradient_norm": norm}))
-        if self._progress is not None:
-            self._progress(done, self._total, loss)
+        self._progress.step(done, self._total, f"loss {loss:.4f}")
 
     def epoch(self, done: int, figures: Mapping[str, float]) -> None:
         """Take note of an epoch."""
         self._write("epoch", {"epoch": figures["epoch"], "step": done} | dict(figures))
+        self._progress.epoch(int(figures["epoch"]), figures)
 
     def _write(self, kind: str, figures: dict[str, float]) -> None:
         if self._lines is None:

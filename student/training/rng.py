@@ -21,7 +21,7 @@ def own_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators and NumPy's global one, and put them back when the block ends.
 
     Args:
-      seed: of all of them.
+      seed: a generator begins with it, whichever it is.
       device: whose generator is seeded beside the CPU's.
     """
     before = np.random.get_state()  # noqa: NPY002 - what networks of one's own may draw from

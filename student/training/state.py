@@ -1,4 +1,4 @@
-"""All that a training under way is: weights, optimizer, averages, position, generators, history; kept and put back.
+"""The state of a training under way: weights, optimizer, averages, position, generators, history; kept and put back.
 
 The learning rate is a function of the steps done (`optimizer.py`) and needs no state of its own.
 """

@@ -1,7 +1,7 @@
 """Train a student from human labels and stored soft labels: one loop.
 
     result = train(StudentConfig(...), TrainConfig(epochs=60), classes=..., soft_labels=["run/labels/round=000"], ...)
-    torchrun --nproc-per-node 2 -m distilbeam.student.training.launch training.toml      # several processes, one student
+    torchrun --nproc-per-node 2 -m distilbeam launch training.toml      # several processes, one student
 
 Every step mixes soft-labelled and human-labelled rows in the proportion of the whole, so that an epoch visits each row
 once; `loss.py` has the loss, `batches.py` what is read, `optimizer.py` the learning rate. The epoch with the least
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from distilbeam.extras import Need, require_extras
+from distilbeam.progress import Progress
 from distilbeam.student.checkpoint import load_student, save_student
 from distilbeam.student.data.class_labels import INTEGERS
 from distilbeam.student.data.labelled import Examples, integers_meant
@@ -37,7 +38,7 @@ from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import end_step, joined_processes
 from distilbeam.student.training.fingerprint import identity
 from distilbeam.student.training.loss import step_loss
-from distilbeam.student.training.metrics_log import Observer, Progress
+from distilbeam.student.training.metrics_log import Observer
 from distilbeam.student.training.optimizer import make_optimizer, moving_average, set_lr
 from distilbeam.student.training.rng import own_generators
 from distilbeam.student.training.sample_weights import Reestimation, RowWeights, forward
@@ -91,13 +92,13 @@ def train(
       validation: labelled examples that choose the epoch; without them the last epoch is kept.
       directory: where the student appears, by one rename at the end; it must not hold anything. Until then the training
         keeps its checkpoints and figures in the directory of this name with `.training` after it.
-      seed: of the initial weights, the order, the augmentation and the dropout.
+      seed: decides the initial weights, the order of the rows, the augmentation and the dropout.
       init: directory of a student to start from instead of random weights.
       validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
         not answer; needed for `reestimate_epochs`.
       mixing_weights: share of each soft-label dataset in an epoch, up to a common factor; None for their numbers of
         rows.
-      progress: called after every step with the steps done, the steps in all, and the step's loss.
+      progress: told every step, with its loss, and every epoch, with its figures.
 
     Returns:
       The metrics and the directory.
@@ -154,7 +155,9 @@ def train(
         about = identity(student, training, classes, sources, init, validation_teacher)
         with TrainingDirectory(directory, training, about, processes) as work:
             work.resume(state)
-            silent = not processes.first
+            silent, progress = not processes.first, progress or Progress()
+            for figures in state.history:  # of the training that goes on
+                progress.epoch(int(figures["epoch"]), figures)
             with Observer(work.path, training, total, state.done, state.seconds, progress, silent) as observer:
                 for epoch in range(state.done // steps, training.epochs):
                     first = state.done % steps

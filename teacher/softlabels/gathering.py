@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distilbeam.storage.atomic import replacing
-from distilbeam.storage.paths import identities, is_remote, remove_files, to_path
+from distilbeam.storage.paths import identities, remove_files, to_path
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.manifest import (
     FOLDER,
     Manifest,
@@ -30,7 +31,7 @@ def compact_manifest(path: str | Path) -> Path:
     The file `entry_path` of a gathered key no longer exists; `committed` still has the key.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
 
     Returns:
       The file with the entries.
@@ -84,7 +85,7 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
     meanwhile. Files outside of the dataset stay, wherever its entries lead.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
       keys: keys of the shards; unknown ones are passed over.
 
     Raises:
@@ -110,7 +111,7 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
 
 def _relative(file: Path, directory: Path) -> str:
     """Return the path of a shard's file as an entry of the dataset in `directory` names it."""
-    if is_remote(file) == is_remote(directory) and file.anchor == directory.anchor:
+    if store_of(file) is store_of(directory) and file.anchor == directory.anchor:
         return Path(os.path.relpath(str(file.resolve()), str(directory.resolve()))).as_posix()
     raise ValueError(
         f"datasets must be in one bucket, or all on the file system, to be merged without copying them: {file.parent} and "

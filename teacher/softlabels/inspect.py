@@ -1,4 +1,4 @@
-"""What a soft-label dataset holds, for people."""
+"""The description of a soft-label dataset for people: specification, sizes, confidence, some rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
 
-from distilbeam.storage.paths import StoreError, is_remote, readable
+from distilbeam.storage.paths import StoreError
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
@@ -39,7 +40,7 @@ class Inspection:
     """A summary of a soft-label dataset; printing it with rich shows tables.
 
     Attributes:
-      directory: the dataset.
+      directory: the folder of the soft-label dataset.
       spec: its specification.
       shards: number of shards.
       rows: number of rows.
@@ -119,7 +120,7 @@ def inspect_labels(
     """Summarise a soft-label dataset.
 
     Args:
-      path: its folder.
+      path: the folder of the soft-label dataset.
       samples: rows to show.
       bins: parts of the histogram of the teacher's confidence.
       most_rows: whole shards are opened in random order until they have this many rows.
@@ -176,7 +177,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(readable(path), pre_buffer=is_remote(path), page_checksum_verification=True) as file:
+        with store_of(path).open_parquet(path) as file:
             yield file
     except StoreError:
         raise

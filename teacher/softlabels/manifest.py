@@ -84,7 +84,7 @@ class Manifest:
     """The committed shards of a dataset, in the order of their paths.
 
     Attributes:
-      directory: the dataset.
+      directory: the folder of the soft-label dataset.
       entries: its shards.
       spec: what all of them mean; the newest format version among them.
     """
@@ -123,7 +123,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a dataset.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
 
     Returns:
       The manifest. Files are not opened; `verify` compares them with it.
@@ -230,7 +230,7 @@ def _require_own(directory: Path, entries: Sequence[ManifestEntry]) -> None:
         if is_inside(directory, entry.path):
             continue
         file = joined(directory, entry.path)
-        origin = file.parent if is_remote(file) else file.parent.resolve()
+        origin = file.parent.resolve()
         if ".." in PurePosixPath(entry.path).parts and origin != directory.resolve():
             if origin not in origins:
                 origins[origin] = {e.path: (e.key, e.checksum) for e in _entries(origin) if is_inside(origin, e.path)}

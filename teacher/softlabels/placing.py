@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from distilbeam.storage.atomic import flush, move_flushed, replacing
-from distilbeam.storage.paths import is_remote, list_files, to_path
+from distilbeam.storage.paths import list_files, to_path
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.manifest import FOLDER, ManifestEntry, entry_path, is_inside
 from distilbeam.teacher.softlabels.shards import has_checksum, write_file, write_shard
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
@@ -30,9 +31,9 @@ def place_shard(
     """Write a shard and leave its commit to `commit_placed`; in an object store, which flushes nothing, commit it.
 
     Args:
-      directory: the dataset.
+      directory: the soft-label dataset that the shard becomes part of.
       rows: the rows, as for `write_shard`.
-      spec: the specification.
+      spec: the dataset's specification, which the entry repeats.
       key: key under which the shard will be committed, and the name of its file.
       extra: further facts for the manifest entry, as JSON values.
 
@@ -42,7 +43,7 @@ def place_shard(
     Raises:
       ValueError: see `write_shard`.
     """
-    if is_remote(to_path(directory)):
+    if not _takes_placed(directory):
         return write_shard(directory, key, rows, spec, key, extra)
     entry = write_file(directory, key, rows, spec, key, extra, flushed=False)
     with replacing(_placed_path(directory, key), flushed=False) as temporary:
@@ -52,7 +53,7 @@ def place_shard(
 
 def placed_entry(directory: str | Path, key: str) -> ManifestEntry | None:
     """Return the entry of a placed shard that is whole; None where there is none, as in an object store."""
-    if is_remote(to_path(directory)):
+    if not _takes_placed(directory):
         return None
     try:
         entry = ManifestEntry.from_json(json.loads(_placed_path(directory, key).read_text()))
@@ -68,7 +69,7 @@ def commit_placed(directory: str | Path, entries: Sequence[ManifestEntry]) -> No
     Raises:
       OSError: the disk did not take them; they are no longer placed.
     """
-    if is_remote(to_path(directory)) or not entries:
+    if not _takes_placed(directory) or not entries:
         return
     moves = {_placed_path(directory, entry.key): entry_path(directory, entry.key) for entry in entries}
     try:
@@ -86,9 +87,9 @@ def commit_placed(directory: str | Path, entries: Sequence[ManifestEntry]) -> No
 
 def placed_entries(directory: Path) -> list[ManifestEntry]:
     """List the entries of a dataset's placed shards that are whole."""
-    keys = (
-        sorted(path.stem for path in list_files(directory / FOLDER, f"*{_SUFFIX}")) if not is_remote(directory) else []
-    )
+    if not _takes_placed(directory):
+        return []
+    keys = sorted(path.stem for path in list_files(directory / FOLDER, f"*{_SUFFIX}"))
     return [entry for key in keys if (entry := placed_entry(directory, key)) is not None]
 
 
@@ -113,3 +114,8 @@ def commit_all_left(root: Path) -> int:
 
 def _placed_path(directory: str | Path, key: str) -> Path:
     return entry_path(directory, key).with_suffix(_SUFFIX)
+
+
+def _takes_placed(directory: str | Path) -> bool:
+    """Tell whether shards are placed first and committed together: an object that appears is on disks already."""
+    return not store_of(directory).by_request

@@ -22,6 +22,7 @@ import numpy as np
 import small_trainings
 import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds: before the children are forked
+from on_step import OnStep
 
 from distilbeam.student.training import checkpoints
 from distilbeam.student.training.train import train
@@ -77,12 +78,12 @@ def attempt(arguments, configs, target: Path, place: str | None, number: int, de
         if place is not None:
             kill_at(place, number)
 
-        def progress(done: int, _total: int, _loss: float) -> None:
+        def step(done: int, _total: int, _note: str) -> None:
             os.write(writer, f"{done}\n".encode())
             time.sleep(STEP_S)
 
         try:
-            train(*configs, **arguments, directory=target, seed=7, progress=progress)
+            train(*configs, **arguments, directory=target, seed=7, progress=OnStep(step))
         except BaseException:  # noqa: BLE001 - the child ends here, whatever it was
             import traceback
 

@@ -22,6 +22,7 @@ import small_trainings
 import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds: before the children are forked
 import torch.distributed as dist
+from on_step import OnStep
 
 from distilbeam.student.training import state
 from distilbeam.student.training.train import train
@@ -44,7 +45,7 @@ def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, An
         notes.write(f"{digest.hexdigest()}\n")
         notes.flush()
 
-    def progress(done: int, _total: int, _loss: float) -> None:
+    def step(done: int, _total: int, _note: str) -> None:
         if attempt == 0 and done == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,7 +55,7 @@ def in_child(rank: int, directory: Path, data: dict[str, Any], job: dict[str, An
             meeting = f"file://{directory}/{job['name']}-{attempt}.meeting"
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
         configs = small_trainings.settings(job["kind"], **job.get("changes", {}))
-        train(*configs, **data, directory=directory / job["name"], seed=7, progress=progress)
+        train(*configs, **data, directory=directory / job["name"], seed=7, progress=OnStep(step))
     except BaseException:  # noqa: BLE001 - the child ends here, whatever it was
         traceback.print_exc()
         os._exit(1)

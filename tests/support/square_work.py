@@ -68,8 +68,8 @@ class Deadly(Squares):
 def main() -> None:
     from square_work import Deadly as ImportedDeadly  # workers must find the class by its module's name
 
-    from distilbeam.pipelines.engine import watchdog
     from distilbeam.pipelines.engine.beam_options import pipeline_options
+    from distilbeam.pipelines.engine.ending import end_given_up
     from distilbeam.pipelines.engine.phase import PhaseError, run_phase
 
     directory, always = sys.argv[1], sys.argv[2] == "1"
@@ -79,7 +79,7 @@ def main() -> None:
         print(run_phase("square", work, list(range(6)), errors=Path(directory) / "errors", options=options).items)
     except PhaseError as e:
         print(e)
-    watchdog.end_given_up(0)
+    end_given_up(0)
 
 
 if __name__ == "__main__":

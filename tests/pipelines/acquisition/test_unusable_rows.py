@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
-from problem import asked, labels_of, make_table
+from problem import labels_of, make_table
 
 from distilbeam.pipelines.steps import run
 from distilbeam.pipelines.transforms.select_examples import SelectExamples
@@ -34,7 +34,7 @@ def spoil(directory: Path) -> None:
         pq.write_table(spoilt, file, row_group_size=20)
 
 
-@pytest.mark.parametrize("method", ["herding", "greedy", "rad"])
+@pytest.mark.parametrize("method", ["herding", "greedy", "rad", "uniform"])
 def test_a_run_goes_on_without_them(
     problem: dict[str, Any], tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -67,22 +67,10 @@ def test_a_run_goes_on_without_them(
     assert set(chosen) == set(range(240)) - bad
 
 
-def test_a_uniform_choice_does_not_ask_for_them(problem: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["herding", "uniform"])
+def test_a_budget_beyond_what_can_be_read_is_refused(problem: dict[str, Any], tmp_path: Path, method: str) -> None:
     spoil(tmp_path)
-    problem["selection"] |= {"method": "uniform", "budget": 120, "compare_uniform": False}
-    root = run(problem, base=tmp_path)
-    files = [file for number in range(2) for file in (root / "deadletter" / f"round={number:03d}").glob("*.parquet")]
-    dead = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert {row["pool_row"] for row in dead} == {60 * file + row for file, row in BAD}
-    assert all((row["stage"], row["attempts"]) == ("student", 0) for row in dead)
-    x = make_table(240, 1, labelled=False)["x"].combine_chunks().flatten().to_numpy().reshape(-1, 4)
-    assert not {x[3].tobytes().hex()} & set(asked(tmp_path))
-    assert len(set(asked(tmp_path)) & {row.tobytes().hex() for row in x}) == 236
-
-
-def test_a_budget_beyond_what_can_be_read_is_refused(problem: dict[str, Any], tmp_path: Path) -> None:
-    spoil(tmp_path)
-    problem["selection"] |= {"budget": 120}
+    problem["selection"] |= {"method": method, "budget": 120}
     with pytest.raises(
         ValueError, match=r"selection.budget must be at most the 116 examples that are left in the pool, got 120"
     ):

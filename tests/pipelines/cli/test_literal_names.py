@@ -43,8 +43,8 @@ def test_tables_show_names_literally_on_any_console() -> None:
 def test_lines_show_names_literally(name: str) -> None:
     out = io.StringIO()
     display = Display(Console(file=out, width=200, force_terminal=True, legacy_windows=False))
-    with display.step(f"evaluate {name}") as report:
-        report(1, 2, f"loss of {name}")
+    with display.step(f"evaluate {name}") as progress:
+        progress.step(1, 2, f"loss of {name}")
     with display.waiting(f"loading {name}"):
         pass
     display.say(f"a sentence about {name}")

@@ -56,6 +56,29 @@ os.write(2, b" after")
         pass
 
 
+@pytest.mark.parametrize(
+    "statement", ["from distilbeam.pipelines import run", "from distilbeam.pipelines import LabelExamples"]
+)
+def test_an_import_prints_nothing(statement: str) -> None:
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", statement], capture_output=True, text=True, check=True)
+    assert run.stdout == run.stderr == ""
+
+
+def test_an_interrupt_during_the_imports_is_a_sentence() -> None:
+    code = """
+import sys
+from distilbeam.__main__ import main
+class Impatient:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Impatient())
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (130, "stopped; the same command begins again\n")
+
+
 WRITE = """
 import sys, transformers
 words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "stop"]

@@ -24,9 +24,9 @@ from distilbeam.pipelines.experiments.evaluate import evaluate_directory
 from distilbeam.pipelines.experiments.exports import write_exports
 from distilbeam.pipelines.experiments.model_metrics import pool_examples
 from distilbeam.pipelines.experiments.pareto import sweep_widths
-from distilbeam.pipelines.experiments.run_data import Material
 from distilbeam.pipelines.experiments.tune import tune, with_settings
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.pool.splits import find_files, plan_units
 from distilbeam.pipelines.steps import run
 from distilbeam.student.checkpoint import load_student
@@ -72,9 +72,9 @@ def measured_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def material(config: Path, **changes: Any) -> Material:
+def run_of(config: Path, **changes: Any) -> Run:
     settings = with_settings(load_config(config), changes)
-    return Material(settings, config.parent, RunDirectory(config.parent / "run"))
+    return Run(settings.relative_to(config.parent), RunDirectory(config.parent / "run"))
 
 
 def invoke(*arguments: str | Path) -> Any:
@@ -193,7 +193,7 @@ def test_calibration_examples_are_rows_of_the_pool(finished: Path) -> None:
 
 
 def test_tune_writes_settings_that_a_run_takes(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = tune(material(config), Display.silent())
+    undisturbed = tune(run_of(config), Display.silent())
     root = config.parent / "run/tune"
     values = [trial.value for trial in undisturbed.trials if trial.state == "complete"]
     assert undisturbed.best.value == min(values)
@@ -206,35 +206,35 @@ def test_tune_writes_settings_that_a_run_takes(config: Path, monkeypatch: pytest
         assert trial.state == "cut" or trial.epochs == 2
 
     shutil.rmtree(root)
-    whole, calls = Material.train, []
+    whole, calls = Run.train, []
 
-    def killed(self: Material, *arguments: Any, **others: Any) -> Any:
+    def killed(self: Run, *arguments: Any, **others: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return whole(self, *arguments, **others)
 
-    monkeypatch.setattr(Material, "train", killed)
+    monkeypatch.setattr(Run, "train", killed)
     with pytest.raises(KeyboardInterrupt):
-        tune(material(config), Display.silent())
-    assert tune(material(config), Display.silent()) == undisturbed
+        tune(run_of(config), Display.silent())
+    assert tune(run_of(config), Display.silent()) == undisturbed
     assert len(calls) == 7
     with pytest.raises(ValueError, match=r"belongs to another search, which differs in training\."):
-        tune(material(config, **{"training.batch_size": 7}), Display.silent())
+        tune(run_of(config, **{"training.batch_size": 7}), Display.silent())
 
 
 def test_a_trial_that_ended_before_the_search_learned_of_it_is_learned_from(config: Path) -> None:
     """The process was killed between a training's last rename and the journal's line."""
-    undisturbed = tune(material(config), Display.silent())
+    undisturbed = tune(run_of(config), Display.silent())
     (config.parent / "run/tune/journal.log").unlink()
     trained = {path.name: path.stat().st_mtime_ns for path in (config.parent / "run/tune/trials").iterdir()}
-    assert tune(material(config), Display.silent()) == undisturbed
+    assert tune(run_of(config), Display.silent()) == undisturbed
     kept = {path.name: path.stat().st_mtime_ns for path in (config.parent / "run/tune/trials").iterdir()}
     assert kept == trained  # what was trained was not trained again
 
 
 def test_exports_that_cannot_be_are_refused_before_others_take_their_time(config: Path) -> None:
-    settings = material(config)
+    settings = run_of(config)
     student, output = settings.last_student(), config.parent / "exports"
 
     def write(ratio: float, retrain: Any) -> None:
@@ -250,7 +250,7 @@ def test_exports_that_cannot_be_are_refused_before_others_take_their_time(config
 def test_exports_begin_by_removing_what_a_killed_one_left(config: Path) -> None:
     output = config.parent / "exports"
     (output / ".pt2.8f3a.tmp").mkdir(parents=True)
-    write_exports(material(config).last_student(), ["pt2"], output, lambda _: {}, Display.silent())
+    write_exports(run_of(config).last_student(), ["pt2"], output, lambda _: {}, Display.silent())
     assert sorted(path.name for path in output.iterdir()) == [".lock", "pt2", "results.json"]
 
 
@@ -262,7 +262,7 @@ def test_what_tune_refuses(config: Path) -> None:
     ):
         space = {name: {"low": -1.0, "high": 2.0}}
         with pytest.raises(ValueError, match=sentence):
-            tune(material(config, tune={"space": space}), Display.silent())
+            tune(run_of(config, tune={"space": space}), Display.silent())
 
 
 @pytest.mark.slow
@@ -278,11 +278,11 @@ def test_a_stopped_sweep_goes_on_and_its_front_is_in_the_report(config: Path, mo
 
     monkeypatch.setattr(pareto, "_make", killed)
     with pytest.raises(KeyboardInterrupt):
-        sweep_widths(material(config), Display.silent())
-    results = sweep_widths(material(config), Display.silent())
+        sweep_widths(run_of(config), Display.silent())
+    results = sweep_widths(run_of(config), Display.silent())
     assert made == [*made[:4], made[3], *made[5:]]
     assert len(set(made)) == len(made) - 1 == 6
-    assert sweep_widths(material(config), Display.silent()) == results
+    assert sweep_widths(run_of(config), Display.silent()) == results
     assert len(made) == 7  # nothing is made twice
 
     points = {point["name"]: point for point in results["points"]}
@@ -312,7 +312,7 @@ def test_a_stopped_sweep_goes_on_and_its_front_is_in_the_report(config: Path, mo
         ValueError,
         match=r"was made with other settings, which differ in training\..* Set these back, or remove the directory",
     ):
-        sweep_widths(material(config, **{"training.epochs": 4}), Display.silent())
+        sweep_widths(run_of(config, **{"training.epochs": 4}), Display.silent())
 
 
 def test_what_a_sweep_refuses(config: Path) -> None:
@@ -325,7 +325,7 @@ def test_what_a_sweep_refuses(config: Path) -> None:
         ({"student.residual": "laurel-rw", "student.hidden": [4, 4]}, "or set pareto.strategies = "),
     ):
         with pytest.raises(ValueError, match=sentence):
-            sweep_widths(material(config, **changes), Display.silent())
+            sweep_widths(run_of(config, **changes), Display.silent())
     shutil.rmtree(config.parent / "run/labels")
     with pytest.raises(ValueError, match=r"but no round of .* is labelled yet; 'distilbeam label CONFIG'"):
-        sweep_widths(material(config), Display.silent())
+        sweep_widths(run_of(config), Display.silent())

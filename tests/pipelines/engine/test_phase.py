@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_step import OnStep
 from problem import SUPPORT
 from square_work import Squares
 from threadpoolctl import threadpool_info
@@ -28,7 +29,9 @@ def report(work: Squares, items: list[int], tmp_path: Path, **options: object) -
 def test_every_item_is_done_once_and_never_again(tmp_path: Path) -> None:
     work = Squares(str(tmp_path))
     seen: list[tuple[int, int]] = []
-    assert run(work, list(range(20)), tmp_path, progress=lambda *counts: seen.append(counts)) == 20
+    assert (
+        run(work, list(range(20)), tmp_path, progress=OnStep(lambda done, total, _: seen.append((done, total)))) == 20
+    )
     assert [(tmp_path / f"{i}.txt").read_text() for i in range(20)] == [str(i * i) for i in range(20)]
     assert seen[-1] == (20, 20)
     (tmp_path / "7.txt").unlink()
@@ -106,3 +109,21 @@ def test_work_runs_on_one_thread() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_work_without_models_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from square_work import Squares\n"
+        "from distilbeam.pipelines.engine.beam_options import pipeline_options\n"
+        "from distilbeam.pipelines.engine.phase import run_phase\n"
+        "where = Path(sys.argv[1])\n"
+        "how = {'errors': where / 'errors', 'options': pipeline_options(), 'models': False}\n"
+        "print(run_phase('square', Squares(sys.argv[1]), [3], **how).items, 'torch' in sys.modules)\n"
+    )
+    support = {"PYTHONPATH": str(SUPPORT)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **support}, check=False)
+    assert done.stdout == "1 False\n", done.stderr
+    assert (tmp_path / "3.txt").read_text() == "9"

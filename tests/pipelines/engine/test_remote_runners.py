@@ -23,6 +23,7 @@ from distilbeam.pipelines.config import parse_label_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.phase import PhaseError
 from distilbeam.pipelines.jobs.labelling import opened_job
+from distilbeam.progress import Progress
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -46,8 +47,8 @@ def label(base: Path, *flags: str, out: str = "job") -> list[tuple[str, int, str
         },
         "engine": {"unit_rows": 20, "shard_rows": 20, "batch_rows": 16, "teacher_batch": 8},
     }
-    with opened_job(parse_label_config(config), base) as job:
-        job.label(job.plan(), pipeline_options(flags), lambda *_: None)
+    with opened_job(parse_label_config(config).relative_to(base)) as job:
+        job.label(job.plan(), pipeline_options(flags), Progress())
         return [(entry.key, entry.rows, entry.checksum) for entry in read_manifest(job.dataset).entries]
 
 

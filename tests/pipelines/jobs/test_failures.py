@@ -230,6 +230,24 @@ def test_a_file_whose_data_is_damaged_is_named_and_the_others_are_labelled(tmp_p
     assert not damaged & set(labelled_ids(directory))
 
 
+def test_rows_in_one_shard_with_a_damaged_file_are_asked_and_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    write_job(directory, engine={"unit_rows": 10_000, "shard_rows": 10_000, "batch_rows": 16})
+    file = sorted((directory / "pool").glob("*.parquet"))[0]
+    pq.write_table(pq.read_table(file), file, row_group_size=20, write_page_checksum=True)
+    data = bytearray(file.read_bytes())
+    where = pq.read_metadata(file).row_group(0).column(1).data_page_offset + 60
+    data[where : where + 20] = bytes(20)
+    others = pool_ids_but(directory, file)
+    file.write_bytes(data)
+    assert f"{file.name} is damaged" in finish(directory, status=1)
+    file.unlink()
+    assert calls_by_row(directory).keys() == set(others), "the rows of other files did not wait"
+    finish(directory)
+    assert sorted(labelled_ids(directory)) == sorted(others)
+    assert all(calls_by_row(directory)[row] == 1 for row in others)
+
+
 def pool_ids_but(directory: Path, file: Path) -> list[str]:
     own = set(pq.read_table(file, columns=["key"])["key"].to_pylist())
     return [

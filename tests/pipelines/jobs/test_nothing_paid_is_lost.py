@@ -375,6 +375,33 @@ def test_a_run_asks_again_about_a_rounds_rows_until_a_student_has_learned_from_i
     assert len(asked(directory)) == calls
 
 
+def test_the_plan_of_a_run_counts_the_answers_that_an_interrupted_round_has_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = write_problem(tmp_path / "d")
+    problem["teacher"] |= {"model": "hostile_teacher:HostileTeacher", "arguments": {}}
+    problem["run"]["rounds"] = 1
+    problem["engine"] |= {"shard_rows": 30, "unit_rows": 10_000, "batch_rows": 30, "teacher_batch": 4}
+    directory = tmp_path / "d"
+    (directory / "distilbeam.toml").write_text(tomli_w.dumps(problem))
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("COLUMNS", "160")
+    forget_models()
+    run("distilbeam.toml", until=("select", 0))
+    behave(directory, fail_below=0.0, delay_s=0.1)
+    with pytest.raises(RuntimeError, match=r"rows have no label, engine.max_failures allows 1"):
+        app(["label", "distilbeam.toml", "--round", "0", "--max-failures", "1"], standalone_mode=False)
+    kept = len(asked(directory))
+    behave(directory)
+    capsys.readouterr()
+    app(["plan", "distilbeam.toml"], standalone_mode=False)
+    out = capsys.readouterr().out
+    found = re.search(r"round 1: ask the teacher +\d+ +(\d+) ", out)
+    run("distilbeam.toml", until=("label", 0))
+    assert found is not None, out
+    assert int(found[1]) == len(asked(directory)) - kept < 30
+
+
 def _chosen_features(directory: Path) -> Any:
     features = list(first_features(directory).values())
     picks = sorted((directory / "run" / "deadletter" / "round=000").glob("*.parquet"))

@@ -12,8 +12,8 @@ import pytest
 from problem import asked, labels_of
 
 from distilbeam.pipelines.config import parse_config
-from distilbeam.pipelines.experiments.run_data import Material
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.labelling.pooled_labels import is_pooled, pool_labels, pooled_spec
 from distilbeam.pipelines.steps import run
 from distilbeam.selection.trust.pooling import BeliefPool
@@ -106,9 +106,9 @@ def test_a_run_learns_pooled_labels_and_pays_for_the_teachers(
     run(problem | {"labels": {"pooled": True}}, base=tmp_path)
     assert asked(tmp_path) == paid
     config = parse_config(problem | {"labels": {"pooled": True}})
-    material = Material(config, tmp_path, RunDirectory(root))
-    assert material.soft_labels == [root / "pooled" / f"round={number:03d}" for number in range(2)]
-    assert material.provenance()["soft_labels"]["spec"]["teacher"].endswith("pooled with the student that chose")
+    pooled = Run(config.relative_to(tmp_path), RunDirectory(root))
+    assert pooled.soft_labels == [root / "pooled" / f"round={number:03d}" for number in range(2)]
+    assert pooled.provenance()["soft_labels"]["spec"]["teacher"].endswith("pooled with the student that chose")
 
 
 def test_the_weights_are_those_that_fit_the_validation_set(problem: dict[str, Any], tmp_path: Path) -> None:

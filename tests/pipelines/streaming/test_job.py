@@ -23,6 +23,7 @@ from distilbeam.pipelines.streaming.journal import Journal
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
+from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels import decode, read_manifest
 
 TOPIC = "examples"
@@ -63,7 +64,7 @@ def settings_of(broker: str, config: Path, **options: Any) -> StreamSettings:
 def label(broker: str, config: Path, **options: Any) -> StreamState:
     settings = load_any_config(config)
     assert isinstance(settings, LabelConfig)
-    return StreamJob(settings, config.parent, settings_of(broker, config, **options), FLAGS).run()
+    return StreamJob(settings, settings_of(broker, config, **options), FLAGS).run()
 
 
 def settled(config: Path) -> Offsets:
@@ -163,7 +164,7 @@ def test_dead_letters_are_asked_again_by_command(broker: str, config: Path) -> N
         settings = load_any_config(config)
         assert isinstance(settings, LabelConfig)
         given = StreamSettings(f"letters:{folder}", str(out), f"{SCHEMA},f:string=header.f", window_s=1.0)
-        return StreamJob(settings, config.parent, given, FLAGS).run()
+        return StreamJob(settings, given, FLAGS).run()
 
     state = again()
     assert (state.labels, state.dead_letters) == (20, 2)
@@ -291,11 +292,10 @@ def test_a_broker_that_is_not_there_is_a_sentence(config: Path, monkeypatch: pyt
 
 
 def test_a_dataset_that_another_job_works_on_is_refused(broker: str, config: Path) -> None:
-    from distilbeam.pipelines.jobs.directory import held
-
+    out = config.parent / "labels"
     send(broker, TOPIC, rows(3))
     with (
-        held(config.parent / "labels", "--out", "--out"),
+        store_of(out).hold(out, "--out", "--out"),
         pytest.raises(ValueError, match="is being worked on by process"),
     ):
         label(broker, config)

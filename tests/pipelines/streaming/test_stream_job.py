@@ -169,6 +169,6 @@ def test_pubsub_is_read_in_windows_by_beams_own_connector(tmp_path: Path) -> Non
     config = parse_label_config(config_of(tmp_path))
     settings = StreamSettings("pubsub:projects/project/subscriptions/name", str(tmp_path / "out"), SCHEMA, window_s=30)
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", "--streaming"]))
-    committed = build(pipeline, config, tmp_path, settings, Decoder(SCHEMA), None)
+    committed = build(pipeline, config.relative_to(tmp_path), settings, Decoder(SCHEMA), None)
     assert not committed.is_bounded
     assert committed.windowing.windowfn == FixedWindows(30)

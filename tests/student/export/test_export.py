@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import flushes
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from flushes import flushes_of
 
 from distilbeam.inputs.config import InputConfig
+from distilbeam.storage.files import sweep
 from distilbeam.student.checkpoint import load_student, save_student
 from distilbeam.student.export.export import FORMATS, export_student
 from distilbeam.student.export.load import load_export
@@ -137,6 +144,28 @@ def test_what_is_refused(cnn, tmp_path, monkeypatch):
     assert not (tmp_path / "e").exists()
     assert set(FORMATS) == {"pt2", "onnx", "int8", "int8-weights"}
     assert list(tmp_path.glob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize("format_", ["pt2", "int8-weights"])
+def test_an_export_is_flushed_before_it_has_its_name(cnn, pool, tmp_path, format_):
+    target = tmp_path / "exports" / format_
+    before, after = flushes_of(lambda: export_student(cnn, format_, target, pool), target)
+    assert before == {"", *(path.name for path in target.iterdir())}
+    assert len(before) == 3
+    assert after == [target.parent]
+
+
+def test_an_export_killed_before_its_rename_is_not_there(cnn, pool, tmp_path):
+    arguments = str(cnn), "pt2", str(tmp_path / "e")
+    code = "import sys; from flushes import die_at_flush; from distilbeam.student.export.export import export_student;"
+    code += f"die_at_flush(3); export_student(*{arguments})"  # the last flush before the rename
+    support = {"PYTHONPATH": str(Path(flushes.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **support}, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "e").exists()
+    assert sweep(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
+    export_student(cnn, "pt2", tmp_path / "e", pool)
 
 
 def test_an_export_that_answers_otherwise_is_not_written(cnn, pool, tmp_path, monkeypatch):

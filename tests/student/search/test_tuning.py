@@ -24,7 +24,7 @@ def loss_of(settings):
 
 def run(tmp_path, objective=None, name="tune", **changes):
     config = TuneConfig(**({"trials": 30, "startup": 8, "cut": False} | changes))
-    return search(objective or (lambda s, report: loss_of(s)), SPACE, config, tmp_path / name, 7, {"data": "a"})  # noqa: ARG005
+    return search(objective or (lambda s, progress: loss_of(s)), SPACE, config, tmp_path / name, 7, {"data": "a"})  # noqa: ARG005
 
 
 def test_a_search_comes_near_the_best_settings(tmp_path):
@@ -51,7 +51,7 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path):
     undisturbed = run(tmp_path, name="whole")
     calls = 0
 
-    def killed(settings, report):  # noqa: ARG001
+    def killed(settings, progress):  # noqa: ARG001
         nonlocal calls
         calls += 1
         if calls in (3, 12, 13):
@@ -70,9 +70,10 @@ def test_a_killed_search_ends_as_one_that_was_not(tmp_path):
 
 
 def test_hopeless_trials_are_cut(tmp_path):
-    def slow(settings, report):
+    def slow(settings, progress):
         for epoch in range(1, 11):
-            report(epoch, loss_of(settings) + 1 / epoch)
+            progress.epoch(epoch, {"validation_nll": loss_of(settings) + 1 / epoch})
+            progress.step(epoch, 10)
         return loss_of(settings)
 
     found = run(tmp_path, slow, cut=True, startup=5, patience=3)
@@ -88,7 +89,7 @@ def test_hopeless_trials_are_cut(tmp_path):
 
 
 def test_trials_that_do_not_train_are_kept_with_their_reason(tmp_path):
-    def fragile(settings, report):  # noqa: ARG001
+    def fragile(settings, progress):  # noqa: ARG001
         if settings["training.lr"] > 0.1:
             raise ValueError("the training loss became nan")
         return loss_of(settings)
@@ -99,7 +100,7 @@ def test_trials_that_do_not_train_are_kept_with_their_reason(tmp_path):
     assert {(trial.error, trial.value) for trial in failed} == {("the training loss became nan", None)}
     assert all(trial.settings["training.lr"] > 0.1 for trial in failed)
 
-    def broken(settings, report):  # noqa: ARG001
+    def broken(settings, progress):  # noqa: ARG001
         raise ValueError("no such column")
 
     with pytest.raises(ValueError, match="the first 3 trials all failed, the last with: no such column"):

@@ -13,9 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import small_trainings
+from on_step import OnStep
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distilbeam.progress import Progress
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.checkpoints import remove_finished
@@ -31,11 +33,11 @@ class Stop(Exception):  # noqa: N818 - no error
 
 
 def stop_at(step):
-    def progress(done, _total, _loss):
+    def step_done(done, _total, _note):
         if done == step:
             raise Stop
 
-    return progress
+    return OnStep(step_done)
 
 
 @pytest.fixture
@@ -90,6 +92,37 @@ def test_a_checkpoint_is_whole_and_the_last_few_are_kept(tmp_path, vectors):
     assert state["done"] == 8
     assert state["loader"]["position"] == 90
     assert len(state["history"]) == 1
+
+
+class Told(Progress):
+    """Keeps the epochs, in the order in which they came among the steps, and stops after a step."""
+
+    def __init__(self, last=None):
+        self.last, self.steps, self.epochs = last, [], []
+
+    def step(self, done, total, note=""):  # noqa: ARG002
+        self.steps.append(done)
+        if done == self.last:
+            raise Stop
+
+    def epoch(self, number, figures):
+        self.epochs.append((number, dict(figures), self.steps[-1] if self.steps else 0))
+
+
+def test_epochs_are_told_again_when_a_training_goes_on(tmp_path, vectors):
+    configs = small_trainings.settings("vectors")
+    whole, stopped, rest = Told(), Told(19), Told()
+    train(*configs, **vectors, directory=tmp_path / "undisturbed", seed=7, progress=whole)
+    with pytest.raises(Stop):
+        train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=stopped)
+    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=rest)
+    steps = len(whole.steps) // 5
+    assert [(number, at) for number, _, at in whole.epochs] == [(n, n * steps) for n in range(1, 6)]
+    assert stopped.epochs == whole.epochs[: 19 // steps]
+    assert rest.steps[0] == 19
+    assert [(number, figures) for number, figures, _ in rest.epochs] == [(n, figures) for n, figures, _ in whole.epochs]
+    assert [at for _, _, at in rest.epochs] == [0] * (18 // steps) + [at for _, _, at in whole.epochs[18 // steps :]]
+    assert {"train_loss", "validation_nll", "validation_accuracy", "validation_ece"} <= set(whole.epochs[0][1])
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, vectors, caplog):
@@ -171,7 +204,7 @@ def test_another_training_is_refused(tmp_path, vectors):
 def test_two_trainings_of_one_student_are_not_mixed(tmp_path, vectors):
     refusals = []
 
-    def meanwhile(done, _total, _loss):
+    def meanwhile(done, _total, _note):
         if done == 2:
             with pytest.raises(
                 ValueError, match=r"student.training is being worked on by another process; wait for it"
@@ -180,7 +213,7 @@ def test_two_trainings_of_one_student_are_not_mixed(tmp_path, vectors):
             refusals.append(e.value)
 
     configs = small_trainings.settings("vectors", epochs=1)
-    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=meanwhile)
+    train(*configs, **vectors, directory=tmp_path / "student", seed=7, progress=OnStep(meanwhile))
     assert len(refusals) == 1
 
 
