@@ -28,7 +28,7 @@ from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
 from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
-from distilbeam.pipelines.streaming.kafka_read import Reading, close_readers
+from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.pipeline import build, has_budget, spec_of
@@ -268,26 +268,31 @@ class StreamJob:
 
     def _require_all_settled(self, journal: Journal) -> None:
         """Compare what was read with what is settled: a message between two that are was asked about and lost."""
-        if self._reading is None or self._failed:
-            return
-        until = dict(self._reading.until or ())
-        settled = journal.settled.offsets
-        last: dict[int, int] = {}
-        for partition, _, end in settled:
-            last[partition] = end
-        holes = [
-            (partition, a, b)
-            for partition, start in self._reading.start
-            for a, b in settled.missing(partition, start, last.get(partition, start - 1) + 1)
-            if not until or a < until.get(partition, 0)
-        ]
+        holes = [] if self._reading is None or self._failed else unsettled(self._reading, journal.settled.offsets)
         if holes:
-            count = sum(b - a + 1 for _, a, b in holes)
-            partition, a, _ = holes[0]
+            count = sum(last - first + 1 for _, first, last in holes)
+            partition, first, _ = holes[0]
             raise RuntimeError(
-                f"{count:,} message(s) were read and neither labelled nor refused, the first at offset {a:,} of partition "
+                f"{count:,} message(s) were read and neither labelled nor refused, the first at offset {first:,} of partition "
                 f"{partition}: the runner has lost them; start again, which asks about them"
             )
+
+
+def unsettled(reading: Reading, settled: Offsets) -> list[tuple[int, int, int]]:
+    """List the intervals (partition, first, last) that a reading has passed and that are not settled.
+
+    Args:
+      reading: what was read: from its start to its end or, without one, to the last offset that is settled.
+      settled: what is committed.
+    """
+    ends = {partition: last + 1 for partition, _, last in settled}
+    if reading.until is not None:
+        ends = {partition: min(end, ends.get(partition, 0)) for partition, end in reading.until}
+    return [
+        (partition, first, last)
+        for partition, start in reading.start
+        for first, last in settled.missing(partition, start, ends.get(partition, 0))
+    ]
 
 
 class _Running:

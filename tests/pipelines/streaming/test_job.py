@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from problem import CLASSES, asked, write_problem
 
 from distilbeam.pipelines import run
 from distilbeam.pipelines.config import LabelConfig, load_any_config
-from distilbeam.pipelines.streaming.job import StreamJob
+from distilbeam.pipelines.streaming.job import StreamJob, unsettled
 from distilbeam.pipelines.streaming.journal import Journal
+from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.kafka_reader import Reading
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
@@ -300,6 +303,14 @@ def test_a_dataset_that_another_job_works_on_is_refused(broker: str, config: Pat
     ):
         label(broker, config)
     assert not asked(config.parent)
+
+
+def test_what_was_read_and_is_not_settled_is_found() -> None:
+    reading = Reading(Topic("broker:9092", TOPIC), ((0, 5), (1, 0), (2, 3)))
+    settled = Offsets({0: [(0, 9), (12, 20)], 1: [(0, 4)]})
+    assert unsettled(reading, settled) == [(0, 10, 11)]
+    assert unsettled(replace(reading, until=((0, 12), (1, 5), (2, 3))), settled) == [(0, 10, 11)]
+    assert unsettled(replace(reading, until=((0, 10), (1, 5), (2, 3))), settled) == []
 
 
 def test_the_state_in_the_text_of_prometheus() -> None:
