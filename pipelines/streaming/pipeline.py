@@ -16,7 +16,8 @@ from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
 from distilbeam.pipelines.labelling.label_rows import Labelling
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.kafka_client import Topic
-from distilbeam.pipelines.streaming.kafka_read import Reading, ReadKafka
+from distilbeam.pipelines.streaming.kafka_read import ReadKafka
+from distilbeam.pipelines.streaming.kafka_reader import Reading
 from distilbeam.pipelines.streaming.label_messages import DecodeMessages, LabelChosen, LabelMessages
 from distilbeam.pipelines.streaming.letters import Letters, read_letters
 from distilbeam.pipelines.streaming.message import UNKNOWN, Message, MessageBatch
