@@ -41,7 +41,8 @@ def stream(
         str | None,
         typer.Option(
             metavar="KIND:PLACE",
-            help="kafka:HOST:PORT,...:TOPIC, kafka-java:... (Beam's own), pubsub:SUBSCRIPTION or parquet:PATTERN.",
+            help="kafka:HOST:PORT,...:TOPIC, kafka-java:... (Beam's own), pubsub:SUBSCRIPTION, parquet:PATTERN, or "
+            "letters:FOLDER, dead letters that are asked again.",
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The soft-label dataset: a directory, or gs://BUCKET/PATH.")] = None,

@@ -234,8 +234,10 @@ class StreamJob:
                 address = stack.enter_context(running(self.runner.prism, self.engine_log or Path("engine.log")))
                 flags.append(f"--job_endpoint={address}")
             options = pipeline_options(flags)
-            unbounded = self.settings.messages and (self._reading is None or self._reading.until is None)
-            options.view_as(StandardOptions).streaming = unbounded
+            reading = self._reading
+            options.view_as(StandardOptions).streaming = (
+                self.settings.unbounded if reading is None else reading.until is None
+            )
             work = _Running(lambda: self._run(options, attempt))
             stack.callback(work.cancel)
             while not work.done.wait(_TICK_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -100,7 +101,10 @@ class StreamSettings:
     @property
     def unbounded(self) -> bool:
         """Whether the source has no end."""
-        return self.kind in ("kafka-java", "pubsub") or (self.kind == "kafka" and not self.until)
+        if self.kind != "kafka":
+            return self.kind in ("kafka-java", "pubsub")
+        time_ms = self.until_ms()  # one that is yet to come is waited for
+        return not self.until or (time_ms is not None and time_ms > time.time() * 1000)
 
     @property
     def letters(self) -> str:
@@ -116,12 +120,12 @@ class StreamSettings:
         if self.until in ("", "latest"):
             return None
         try:
-            time = datetime.fromisoformat(self.until)
+            moment = datetime.fromisoformat(self.until)
         except ValueError as e:
             raise ValueError(
                 f"--until takes latest or a time such as 2026-01-31T02:00:00+00:00, got '{self.until}'"
             ) from e
-        return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+        return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
     def failures_allowed(self, messages: int) -> float | None:
         """Return how many dead letters a job that has settled so many messages may have; None is any number.

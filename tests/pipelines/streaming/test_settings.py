@@ -42,6 +42,18 @@ def test_failures_are_a_number_or_a_share_of_a_hundred_messages_or_more() -> Non
     assert [allowed("", 10), allowed("3", 10), allowed("5%", 10), allowed("5%", 1_000)] == [None, 3, 5, 50]
 
 
+def test_what_has_no_end() -> None:
+    def unbounded(source: str, until: str = "") -> bool:
+        return StreamSettings(source, "o", "k:string", until=until).unbounded
+
+    assert unbounded("kafka:b:9092:t")
+    assert unbounded("kafka:b:9092:t", "2999-01-01")
+    assert not unbounded("kafka:b:9092:t", "2026-01-31T02:00:00+01:00")
+    assert not unbounded("kafka:b:9092:t", "latest")
+    assert unbounded("pubsub:s")
+    assert not unbounded("letters:folder")
+
+
 def test_dead_letters_lie_beside_the_labels() -> None:
     assert StreamSettings("parquet:x", "gs://b/labels/").letters == "gs://b/labels-deadletter"
 
