@@ -154,6 +154,7 @@ class StreamJob:
                     passed.add(partition, first, last)
             if passed.count:
                 skip(settings.out, topic.name, passed)
+            journal.hurry()
             journal.look()
         known = settled.offsets
         if settings.start == "earliest":  # what was passed over once is read now
