@@ -214,8 +214,8 @@ def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int
         if kind == _VALUE and step == len(chosen):
             chosen.append(candidate)
             objective.choose(candidate)
-        elif kind == _BOUND and step < len(chosen):
-            heapq.heappush(heap, (-objective.bound(candidate), rank, len(chosen), _BOUND))
+        elif step < len(chosen) and (exact or kind == _BOUND):
+            heapq.heappush(heap, (-objective.bound(candidate), rank, len(chosen), kind))
         else:
             ranks = [rank]  # a few at a time, since each costs a pass over the pool
             while heap and heap[0][2:] == (step, kind) and len(ranks) < _AT_ONCE:
