@@ -155,7 +155,7 @@ def make_pool(name: str, data: Path | None, rows: int, known: int, seed: int) ->
     return Pool(problem, points, margin_gain(logits_of(module, problem, rest)), centres)
 
 
-def _synthetic(data: Path | None, rows: int, rng: np.random.Generator) -> tuple[Floats32, Indices]:
+def _synthetic(_data: Path | None, rows: int, rng: np.random.Generator) -> tuple[Floats32, Indices]:
     inputs, scores = world(rows, rng)
     return inputs.astype(np.float32), scores.argmax(axis=1)
 
@@ -178,8 +178,12 @@ def _cifar10(data: Path | None, rows: int, rng: np.random.Generator) -> tuple[Fl
 
     assert data is not None
     table = pq.read_table(data / "cifar10-train.parquet")
-    small = [np.asarray(Image.open(io.BytesIO(coded)).reduce(4), np.float32).ravel() for coded in table["image"].to_pylist()]
-    return (np.stack(small) / 255 - 0.473) / np.float32(0.251), table["label"].to_numpy().astype(np.int64)
+    small = [
+        np.asarray(Image.open(io.BytesIO(coded)).reduce(4), np.float32).ravel() for coded in table["image"].to_pylist()
+    ]
+    order = rng.permutation(len(small))[:rows]
+    inputs = (np.stack(small)[order] / 255 - 0.473) / np.float32(0.251)
+    return inputs, table["label"].to_numpy().astype(np.int64)[order]
 
 
 MAKERS: dict[str, Callable[..., tuple[Floats32, Indices]]] = {
@@ -237,7 +241,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with clinc150.parquet and cifar10-train.parquet")
     parser.add_argument("--pools", nargs="+", choices=MAKERS, default=list(MAKERS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is what others are compared with")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is what others are compared with"
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--known", type=int, default=500, help="labelled rows")
     parser.add_argument("--references", type=int, default=REFERENCES)

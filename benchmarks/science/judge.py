@@ -1,6 +1,6 @@
 """The rule's page: regret, non-inferiority and corrections of studies 1 and 2, from their published figures.
 
-    python -m benchmarks.science.judge                   # reads and writes benchmarks/results/science/
+python -m benchmarks.science.judge                   # reads and writes benchmarks/results/science/
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from benchmarks.science.losses import PUBLISHED as PUBLISHED_LOSSES
 from benchmarks.science.noninferiority import (
     WITHIN,
     Settings,
-    beside,
     benjamini_hochberg,
+    beside,
     least_lead,
     not_worse,
     over_datasets,
@@ -125,7 +125,9 @@ def _corrections(
 def main() -> None:
     """Read, judge and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory with study1.parquet and study2.parquet")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="directory with study1.parquet and study2.parquet"
+    )
     parser.add_argument("--out", type=Path, help="directory of the page; that of the results if it is not given")
     given = parser.parse_args()
     first, second = (pd.read_parquet(given.results / f"study{number}.parquet") for number in (1, 2))

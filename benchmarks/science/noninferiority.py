@@ -1,18 +1,19 @@
 """Regret and non-inferiority of methods, with the data set as the unit and the power of every claim.
 
 "Significantly worse in no setting" is true of any method if the seeds are few and the comparisons many: with five seeds and
-Holm's correction over several hundred comparisons a lead is found only where it is more than ten points (`least_lead`). So a claim that a method is
-not worse rests on an interval here:
+Holm's correction over several hundred comparisons a lead is found only where it is many points (`least_lead`). So a claim
+that a method is not worse rests on an interval here:
 
-**Non-inferior to B within D on a data set**: the lower end of the one-sided 95 % t-interval over the seeds of A - B, averaged over
-the data set's teachers, budgets and labels seed by seed, is above -D. The budgets of one run are three looks at one chain of choices, and
-are one value. "To all" wants it of every competitor at that level: as an intersection of tests it needs no correction.
+**Non-inferior to B within D on a data set**: the lower end of the one-sided 95 % t-interval over the seeds of A - B, averaged
+over the data set's teachers, budgets and labels seed by seed, is above -D. The budgets of one run are three looks at one
+chain of choices, and are one value. "To any" wants it of every competitor at that level: as an intersection of tests it
+needs no correction.
 
 **Power**: the differences' own deviation says how small a D could be shown with 80 % probability if A and B were equal.
 
-**Regret** in a setting (a data set, a teacher, labels; budgets averaged): how far A is behind the best of all methods. The best is chosen on the other seeds,
-because the largest of several means is too large by chance. Means are over the settings of a data set first, then over the data sets; the worst is
-the largest of a setting.
+**Regret** in a setting (a data set, a teacher, labels; budgets averaged): how far A is behind the best of all methods. The
+best is chosen on the other seeds, because the largest of several means is too large by chance. Means are over the settings
+of a data set first, then over the data sets; the worst is the largest of a setting.
 
 **Over data sets**: the mean over the data sets of A - B with a t-interval over them, for whoever asks of the next data set.
 """

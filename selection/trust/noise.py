@@ -212,7 +212,9 @@ def _isotonic(margins: Floats, outcomes: npt.NDArray[np.bool_]) -> tuple[Floats,
     """Return the knots of the non-decreasing least-squares fit."""
     from sklearn.isotonic import IsotonicRegression  # workers use a fit, they never make one, and start without it
 
-    fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(merge_ties(margins), outcomes.astype(np.float64))
+    fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(
+        merge_ties(margins), outcomes.astype(np.float64)
+    )
     return fit.X_thresholds_, fit.y_thresholds_
 
 

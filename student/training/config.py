@@ -54,7 +54,8 @@ class TrainConfig(Section):
         "candidates; or both, slam+weighted",
     )
     mixing: Literal["plain", "normalised", "forward"] = Field(
-        "forward", description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not"
+        "forward",
+        description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not",
     )
     temperature: float = Field(1.0, gt=0, description="softens teacher and student")
     hard_weight: float = Field(
