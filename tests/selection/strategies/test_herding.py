@@ -81,16 +81,16 @@ def groups(seed, size=2000):
     return points, rng.random(size), rng.normal(size=(5, 8))
 
 
-@pytest.mark.parametrize("references", [500, 100])
-def test_a_sample_of_references_covers_what_the_whole_pool_does(references):
+# summed over the references alone, as it was once, the choice covers .989 and .933
+@pytest.mark.parametrize(("references", "least"), [(500, 0.995), (100, 0.985)])
+def test_a_sample_of_references_covers_what_the_whole_pool_does(references, least):
     points, gains, labelled = groups(2)
     nothing = covered(points, gains, labelled, [])
     whole, part = (
         covered(points, gains, labelled, herd(points, gains, labelled, 30, np.random.default_rng(0), count))
         for count in (2000, references)
     )
-    # summed over 500 references alone, as it was once, the choice covers .95, over 100 .86
-    assert part - nothing > 0.985 * (whole - nothing)
+    assert part - nothing > least * (whole - nothing)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -104,21 +104,14 @@ def test_the_choice_does_not_know_which_rows_are_references(seed):
     assert abs(np.isin(chosen, drawn).sum() - 40) < 4 * deviation
 
 
+@pytest.mark.parametrize("references", [20, 399])
 @pytest.mark.parametrize("seed", range(3))
-def test_all_rows_but_one_as_references_choose_as_all_do(seed):
-    # the same randomness is left for the ties only if as much is drawn: gains are distinct, so that there are none
-    points, gains, labelled = groups(seed, 300)
-    whole = herd(points, gains, labelled, 60, np.random.default_rng(0), references=300)
-    part = herd(points, gains, labelled, 60, np.random.default_rng(0), references=299)
-    assert part.tolist() == whole.tolist()
-
-
-def test_when_bounds_are_generous_a_few_references_choose_as_all_do(monkeypatch):
-    monkeypatch.setattr(facility_location, "_DEVIATIONS", 1e3)  # every candidate is summed over the pool
-    points, gains, labelled = groups(5, 400)
+def test_when_bounds_are_generous_a_few_references_choose_as_all_do(seed, references, monkeypatch):
+    monkeypatch.setattr(facility_location, "_DEVIATIONS", 100.0)  # whoever could be the best is summed over the pool
+    points, gains, labelled = groups(seed, 400)
     whole = herd(points, gains, labelled, 50, np.random.default_rng(0), references=400)
-    part = herd(points, gains, labelled, 50, np.random.default_rng(0), references=20)
-    assert part.tolist() == whole.tolist()
+    part = herd(points, gains, labelled, 50, np.random.default_rng(0), references)
+    assert part.tolist() == whole.tolist()  # gains are distinct: there are no ties
 
 
 def test_without_room_for_similarities_the_choice_is_the_same(monkeypatch):
