@@ -114,6 +114,8 @@ class FacilityLocation:
         self.cover[rows] = np.maximum(self.cover[rows], near)
         with np.errstate(divide="ignore"):
             self.floor[rows] = np.log(self.cover[rows])
+        self._sums.drop(candidate)
+        self._bounds.drop(candidate)
 
     def _look_at(self, candidates: Indices) -> list[float]:
         values: list[float] = []
@@ -121,6 +123,7 @@ class FacilityLocation:
             some = candidates[start : start + _AT_ONCE]
             for candidate, exponents in zip(some.tolist(), self._exponents(some, self.factors.T), strict=True):
                 values.append(self._sum(candidate, *self._rows_of(exponents)))
+                self._bounds.drop(candidate)  # its sum is known, and a sum is never again a bound
         self.looked_at += len(candidates)
         return values
 
@@ -181,9 +184,12 @@ class _Cells:
         self._room += len(cell[0])
         return cell
 
-    def keep(self, candidate: int, rows: npt.NDArray[np.int64], near: Floats32) -> None:
+    def drop(self, candidate: int) -> None:
         if candidate in self._cells:
             self.take(candidate)
+
+    def keep(self, candidate: int, rows: npt.NDArray[np.int64], near: Floats32) -> None:
+        self.drop(candidate)
         if len(rows) <= self._room:
             self._cells[candidate] = rows, near
             self._room -= len(rows)
