@@ -19,6 +19,9 @@ class AugmentConfig(BaseModel):
 
     flip: bool = Field(False, description="mirror every other image, left to right")
     crop: int = Field(0, ge=0, description="images: shift by up to so many pixels, the border mirrored")
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="texts: share of the words, n-grams or tokens that a pass does not see"
+    )
     mixup: float = Field(0.0, ge=0, description="mix examples and their labels by Beta(mixup, mixup); 0: never")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="human labels: mass spread over all classes")
 
