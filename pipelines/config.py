@@ -39,6 +39,9 @@ class RunSection(_Section):
     directory: str = Field("run", description="the run directory")
     rounds: int = Field(3, ge=1, le=10_000, description="rounds of select, label, train")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+    accept_weak_teacher: bool = Field(
+        False, description="buy labels of a teacher that is no better than student 0 on the validation set"
+    )
 
 
 class PoolSection(_Section):
@@ -130,10 +133,10 @@ class RunLabelsSection(_LabelForm):
         "calibrated",
         description="what the teacher's logits are divided by: a number, or the one that fits the validation set best",
     )
-    pooled: bool = Field(
-        False,
+    pooled: bool | Literal["auto"] = Field(
+        "auto",
         description="learn the teacher's beliefs pooled with those of the student that chose the examples, each weighted "
-        "as fits the validation set best; for teachers that may be no better than their student",
+        "as fits the validation set best; auto: where the teacher is less than ten points better than student 0 there",
     )
 
     @field_validator("temperature", mode="before")
@@ -222,7 +225,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _can_pool(self) -> Self:
-        if self.labels.pooled:
+        if self.labels.pooled is True:
             for name, needed, given in (
                 ("labels.kind", "dense", self.labels.kind),
                 ("training.objective", "distill", self.training.objective),

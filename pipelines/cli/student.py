@@ -222,8 +222,9 @@ def _export_of_run(
     from distilbeam.pipelines.experiments.exports import write_exports
     from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
     from distilbeam.pipelines.experiments.model_metrics import pool_examples
+    from distilbeam.pipelines.jobs.kept_student import kept_student
 
-    student = run.last_student(number)
+    student = kept_student(run, number)
     training = run.config.training
     short = training.model_copy(update={"epochs": max(1, round(recovery * training.epochs))})
     table = write_exports(

@@ -39,6 +39,7 @@ _FREE_SECTIONS = ("student", "training", "prices", "tune", "pareto", "watch")
 _FREE = (
     ("run", "directory"),
     ("run", "rounds"),
+    ("run", "accept_weak_teacher"),
     ("selection", "compare_uniform"),
     ("labels", "pooled"),
     ("data", "check_classes"),
@@ -119,6 +120,11 @@ class RunDirectory:
     def calibration(self) -> Path:
         """The teacher's temperature, fitted on its answers for the validation set."""
         return self.root / "teacher" / "calibration.json"
+
+    @property
+    def standing(self) -> Path:
+        """Teacher and student 0 on the validation set, compared before the first label is bought."""
+        return self.root / "teacher" / "standing.json"
 
     def selected(self, number: int) -> Path:
         """Directory of a round's plan, gains and picks."""

@@ -21,6 +21,7 @@ from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.weak_teacher import learns_pooled
 from distilbeam.pipelines.labelling.pooled_labels import is_pooled
 from distilbeam.pipelines.labelling.teacher_answers import calibrated, read_answers
 from distilbeam.pipelines.pool.datasets import Inputs, load_inputs
@@ -173,11 +174,16 @@ class Run:
         """Dense answers to the samples of `plan`, which no round asks again."""
         return self.directory.top / "sampled"
 
+    @property
+    def pooled(self) -> bool:
+        """Whether students learn pooled labels."""
+        return learns_pooled(self.config.labels.pooled, self.directory)
+
     @cached_property
     def soft_labels(self) -> list[Path]:
         """Soft-label datasets of the rounds that are labelled, in the form that students learn."""
         where, numbers = self.directory, range(self.config.run.rounds)
-        if self.config.labels.pooled:
+        if self.pooled:
             return [where.pooled(number) for number in numbers if is_pooled(where.pooled(number))]
         return [where.labels(number) for number in numbers if where.summary(where.labels(number)).exists()]
 

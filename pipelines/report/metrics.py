@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
+from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
@@ -37,6 +38,7 @@ def write_results(run: Run, progress: Progress) -> None:
         labels = sum(b["rows"] for b in bought[:number])
         students.append(_student_row(run, where.student(number), name, title, labels))
         progress.step(done, len(numbers))
+    kept, worse = kept_round(run)
     results: dict[str, Any] = {
         "evaluated_on": name,
         "teacher": _teacher_row(run, name),
@@ -49,7 +51,9 @@ def write_results(run: Run, progress: Progress) -> None:
         "calls": _calls(run, bought),
         "unusable": _unusable(run),
         "work": read_json(where.work),
-        **_classes(run, where.student(config.run.rounds), name),
+        **_classes(run, where.student(kept), name),
+        "kept": {"round": kept, "worse": worse},
+        "standing": read_json(where.standing) if where.standing.exists() else None,
     }
     if config.selection.compare_uniform:
         uniform = run.comparison
