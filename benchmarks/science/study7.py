@@ -54,9 +54,7 @@ def main() -> None:
 def study_cells(given: Arguments) -> list[Cell]:
     """List the cells; words can be dropped of texts alone."""
     return [
-        place.cell(
-            "study7", RECIPE, {"method": method, "members": MEMBERS, "longer": LONGER, "words": WORDS}, _compute
-        )
+        place.cell("study7", RECIPE, {"method": method, "members": MEMBERS, "longer": LONGER, "words": WORDS}, _compute)
         for place in places(given)
         for method in METHODS
         if "noise" not in method or place.dataset.name == "clinc150"
@@ -99,7 +97,9 @@ def _compute(place: Place, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     bought = _bought(problem)
     rows, labels = bought, problem.teacher_logprobs()[bought]
     known, training = problem.labelled, problem.training
-    learner: Problem = problem if method in ("default", "validation") else replace(problem, steps=LONGER * problem.steps)
+    learner: Problem = (
+        problem if method in ("default", "validation") else replace(problem, steps=LONGER * problem.steps)
+    )
     if method.startswith(("self", "all")):
         left = np.setdiff1d(problem.pool, bought)
         members = 1 if method == "self-alone" else MEMBERS
@@ -107,9 +107,7 @@ def _compute(place: Place, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     if method in ("validation", "all", "all-noise"):
         known = np.concatenate([known, problem.validation])
     if "noise" in method:
-        training = training.model_copy(
-            update={"augment": training.augment.model_copy(update={"word_dropout": WORDS})}
-        )
+        training = training.model_copy(update={"augment": training.augment.model_copy(update={"word_dropout": WORDS})})
     student = fit(learner, soft_rows(problem, rows, labels), problem.human(known), training)
     return [{"accuracy": accuracy(student, problem)}]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from distilbeam.pipelines.config import differing_keys
 from distilbeam.pipelines.jobs.directory import VARIANTS, RunDirectory
 from distilbeam.pipelines.jobs.weak_teacher import learns_pooled
-from distilbeam.student.training.config import FREE
+from distilbeam.student.training.config import FREE, LAST
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.pool.datasets import Inputs
@@ -162,7 +162,7 @@ def placed(run: RunDirectory, former: Mapping[str, Any], now: Mapping[str, Any])
 
 def _learning(config: Mapping[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings that decide what a student becomes on given labels, and nothing else."""
-    training = {name: value for name, value in config.get("training", {}).items() if name not in FREE}
+    training = {name: value for name, value in config.get("training", {}).items() if name not in (*FREE, *LAST)}
     return {
         "student": dict(config["student"]),
         "training": training,

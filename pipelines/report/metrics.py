@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
+from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
 from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
@@ -51,7 +52,7 @@ def write_results(run: Run, progress: Progress) -> None:
         "calls": _calls(run, bought),
         "unusable": _unusable(run),
         "work": read_json(where.work),
-        **_classes(run, where.student(kept), name),
+        **_classes(run, final_student(run) or where.student(kept), name),
         "kept": {"round": kept, "worse": worse},
         "standing": read_json(where.standing) if where.standing.exists() else None,
     }
@@ -59,6 +60,11 @@ def write_results(run: Run, progress: Progress) -> None:
         uniform = run.comparison
         labels = read_json(where.summary(uniform.labels(0)))["rows"]
         results["uniform"] = _student_row(run, uniform.student(1), name, "student, uniform choice", labels)
+    if (found := final_result(run)) is not None:
+        results["final"] = {"directory": str(final_directory(run).relative_to(where.root)), **found}
+        if (student := final_student(run)) is not None:
+            row = _student_row(run, student, name, "student, final", sum(b["rows"] for b in bought))
+            results["final"]["row"] = row
     if (sentence := where.sentence(config.run.rounds)) is not None:
         results["variant"] = sentence
     if (own := where.beside(config.run.rounds)) is not None:
@@ -82,6 +88,9 @@ def are_current(run: Run) -> bool:
     if not run.directory.metrics.exists():
         return False
     found, config = read_json(run.directory.metrics), run.config
+    directory = str(final_directory(run).relative_to(run.directory.root)) if is_wanted(run) else None
+    if found.get("final", {}).get("directory") != directory:
+        return False
     return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 
 

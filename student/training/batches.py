@@ -115,9 +115,7 @@ class Sources:
             yield replace(mine, count=round(self.processes.sum(len(mine))))
 
     def _hard(self, hard: Examples, rows: Tensor, epoch: int) -> Examples:
-        inputs = augmented(
-            hard.inputs[rows], rows, self.training.augment, self.padding, self.seed, epoch, HARD
-        )
+        inputs = augmented(hard.inputs[rows], rows, self.training.augment, self.padding, self.seed, epoch, HARD)
         return Examples(inputs, hard.classes[rows])
 
 
@@ -133,6 +131,7 @@ def open_sources(
     seed: int,
     processes: Processes,
     mixing_weights: Sequence[float] | None = None,
+    pseudo_labels: Sequence[str | Path] = (),
 ) -> Sources:
     """Read and check what a training is given; see `train` for the arguments.
 
@@ -149,7 +148,9 @@ def open_sources(
     )
     hard = None if labelled is None else read(labelled)
     held_out = None if validation is None else read(validation, name="the validation examples")
-    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
+    soft = open_soft_labels(
+        soft_labels, student, training, classes, hard, seed, processes, mixing_weights, pseudo_labels
+    )
     shape = shape_of_inputs(hard, held_out, soft)
     steps, padding = steps_per_epoch(training, hard, soft), _padding(student, training.augment)
     return Sources(soft, hard, held_out, steps, shape, training, seed, processes, padding)
@@ -164,6 +165,7 @@ def open_soft_labels(
     seed: int,
     processes: Processes,
     mixing_weights: Sequence[float] | None = None,
+    pseudo_labels: Sequence[str | Path] = (),
 ) -> SoftLabelDataset | None:
     """Open soft labels for a training; their share of a batch is their share of all rows.
 
@@ -176,6 +178,7 @@ def open_soft_labels(
       seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
       mixing_weights: share of each dataset in an epoch; None for their numbers of rows.
+      pseudo_labels: directories of datasets of students' own labels.
 
     Returns:
       The dataset, or None when there are no soft labels.
@@ -183,7 +186,7 @@ def open_soft_labels(
     Raises:
       ValueError: there is nothing to train on, or the labels do not suit the classes or the objective.
     """
-    if not paths:
+    if not paths and not pseudo_labels:
         if hard is None:
             raise ValueError("training needs labelled examples or soft labels, got neither")
         return None
@@ -201,6 +204,7 @@ def open_soft_labels(
         processes.rank,
         processes.size,
         input=student.input,
+        pseudo=pseudo_labels,
         columns=columns,
         mixing_weights=mixing_weights,
         transform=_transform(student, augment),
