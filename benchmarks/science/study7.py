@@ -14,6 +14,7 @@ The labels are those that a run buys (10 % of the pool in three rounds by herdin
 | self-noise | the same, with words of texts dropped, images shifted |
 | self-alone | the pseudo-labels of a single student instead of five |
 | all, all-noise | self, self-noise and the validation rows |
+| again, again-noise | the same with pseudo-labels of an ensemble that has learned the validation rows as well |
 | ensemble | no training: the mean of the five students' probabilities, from which `self` is distilled |
 | teacher | the teacher itself |
 """
@@ -24,6 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import log_softmax, logsumexp
 
 from benchmarks.science.buying import rounds, soft_rows
@@ -36,7 +38,7 @@ from distilbeam.selection.trust.calibration import fit_temperature
 DATASETS = ("clinc150", "digits", "synthetic", "cifar10-patches")
 METHODS = (
     *("default", "longer", "validation", "self", "self-noise", "self-alone", "all", "all-noise"),
-    *("ensemble", "teacher"),
+    *("again", "again-noise", "ensemble", "teacher"),
 )
 MEMBERS, LONGER, WORDS = 5, 3, 0.2
 RECIPE = 1
@@ -69,21 +71,28 @@ def _bought(problem: Problem) -> Indices:
     return np.asarray(found)
 
 
-def _ensemble(problem: Problem, members: int) -> Floats:
-    """Train students of different seeds alike; give the mean of their probabilities for all rows, as log-probabilities.
-
-    At the temperature that suits the validation rows, which none of them has learned.
-    """
+def _mean(problem: Problem, members: int, known: Indices, name: str) -> npt.NDArray[np.float64]:
+    """Train students of different seeds alike; give the logarithms of their mean probabilities for all rows."""
     bought = _bought(problem)
     soft = soft_rows(problem, bought, problem.teacher_logprobs()[bought])
-    said = problem.__dict__.setdefault("_members", [])
+    said = problem.__dict__.setdefault(name, [])
     every = np.arange(len(problem.inputs))
     for number in range(len(said), members):
-        student = fit(replace(problem, seed=problem.seed + 1000 * number), soft, problem.human(problem.labelled))
+        student = fit(replace(problem, seed=problem.seed + 1000 * number), soft, problem.human(known))
         said.append(log_softmax(logits_of(student, problem, every).astype(float), axis=1))
-    mean = logsumexp(said[:members], axis=0) - np.log(members)
+    return np.asarray(logsumexp(said[:members], axis=0) - np.log(members))
+
+
+def _ensemble(problem: Problem, members: int, again: bool = False) -> Floats:
+    """Give an ensemble's log-probabilities for all rows, at the temperature that suits the validation rows.
+
+    It is fitted on students that have not learned them, also for those (`again`) that have.
+    """
     held_out = problem.validation
+    mean = _mean(problem, members, problem.labelled, "_members")
     temperature = fit_temperature(mean[held_out], problem.truth[held_out]).temperature
+    if again:
+        mean = _mean(problem, members, np.concatenate([problem.labelled, held_out]), "_informed")
     return np.asarray(log_softmax(mean / temperature, axis=1), np.float32)
 
 
@@ -100,11 +109,12 @@ def _compute(place: Place, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     learner: Problem = (
         problem if method in ("default", "validation") else replace(problem, steps=LONGER * problem.steps)
     )
-    if method.startswith(("self", "all")):
+    if method.startswith(("self", "all", "again")):
         left = np.setdiff1d(problem.pool, bought)
         members = 1 if method == "self-alone" else MEMBERS
-        rows, labels = np.concatenate([rows, left]), np.concatenate([labels, _ensemble(problem, members)[left]])
-    if method in ("validation", "all", "all-noise"):
+        pseudo = _ensemble(problem, members, again=method.startswith("again"))[left]
+        rows, labels = np.concatenate([rows, left]), np.concatenate([labels, pseudo])
+    if method.startswith(("validation", "all", "again")):
         known = np.concatenate([known, problem.validation])
     if "noise" in method:
         training = training.model_copy(update={"augment": training.augment.model_copy(update={"word_dropout": WORDS})})

@@ -3,6 +3,7 @@
     members/seed=00K/    students that are trained like the kept one, with other seeds; it is the first member itself
     pseudo/              their soft labels for rows of the pool that were not bought, a dataset of its own
     candidate/           a student that learns these too; where it is not better on the validation set, they are left out
+    informed/            members that learn the validation rows as well, and their pseudo-labels
     student/             the last training, which learns the validation rows as well: temperature, weights and epoch are fixed then
     final.json           what came of it
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,18 +85,24 @@ class FinalTraining:
 
     def label(self, progress: Progress) -> None:
         """Give soft labels to rows that were not bought, by the phase; a phase that was killed goes on."""
+        members = [self.member(number) for number in range(self.run.config.training.ensemble)]
+        said = mean_logprobs([self.run.student_logits(member, "validation") for member in members])
+        temperature = fit_temperature(said, self.run.truth("validation")).temperature
+        rows = self._label(self.pseudo, members, temperature, progress)
+        figures = {"rows": rows, "temperature": temperature, "members": len(members), **self._judged(said)}
+        write_json(self.run.directory.summary(self.pseudo), figures)
+
+    def _label(self, output: Path, members: Sequence[Path], temperature: float, progress: Progress) -> int:
+        """Carry the phase out; return how many rows have a pseudo-label."""
         run, config = self.run, self.run.config
-        members = [self.member(number) for number in range(config.training.ensemble)]
-        left = run.inputs.pool.rows - sum(read_manifest(run.directory.labels(r)).rows for r in range(config.run.rounds))
-        said = mean_logprobs([run.student_logits(member, "validation") for member in members])
-        temperature = fit_temperature(said, run.truth("validation")).temperature
+        bought: int = sum(read_manifest(run.directory.labels(r)).rows for r in range(config.run.rounds))
         spec = read_manifest(self._bought[0]).spec if self._bought else run.label_spec
         work = PseudoLabel(
             students=tuple(map(str, members)),
             spec=pseudo_spec(spec, [load_student(member).fingerprint() for member in members], temperature),
-            output=str(self.pseudo),
+            output=str(output),
             bought=tuple(str(run.directory.picks(r)) for r in range(config.run.rounds)),
-            share=min(1.0, config.training.pseudo_rows / max(left, 1)),
+            share=min(1.0, config.training.pseudo_rows / max(run.inputs.pool.rows - bought, 1)),
             seed=config.run.seed,
             columns=run.inputs.student_columns,
             id_column=config.data.id,
@@ -102,9 +110,8 @@ class FinalTraining:
             trust=trusted(),
         )
         self.phases.carry_out("pseudo", work, run.inputs.pool.units, progress)
-        rows = read_manifest(self.pseudo).rows if any(self.pseudo.glob("*.parquet")) else 0
-        figures = {"rows": rows, "temperature": temperature, "members": len(members), **self._judged(said)}
-        write_json(self.run.directory.summary(self.pseudo), figures)
+        rows: int = read_manifest(output).rows if any(output.glob("*.parquet")) else 0
+        return rows
 
     def judge(self, progress: Progress) -> None:
         """Train a student that learns them too, and keep them only where it is better on the validation set.
@@ -129,18 +136,9 @@ class FinalTraining:
         base, student = (self._candidate if kept else self.member(0)), None
         if learns_validation(self.run):
             student = self.where / "student"
-            training = self.run.config.training
             if not student.exists():
-                self.run.train(
-                    student,
-                    self._bought,
-                    progress,
-                    training=with_noise(training, base) if kept else training,
-                    labelled=self._all_labelled(),
-                    held_out=False,
-                    pseudo_labels=[self.pseudo] if kept else [],
-                    last_epoch=int(load_student(base).extra["metrics"]["best_epoch"]),
-                )
+                pseudo = [self._informed_labels(progress)] if kept else []
+                self._train_on_all(student, base, pseudo, 0, progress)
         elif kept:
             student = base
         figures = {
@@ -151,6 +149,31 @@ class FinalTraining:
             **({"gate": read_json(self.gate)} if self.gate.exists() else {}),
         }
         write_json(self.done, figures)
+
+    def _informed_labels(self, progress: Progress) -> Path:
+        """Label the pool again by members that have learned the validation rows too, at the temperature that was fitted before."""
+        output, number = self.where / "informed" / "pseudo", self.run.config.training.ensemble
+        members = [self.where / "informed" / f"seed={n:03d}" for n in range(number)]
+        for seed, member in enumerate(members):
+            if not member.exists():
+                self._train_on_all(member, self.member(seed), [], seed, progress)
+        self._label(output, members, read_json(self.run.directory.summary(self.pseudo))["temperature"], progress)
+        return output
+
+    def _train_on_all(self, student: Path, base: Path, pseudo: list[Path], number: int, progress: Progress) -> None:
+        """Train a student like `base`, which learned all but the validation rows, on these too."""
+        training = self.run.config.training
+        self.run.train(
+            student,
+            self._bought,
+            progress,
+            training=with_noise(training, base) if pseudo else training,
+            labelled=self._all_labelled(),
+            held_out=False,
+            pseudo_labels=pseudo,
+            last_epoch=int(load_student(base).extra["metrics"]["best_epoch"]),
+            seed=self.run.config.run.seed + 1000 * number,
+        )
 
     @property
     def _candidate(self) -> Path:
