@@ -21,7 +21,8 @@ import numpy as np
 from measuring.record import machine, write
 
 from distilbeam.selection.strategies.herding import Herding
-from distilbeam.selection.strategies.selectors import CandidatePool, selector
+from distilbeam.selection.strategies.registry import selector
+from distilbeam.selection.strategies.selectors import CandidatePool
 
 NAMES = ("herding", "k-center", "badge", "margin")
 CENTRES, DIMENSIONS, CLASSES, LABELLED = 100, 64, 10, 500

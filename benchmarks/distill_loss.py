@@ -54,6 +54,7 @@ GRIDS: dict[str, tuple[Shape, ...]] = {
     "classifier": logits_shapes.CLASSIFIER,
     "language": (*logits_shapes.LANGUAGE, *layer_shapes.LANGUAGE),
     "extreme": (*logits_shapes.EXTREME, *layer_shapes.EXTREME),
+    "decide": (*logits_shapes.DECIDE, *layer_shapes.DECIDE),
     "quick": (*layer_shapes.QUICK, *logits_shapes.QUICK),
 }
 GRIDS["all"] = tuple(shape for name in ("language", "extreme", "target", "classifier") for shape in GRIDS[name])
@@ -77,20 +78,20 @@ def ours(implementation: str | None, *, dense: bool = False) -> Callable[[Proble
             return of_logits.step(problem, implementation, dense=dense)
         if dense:
             raise NotImplementedError("the label of a layer's problem is sparse")
-        if implementation == "one_kernel":
+        if implementation in ("one_kernel", "two_kernels"):
             raise NotImplementedError("it takes given logits")
         return of_layer.step(problem, implementation)
 
     return build
 
 
-def in_fewer_bits(precision: Precision) -> Callable[[Problem], Loss]:
-    """Make a candidate that rounds inputs and weight of the last layer."""
+def of_last_layer(precision: Precision | None, implementation: str | None = None) -> Callable[[Problem], Loss]:
+    """Make a candidate of the last layer alone, which may round inputs and weight."""
 
     def build(problem: Problem) -> Loss:
         if isinstance(problem, LogitsProblem):
-            raise NotImplementedError("given logits have no layer to round")
-        return of_layer.step(problem, None, precision)
+            raise NotImplementedError("given logits have no layer")
+        return of_layer.step(problem, implementation, precision)
 
     return build
 
@@ -185,11 +186,15 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "distilbeam chunked": ours("chunked"),
     "distilbeam triton": ours("triton"),
     "distilbeam one kernel": ours("one_kernel"),
+    "distilbeam two kernels": ours("two_kernels"),
     "distilbeam reference": ours("reference"),
     "distilbeam dense": ours(None, dense=True),
-    "distilbeam bf16": in_fewer_bits("bf16"),
-    "distilbeam int8": in_fewer_bits("int8"),
-    "distilbeam fp8": in_fewer_bits("fp8"),
+    "distilbeam dense, one kernel": ours("one_kernel", dense=True),
+    "distilbeam in place": of_last_layer(None, "in_place"),
+    "distilbeam in place, fp8": of_last_layer("fp8", "in_place"),
+    "distilbeam bf16": of_last_layer("bf16"),
+    "distilbeam int8": of_last_layer("int8"),
+    "distilbeam fp8": of_last_layer("fp8"),
     "torch dense KL": dense_kl,
     "torch sparse": eager_sparse,
     "torch.compile sparse": compiled_sparse,
@@ -198,7 +203,9 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "cut-cross-entropy": cut_cross_entropy,
     "TRL": trl,
 }
-OURS = ("distilbeam chunked", "distilbeam triton", "distilbeam one kernel", "distilbeam reference")
+OURS = tuple(
+    f"distilbeam {name}" for name in ("chunked", "triton", "one kernel", "two kernels", "in place", "reference")
+)
 
 
 def training_step(problem: Problem, loss: Loss) -> Step:

@@ -1,14 +1,18 @@
 """Everything that a GPU has yet to decide, in one call of less than nine minutes.
 
     python benchmarks/gpu_run.py --out results      # on a machine with an H100 or H200
-    python benchmarks/gpu_run.py --dry              # anywhere: the same commands in their short form, on the processor
+    python benchmarks/gpu_run.py --dry              # anywhere: the same commands in their short form, in Triton's interpreter
 
 Each section is a command of its own with a limit of its own, and is skipped when the time is up; its figures and its
-output lie in `--out`. What they decide:
+output lie in `--out`. A section that failed, or that has no figure of a candidate that it is there for, is named at the
+end. What they decide:
 
     tests     the Triton kernels pass on this GPU
-    loss      `one_kernel` at .70 of the roofline or more at 4096 x 128,256: it becomes the form for 16-bit logits, else it goes
-    layer     what `linear_distillation/choice.py` should hold for a GPU, and by which order a layer below 512 features runs
+    loss      `one_kernel` at .70 of the roofline or more at 4096 x 128,256: it becomes the form for 16-bit logits, else it
+              goes; of dense labels where it beats `triton`. `two_kernels` where they beat `triton` at 1024 x 128,256 or
+              4096 x 50,257. The last layer `in_place` at 18 ms or less at 4096 x 4096 x 128,256: it becomes the form for
+              layers in 16 bits, and its fp8 logits are what `precision = "fp8"` means
+    layer     what `linear_distillation/choice.py` should hold for a GPU
     layers    fp8 at 1.2 times bfloat16's speed or more at 16384 x 2048 x 2048: `low_precision/shapes.py` is filled, else the
               README says that it is not
     residual  LAuReL beside torch.compile, with a norm and 8-bit rows too
@@ -17,65 +21,133 @@ output lie in `--out`. What they decide:
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests" / "kernels"
 GPU = ["--device", "cuda", "--dtype", "bfloat16"]
-PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-x", str(HERE.parent / "tests" / "kernels")]
-SECTIONS: dict[str, tuple[int, list[str], list[str]]] = {
-    "tests": (120, PYTEST, ["-m", "pytest", "-q", "--collect-only", *PYTEST[4:]]),
-    "loss": (130, ["distill_loss.py", "--grid", "language", *GPU, "--repeats", "9"], ["distill_loss.py", "--quick"]),
-    "layer": (
+DRY = ["--quick", "--dtype", "bfloat16"]
+PYTEST = ["-m", "pytest", "-q", "-x"]
+SLOW = ["distilbeam chunked", "distilbeam reference", "distilbeam bf16", "distilbeam int8", "distilbeam fp8", "TRL"]
+DRY_LIMIT = 600.0  # seconds of a section; the interpreter is slow
+
+
+class Section(NamedTuple):
+    """A command and what it must have measured.
+
+    Attributes:
+      limit: seconds on a GPU.
+      whole: arguments on a GPU.
+      short: arguments of the dry run.
+      candidates: of which there must be figures.
+    """
+
+    limit: float
+    whole: list[str]
+    short: list[str]
+    candidates: tuple[str, ...] = ()
+
+
+SECTIONS = {
+    "tests": Section(
+        120, [*PYTEST, "-m", "gpu", str(TESTS)], [*PYTEST, str(TESTS / "test_triton_prepared.py"), "-k", "anywhere"]
+    ),
+    "loss": Section(
+        130,
+        ["distill_loss.py", "--grid", "decide", *GPU, "--repeats", "7", "--without", *SLOW],
+        ["distill_loss.py", *DRY, "--without", *SLOW],
+        (
+            "distilbeam triton",
+            "distilbeam one kernel",
+            "distilbeam two kernels",
+            "distilbeam dense, one kernel",
+            "distilbeam in place",
+            "distilbeam in place, fp8",
+        ),
+    ),
+    "layer": Section(
         90,
         ["last_layer.py", "--grid", "gpu", "--device", "cuda", "--precision", "bf16", "--repeats", "7"],
-        ["last_layer.py", "--quick"],
+        ["last_layer.py", "--quick", "--precision", "bf16"],
     ),
-    "layers": (130, ["low_precision.py", "--grid", "gpu", *GPU, "--repeats", "7"], ["low_precision.py", "--quick"]),
-    "residual": (60, ["laurel.py", "--grid", "gpu", *GPU, "--repeats", "7"], ["laurel.py", "--quick"]),
+    "layers": Section(
+        130,
+        ["low_precision.py", "--grid", "gpu", *GPU, "--repeats", "7"],
+        ["low_precision.py", *DRY],
+        ("distilbeam fp8", "distilbeam int8", "distilbeam fp8, fp8 gradients, laid out by Triton"),
+    ),
+    "residual": Section(
+        60,
+        ["laurel.py", "--grid", "gpu", *GPU, "--repeats", "7"],
+        ["laurel.py", *DRY, "--no-memory"],
+        ("distilbeam triton", "distilbeam pipelined"),
+    ),
 }
 
 
-def run(name: str, limit: float, arguments: list[str], out: Path) -> str:
-    """Run a section and say how it ended."""
+def run(name: str, out: Path, *, dry: bool) -> list[str]:
+    """Run a section and say what went wrong."""
+    section = SECTIONS[name]
+    arguments, limit = (section.short, DRY_LIMIT) if dry else (section.whole, section.limit)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else None
+    figures = out / f"{name}.json"
     if arguments[0] != "-m":
-        arguments = [str(HERE / arguments[0]), *arguments[1:], "--json", str(out / f"{name}.json")]
+        arguments = [str(HERE / arguments[0]), *arguments[1:], "--json", str(figures)]
     with (out / f"{name}.txt").open("w") as log:
         try:
             done = subprocess.run(
-                [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
+                [sys.executable, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+                env=environment,
             )
         except subprocess.TimeoutExpired:
-            return f"stopped after {limit:.0f} s"
-    return f"exit {done.returncode}"
+            return [f"stopped after {limit:.0f} s", *missing(section, figures)]
+    return [f"exit {done.returncode}"] * (done.returncode != 0) + missing(section, figures)
+
+
+def missing(section: Section, figures: Path) -> list[str]:
+    """Name the candidates without a figure."""
+    rows = json.loads(figures.read_text())["results"] if figures.exists() else []
+    measured = {row.get("candidate") for row in rows if "ms" in row}
+    return [f"no figure of {name!r}" for name in section.candidates if name not in measured]
 
 
 def main() -> None:
     """Run the sections in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="short forms on the processor")
+    parser.add_argument("--dry", action="store_true", help="short forms, interpreted on the processor")
     parser.add_argument("--quick", action="store_true", help="list the sections and run none")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=530, help="begin no section that may end later")
     parser.add_argument("--out", type=Path, help="folder for figures and output; a temporary one without it")
     options = parser.parse_args()
     if options.quick:
-        print("\n".join(f"{name}: {' '.join(SECTIONS[name][1])}" for name in options.only))
+        print("\n".join(f"{name}: {' '.join(SECTIONS[name].whole)}" for name in options.only))
         return
     out = options.out or Path(tempfile.mkdtemp(prefix="distilbeam-gpu-"))
     out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, failed = time.monotonic(), False
     for name in options.only:
-        limit, whole, short = SECTIONS[name]
-        left = options.seconds - (time.monotonic() - began)
+        limit, now = SECTIONS[name].limit, time.monotonic()
+        left = options.seconds - (now - began)
         if left < limit and not options.dry:
             print(f"{name}: skipped, {left:.0f} s are left", flush=True)
             continue
-        print(f"{name}: {run(name, limit, short if options.dry else whole, out)}", flush=True)
+        faults = run(name, out, dry=options.dry)
+        failed |= bool(faults)
+        print(f"{name}: {'; '.join(faults) or 'complete'}, {time.monotonic() - now:.0f} s", flush=True)
     print(f"figures and output: {out}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

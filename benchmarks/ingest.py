@@ -1,18 +1,22 @@
-"""Ingest: seconds and memory for a pool out of CSV and JSON lines, beside what pyarrow and pandas need for less.
+"""Ingest: seconds for a pool out of CSV and JSON lines, beside what DuckDB, pandas and pyarrow need for less.
 
-    python benchmarks/ingest.py                                        # 10^6 rows, about two minutes
-    python benchmarks/ingest.py --rows 50000                           # its short form
+    python benchmarks/ingest.py                                        # 10^6 rows, some ten minutes
+    python benchmarks/ingest.py --quick                                # its short form
     python benchmarks/ingest.py --json benchmarks/results/ingest.json
+    python benchmarks/ingest.py --against ~/checkout-of-another-version
 
-The peer reads a whole file with pyarrow's reader, which finds the types in a part of it and keeps no bad record, takes exact
-repetitions out with pandas and writes Parquet. Every run is a process of its own, the two in turns. Seconds on the processor
-(all threads, imports included) are disturbed less by a busy machine than those of the clock; both are given.
+The peers read a file and write Parquet (zstd): they find the types in a part of it or in memory, keep no bad record, give no
+ids and keep what is repeated. "DuckDB+" is the limit for what ingest writes: DuckDB's reader, DISTINCT and the same hash as
+an id, without a look at the values. Every run is a process of its own, all in turns. Seconds on the processor (all threads,
+imports included) are disturbed less by a busy machine than those of the clock; both are given, as are the ratios of medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -28,70 +32,96 @@ from measuring.record import machine, write
 from rich.console import Console
 from rich.table import Table
 
-_WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-_READERS = {
-    "plain.csv": "csv.read_csv(path)",
-    "quoted.csv": "csv.read_csv(path)",
-    "lines.jsonl": "json.read_json(path)",
+_WORDS = np.array(["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"])
+_SOURCES = ("plain.csv", "quoted.csv", "numbers.csv", "plain.csv.gz", "lines.jsonl")
+_PEERS = {
+    "DuckDB": """
+import duckdb
+duckdb.sql(f"COPY (FROM '{path}') TO '{out}' (FORMAT parquet, COMPRESSION zstd)")
+""",
+    "DuckDB+": """
+import duckdb
+columns = duckdb.sql(f"FROM '{path}'").columns
+content = ", ".join(f"'{len(name)}:{name}', strlen({name}::VARCHAR), ':', {name}::VARCHAR" for name in columns)
+duckdb.sql(f"COPY (SELECT left(sha256(concat({content})), 32) AS id, * FROM (SELECT DISTINCT * FROM '{path}')) "
+    f"TO '{out}' (FORMAT parquet, COMPRESSION zstd)")
+""",
+    "pandas": """
+import pandas
+table = pandas.read_json(path, lines=True) if path.endswith("jsonl") else pandas.read_csv(path)
+table.to_parquet(out, compression="zstd")
+""",
+    "pyarrow": """
+import pyarrow.csv, pyarrow.json, pyarrow.parquet
+table = (pyarrow.json.read_json if path.endswith("jsonl") else pyarrow.csv.read_csv)(path)
+pyarrow.parquet.write_table(table, out, compression="zstd")
+""",
 }
-_PEER = """
-import sys, pyarrow as pa, pyarrow.csv as csv, pyarrow.json as json, pyarrow.parquet as pq
-path, out = sys.argv[1:]
-frame = {reader}.to_pandas()
-text = frame.select_dtypes(exclude="object").columns if "x" in frame else frame.columns
-pq.write_table(pa.Table.from_pandas(frame[~frame.duplicated(list(text))]), out, compression="zstd")
-"""
 
 
 def write_sources(folder: Path, rows: int) -> None:
-    """Write the same records three times; one in a hundred is a repetition."""
+    """Write the same records in several forms, and a table of numbers; one record in a hundred is a repetition."""
     rng = np.random.default_rng(0)
+    texts = [" ".join(words) for words in _WORDS[rng.integers(0, 10, (rows, 8))]]
+    amounts, codes = rng.integers(10**6, size=rows).tolist(), rng.integers(10**5, size=rows).tolist()
+    scores, vectors = (rng.random(rows) * 100).round(3).tolist(), rng.random((rows, 8)).round(4).tolist()
     with (
         (folder / "plain.csv").open("w") as plain,
         (folder / "quoted.csv").open("w") as quoted,
+        (folder / "numbers.csv").open("w") as numbers,
         (folder / "lines.jsonl").open("w") as lines,
     ):
         for file in (plain, quoted):
             file.write("key,amount,score,flag,code,text\n")
-        records: list[dict[str, Any]] = []
-        for i in range(rows):
-            if i % 100 == 99:
-                record = records[-50]
-            else:
-                text, x = " ".join(rng.choice(_WORDS, 8)), rng.random(8).round(4).tolist()
-                score, code = round(float(rng.random()) * 100, 3), f"{rng.integers(10**5):05d}"
-                record = {"key": f"k{i}", "amount": int(rng.integers(10**6)), "score": score, "flag": bool(i % 2)}
-                record |= {"code": code, "text": text, "x": x}
-            records = [*records[-60:], record]
-            key, amount, score, flag, code, text, _ = record.values()
-            plain.write(f"{key},{amount},{score},{str(flag).lower()},{code},{text}\n")
-            quoted.write(f'"{key}",{amount},{score},{str(flag).lower()},"{code}","{text}, said ""he"""\n')
-            lines.write(json.dumps(record) + "\n")
+        numbers.write("n," + ",".join(f"x{i}" for i in range(8)) + "\n")
+        for row in range(rows):
+            i = row - 50 if row % 100 == 99 else row
+            key, amount, score, text, code = f"k{i}", amounts[i], scores[i], texts[i], f"{codes[i]:05d}"
+            flag = "true" if i % 2 else "false"
+            plain.write(f"{key},{amount},{score},{flag},{code},{text}\n")
+            quoted.write(f'"{key}",{amount},{score},{flag},"{code}","{text}, said ""he"""\n')
+            numbers.write(f"{i}," + ",".join(map(str, vectors[i])) + "\n")
+            record = {"key": key, "amount": amount, "score": score, "flag": bool(i % 2), "code": code, "text": text}
+            lines.write(json.dumps(record | {"x": vectors[i]}) + "\n")
+    with (folder / "plain.csv").open("rb") as file, gzip.open(folder / "plain.csv.gz", "wb", 6) as packed:
+        shutil.copyfileobj(file, packed)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
+def measured(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float]:
     """Run a command; return its seconds by the clock and on the processor."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=Path(command[-1]).parent)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def compare(source: Path, repeats: int) -> dict[str, Any]:
-    """Ingest a file and give it to the peer, in turns."""
-    out, peer_out = source.parent / "pool", source.parent / "peer.parquet"
-    ours = [sys.executable, "-m", "distilbeam", "ingest", str(source), "--out", str(out), "--format"]
-    ours += [{".csv": "csv", ".jsonl": "jsonl"}[source.suffix]]
-    peer = [sys.executable, "-c", _PEER.format(reader=_READERS[source.name]), str(source), str(peer_out)]
-    times: dict[str, list[tuple[float, float]]] = {"ingest": [], "peer": []}
+def compare(source: Path, repeats: int, against: Path | None) -> list[dict[str, Any]]:
+    """Ingest a file and give it to the peers, in turns; return a row for each."""
+    out = source.parent / "pool"
+    format_ = "jsonl" if source.suffix == ".jsonl" else "csv"
+    ingest = [sys.executable, "-m", "distilbeam", "ingest", "--format", format_, str(source), "--out", str(out)]
+    commands: dict[str, tuple[list[str], dict[str, str] | None]] = {"ingest": (ingest, None)}
+    if against is not None:
+        commands["against"] = (ingest, {**os.environ, "PYTHONPATH": str(against.resolve())})
+    for name, code in _PEERS.items():
+        commands[name] = (
+            [sys.executable, "-c", "import sys; path, out = sys.argv[1:]" + code, str(source), str(out)],
+            None,
+        )
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(repeats):
-        shutil.rmtree(out, ignore_errors=True)
-        times["ingest"].append(measured(ours))
-        times["peer"].append(measured(peer))
-    row: dict[str, Any] = {"source": source.name, "MB": round(source.stat().st_size / 1e6, 1)}
+        for name, (command, environment) in commands.items():
+            times[name].append(measured(command, environment))
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    rows = []
+    ours = [median(run[i] for run in times["ingest"]) for i in (0, 1)]
     for name, runs in times.items():
-        row[f"{name} s"], row[f"{name} processor s"] = (round(median(run[i] for run in runs), 2) for i in (0, 1))
-    return row
+        theirs = [median(run[i] for run in runs) for i in (0, 1)]
+        row: dict[str, Any] = {"source": source.name, "MB": round(source.stat().st_size / 1e6, 1), "reader": name}
+        row |= {"s": round(theirs[0], 2), "processor s": round(theirs[1], 2)}
+        row |= {"ingest / it": round(ours[0] / theirs[0], 2), "on the processor": round(ours[1] / theirs[1], 2)}
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -99,12 +129,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="a checkout of another version of distilbeam, timed as well")
+    parser.add_argument("--quick", action="store_true", help="50,000 rows, once")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rows, arguments.repeats = 50_000, 1
     about = machine(("duckdb", "pandas", "pyarrow"))
     with tempfile.TemporaryDirectory() as folder:
         write_sources(Path(folder), arguments.rows)
-        rows = [compare(Path(folder) / name, arguments.repeats) for name in _READERS]
+        rows = [row for name in _SOURCES for row in compare(Path(folder) / name, arguments.repeats, arguments.against)]
     table = Table(*rows[0], title=f"{arguments.rows:,} rows")
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -181,7 +181,7 @@ def plan_seconds(arguments: dict[str, Any]) -> dict[str, float]:
             Path(arguments["pool"]), tuple(arguments["columns"]), arguments["features"], arguments["classes"],
             Path(directory) / "job", **arguments["more"],
         )  # fmt: skip
-        with opened_job(task.config(), Path(directory)) as job:
+        with opened_job(task.config().relative_to(Path(directory))) as job:
             expected = forecast_labelling(job, job.plan(), pipeline_options(), 8192)
     return {"seconds": expected.total.seconds, "rows": expected.total.rows}
 

@@ -1,4 +1,6 @@
-"""Students of several widths on CIFAR-10, beside the Survey's table: plain, distilled with augmentation, and in 8 bits.
+"""Students of several widths on CIFAR-10: plain, distilled with augmentation, and in 8 bits, beside published figures.
+
+The published figures are the table of Menghani's survey "Efficient Deep Learning" (2021, arXiv 2106.08962).
 
     python benchmarks/students.py --quick                                   # handwritten digits, about a minute
     python benchmarks/students.py --data DIR --minutes 240 --work runs/students --json benchmarks/results/students.json
@@ -14,7 +16,7 @@ the training file are the validation set, which chooses epochs; the first --rows
 
 --minutes bounds the processor's time for all trainings together, which a busy machine does not change: two fifths go to
 the teacher, the rest is shared by the students. Epochs are what fits at the rate measured in the beginning; a width that
-does not get --least-epochs is left out, the widest first. The Survey (arXiv:2106.08962) trains on all 50,000 labels for
+does not get --least-epochs is left out, the widest first. The survey trains on all 50,000 labels for
 as long as it takes; its figures are a level to look up to, not one to be met in an hour. With --work, a run that was
 stopped goes on.
 """
@@ -61,7 +63,7 @@ from distilbeam.student.training.train import train
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A row of the Survey's table: accuracies in percent, sizes in KB."""
+    """A row of the survey's table: accuracies in percent, sizes in KB."""
 
     parameters: int
     plain: float
@@ -111,7 +113,7 @@ class Data:
     augment: AugmentConfig
 
     def student(self, width: float) -> StudentConfig:
-        """Configure the Survey's network over raw pixels."""
+        """Configure the survey's network over raw pixels."""
         pixels = {"columns": ["pixels"], "dtype": "uint8", "shape": self.shape, "scale": 1 / 255}
         return StudentConfig(
             kind="cnn", width=width, dropout=0.1, input={**pixels, "mean": [self.mean], "std": [self.std]}
@@ -221,7 +223,7 @@ def label(data: Data, exported: Path, work: Path, threads: int) -> tuple[Path, f
         }
     )
     start = time.perf_counter()
-    with opened_job(config, work) as job:
+    with opened_job(config.relative_to(work)) as job:
         plan = job.plan()
         if plan.tasks:
             with Display.silent().step("label") as progress:
@@ -280,9 +282,11 @@ def measure(data: Data, width: float, epochs: int, soft: Path, work: Path) -> di
 
 
 def show(rows: Sequence[dict[str, Any]], images: str) -> Table:
-    """Lay the figures out, the Survey's in brackets."""
+    """Lay the figures out, the survey's in brackets."""
     columns = ("width", "epochs", "weights", "plain %", "distilled %", "int8 %", "size KB", "int8 KB")
-    table = Table(title=f"{images}; in brackets the Survey's figures, where there are any", title_justify="left")
+    table = Table(
+        title=f"{images}; in brackets the figures of Menghani (2021), where there are any", title_justify="left"
+    )
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which extra of the package something needs, and the sentence, before any work is done, where it is not installed."""
+"""The optional extras of the package: which one something needs, and the sentence, before any work, where it is not installed."""
 
 from __future__ import annotations
 

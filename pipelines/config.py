@@ -1,39 +1,39 @@
 """The configuration of a run or of a labelling job: one TOML file, typed, frozen, validated.
 
 A file without the sections of a student ([selection], [student], [training]) describes a labelling job: every row of a
-pool is labelled, and the pool may grow. Relative paths are relative to the configuration file. Every rule that does not
-need the data is checked here; each violation is one sentence that names the setting, the value and, for an unknown name,
-the nearest valid one.
+pool is labelled, and the pool may grow. Relative paths are relative to the configuration file and absolute once it is read. Every rule that does not
+need the data is checked here; `distilbeam.settings` says each violation as one sentence.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-import tomllib
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from distilbeam.selection.gains import gain_named
+from distilbeam.selection.strategies.registry import gain_read, strategy_class
+from distilbeam.settings import Configuration, Section, folder_of, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.teacher.config import TeacherConfig
-from distilbeam.toml_files import read_toml
-
-_Config = TypeVar("_Config", bound=BaseModel)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _known_gain(name: str) -> str:
+    gain_named(name)
+    return name.replace("-", "_")  # one spelling, in which runs that are there have stored it
 
 
-class RunSection(_Section):
+GainName = Annotated[str, AfterValidator(_known_gain)]
+_KNOWN_OF_POOL = ("gains", "logits", "embeddings")  # what a run can tell a strategy of each example
+
+
+class RunSection(Section):
     """Where the run lives and how long it goes on."""
 
     directory: str = Field("run", description="the run directory")
@@ -43,8 +43,12 @@ class RunSection(_Section):
         False, description="buy labels of a teacher that is no better than student 0 on the validation set"
     )
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("directory",)
 
-class PoolSection(_Section):
+
+class PoolSection(Section):
     """The pool: Parquet files and which of their columns mean what."""
 
     pool: str = Field(description="unlabelled examples: a Parquet file, a directory of them or a glob pattern")
@@ -61,6 +65,10 @@ class PoolSection(_Section):
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must be at least two different names")
         return self
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("pool",)
 
 
 class DataSection(PoolSection):
@@ -85,6 +93,10 @@ class DataSection(PoolSection):
         "its outputs in another order",
     )
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("pool", "labelled", "validation", "test")
+
 
 class LabelDataSection(PoolSection):
     """The data of a labelling job."""
@@ -98,9 +110,10 @@ class LabelDataSection(PoolSection):
         return self
 
 
-class _LabelForm(_Section):
+class _LabelForm(Section):
     kind: Literal["dense", "top_k", "sampled"] = Field(
-        "dense", description="all classes, the k largest with the mass of the rest, or k draws (RS-KD)"
+        "dense",
+        description="all classes, the k largest with the mass of the rest, or k draws by their probability (random sampling distillation)",
     )
     k: int | None = Field(None, ge=1, description="classes kept (top_k) or draws (sampled)")
     storage: Literal["float32", "float16"] = Field(
@@ -148,17 +161,16 @@ class RunLabelsSection(_LabelForm):
         return temperature
 
 
-class SelectionSection(_Section):
+class SelectionSection(Section):
     """Which examples to buy labels for."""
 
-    method: Literal["herding", "greedy", "rad", "uniform"] = Field(
+    method: str = Field(
         "herding",
-        description="what covers best what the student is unsure of (`gain`), the largest gains, the game against the "
-        "teacher's mistakes, or chance",
+        description="herding: what covers best what the student is unsure of (`gain`); greedy: the largest gains; rad: the "
+        "game against the teacher's mistakes (Robust Active Distillation); uniform: chance; another strategy of "
+        "`distilbeam.selection`; or module:Class, a strategy of your own",
     )
-    gain: Literal["margin", "entropy", "least_confidence"] = Field(
-        "margin", description="what the student would learn from an example's label"
-    )
+    gain: GainName = Field("margin", description="what the student would learn from an example's label")
     budget: int = Field(description="labels to buy in each round", ge=1)
     floor: float = Field(0.5, ge=0, le=1, description="lower bound of the teacher's estimated accuracy")
     coverage: float = Field(
@@ -169,8 +181,23 @@ class SelectionSection(_Section):
         description="also train on as many uniformly chosen labels, for the report; asks the teacher for those not bought already",
     )
 
+    @field_validator("method")
+    @classmethod
+    def _known_to_a_run(cls, method: str) -> str:
+        if unknown := [name for name in strategy_class(method, "method").reads if name not in _KNOWN_OF_POOL]:
+            raise ValueError(
+                f"method must be a strategy that reads {', '.join(_KNOWN_OF_POOL)} alone, {method} reads {unknown[0]}, which a "
+                "run does not estimate"
+            )
+        return method if ":" in method else method.replace("_", "-")
 
-class EngineSection(_Section):
+    @property
+    def scored(self) -> str | None:
+        """Name of the gain that the pool is scored by; None where the strategy reads nothing of the examples."""
+        return gain_read(self.method, self.gain)
+
+
+class EngineSection(Section):
     """How the work is cut; nothing here changes what a label means."""
 
     unit_rows: int = Field(262_144, ge=1, description="rows of a unit of work, rounded up to whole row groups")
@@ -199,7 +226,7 @@ class EngineSection(_Section):
     retry: bool = Field(True, description="whether rows without an answer are asked again by the next call")
 
 
-class PricesSection(_Section):
+class PricesSection(Section):
     """What work costs, for `distilbeam plan`."""
 
     currency: str = Field("USD", description="what the prices are in")
@@ -208,7 +235,7 @@ class PricesSection(_Section):
     per_gb_month: float = Field(0.0, ge=0, description="of storing 10^9 bytes of labels for a month")
 
 
-class RunConfig(_Section):
+class RunConfig(Configuration):
     """Everything that a run depends on."""
 
     run: RunSection = RunSection()
@@ -245,12 +272,8 @@ class RunConfig(_Section):
             )
         return self
 
-    def dump(self) -> dict[str, Any]:
-        """Return the configuration as plain data, without the settings that are unset."""
-        return _dumped(self)
 
-
-class WatchSection(_Section):
+class WatchSection(Section):
     """How `distilbeam label --watch` gathers what arrives, chooses from it, and ends."""
 
     poll_s: float = Field(1.0, gt=0, description="seconds between two looks at the directory")
@@ -265,9 +288,7 @@ class WatchSection(_Section):
         None, description="with a budget: the student that scores, such as run/students/round=003"
     )
     wrong_share: float | None = Field(None, ge=0, le=1, description="with a budget: expected share of wrong labels")
-    gain: Literal["margin", "entropy", "least_confidence"] = Field(
-        "margin", description="with a budget: what the student would learn from an example's label"
-    )
+    gain: GainName = Field("margin", description="with a budget: what the student would learn from an example's label")
     seed: int = Field(0, ge=0, lt=2**32, description="with a budget: seed of the choice")
 
     @model_validator(mode="after")
@@ -277,14 +298,22 @@ class WatchSection(_Section):
             raise ValueError("budget, student and wrong_share must be given together: a choice needs all three")
         return self
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("student",)
 
-class JobSection(_Section):
+
+class JobSection(Section):
     """Where a labelling job lives."""
 
     directory: str = Field("labelling", description="the job's directory; the dataset is its folder labels")
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("directory",)
 
-class LabelConfig(_Section):
+
+class LabelConfig(Configuration):
     """Everything that a labelling job depends on."""
 
     run: JobSection = JobSection()
@@ -294,10 +323,6 @@ class LabelConfig(_Section):
     engine: EngineSection = EngineSection()
     prices: PricesSection = PricesSection()
     watch: WatchSection = WatchSection()
-
-    def dump(self) -> dict[str, Any]:
-        """Return the configuration as plain data, without the settings that are unset."""
-        return _dumped(self)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -309,67 +334,43 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         of another TOML file, such as the one that `distilbeam tune` writes.
 
     Returns:
-      The configuration.
+      The configuration, with absolute paths.
 
     Raises:
       ValueError: no such file, not TOML, an override that is not one, or settings that are not valid; one sentence each,
         a line per setting.
     """
-    data = _read_toml(path, overrides)
+    data = read_settings(path, overrides)
     if data and describes_labelling(data):
         raise ValueError(
             f"{path} describes a labelling job, it has no [selection] and no [student]: 'distilbeam label' does it; a run "
             "needs these sections, and labelled and validation in [data]"
         )
-    return parse_config(data)
+    return parse_config(data).relative_to(folder_of(path))
 
 
 def load_any_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | LabelConfig:
     """Read and validate the configuration file of a run or of a labelling job; see `load_config`."""
-    data = _read_toml(path, overrides)
-    return parse_label_config(data) if describes_labelling(data) else parse_config(data)
+    data = read_settings(path, overrides)
+    config = parse_label_config(data) if describes_labelling(data) else parse_config(data)
+    return config.relative_to(folder_of(path))
 
 
 def describes_labelling(data: Mapping[str, Any]) -> bool:
-    """Tell whether plain data has only the sections of a labelling job."""
-    return set(data) <= set(LabelConfig.model_fields) and not {"labelled", "validation"} & set(data.get("data", {}))
-
-
-def _read_toml(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        data = read_toml(path)
-    except FileNotFoundError as e:
-        raise ValueError(
-            f"no configuration file at {path}; 'distilbeam init DIRECTORY' writes one to start from"
-        ) from e
-    except IsADirectoryError as e:
-        raise ValueError(f"{path} is a directory; name the configuration file in it") from e
-    for override in overrides:
-        _apply(data, override)
-    return data
+    """Tell whether plain data describes a labelling job: it has nothing that only a run has."""
+    of_runs = set(RunConfig.model_fields) - set(LabelConfig.model_fields)
+    section = data.get("data")
+    return not of_runs & set(data) and not (isinstance(section, Mapping) and {"labelled", "validation"} & set(section))
 
 
 def parse_config(data: Mapping[str, Any]) -> RunConfig:
     """Validate the configuration of a run given as plain data; see `load_config`."""
-    return _validated(RunConfig, data)
+    return validated(RunConfig, data)
 
 
 def parse_label_config(data: Mapping[str, Any]) -> LabelConfig:
     """Validate the configuration of a labelling job given as plain data; see `load_config`."""
-    return _validated(LabelConfig, data)
-
-
-def _validated(model: type[_Config], data: Mapping[str, Any]) -> _Config:
-    try:
-        return model.model_validate(data)
-    except ValidationError as e:
-        sentences = [_sentence(error, model) for error in e.errors()]
-        raise ValueError("\n".join(dict.fromkeys(sentences))) from e
-
-
-def _dumped(config: BaseModel) -> dict[str, Any]:
-    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    return data
+    return validated(LabelConfig, data)
 
 
 def write_config(path: Path, config: RunConfig | LabelConfig) -> None:
@@ -391,108 +392,3 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 def _shown(value: Any) -> str:
     return "unset" if value is None else repr(value)
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    if override.startswith("@"):
-        _merge(data, _read_toml(Path(override[1:]), ()))
-        return
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"--set takes section.key=value, got '{override}'")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ValueError(f"--set {override}: '{key}' is a value, not a section")
-    data[keys[-1]] = value
-
-
-def _merge(data: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put settings over others, section by section."""
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
-            _merge(data[key], value)
-        else:
-            data[key] = value
-
-
-def _sentence(error: Any, root: type[BaseModel]) -> str:
-    names, models = _resolve(error["loc"], root)
-    name = ".".join(names)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{name} is not a setting{_suggestion(error['loc'], root)}"
-        case "missing":
-            return f"{name} must be given"
-        case "union_tag_invalid" | "union_tag_not_found":
-            kinds = [tag for model in models if (tag := _tag(model)) is not None]
-            return f"{name}.kind must be one of {', '.join(kinds)}, got {error['ctx'].get('tag', 'nothing')!r}"
-        case "value_error":
-            return _placed(str(error["ctx"]["error"]), names, models)
-        case _:
-            rule = re.sub(r", (unable|got) .*", "", error["msg"].removeprefix("Input ").replace("should", "must", 1))
-            return f"{name}: {rule}, got {error['input']!r}"
-
-
-def _placed(message: str, names: list[str], models: list[type[BaseModel]]) -> str:
-    """Put the section before a validator's sentence that begins with the name of a field."""
-    first = message.split(" ", 1)[0]
-    if names and first == names[-1]:
-        return ".".join([*names[:-1], message])
-    if not names or any(first in model.model_fields for model in models):
-        return ".".join([*names, message])
-    return f"{'.'.join(names)}: {message}"
-
-
-def _suggestion(location: Sequence[str | int], root: type[BaseModel]) -> str:
-    names, models = _resolve(location[:-1], root)
-    valid = sorted({name for model in models for name in model.model_fields})
-    near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-    elsewhere = [name for name in _all_settings(root) if name.rsplit(".", 1)[-1] == location[-1]]
-    likely = elsewhere if elsewhere and not names else [".".join([*names, *near])] if near else elsewhere
-    return f"; did you mean {likely[0]}?" if likely else f"; the valid ones are {', '.join(valid)}"
-
-
-def _resolve(location: Sequence[str | int], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
-    """Follow a validation error's location: the settings it names, without the tags of unions, and the models it ends in."""
-    names: list[str] = []
-    models: list[type[BaseModel]] = [root]
-    for part in location:
-        tagged = [model for model in models if _tag(model) == part and part not in model.model_fields]
-        if tagged:
-            models = tagged
-            continue
-        names.append(str(part))
-        models = [
-            m
-            for model in models
-            if part in model.model_fields
-            for m in _models_in(model.model_fields[str(part)].annotation)
-        ]
-    return names, models
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
-        for argument in get_args(annotation):
-            yield from _models_in(argument)
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    kind = model.model_fields.get("kind")
-    values = get_args(kind.annotation) if kind is not None else ()
-    return str(values[0]) if len(values) == 1 else None
-
-
-def _all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for inner in _models_in(field.annotation):
-            yield from _all_settings(inner, f"{prefix}{name}.")

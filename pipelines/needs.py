@@ -1,4 +1,4 @@
-"""What the settings of a run or a labelling job, and the commands about its students, need beyond the base packages."""
+"""The optional extras that a run, a labelling job, an ingest or a command about students needs, by its settings."""
 
 from __future__ import annotations
 

@@ -136,15 +136,16 @@ def run(
     """
     display = display or Display.silent()
     if isinstance(config, str | Path):
-        base = Path(config).parent if base is None else base
         config = load_config(Path(config))
+        if base is not None:
+            config = parse_config(config.dump())
     elif isinstance(config, Mapping):
         config = parse_config(config)
-    base = Path(base or ".").resolve()
+    config = config.relative_to(Path(base or ".").resolve())
     require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
-    with opened_run(config, base) as directory:
-        job = Job(Run(config, base, directory), options)
+    with opened_run(config) as directory:
+        job = Job(Run(config, directory), options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
         if config.engine.retry:

@@ -14,9 +14,9 @@ from .rounding import shard_rng as shard_rng
 from .sketch.gain_sketch import GainSketch as GainSketch
 from .sketch.refinement import Refinement as Refinement
 from .sketch.threshold import Threshold as Threshold
+from .strategies.registry import selector as selector
 from .strategies.selectors import CandidatePool as CandidatePool
 from .strategies.selectors import Selector as Selector
-from .strategies.selectors import selector as selector
 from .trust.calibration import Calibration as Calibration
 from .trust.calibration import expected_calibration_error as expected_calibration_error
 from .trust.calibration import fit_temperature as fit_temperature

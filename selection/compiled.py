@@ -1,4 +1,4 @@
-"""The loops over all gains and over all seats as machine code, for pools that are large enough to repay loading numba.
+"""The loops over all gains and over all seats, compiled by numba, for pools that are large enough to repay loading it.
 
 The functions below are plain Python with the arithmetic of the numpy code, operation by operation, so that both give the
 same integers and choose the same points: histograms are exact, and floats are added, divided and rounded in the same order

@@ -16,10 +16,14 @@ The gain of Robust Active Distillation is the margin (Baykal et al., arXiv 2210.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from distilbeam.selection.checks import Floats, as_scores
+
+Gain = Callable[[npt.ArrayLike], Floats]
 
 
 def margin_gain(logits: npt.ArrayLike) -> Floats:
@@ -82,6 +86,26 @@ def least_confidence_gain(logits: npt.ArrayLike) -> Floats:
     """
     odds, total = _odds_against_top(as_scores("logits", logits))
     return np.asarray(odds.sum(axis=1) / total)
+
+
+# every gain there is; a new one is a line here, and a run, the selectors and the benchmarks know it
+GAINS: dict[str, Gain] = {
+    "margin": margin_gain,
+    "entropy": entropy_gain,
+    "least_confidence": least_confidence_gain,
+}
+
+
+def gain_named(name: str) -> Gain:
+    """Return a gain by its name, in which `-` and `_` are the same.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    found = GAINS.get(name.replace("-", "_"))
+    if found is None:
+        raise ValueError(f"gain must be one of {', '.join(GAINS)}, got {name!r}")
+    return found
 
 
 def _odds_against_top(logits: Floats) -> tuple[Floats, Floats]:

@@ -118,7 +118,7 @@ def round_carries(probabilities: npt.ArrayLike, rng: np.random.Generator) -> Boo
     Args:
       probabilities: float [m] in [0, 1], the carries' probabilities in the order of the plan; may be empty. Their sum is
         whole because the marginals of the whole pool sum to the budget.
-      rng: the step's generator.
+      rng: the generator of this rounding, and of nothing else.
 
     Returns:
       bool [m]: which carries are chosen.
@@ -134,8 +134,8 @@ def shard_rng(seed: int, round: int, shard_id: str) -> np.random.Generator:  # n
     """Derive the generator of one shard in one round, the same on every machine and in every retry.
 
     Args:
-      seed: the run's seed.
-      round: number of the round.
+      seed: the run's seed, one for all shards.
+      round: number of the round, so that a shard draws anew in each.
       shard_id: stable identifier of the shard.
 
     Returns:
@@ -185,7 +185,7 @@ def _seat(
     Args:
       sums: cumulative sum of the masses.
       masses: in [0, 1), all but the first one positive.
-      rng: source of randomness.
+      rng: draws two uniform numbers for each seat: which point is met, and who wins.
       kernels: compiled functions, or None to use numpy; both choose the same points.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Whose code a student's folder may call.
+"""Trusted modules: whose code a student's folder may call.
 
 A folder that says `kind = "module:factory"`, or an input of kind `function`, names code. It is called only where the
 caller names it too: in the configuration of a run or a training, or by `trust`; a folder that came from elsewhere chooses

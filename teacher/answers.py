@@ -1,4 +1,4 @@
-"""What a teacher's numbers are, and the logits that they become.
+"""The answers of a teacher: what its numbers are, and the logits that they become.
 
     logits              x
     log-probabilities   x; exp(x) sums to 1 in every row
@@ -117,7 +117,7 @@ def labels(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Tell which rows of logits are labels: numbers below +inf, -inf for classes that are impossible, not for all.
 
     Args:
-      logits: float [n, C].
+      logits: float [n, C], what a model answered, made logits of.
 
     Returns:
       bool [n].

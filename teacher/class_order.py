@@ -1,4 +1,4 @@
-"""In which order a model's outputs stand, and in which the job wants them.
+"""The order of a model's outputs, by the names of its classes, and the order that the job wants.
 
 Classes are matched by name: exactly, or without regard to capitals, spaces, '-' and '_'. Numerals 0 .. C - 1 are
 positions. Where neither side can be read so, nothing is guessed.

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from distilbeam.inputs.config import InputConfig
+from distilbeam.settings import Section, folder_of, read_toml, validated
 from distilbeam.teacher.answers import AnswerKind
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        updates: dict[str, Any] = {}
-        for name in self.paths():
-            value = getattr(self, name)
-            if value is not None:
-                updates[name] = str(base / value)
-        if getattr(self, "input", None) is not None:
-            updates["input"] = self.input.relative_to(base)  # type: ignore[attr-defined]
-        return self.model_copy(update=updates)
-
-    def paths(self) -> tuple[str, ...]:
-        """Return the names of the settings that are paths."""
-        return ()
+class _Config(Section):
+    model_config = ConfigDict(protected_namespaces=())  # settings may begin with model_
 
 
 def _as_plain(value: Any) -> Any:
@@ -246,11 +228,6 @@ class TfServingConfig(_TeacherConfig):
         """Return the names of the settings that are paths."""
         return ("ca_file", "cert_file", "key_file")
 
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        headers = {name: header.relative_to(base) for name, header in self.headers.items()}
-        return super().relative_to(base).model_copy(update={"headers": headers})
-
 
 class OnnxConfig(_TeacherConfig):
     """An ONNX model, run by ONNX Runtime."""
@@ -330,10 +307,9 @@ class BeamConfig(_TeacherConfig):
             raise ValueError("files or version must be given, so that the labels of another model are told apart")
         return self
 
-    def relative_to(self, base: Path) -> Self:
-        """Return the configuration with relative paths resolved against a folder."""
-        files = tuple(str(base / file) for file in self.files)
-        return super().relative_to(base).model_copy(update={"files": files})
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("files",)
 
 
 TeacherConfig = Annotated[
@@ -354,47 +330,28 @@ def parse_teacher_config(data: Any) -> TeacherConfig:
     Raises:
       ValueError: settings that are not valid, one sentence and line for each.
     """
-    try:
-        config: TeacherConfig = TypeAdapter[TeacherConfig](TeacherConfig).validate_python(data)
-    except ValidationError as e:
-        kind = data.get("kind") if isinstance(data, Mapping) else None
-        raise ValueError("\n".join(dict.fromkeys(_sentence(error, kind) for error in e.errors()))) from e
-    return config
+    return validated(_WithTeacher, {"teacher": data}).teacher
 
 
-def _sentence(error: Any, kind: Any) -> str:
-    location = [str(part) for part in error["loc"] if part != kind]  # the kind that was chosen comes first
-    name = ".".join(["teacher", *location])
-    match error["type"]:
-        case "union_tag_invalid" | "union_tag_not_found":
-            known = ", ".join(sorted(_CLASSES))
-            return f"teacher.kind must be one of {known}, got {error['ctx'].get('tag', 'nothing')!r}"
-        case "extra_forbidden":
-            return f"{name} is not a setting{_suggestion(location, kind)}"
-        case "missing":
-            return f"{name} must be given"
-        case "value_error":
-            return f"{name}: {error['ctx']['error']}"
-        case _:
-            message = error["msg"].removeprefix("Input ")
-            return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+def read_teacher_config(path: Path) -> TeacherConfig:
+    """Read the section `[teacher]` of a TOML file, such as a run's configuration.
+
+    Args:
+      path: the TOML file; its folder is where relative paths start.
+
+    Returns:
+      The configuration, with absolute paths.
+
+    Raises:
+      ValueError: the file cannot be read, has no such section, or one with settings that are not valid.
+    """
+    data = read_toml(path)
+    if not isinstance(data.get("teacher"), dict):
+        raise ValueError(f"{path} must have a section [teacher]")
+    return parse_teacher_config(data["teacher"]).relative_to(folder_of(path))
 
 
-_CLASSES: dict[str, type[BaseModel]] = {
-    "beam": BeamConfig,
-    "huggingface": HuggingFaceConfig,
-    "onnx": OnnxConfig,
-    "savedmodel": SavedModelConfig,
-    "tfserving": TfServingConfig,
-    "torch": TorchConfig,
-}
+class _WithTeacher(Section):
+    """A file's section [teacher] alone, so that settings are named as in the file."""
 
-
-def _suggestion(location: Sequence[str], kind: str) -> str:
-    nested: dict[str, type[BaseModel]] = {"input": InputConfig, "headers": HeaderConfig}
-    fields = (_CLASSES[kind] if len(location) == 1 else nested[location[0]]).model_fields
-    settings = sorted(fields, key=lambda name: name in _TeacherConfig.model_fields)  # its own first
-    near = difflib.get_close_matches(location[-1], settings, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {'.'.join(['teacher', *location[:-1], near[0]])}?"
-    return f"; the valid ones are {', '.join(settings)}"
+    teacher: TeacherConfig

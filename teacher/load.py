@@ -1,4 +1,4 @@
-"""From a configuration to a teacher."""
+"""Loading a teacher from its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking a teacher so that a row that fails costs its neighbours nothing.
+"""Asking a teacher: requests are cut and repeated so that a row that fails costs its neighbours nothing.
 
 A request that raises, or that comes back with fewer rows or another number of classes, is asked again in sixteenths, and
 those that fail in sixteenths of theirs, down to single rows: of n <= 256 rows a bad one costs n + 16 more, where halves

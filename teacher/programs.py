@@ -61,7 +61,7 @@ def load_program(path: str | Path, setting: str, *, trust: bool = False) -> torc
 
     Args:
       path: the .pt2 file.
-      setting: what named it, for messages.
+      setting: the setting that named the file, for messages.
       trust: read whatever is there, as torch does.
 
     Returns:

@@ -17,7 +17,7 @@ def read_fields(message: bytes | memoryview) -> Iterator[tuple[int, Value]]:
     """List the fields of a message.
 
     Args:
-      message: its encoding.
+      message: the message as it is encoded on the wire.
 
     Returns:
       Number and value of each: an int for varints and fixed sizes, a view of the bytes for texts and messages.

@@ -1,4 +1,4 @@
-"""What a teacher is."""
+"""The protocol of a teacher: a fingerprint, and logits for a batch of rows."""
 
 from __future__ import annotations
 

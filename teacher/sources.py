@@ -56,7 +56,7 @@ def argument_files(arguments: Mapping[str, Any]) -> list[str]:
     tables or vocabularies counts, and text that is named like a prompt or a vocabulary, but nothing that is named like a log.
 
     Args:
-      arguments: plain data.
+      arguments: what the factory is called with, as plain data.
 
     Returns:
       Those that exist, in the order of the arguments' names; of a folder the files in it.

@@ -1,1 +1,5 @@
-"""What the benchmarks share: how a measurement is repeated, and what is written beside its figures."""
+"""What the benchmarks share: how a measurement is repeated, and what is written beside its figures.
+
+Read in this order: record, steps (time and memory of a step), pools; label_loops, choose_loops, beam_peers, loaders (what is
+measured, and the peers).
+"""

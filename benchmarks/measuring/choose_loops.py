@@ -65,7 +65,7 @@ def distilbeam_choice(task: Task) -> None:
     pool = plan_units(find_files(task.pool), 262_144)
     output, student = task.output, str(student_of(task))
     config = task.config()
-    teacher = teacher_text(config.teacher, task.output.parent)
+    teacher = teacher_text(config.teacher.relative_to(task.output.parent))
     fingerprint = cached_teacher(teacher).fingerprint()
     budget = round(SHARE * pool.rows)
     choice = Choice(pool, output / "selected", "rad", budget, WRONG, (), 0, 0, {"teacher": fingerprint})

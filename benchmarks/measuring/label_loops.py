@@ -94,13 +94,13 @@ def plain_loop(task: Task, processes: int = 1) -> None:
 
 def distilbeam(task: Task, *flags: str) -> None:
     """Label by a labelling job, manifest, checksums and flushing to disk included."""
-    with opened_job(task.config(), task.output.parent) as job:
+    with opened_job(task.config().relative_to(task.output.parent)) as job:
         _label(job, flags)
 
 
 def distilbeam_on_dask(task: Task) -> None:
     """Label by a labelling job on a Dask cluster of two worker processes; the start of the cluster is not measured."""
-    with opened_job(task.config(), task.output.parent) as job:
+    with opened_job(task.config().relative_to(task.output.parent)) as job:
         _label(job, ("--runner=DaskRunner", f"--dask_client_address={_cluster().scheduler_address}"))
 
 

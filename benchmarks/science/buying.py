@@ -20,7 +20,8 @@ from torch import nn
 from benchmarks.science.problems import Floats, Indices, Problem
 from benchmarks.science.training import SoftRows, accuracy, embeddings_of, fit, logits_of
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.strategies.selectors import CandidatePool, selector
+from distilbeam.selection.strategies.registry import names, selector, strategy_class
+from distilbeam.selection.strategies.selectors import CandidatePool
 from distilbeam.selection.trust.local_errors import ClassErrors, LocalErrors
 from distilbeam.selection.trust.noise import TeacherNoise, teacher_errors
 from distilbeam.selection.trust.pooling import BeliefPool
@@ -118,20 +119,14 @@ class Situation:
 Chooser = Callable[[Situation, int, np.random.Generator], np.ndarray]
 
 
-def _plain(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
-    return selector(name).select(situation.pool(), budget, rng)
-
-
-def _game(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
-    return selector(name, wrong=situation.wrong).select(situation.pool(), budget, rng)
-
-
-def _embedded(name: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
-    return selector(name).select(situation.pool(embeddings=True), budget, rng)
-
-
-def _local(name: str, errors: str, situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
-    return selector(name).select(situation.pool(errors=errors), budget, rng)
+def _registered(
+    name: str, situation: Situation, budget: int, rng: np.random.Generator, errors: str = "gain"
+) -> np.ndarray:
+    """Choose with a strategy of the registry, told what it reads."""
+    strategy = strategy_class(name)
+    pool = situation.pool("embeddings" in strategy.reads, errors if "errors" in strategy.reads else "")
+    known = {"wrong": situation.wrong} if hasattr(strategy, "wrong") else {}
+    return selector(name, **known).select(pool, budget, rng)
 
 
 def _worth(situation: Situation, budget: int, rng: np.random.Generator) -> np.ndarray:
@@ -153,17 +148,18 @@ def _oracle(situation: Situation, budget: int, rng: np.random.Generator) -> np.n
 
 
 PUBLISHED: dict[str, Chooser] = {
-    **{name: partial(_plain, name) for name in ("uniform", "margin", "entropy")},
-    **{name: partial(_embedded, name) for name in ("k-center", "cluster-margin", "badge", "herding")},
-    **{name: partial(_game, name) for name in ("rad", "rad-loss")},
+    name: partial(_registered, name)
+    for name in ("uniform", "margin", "entropy", "k-center", "cluster-margin", "badge", "herding", "rad", "rad-loss")
 }
 OURS: dict[str, Chooser] = {
-    **{name: partial(_local, name, "gain") for name in ("rad-capped", "correct-gain")},
-    "correct-gain-class": partial(_local, "correct-gain", "class"),
+    **{name: partial(_registered, name) for name in ("rad-capped", "correct-gain")},
+    "correct-gain-class": partial(_registered, "correct-gain", errors="class"),
     "rad-worth": _worth,
 }
 BOUNDS: dict[str, Chooser] = {"oracle": _oracle}
 METHODS = {**PUBLISHED, **OURS, **BOUNDS}
+# strategies of the registry that a study computes where they are named (`--methods`); a new one is among them by itself
+OTHERS: dict[str, Chooser] = {name: partial(_registered, name) for name in names() if name not in METHODS}
 
 
 def soft_rows(problem: Problem, rows: Indices, logprobs: Floats) -> SoftRows:
@@ -184,7 +180,7 @@ def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict
 
     Args:
       problem: what about.
-      method: a key of `METHODS`.
+      method: a key of `METHODS` or `OTHERS`.
       schedule: a key of `SCHEDULES`.
       kind: the labels the student learns from: `calibrated`, `soft`, `hard` or `pooled`.
 
@@ -201,7 +197,7 @@ def rounds(problem: Problem, method: str, schedule: str, kind: str) -> list[dict
         budget = round(share * len(problem.pool)) - len(bought)
         start = time.process_time()
         situation = Situation(problem, student, left, bought, number)
-        chosen = METHODS[method](situation, budget, problem.rng(number, 1))
+        chosen = {**METHODS, **OTHERS}[method](situation, budget, problem.rng(number, 1))
         seconds = time.process_time() - start
         gains = margin_gain(logits_of(student, problem, left[chosen]))
         right = problem.right[left[chosen]]

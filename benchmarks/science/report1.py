@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.science.buying import BOUNDS, OURS, PUBLISHED
+from benchmarks.science.buying import BOUNDS, OTHERS, OURS, PUBLISHED
 from benchmarks.science.command import KEPT_ASIDE, Arguments
 from benchmarks.science.comparing import aggregates, verdicts
 from benchmarks.science.report import accuracy_table, by_setting, curves, table, write_markdown, write_parquet
 
-ORDER = (*PUBLISHED, *OURS, *BOUNDS)
+ORDER = (*PUBLISHED, *OTHERS, *OURS, *BOUNDS)
+COMPETITORS = (*PUBLISHED, *OTHERS, *OURS)
 REFERENCES = ("uniform", "margin")
 SETTING = ("dataset", "teacher", "budget", "labels")
 
@@ -42,7 +43,7 @@ def write_report(given: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     groups = dict(list(soft.groupby("dataset", sort=False)))
     groups |= {f"{name}, hard labels": rows for name, rows in hard.groupby("dataset", sort=False)}
     parts += aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study1")
-    parts += verdicts(last, SETTING, [*PUBLISHED, *OURS])
+    parts += verdicts(last, SETTING, COMPETITORS)
     parts += _all_budgets(given, frame[frame["labels"] == "calibrated"])
     parts += _joint(given, last)
     write_markdown(given.out / "study1.md", "Study 1: which labels to buy", parts)
@@ -52,7 +53,7 @@ def _all_budgets(given: Arguments, frame: pd.DataFrame) -> list[str]:
     """Compare selectors over every dataset, teacher and budget, the earlier rounds' too, and over all of them together."""
     groups = dict(list(frame.groupby("dataset", sort=False))) | {"all together": frame}
     found = aggregates(groups, SETTING, ORDER, REFERENCES, given.out / "study1-all-budgets")
-    return ["# All budgets, calibrated labels", *found, *verdicts(frame, SETTING, [*PUBLISHED, *OURS])]
+    return ["# All budgets, calibrated labels", *found, *verdicts(frame, SETTING, COMPETITORS)]
 
 
 def _joint(given: Arguments, last: pd.DataFrame) -> list[str]:

@@ -5,14 +5,15 @@
 
 Uniform, margin, entropy, k-center, cluster-margin, BADGE, uncertainty herding, RAD and RAD-Loss beside our own and an oracle that knows the
 teacher's mistakes. The student learns from calibrated soft labels, from pooled ones
-(our default) or from hard ones. Labels are bought in three rounds, up to 2, 5 and 10 % of the pool (schedule `small`) or 12.5, 25 and 50 % (`large`).
+(our default) or from hard ones. Another strategy that distilbeam has is compared where `--methods` names it.
+Labels are bought in three rounds, up to 2, 5 and 10 % of the pool (schedule `small`) or 12.5, 25 and 50 % (`large`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.science.buying import BOUNDS, METHODS, rounds
+from benchmarks.science.buying import BOUNDS, METHODS, OTHERS, rounds
 from benchmarks.science.cells import Cell
 from benchmarks.science.command import Arguments, Place, arguments, collect, places
 
@@ -36,6 +37,7 @@ def main() -> None:
 
 def study_cells(given: Arguments) -> list[Cell]:
     """List the cells, the most wanted first."""
+    others = [name for name in OTHERS if name in (given.methods or ())]
     parts = {
         "small": ("small", "calibrated", METHODS),
         "pooled": ("small", "pooled", POOLED_METHODS),
@@ -46,7 +48,7 @@ def study_cells(given: Arguments) -> list[Cell]:
         (place, {"method": method, "schedule": schedule, "labels": kind})
         for schedule, kind, methods in (parts[name] for name in given.parts)
         for place in places(given)
-        for method in methods
+        for method in (*methods, *others)
         if not (schedule == "large" and method in COMPARING and place.dataset.name in LARGE_POOLS)
     ]
     return [cell(place, **options) for place, options in wanted]

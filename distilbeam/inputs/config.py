@@ -1,4 +1,4 @@
-"""How columns of an Arrow batch become a model's input.
+"""Configuration of a model's input: which columns of an Arrow batch become it, and how.
 
 The same configuration serves the teacher and, separately, the student. Reading costs nothing where the column already
 is the array: a `fixed_size_binary` column of float32 is viewed, not copied.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from distilbeam.settings import Section
 
 MakeInput = Callable[[pa.RecordBatch], Any]
 
@@ -23,7 +24,7 @@ class InputError(ValueError):
     """Rows that do not have the input that a model needs."""
 
 
-class InputConfig(BaseModel):
+class InputConfig(Section):
     """Which columns are read and how they become an array of one row per example.
 
     `tensor` reads numbers, `image` decodes bytes, `text` makes token ids or hashed n-grams, `tokens` reads lists of
@@ -31,8 +32,6 @@ class InputConfig(BaseModel):
     become (x * scale - mean) / std. Pixels of any depth count from 0 to 255 before that, and images stand as their
     camera was held.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["tensor", "image", "text", "tokens", "raw", "function"] = Field(
         "tensor", description="what the columns hold"
@@ -115,9 +114,9 @@ class InputConfig(BaseModel):
         """Return the files that the input depends on."""
         return (self.tokenizer,) if self.tokenizer else ()
 
-    def relative_to(self, base: Path) -> InputConfig:
-        """Return the configuration with its files' relative paths resolved against a folder."""
-        return self.model_copy(update={"tokenizer": str(base / self.tokenizer)}) if self.tokenizer else self
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("tokenizer",) if self.tokenizer else ()
 
 
 def make_input(config: InputConfig) -> MakeInput:

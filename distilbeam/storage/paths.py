@@ -1,4 +1,4 @@
-"""Where files are: on a file system, or in an object store that a URL such as `gs://bucket/folder` names.
+"""Paths of files: on a file system, or in an object store that a URL such as `gs://bucket/folder` names.
 
 A file system's places are `pathlib.Path`; an object store's are `upath.UPath`, which has the same methods over fsspec and
 is loaded only when a URL is met. Credentials are the business of the store's own package (environment variables,
@@ -49,11 +49,6 @@ def to_path(place: str | Path) -> Path:
     if isinstance(place, str) and is_remote(place):
         return _remote_path(place)
     return Path(place) if isinstance(place, (str, os.PathLike)) else _without_listings(place)
-
-
-def within(base: Path, place: str) -> Path:
-    """Return the path that text means in a configuration file in the folder `base`."""
-    return to_path(place) if is_remote(place) else base / place
 
 
 def joined(directory: Path, relative: str) -> Path:

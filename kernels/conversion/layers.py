@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.low_precision.autograd import Gradients
-from distilbeam.kernels.low_precision.interface import fp8_linear, int8_linear
+from distilbeam.kernels.low_precision.interface import chosen, fp8_linear, int8_linear
 from distilbeam.kernels.low_precision.weights import WeightCache
 from distilbeam.kernels.quantize.formats import QuantizedRows
 
@@ -29,6 +29,11 @@ class LowPrecisionLinear(nn.Linear):
         self.precision: Literal["fp8", "int8"] = dtype
         self.gradients, self.cache = gradients, WeightCache()
         self.train(layer.training)
+
+    @property
+    def product(self) -> str:
+        """The implementation of its products where it is, of a batch in bfloat16."""
+        return chosen(self.precision, self.weight, self.gradients)
 
     def forward(self, input: Tensor | QuantizedRows) -> Tensor:  # noqa: A002 - the name in torch.nn.Linear
         """Apply the layer; under autocast the input is brought to its dtype, as torch's layer would.

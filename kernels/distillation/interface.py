@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation import chunked, reference
+from distilbeam.kernels.distillation.given import Given, given
+from distilbeam.kernels.distillation.given import reasons as given_reasons
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
-from distilbeam.kernels.labels import Labels
+from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
 
 MOST_MIXED_CLASSES = 4_096  # the kernel keeps a dense row in registers where SLaM mixes it
 MOST_KEPT = 1_024  # and the kept classes of a sparse one
+PREPARING = ("one_kernel", "two_kernels")  # implementations that prepare the label themselves
 
 
 def distill_loss(
@@ -64,7 +68,8 @@ def distill_loss(
       normalizer: replaces the number of rows that count in `mean`, more than 0. Where gradients are averaged over
         processes, as DistributedDataParallel does: the count over all of them, divided by their number.
       implementation: `reference`, `chunked`, `triton` (CUDA), `pallas` (TPU, sparse labels); None chooses by device.
-        `one_kernel` is another form for CUDA, value and gradient of 16-bit logits together, which was never measured.
+        Other forms for CUDA, which prepare the label themselves and were never measured: `one_kernel`, value and
+        gradient together, of 16-bit logits or dense labels; `two_kernels`, sparse labels in three launches a step.
         All but `reference` are differentiable once.
 
     Returns:
@@ -102,13 +107,34 @@ def distill_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    terms = make_terms(
-        as_labels(labels, ignore_index), logits.shape[0], logits.shape[1], compute, logits.device, options
-    )
-    name = resolve("distill_loss", implementation, _backends(logits, terms))
+    call = _Call(logits, as_labels(labels, ignore_index), options)
+    name = resolve("distill_loss", implementation, _backends(call))
     with not_narrowed(logits.device.type):
-        return _implementation(name)(logits, terms, reduction != "none")
+        if name in PREPARING:
+            return _preparing(name)(
+                logits, given(call.labels, len(logits), logits.shape[1], options), reduction != "none"
+            )
+        return _implementation(name)(logits, call.terms, reduction != "none")
+
+
+def chosen(device: torch.device) -> str:
+    """Name the implementation that computes the loss of sparse labels and float32 logits where nobody asks for one."""
+    nobody = HardLabels(torch.empty(0, dtype=torch.int64, device=device))
+    return resolve("distill_loss", None, _backends(_Call(torch.empty(0, 2, device=device), nobody, Options())))
+
+
+class _Call:
+    """A call's arguments, and its terms once somebody asks for them."""
+
+    def __init__(self, logits: Tensor, labels: Labels, options: Options) -> None:
+        self.logits, self.labels, self.options = logits, labels, options
+
+    @cached_property
+    def terms(self) -> list[Term]:
+        """The terms, in the dtype of the computation."""
+        logits = self.logits
+        compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return make_terms(self.labels, len(logits), logits.shape[1], compute, logits.device, self.options)
 
 
 def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tensor]:
@@ -116,10 +142,6 @@ def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tenso
         from distilbeam.kernels.distillation import triton_backend
 
         return triton_backend.total
-    if name == "one_kernel":
-        from distilbeam.kernels.distillation import triton_one_backend
-
-        return triton_one_backend.total
     if name == "pallas":
         from distilbeam.kernels.distillation import pallas_backend
 
@@ -127,17 +149,25 @@ def _implementation(name: str) -> Callable[[Tensor, Sequence[Term], bool], Tenso
     return {"reference": reference.total, "chunked": chunked.total}[name]
 
 
-def _backends(logits: Tensor, terms: list[Term]) -> dict[str, Reasons]:
+def _preparing(name: str) -> Callable[[Tensor, Given, bool], Tensor]:
+    from distilbeam.kernels.distillation import triton_given_backend as backend
+
+    return backend.one_kernel if name == "one_kernel" else backend.two_kernels
+
+
+def _backends(call: _Call) -> dict[str, Reasons]:
     """Order the backends for a call: the fused kernel where it can run, then one sweep, which beat autograd wherever measured."""
+    logits = call.logits
     triton = {
-        "triton": lambda: _triton_reasons(logits, terms),
-        "one_kernel": lambda: _one_kernel_reasons(logits, terms),
+        "triton": lambda: _triton_reasons(logits, call.terms),
+        "one_kernel": lambda: _one_kernel_reasons(call),
+        "two_kernels": lambda: _two_kernels_reasons(call),
     }
-    pallas = {"pallas": lambda: _pallas_reasons(logits, terms)}
+    pallas = {"pallas": lambda: _pallas_reasons(logits, call.terms)}
     if logits.device.type == "tpu":
         return {**pallas, "reference": never, "chunked": never, **triton}
     if logits.is_cuda:  # blocks that fit a processor's cache leave a GPU idle
-        return {**triton, "reference": never, "chunked": never, **pallas}
+        return {"triton": triton.pop("triton"), "reference": never, "chunked": never, **triton, **pallas}
     return {"chunked": never, "reference": never, **triton, **pallas}
 
 
@@ -150,14 +180,26 @@ def _pallas_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
     return reasons
 
 
-def _one_kernel_reasons(logits: Tensor, terms: list[Term]) -> list[str]:
-    reasons = _triton_reasons(logits, terms)
-    if logits.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"it holds logits of 16 bits, got {str(logits.dtype).removeprefix('torch.')}")
-    if len(terms) > 1 or any(t.targets.rest_temperature is None or t.targets.flip is not None for t in terms):
-        reasons.append(
-            "it takes sparse labels with a bucket of all other classes, without slam and without true classes"
-        )
+def _one_kernel_reasons(call: _Call) -> list[str]:
+    reasons = _preparing_reasons(call)
+    if call.logits.dtype not in (torch.bfloat16, torch.float16) and not isinstance(call.labels, DenseLabels):
+        reasons.append(f"it holds logits of 16 bits, got {str(call.logits.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def _two_kernels_reasons(call: _Call) -> list[str]:
+    reasons = _preparing_reasons(call)
+    if isinstance(call.labels, DenseLabels):
+        reasons.append("it takes sparse labels")
+    return reasons
+
+
+def _preparing_reasons(call: _Call) -> list[str]:
+    reasons = triton_reasons(call.logits) + given_reasons(call.labels, call.options)
+    if call.logits.dtype == torch.float64:
+        reasons.append("it computes in float32, the logits are float64")
+    if isinstance(call.labels, (TopKLabels, SampledLabels)) and call.labels.classes.shape[1] > MOST_KEPT:
+        reasons.append(f"sparse labels keep at most {MOST_KEPT:,} classes there")
     return reasons
 
 

@@ -22,4 +22,6 @@ ODD = (Shape(1, 2, 1), Shape(3, 5, 5), Shape(2, 257, 3), Shape(9, 33, 17), Shape
 CLASSIFIER = tuple(Shape(rows, classes, min(10, classes)) for rows in (256, 1024, 4096) for classes in (10, 100, 1000))
 LANGUAGE = tuple(Shape(rows, 128_256, 64) for rows in (1024, 4096))
 EXTREME = (Shape(256, 300_000, 50),)
+# What GPU figures decide; 50,257 is GPT-2's vocabulary, whose rows begin anywhere.
+DECIDE = (Shape(4096, 128_256, 64), Shape(1024, 128_256, 64), Shape(4096, 50_257, 64))
 QUICK = (Shape(256, 100, 10),)

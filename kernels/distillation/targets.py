@@ -120,7 +120,7 @@ def prepare(
     """
     if isinstance(labels, HardLabels):
         return _hard(labels, num_classes, dtype)
-    _check(labels, num_classes, objective, accuracy)
+    check_labels(labels, num_classes, objective, accuracy)
     logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype, padded)
     if objective != "slam":
         return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
@@ -209,12 +209,13 @@ def _per_row(name: str, value: Tensor | float, rows: torch.Size, like: Tensor) -
     return tensor.expand(rows)[:, None]
 
 
-def _check(
+def check_labels(
     labels: DenseLabels | TopKLabels | SampledLabels,
     num_classes: int,
     objective: Objective,
     accuracy: Tensor | float | None,
 ) -> None:
+    """Refuse labels that do not fit the logits or the objective."""
     width = labels.logprobs.shape[1]
     if isinstance(labels, DenseLabels) and width != num_classes:
         raise ValueError(f"dense labels must have the {num_classes} classes of the logits, got {width}")

@@ -114,21 +114,17 @@ def make_terms(
     Raises:
       ValueError: sizes disagree or an argument is out of range.
     """
-    count = len(labels.classes if isinstance(labels, HardLabels) else labels.logprobs)
-    if count != num_rows:
-        raise ValueError(f"labels must have the {num_rows} rows of the batch, got {count}")
-    least_class = _check_classes(labels, num_classes)
-    valid = None if options.mask is None else _vector("mask", options.mask, num_rows).bool()
+    least_class = check_call(labels, num_rows, num_classes, options)
+    valid = None if options.mask is None else vector("mask", options.mask, num_rows).bool()
     if isinstance(labels, HardLabels):
         valid = _both(valid, labels.classes != labels.ignore_index)
     valid = _unless_all(valid)
     if options.objective == "slam":
         check_values("accuracy", options.accuracy, valid, least=0, most=1)
         check_values("candidates", options.candidates, valid, least=1, whole=True)
-    check_values("normalizer", options.normalizer, None, least=0, open_below=True)
-    share = 1 / _denominator(options.normalizer, valid, num_rows, dtype) if options.reduction == "mean" else 1.0
+    share = 1 / denominator(options.normalizer, valid, num_rows, dtype) if options.reduction == "mean" else 1.0
     if options.weight is not None:
-        scale = _vector("weight", options.weight, num_rows).to(dtype) * share
+        scale = vector("weight", options.weight, num_rows).to(dtype) * share
     elif isinstance(share, Tensor):
         scale = share.to(dtype).expand(num_rows).contiguous()
     else:
@@ -146,7 +142,7 @@ def make_terms(
     )
     if options.hard is None:
         return [Term(prepared, scale, valid)]
-    known = HardLabels(_vector("hard", options.hard, num_rows), options.ignore_index)
+    known = HardLabels(vector("hard", options.hard, num_rows), options.ignore_index)
     _check_classes(known, num_classes)
     has_truth = known.classes != options.ignore_index
     share = options.hard_share * has_truth.to(dtype)
@@ -156,9 +152,32 @@ def make_terms(
     return [Term(prepared, scale * (1 - share), valid), true_class]
 
 
-def _denominator(
+def check_call(labels: Labels, num_rows: int, num_classes: int, options: Options) -> int:
+    """Check what every form of a call has.
+
+    Args:
+      labels: of the batch.
+      num_rows: B.
+      num_classes: C.
+      options: the call's other arguments.
+
+    Returns:
+      The least class of the labels, -1 where looking would wait for a device.
+
+    Raises:
+      ValueError: sizes disagree, a class does not exist or the normalizer is not positive.
+    """
+    count = len(labels.classes if isinstance(labels, HardLabels) else labels.logprobs)
+    if count != num_rows:
+        raise ValueError(f"labels must have the {num_rows} rows of the batch, got {count}")
+    check_values("normalizer", options.normalizer, None, least=0, open_below=True)
+    return _check_classes(labels, num_classes)
+
+
+def denominator(
     normalizer: Tensor | float | None, valid: Tensor | None, num_rows: int, dtype: torch.dtype
 ) -> Tensor | float:
+    """Give what the mean divides by."""
     if normalizer is not None:
         return normalizer.detach().to(dtype) if isinstance(normalizer, Tensor) else normalizer
     return max(num_rows, 1) if valid is None else valid.sum().clamp(min=1).to(dtype)
@@ -173,7 +192,8 @@ def _both(valid: Tensor | None, also: Tensor) -> Tensor:
     return also if valid is None else valid & also
 
 
-def _vector(name: str, value: Tensor, num_rows: int) -> Tensor:
+def vector(name: str, value: Tensor, num_rows: int) -> Tensor:
+    """Take an argument that has a value for every row."""
     if value.shape != (num_rows,):
         raise ValueError(f"{name} must have one value per row, [{num_rows}], got {list(value.shape)}")
     return value.detach()

@@ -16,13 +16,8 @@ from torch.autograd.function import once_differentiable
 from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
-from distilbeam.kernels.distillation.triton_kernels import (
-    dense_rows,
-    dense_sweeps,
-    mark_rows,
-    solve_rows,
-    spread_rows,
-)
+from distilbeam.kernels.distillation.triton_dense import dense_rows, dense_sweeps
+from distilbeam.kernels.distillation.triton_kernels import solve_rows, spread_rows
 from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
 MOST_IN_REGISTERS = 4_096  # classes of a dense row
@@ -285,26 +280,6 @@ def _or(x: Any, otherwise: Any) -> Any:
 def words_of(size: int) -> int:
     """Count the words that hold a row's bits: rows begin 128 bytes apart, so that no two share a line of a cache."""
     return 32 * cdiv(size, 1024)
-
-
-def kept_bits(classes_BK: Tensor, first: int, size: int) -> Tensor:
-    """Mark the kept classes among some of all: what a kernel reads beside the logits, 1/16 of their size.
-
-    Args:
-      classes_BK: the kept classes, integers [B, k]; padding repeats one of the row.
-      first: first class of the part.
-      size: classes of the part.
-
-    Returns:
-      int32 [B, words]; bit j mod 32 of word j // 32 is set when class first + j is kept.
-    """
-    (rows, width), words = classes_BK.shape, words_of(size)
-    bits_BW = torch.empty(rows, words, dtype=torch.int32, device=classes_BK.device)
-    mark_rows[(rows,)](
-        classes_BK.to(torch.int32).contiguous(), bits_BW, first, size, words,
-        K=width, KP=next_power_of_2(width), BLOCK=512,
-    )  # fmt: skip
-    return bits_BW
 
 
 def dense_warps(block: int) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from distilbeam.kernels.compiling import not_narrowed
+from distilbeam.kernels.distillation.interface import MOST_KEPT
 from distilbeam.kernels.distillation.targets import Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
-from distilbeam.kernels.labels import Labels
+from distilbeam.kernels.labels import HardLabels, Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
 from distilbeam.kernels.linear_distillation.operands import Layer, Operands
 from distilbeam.kernels.linear_distillation.precision import Precision, autocast, checked, narrowed
@@ -69,8 +70,9 @@ def linear_distill_loss(
         `fp8` (e4m3) with a scale per row; the rounding is taken for the identity in the gradients, and
         `linear_distillation/precision.py` bounds what it does to the loss. None leaves them in their own precision;
         `table` rounds where that is known to pay, which `loss_precision` says and nobody else: print it.
-      implementation: `reference`, `chunked`, `triton` (CUDA) and `pallas` (TPU; holds the logits) for sparse labels; None
-        chooses by device. All but `reference` are differentiable once.
+      implementation: `reference`, `chunked`, and for sparse labels `triton` (CUDA), `pallas` (TPU; holds the logits) and
+        `in_place` (CUDA; the logits of a layer in 16 bits or fp8, never measured); None chooses by device. All but
+        `reference` are differentiable once.
 
     Returns:
       A scalar, or [B] for reduction `none`; differentiable in hidden, weight and bias.
@@ -140,11 +142,23 @@ def _loss(
     return value.new_zeros(count).index_put((index,), value)
 
 
+def chosen(device: torch.device) -> str:
+    """Name the implementation that computes the loss of sparse labels and a float32 layer where nobody asks for one."""
+    nobody = HardLabels(torch.empty(0, dtype=torch.int64, device=device))
+    operands = Operands(torch.empty(0, 1, device=device), torch.empty(2, 1, device=device), None)
+    terms = make_terms(nobody, 0, 2, torch.float32, device, Options())
+    return resolve("linear_distill_loss", None, _backends(operands, terms))
+
+
 def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor]:
     if name == "triton":
         from distilbeam.kernels.linear_distillation import triton_backend
 
         return triton_backend.total
+    if name == "in_place":
+        from distilbeam.kernels.linear_distillation import triton_in_place
+
+        return triton_in_place.total
     if name == "pallas":
         from distilbeam.kernels.distillation import pallas_backend
 
@@ -153,27 +167,50 @@ def _implementation(name: str) -> Callable[[Layer, Sequence[Term], bool], Tensor
 
 
 def _backends(operands: Operands, terms: list[Term]) -> dict[str, Reasons]:
-    """Order the backends for a call: the tiled kernels on their devices, else buffers of logits."""
-    hidden, weight = operands[:2]
-    tiled: dict[str, Reasons] = {
-        "triton": lambda: _triton_reasons(operands) + _tiled_reasons(hidden, weight, terms),
-        "pallas": lambda: pallas_reasons(*operands[:3]) + _tiled_reasons(hidden, weight, terms),
+    """Order the backends for a call: those with kernels on their devices, else buffers of logits.
+
+    Rows in fp8, whose products come in bfloat16, have one place where that is what the loss reads.
+    """
+    sparse = partial(_sparse_reasons, *operands[:2], terms)
+    triton: dict[str, Reasons] = {
+        "triton": lambda: _triton_reasons(operands) + sparse(),
+        "in_place": lambda: _in_place_reasons(operands, terms) + sparse(),
     }
-    if hidden.device.type == "tpu":
-        return {"pallas": tiled["pallas"], "reference": never, "chunked": never, "triton": tiled["triton"]}
-    if hidden.is_cuda:
-        return {"triton": tiled["triton"], "chunked": never, "reference": never, "pallas": tiled["pallas"]}
-    return {"chunked": never, "reference": never, **tiled}
+    pallas: dict[str, Reasons] = {"pallas": lambda: pallas_reasons(*operands[:3]) + sparse()}
+    if operands.hidden.device.type == "tpu":
+        return {**pallas, "reference": never, "chunked": never, **triton}
+    if operands.hidden.is_cuda:
+        return {**triton, "chunked": never, "reference": never, **pallas}
+    return {"chunked": never, "reference": never, **triton, **pallas}
 
 
 def _triton_reasons(operands: Operands) -> list[str]:
     hidden, weight, bias, *_ = operands
-    if hidden.dtype in FORMAT_OF:
-        return triton_refusals(FORMAT_OF[hidden.dtype], hidden, weight)
-    return triton_reasons(hidden, weight, bias)
+    reasons = triton_reasons(hidden, weight, bias)
+    if hidden.dtype in FORMAT_OF and hidden.dtype != torch.int8:
+        reasons.append("its logits are float32, and products of fp8 rows come in bfloat16")
+    return reasons
 
 
-def _tiled_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
+def _in_place_reasons(operands: Operands, terms: list[Term]) -> list[str]:
+    hidden, weight, bias, *_ = operands
+    if hidden.dtype == torch.float8_e4m3fn:
+        reasons = triton_refusals(FORMAT_OF[hidden.dtype], hidden, weight)
+    else:
+        reasons = triton_reasons(hidden, weight, bias)
+        if hidden.dtype not in (torch.bfloat16, torch.float16):
+            kind = str(hidden.dtype).removeprefix("torch.")
+            reasons.append(f"its logits have 16 bits, and those of {kind} hidden states have more")
+    if len(terms) > 1 or any(t.targets.rest_temperature is None or t.targets.flip is not None for t in terms):
+        reasons.append(
+            "it takes sparse labels with a bucket of all other classes, without slam and without true classes"
+        )
+    if any(t.targets.logprobs.shape[1] > MOST_KEPT for t in terms):
+        reasons.append(f"sparse labels keep fewer than {MOST_KEPT:,} classes there")
+    return reasons
+
+
+def _sparse_reasons(hidden: Tensor, weight: Tensor, terms: list[Term]) -> list[str]:
     reasons = []
     if hidden.dtype != weight.dtype or hidden.dtype == torch.float64:
         reasons.append(f"hidden and weight must have one dtype of at most 32 bits, got {hidden.dtype}, {weight.dtype}")

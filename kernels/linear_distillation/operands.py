@@ -34,6 +34,11 @@ class Operands(NamedTuple):
         scale = None if self.weight_scale is None else self.weight_scale[classes]
         return Operands(self.hidden, self.weight[classes], bias, self.hidden_scale, scale)
 
+    def some_rows(self, rows: slice) -> Operands:
+        """Take the layer of some rows of the inputs."""
+        scale = None if self.hidden_scale is None else self.hidden_scale[rows]
+        return self._replace(hidden=self.hidden[rows], hidden_scale=scale)
+
     def wide_hidden(self, dtype: torch.dtype) -> Tensor:
         """Give the inputs in the dtype of a computation."""
         return _wide(self.hidden, self.hidden_scale, dtype)
@@ -97,7 +102,10 @@ def rows_of(x: Tensor | QuantizedRows, index: Tensor) -> Tensor | QuantizedRows:
 def _wide(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return values.to(dtype)
-    return (values.float() * scale).to(dtype)
+    if dtype not in (torch.bfloat16, torch.float32):
+        return (values.float() * scale).to(dtype)
+    held = values.to(dtype)  # which bfloat16 does exactly, so that only the product is rounded
+    return torch.mul(held, scale, out=held)
 
 
 def _values(x: Tensor | QuantizedRows) -> Tensor:

@@ -97,6 +97,19 @@ def int8_linear(
     return y
 
 
+def chosen(form: str, weight: Tensor, gradients: Gradients, rows: int = 64) -> str:
+    """Name the implementation that a layer's products have where nobody asks for one.
+
+    Args:
+      form: `fp8` or `int8`.
+      weight: floating [N, K].
+      gradients: see `fp8_linear`.
+      rows: of its bfloat16 input.
+    """
+    given = torch.empty(1, weight.shape[1], dtype=torch.bfloat16, device=weight.device).expand(rows, -1)
+    return resolve(f"{form}_linear", None, backends(Call(form, given, weight, torch.bfloat16, gradients)))
+
+
 @not_compiled  # whether a cached weight is still valid is no constant to compile in
 def _linear(
     form: str,

@@ -1,5 +1,6 @@
 """Acquisition: which rows are bought.
 
-Read in this order: score (Beam), or find_unusable (Beam) before a uniform choice; select (driver), herding.
+Read in this order: score (Beam; usable_answers and unusable_rows for rows that a student cannot read), or find_unusable (Beam)
+before a choice that looks at no row; select (driver), in_memory (strategies that compare rows).
 Imports: pool, engine, distilbeam.selection.
 """

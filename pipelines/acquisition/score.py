@@ -5,14 +5,14 @@ that were not bought in an earlier round and that the student can read (see `unu
 its footer. The driver reads footers to solve the game and reads gains again only to refine and to round; it never scores a
 unit twice, so that another processor's rounding cannot change a choice that was made.
 
-Where examples will be compared with each other, `embeddings/<uid>.parquet` beside it has `row` and `embedding` (float32 [d],
-what the student's last layer sees) of a random part of these rows.
+Where examples will be compared with each other, `embeddings/<uid>.parquet` beside it has `row` and, as the strategy reads
+them, `embedding` (float32 [d], what the student's last layer sees) and `logits` (float32 [C]) of a random part of these rows.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,16 @@ from distilbeam.pipelines.engine.counters import count, count_seconds, timed
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.engine.prefetch import read_from
 from distilbeam.pipelines.pool.splits import Unit, answered_rows, read_unit
-from distilbeam.selection import gains as gain_functions
+from distilbeam.selection.gains import gain_named
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.sketch.gain_sketch import GainSketch
 from distilbeam.storage.atomic import move_flushed, temporary_name
 from distilbeam.teacher.softlabels.columns import flat_values
 
-GAINS: dict[str, Callable[[npt.ArrayLike], npt.NDArray[np.float64]]] = {
-    "margin": gain_functions.margin_gain,
-    "entropy": gain_functions.entropy_gain,
-    "least_confidence": gain_functions.least_confidence_gain,
-}
 # rows are ascending; gains are noise to a compressor
 _ENCODING: Any = {"compression": "none", "use_dictionary": False, "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
 _SKETCH_KEY = b"distilbeam.sketch"
+_KEPT_COLUMNS = {"embeddings": "embedding", "logits": "logits"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,18 @@ class Candidates:
     """Which rows are candidates of a choice that compares them.
 
     Attributes:
-      share: of the rows, in (0, 1].
-      seed: the run's seed.
-      round: number of the round.
+      share: share of the rows that are candidates, in (0, 1].
+      seed: the run's seed, from which each unit's draw is derived.
+      round: number of the round, part of that seed: each round draws others.
       output: directory of the embeddings.
+      kept: what is kept of them, "embeddings", "logits" or both.
     """
 
     share: float
     seed: int
     round: int
     output: str
+    kept: tuple[str, ...] = ("embeddings",)
 
     def drawn(self, uid: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Draw the candidates among a unit's rows, the same ones each time."""
@@ -74,12 +72,12 @@ class Score:
 
     Attributes:
       student: directory of the student's checkpoint.
-      gain: name of the gain, a key of `GAINS`.
+      gain: name of the gain, one of `selection.gains.GAINS`.
       output: directory of the gains files.
       bought: directories with the picks of earlier rounds.
       columns: pool columns that the student reads.
       batch_rows: rows scored at a time; fewer where they are large or of many classes.
-      candidates: whose embeddings to keep, or None.
+      candidates: whose embeddings or logits to keep, or None.
       trust: modules whose code the student may call; see `student.trust`.
     """
 
@@ -100,14 +98,16 @@ class Score:
     def _score(self, unit: Unit, read: Iterator[tuple[pa.RecordBatch, float]]) -> Iterator[tuple[Path, Path]]:
         rows = unbought_rows(unit, self.bought)
         wanted = self.candidates.drawn(unit.uid, rows) if self.candidates is not None else rows[:0]
-        parts, seen, first = [], [], 0
+        parts, first = [], 0
+        kept: dict[str, list[npt.NDArray[np.float32]]] = {}
         reasons: dict[int, str] = {}
         for batch, seconds in read:
             count_seconds("read", seconds)
             with timed("score"):
-                gains, embeddings, unusable = self._scored(batch, wanted - first)
+                gains, seen, unusable = self._scored(batch, wanted - first)
             parts.append(gains)
-            seen += embeddings
+            for name, values in seen.items():
+                kept.setdefault(name, []).append(values)
             reasons |= {first + row: reason for row, reason in unusable.items()}
             first += len(batch)
         count("rows_scored", unit.rows)
@@ -119,9 +119,12 @@ class Score:
                 file = unusable_directory(self.output) / f"{unit.uid}.parquet"
                 yield _written(file, unusable_table(unit, reasons), {})
         if self.candidates is not None:
-            embedded = _embedded(wanted, np.concatenate(seen) if seen else np.empty((0, 1), np.float32))
+            columns = {
+                name: np.concatenate(kept[name]) if name in kept else np.empty((0, 1), np.float32)
+                for name in self.candidates.kept
+            }
             with timed("write"):
-                yield _written(embeddings_file(self.candidates.output, unit), embedded)
+                yield _written(embeddings_file(self.candidates.output, unit), _candidates_table(wanted, columns))
         gains = np.concatenate(parts)[rows]
         sketch = GainSketch()
         sketch.add(gains)
@@ -132,14 +135,17 @@ class Score:
 
     def _scored(
         self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], dict[int, str]]:
-        """Compute a batch's gains, the embeddings of those of its rows that are wanted, and why rows have neither."""
-        said = ask_student(cached_student(self.student, self.trust), batch, self.candidates is not None)
+    ) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]], dict[int, str]]:
+        """Compute a batch's gains, what is kept of those of its rows that are wanted, and why rows have neither."""
+        kept = self.candidates.kept if self.candidates is not None else ()
+        said = ask_student(cached_student(self.student, self.trust), batch, "embeddings" in kept)
         gains = np.full(batch.num_rows, np.nan, np.float32)
-        gains[said.rows] = GAINS[self.gain](said.logits)
-        if said.embeddings is None or not len(said.rows):
-            return gains, [], said.reasons
-        return gains, [said.embeddings[np.isin(said.rows, wanted)]], said.reasons
+        gains[said.rows] = gain_named(self.gain)(said.logits)
+        if not kept or not len(said.rows):
+            return gains, {}, said.reasons
+        mine = np.isin(said.rows, wanted)
+        seen = {"embeddings": said.embeddings, "logits": said.logits}
+        return gains, {name: np.asarray(seen[name], np.float32)[mine] for name in kept}, said.reasons
 
     def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
         """Flush files to the disk and give them their names, in the order in which they were written."""
@@ -205,16 +211,21 @@ def read_sketches(directory: str | Path, units: tuple[Unit, ...]) -> Iterator[Ga
         yield GainSketch.from_bytes(base64.b64decode(metadata[_SKETCH_KEY]))
 
 
-def read_embeddings(directory: str | Path, unit: Unit) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Read the rows of a unit's candidates, ascending, and their embeddings, float32 [candidates, d]."""
+def read_candidates(
+    directory: str | Path, unit: Unit, kept: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[np.float32]]]:
+    """Read the rows of a unit's candidates, ascending, and what is kept of them, float32 [candidates, d] each."""
     table = pq.read_table(embeddings_file(directory, unit))
-    column = table["embedding"].combine_chunks()
-    return table["row"].to_numpy(), flat_values(column, column.type.list_size)
+    columns = {name: table[_KEPT_COLUMNS[name]].combine_chunks() for name in kept}
+    return table["row"].to_numpy(), {name: flat_values(c, c.type.list_size) for name, c in columns.items()}
 
 
-def _embedded(rows: npt.NDArray[np.int64], embeddings: npt.NDArray[np.float32]) -> pa.Table:
-    values = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-    return pa.table({"row": rows, "embedding": values})
+def _candidates_table(rows: npt.NDArray[np.int64], kept: Mapping[str, npt.NDArray[np.float32]]) -> pa.Table:
+    columns = {
+        _KEPT_COLUMNS[name]: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        for name, values in kept.items()
+    }
+    return pa.table({"row": rows, **columns})
 
 
 def _written(file: Path, table: pa.Table, encoding: dict[str, Any] = _ENCODING) -> tuple[Path, Path]:

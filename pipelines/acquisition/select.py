@@ -4,8 +4,8 @@ The driver adds the units' sketches, solves the game of Robust Active Distillati
 expected number of wrong teacher labels, makes the solution exact with one light pass over the gains and writes the plan;
 from then on the plan is read, never made again. Each unit then rounds its own marginals with a generator derived from
 (seed, round, unit) down to at most one fractional carry, and one last step rounds the carries, so that exactly the budget
-is chosen, each example with exactly its marginal. Uncertainty herding (`herding_choice`) compares examples instead and chooses
-without chance.
+is chosen, each example with exactly its marginal. Strategies that are no such game, uncertainty herding among them, see the
+examples together (`in_memory`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.acquisition.herding import herded
-from distilbeam.pipelines.acquisition.score import picks_file, read_gains, read_sketches, unbought_rows
+from distilbeam.pipelines.acquisition.in_memory import KEPT, candidates_share, chosen_in_memory
+from distilbeam.pipelines.acquisition.score import Candidates, picks_file, read_gains, read_sketches, unbought_rows
 from distilbeam.pipelines.pool.splits import Pool, Unit
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.sketch.gain_sketch import GainSketch, Threshold
+from distilbeam.selection.strategies.registry import gain_read, selector_with
+from distilbeam.selection.strategies.selectors import Selector, Uniform
 from distilbeam.storage.atomic import committed_directory
 from distilbeam.storage.files import read_json, write_json, write_parquet
 
@@ -46,14 +48,15 @@ class Choice:
     Attributes:
       pool: the frozen pool.
       directory: `selected/round=NNN`: `plan.json`, `gains/`, `picks/`.
-      method: "rad", "greedy" (largest gains: the game with no wrong label), "herding" or "uniform".
+      method: name of a strategy, as in `selection.strategies.registry`.
       budget: labels to buy.
       wrong_share: expected share of wrong teacher labels, in [0, 1].
       bought: picks directories of earlier rounds.
       seed: the run's seed.
       round: number of the round; part of every generator's seed.
       digests: hashes of the pool, student and teacher that the plan belongs to.
-      labelled: for "herding", gives the embeddings of what has a label, float32 [m, d].
+      labelled: for strategies that read embeddings, gives those of what has a label, float32 [m, d].
+      gain: name of the gain, for strategies of any; one of `selection.gains.GAINS`.
     """
 
     pool: Pool
@@ -66,10 +69,27 @@ class Choice:
     round: int
     digests: dict[str, str]
     labelled: Callable[[], npt.NDArray[np.float32]] | None = None
+    gain: str = "margin"
+
+    def strategy(self, examples: int = 0) -> Selector:
+        """Make the strategy, for a pool of so many examples."""
+        # without its own limit: `candidates` bounds what it holds, and a budget beyond the limit has candidates beyond it
+        return selector_with(self.method, gain=self.gain, wrong=examples * self.wrong_share, limit=None)
+
+    @property
+    def scored(self) -> str | None:
+        """Name of the gain that the strategy needs the pool scored by; None where it reads nothing of the examples."""
+        return gain_read(self.method, self.gain)
+
+    def candidates(self, left: int) -> Candidates | None:
+        """Say which of the `left` examples the strategy compares in memory, and what is to be kept of them; None for none."""
+        kept = tuple(name for name in KEPT if name in self.strategy().reads)
+        share = candidates_share(left, self.budget)
+        return Candidates(share, self.seed, self.round, str(self.embeddings), kept) if kept else None
 
     @property
     def embeddings(self) -> Path:
-        """Directory of the embeddings of the candidates of "herding"."""
+        """Directory of what is kept of the candidates of strategies that compare them."""
         return self.directory / "embeddings"
 
     @property
@@ -97,7 +117,8 @@ def choose(choice: Choice) -> dict[str, Any]:
     plan = _frozen_plan(choice)
     if not choice.picks.exists():
         with committed_directory(choice.picks) as picks:
-            (_pick_herded if choice.method == "herding" else _pick)(choice, plan, picks)
+            is_drawn = "threshold" in plan or "probability" in plan
+            (_pick if is_drawn else _pick_in_memory)(choice, plan, picks)
     return plan
 
 
@@ -122,16 +143,17 @@ def _solve(choice: Choice) -> dict[str, Any]:
         "round": choice.round,
         "digests": choice.digests,
     }
-    if choice.method == "uniform":
+    if choice.scored is None:
         left = sum(len(unbought_rows(unit, choice.bought)) for unit in choice.pool.units)
         _check_budget(choice.budget, left)
-        return {**plan, "examples": left, "probability": choice.budget / left}
+        by_chance = {"probability": choice.budget / left} if isinstance(choice.strategy(), Uniform) else {}
+        return {**plan, "examples": left, **by_chance}
     sketch = reduce(_merged, read_sketches(choice.gains, choice.pool.units), GainSketch())
     _check_budget(choice.budget, sketch.count)
-    if choice.method == "herding":
-        return {**plan, "examples": sketch.count}
     # the adversary of the game spoils as many labels as the teacher is expected to have wrong among what is left
-    wrong = 0.0 if choice.method == "greedy" else sketch.count * choice.wrong_share
+    wrong = choice.strategy().wrong_in_game(sketch.count, choice.wrong_share)
+    if wrong is None:  # no game with a threshold: chosen in memory, when it is picked
+        return {**plan, "examples": sketch.count}
     # exact by the sketch alone unless the level or the cut falls inside a bin, whose values a second pass counts
     threshold = _refined(sketch.solve(wrong, choice.budget), choice)
     return {
@@ -164,12 +186,19 @@ def _check_budget(budget: int, left: int) -> None:
         )
 
 
-def _pick_herded(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
-    assert choice.labelled is not None
-    rng = _rng(choice, "herding")
-    found = herded(choice.pool.units, choice.gains, choice.embeddings, choice.labelled(), plan["budget"], rng)
-    for unit, rows, gains in found:
-        _write_picks(picks_file(directory, unit), _pick_columns(rows, gains, np.ones(len(rows))))
+def _pick_in_memory(choice: Choice, plan: dict[str, Any], directory: Path) -> None:
+    found = chosen_in_memory(
+        choice.strategy(plan["examples"]),
+        choice.pool.units,
+        choice.gains,
+        choice.embeddings,
+        choice.labelled,
+        choice.bought,
+        plan["budget"],
+        _rng(choice, choice.method),
+    )
+    for unit, rows, gains, probabilities in found:
+        _write_picks(picks_file(directory, unit), _pick_columns(rows, gains, probabilities))
 
 
 def _pick(choice: Choice, plan: dict[str, Any], directory: Path) -> None:

@@ -33,7 +33,7 @@ def ask_student(student: Student, batch: pa.RecordBatch, embeddings: bool = Fals
     """Ask a student about the rows of a batch that it can read.
 
     Args:
-      student: the student.
+      student: who is asked, loaded in this process.
       batch: with the columns that it reads.
       embeddings: whether to return what its last layer sees too.
     """

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.cli.options import console, stop_at_once
+from distilbeam.pipelines.cli.options import SetOption, console, stop_at_once
 from distilbeam.pipelines.engine.display import Display, configure_logs
 
 
@@ -56,6 +56,7 @@ def ingest(
     max_record_bytes: Annotated[
         int, typer.Option(help="csv, jsonl, text: a longer record is a bad one; bounds memory.")
     ] = 16 * 2**20,
+    overrides: SetOption = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
@@ -70,19 +71,23 @@ def ingest(
     with display.waiting("loading"):
         from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
         from distilbeam.pipelines.ingest.settings import ingest_options
+        from distilbeam.settings import override
         from distilbeam.storage.paths import to_path
 
         beam = _beam_options(flags)
-    options = ingest_options(
-        format=format_,
-        id_column=id_column,
-        class_column=class_column,
-        delimiter="\t" if delimiter == "tab" else delimiter,
-        columns=tuple(columns.split(",")) if columns else (),
-        vectors=_vectors(vector or [], shape or []),
-        types=dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
-        max_record_bytes=max_record_bytes,
-    )
+    settings = {
+        "format": format_,
+        "id_column": id_column,
+        "class_column": class_column,
+        "delimiter": "\t" if delimiter == "tab" else delimiter,
+        "columns": tuple(columns.split(",")) if columns else (),
+        "vectors": _vectors(vector or [], shape or []),
+        "types": dict(_pair(text, "--type", "COLUMN=TYPE") for text in column_type or []),
+        "max_record_bytes": max_record_bytes,
+    }
+    for text in overrides or ():
+        override(settings, text)
+    options = ingest_options(**settings)
     place = to_path(out)
     summary = ingest_sources(sources, place, options, beam=beam, display=display)
     for sentence in _sentences(summary, place):
@@ -139,7 +144,7 @@ def _sentences(summary: Any, out: Path) -> Iterator[str]:
         yield f"Bad records are in {out / '_dead_letters.jsonl'}, the first: {first['file']}{line}: {first['error']}"
 
 
-def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]) -> None:
+def watch_directory(settings: Any, directory: Path, flags: list[str]) -> None:
     """Label what arrives in a directory; the part of `label` behind `--watch`."""
     from distilbeam.pipelines.engine.beam_options import pipeline_options
     from distilbeam.pipelines.jobs.labelling import opened_job
@@ -153,7 +158,7 @@ def watch_directory(settings: Any, base: Path, directory: Path, flags: list[str]
         )
     display, options = Display(console), pipeline_options(flags)
     signal.signal(signal.SIGINT, stop_at_once)
-    with opened_job(settings, base) as job:
+    with opened_job(settings) as job:
         totals = watch(job, directory, options, display)
     sentences = [
         f"{totals['windows']:,} window(s), {totals['files']:,} file(s), {totals['rows']:,} rows: {totals['labelled']:,} "

@@ -83,10 +83,10 @@ def label(
 
         trust_code(*trust)
     if watch is not None:
-        watch_directory(settings, config.parent.resolve(), watch, beam_options or [])
+        watch_directory(settings, watch, beam_options or [])
         return
     how = {"prune": prune, "check_content": check_content, "retry": settings.engine.retry}
-    _label_pool(settings, config.parent.resolve(), beam_options or [], relabel, how)
+    _label_pool(settings, beam_options or [], relabel, how)
 
 
 def plan(
@@ -106,8 +106,8 @@ def plan(
 ) -> None:
     """Say what is left of a run or a labelling job and what it will cost, before anything is spent."""
     configure_logs(log_level, console)
-    settings, base, flags = _settings(config, overrides), config.parent.resolve(), beam_options or []
-    check_early(settings, base, flags)
+    settings, flags = _settings(config, overrides), beam_options or []
+    check_early(settings, flags)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.config import LabelConfig
         from distilbeam.pipelines.engine.beam_options import pipeline_options
@@ -117,14 +117,14 @@ def plan(
 
     options = pipeline_options(flags)
     if isinstance(settings, LabelConfig):
-        with _job(settings, base, held=sample > 0) as job:
+        with _job(settings, held=sample > 0) as job:
             label_plan = job.plan(check_content=check_content)
             for sentence in plan_sentences(label_plan):
                 console.print(sentence, highlight=False, soft_wrap=True, markup=False)
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:
-        with _run_directory(settings, base, held=sample > 0) as directory:
-            forecast = forecast_run(Job(Run(settings, base, directory), options), sample)
+        with _run_directory(settings, held=sample > 0) as directory:
+            forecast = forecast_run(Job(Run(settings, directory), options), sample)
     _print_forecast(forecast)
     if json_file is not None:
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
@@ -167,23 +167,23 @@ def plan_sentences(plan: Any) -> list[str]:
 
 
 @contextmanager
-def _job(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
+def _job(settings: Any, *, held: bool) -> Iterator[Any]:
     """Give a labelling job, held where something is to be kept in its directory."""
     from distilbeam.pipelines.jobs.labelling import LabellingJob
 
-    with _run_directory(settings, base, held=held) as directory:
-        yield LabellingJob(settings, base, directory)
+    with _run_directory(settings, held=held) as directory:
+        yield LabellingJob(settings, directory)
 
 
 @contextmanager
-def _run_directory(settings: Any, base: Path, *, held: bool) -> Iterator[Any]:
+def _run_directory(settings: Any, *, held: bool) -> Iterator[Any]:
     """Give a run directory, made and held where something is to be kept in it."""
     from distilbeam.pipelines.jobs.directory import opened_run, planned_run
 
     if not held:
-        yield planned_run(settings, base)
+        yield planned_run(settings)
         return
-    with opened_run(settings, base) as directory:
+    with opened_run(settings) as directory:
         yield directory
 
 
@@ -193,8 +193,8 @@ def _settings(config: Path, overrides: list[str] | None) -> Any:
     return load_any_config(config, overrides or ())
 
 
-def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how: dict[str, bool]) -> None:
-    check_early(settings, base, flags)
+def _label_pool(settings: Any, flags: list[str], relabel: bool, how: dict[str, bool]) -> None:
+    check_early(settings, flags)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.engine.beam_options import pipeline_options
         from distilbeam.pipelines.jobs.labelling import opened_job, write_metrics
@@ -202,7 +202,7 @@ def _label_pool(settings: Any, base: Path, flags: list[str], relabel: bool, how:
 
     display, options = Display(console), pipeline_options(flags)
     signal.signal(signal.SIGINT, stop_at_once)
-    with opened_job(settings, base) as job:
+    with opened_job(settings) as job:
         with display.step("read the pool and load the teacher"):
             plan = job.plan(**how)
         for sentence in plan_sentences(plan):

@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: its entry, its form of failure, and the commands that carry out a run.
 
 Every failure that a user can mend is one sentence on standard error and exit status 2 (wrong input) or 1 (work that
 failed); `--debug` shows the traceback.
@@ -19,6 +19,7 @@ from rich.text import Text
 import distilbeam
 from distilbeam.pipelines.cli.data import ingest
 from distilbeam.pipelines.cli.label import label, plan
+from distilbeam.pipelines.cli.launch import launch
 from distilbeam.pipelines.cli.options import (
     BeamArgument,
     CheckContentOption,
@@ -258,5 +259,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, ingest, export, tune, pareto, inspect, verify, serve_teacher):
+for command in (plan, label, ingest, launch, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

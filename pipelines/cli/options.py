@@ -1,4 +1,4 @@
-"""What the commands share: their common arguments, and carrying out the steps of a run."""
+"""The options that commands share, and the carrying out of a run's steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
 from distilbeam.pipelines.engine.ending import interrupt
 from distilbeam.pipelines.engine.forkserver import begin
+from distilbeam.settings import SET_HELP, SET_METAVAR
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.config import LabelConfig, RunConfig
@@ -30,8 +31,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Override a setting; @FILE: all those of a TOML file. May be repeated.",
+        metavar=SET_METAVAR,
+        help=SET_HELP,
     ),
 ]
 RoundOption = Annotated[
@@ -78,13 +79,12 @@ def run_steps(
     from distilbeam.pipelines.config import load_config
 
     settings = load_config(config, overrides or ())
-    check_early(settings, config.parent.resolve(), flags or ())
+    check_early(settings, flags or ())
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
     signal.signal(signal.SIGINT, stop_at_once)
     return run(
         settings,
-        base=config.parent,
         beam_flags=flags or (),
         display=Display(console),
         until=until,
@@ -92,7 +92,7 @@ def run_steps(
     )
 
 
-def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[str]) -> None:
+def check_early(settings: RunConfig | LabelConfig, flags: Sequence[str]) -> None:
     """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
 
     Raises:
@@ -104,7 +104,7 @@ def check_early(settings: RunConfig | LabelConfig, base: Path, flags: Sequence[s
     from distilbeam.pipelines.needs import needs_of
 
     require_extras(needs_of(settings))
-    check_former(settings, base)
+    check_former(settings)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.engine.beam_options import pipeline_options
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,10 @@ def tune(
         found = tune_run(run, Display(console))
         console.print(trial_table(found, run.config.tune.metric))
         best = run.directory.root / "tune" / "best.toml"
+    words = [word for value in [*(overrides or []), f"@{best}"] for word in ("--set", value)]
+    again = shlex.join(["distilbeam", "run", str(config), *words])
     console.print(
-        f"Best settings: {best}. A student of these on the labels that are there: distilbeam run {config} --set @{best}",
+        f"Best settings: {best}. A student of these on the labels that are there: {again}",
         highlight=False,
         soft_wrap=True,
     )
@@ -116,7 +119,7 @@ def pareto(
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Make students of several sizes by both of the Survey's strategies; show which are worth having."""
+    """Make students of several sizes, shrunk and then improved, or grown, improved and shrunk; show which are worth having."""
     configure_logs(log_level, console)
     signal.signal(signal.SIGINT, stop_at_once)
     with _opened_run(config, overrides) as run:
@@ -199,12 +202,12 @@ def _opened_run(config: Path, overrides: list[str] | None) -> Iterator[Run]:
         from distilbeam.pipelines.jobs.freeze import require_data_of_run
         from distilbeam.pipelines.jobs.run import Run
         from distilbeam.pipelines.needs import needs_of
-    settings, base = load_config(config, overrides or ()), config.parent.resolve()
+    settings = load_config(config, overrides or ())
     require_extras(needs_of(settings))
-    with opened_run(settings, base) as directory:
+    with opened_run(settings) as directory:
         if (sentence := directory.sentence(settings.run.rounds)) is not None:
             Display(console).say(sentence)
-        run = Run(settings, base, directory)
+        run = Run(settings, directory)
         if directory.moved:
             require_data_of_run(run)
         yield run
@@ -237,7 +240,7 @@ def _export_of_run(
         partial(judge_on_run, run, learned_validation=learned),
         Display(console),
         pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
-        {"pool": run.config.data.pool, "seed": run.config.run.seed},
+        {"pool": run.config.dump()["data"]["pool"], "seed": run.config.run.seed},
         run.provenance(None if final is not None else student),
         lambda config, init, directory, progress: train_further(run, config, short, directory, progress, init=init),
         ratio,

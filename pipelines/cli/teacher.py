@@ -11,7 +11,6 @@ import typer
 
 from distilbeam.pipelines.cli.options import console
 from distilbeam.pipelines.engine.display import configure_logs
-from distilbeam.toml_files import read_toml
 
 DatasetArgument = Annotated[
     str, typer.Argument(help="A soft-label dataset, such as run/labels/round=000 or s3://bucket/job/labels.")
@@ -50,6 +49,7 @@ def serve_teacher(
 ) -> None:
     """Serve a teacher over gRPC, as TensorFlow Serving would, until the process is interrupted."""
     configure_logs(log_level, console)
+    from distilbeam.teacher.config import read_teacher_config
     from distilbeam.teacher.tfserving.serve import ServeOptions, serve
 
     options = ServeOptions(
@@ -73,22 +73,11 @@ def serve_teacher(
             soft_wrap=True,
         )
 
-    serve(_teacher_section(config), port, options, base=config.parent, ready=announce)
+    serve(read_teacher_config(config), port, options, ready=announce)
 
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _teacher_section(path: Path) -> dict[str, Any]:
-    try:
-        data = read_toml(path)
-    except FileNotFoundError as e:
-        raise ValueError(f"no configuration file at {path}") from e
-    if not isinstance(data.get("teacher"), dict):
-        raise ValueError(f"{path} must have a section [teacher]")
-    section: dict[str, Any] = data["teacher"]
-    return section
 
 
 def inspect(
@@ -118,6 +107,7 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     configure_logs("warning", console)
+    from distilbeam.teacher.config import read_teacher_config
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
@@ -126,7 +116,7 @@ def verify(
         asked = None
         if teacher is not None:
             classes = read_manifest(path).spec.classes
-            asked = load_teacher(_teacher_section(teacher), base=teacher.parent, classes=classes)
+            asked = load_teacher(read_teacher_config(teacher), classes=classes)
             stack.callback(asked.close)
         result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
     if teacher is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.teacher.config import TeacherConfig
@@ -21,15 +20,14 @@ _teachers: dict[str, Teacher] = {}
 _students: dict[str, Student] = {}
 
 
-def teacher_text(config: TeacherConfig, base: Path, classes: Sequence[str] | None = None) -> str:
-    """Describe a teacher as text that travels to workers; relative paths are relative to `base`.
+def teacher_text(config: TeacherConfig, classes: Sequence[str] | None = None) -> str:
+    """Describe a teacher as text that travels to workers, which start in another folder: its paths must be absolute.
 
     Args:
       config: the configuration.
-      base: folder that its relative paths start at.
       classes: names of the job's classes, in whose order it answers; see `load_teacher`.
     """
-    description = {"base": str(base), "config": config.model_dump(mode="json"), "classes": list(classes or ())}
+    description = {"config": config.model_dump(mode="json"), "classes": list(classes or ())}
     return json.dumps(description, sort_keys=True)
 
 
@@ -38,8 +36,8 @@ def cached_teacher(text: str) -> Teacher:
     with _lock:
         if text not in _teachers:
             description = json.loads(text)
-            config, base, classes = (description[name] for name in ("config", "base", "classes"))
-            _teachers[text] = load_teacher(config, base=base, classes=classes)
+            config, classes = (description[name] for name in ("config", "classes"))
+            _teachers[text] = load_teacher(config, classes=classes)
         return _teachers[text]
 
 

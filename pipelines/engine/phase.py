@@ -15,12 +15,10 @@ in worker processes from then on, and what is found out by dying is no attempt.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -37,23 +35,25 @@ from distilbeam.pipelines.engine.beam_options import spares_processor, spread_ov
 from distilbeam.pipelines.engine.commit_queue import Settler
 from distilbeam.pipelines.engine.counters import count, totals
 from distilbeam.pipelines.engine.ending import Interrupted, interruptible
+from distilbeam.pipelines.engine.failures import (
+    are_hopeless,
+    clear_failures,
+    failure_sentence,
+    kept_error,
+    read_failures,
+)
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
 from distilbeam.pipelines.engine.malloc import keep_freed_memory
 from distilbeam.pipelines.engine.prefetch import sparing
 from distilbeam.pipelines.engine.stopping import (
-    STOP,
-    Stopped,
-    can_pass,
-    cannot_be_written,
     is_stopped,
     stoppable,
     write_stop,
 )
 from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
 from distilbeam.progress import Progress
-from distilbeam.storage.files import read_json, write_json
-from distilbeam.storage.paths import StoreError, list_files, remove_folder, to_path
-from distilbeam.storage.private_folders import is_private, private_folder
+from distilbeam.storage.paths import StoreError, to_path
+from distilbeam.storage.private_folders import private_folder
 
 log = logging.getLogger("distilbeam.phases")
 
@@ -155,37 +155,8 @@ class _Run(beam.DoFn, Generic[Item]):
     def _stoppable(self) -> AbstractContextManager[None]:
         return stoppable(to_path(self.errors), Path(self.private))
 
-    @contextmanager
-    def _kept_error(self, name: Callable[[], str]) -> Iterator[None]:
-        """Keep an error for the driver, which reads it and raises it."""
-        try:
-            yield
-        except Stopped:
-            pass
-        except Exception as e:  # noqa: BLE001  # the boundary
-            # Not raised into Beam: a runner that retries a bundle would do the neighbours' work again, four times on Dataflow,
-            # and the local one ends the pipeline with a traceback that hides the sentence.
-            record = {
-                "item": name(),
-                "type": type(e).__name__,
-                "message": str(e),
-                "traceback": traceback.format_exc(),
-                "passes": can_pass(e),
-                "stops": is_stopped(),
-                "full": cannot_be_written(e),
-            }
-            _keep(record, to_path(self.errors), Path(self.private))
-
-
-def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
-    """Write an error's record where the driver looks for it; among the driver's temporary files if the disk is full."""
-    name = f"{_stable_name(record['item'])}.json"
-    try:
-        write_json(errors / name, record)
-    except OSError:
-        if not is_private(private):  # on another machine, or not the one that the driver made
-            raise
-        write_json(private / name, record)
+    def _kept_error(self, name: Callable[[], str]) -> AbstractContextManager[None]:
+        return kept_error(name, to_path(self.errors), Path(self.private))
 
 
 @contextmanager
@@ -259,7 +230,7 @@ def run_phase(
         worker = partial(_Run, phase, work, str(errors), str(private), models=models)
         while todo:
             attempt += 1
-            _clear(errors, private)
+            clear_failures(errors, private)
             lost, known = "", _dangers(work)
             if known:
                 log.warning(
@@ -275,12 +246,12 @@ def run_phase(
             if interrupted.is_set():
                 _tidy(work, finished=False)
                 raise Interrupted("stopped; the same command goes on from here")
-            failed = _failures(errors, private)
+            failed = read_failures(errors, private)
             if lost and _dangers(work) - known:
                 attempt -= 1  # it is known better what the process dies of
-            elif todo and (attempt >= attempts or _hopeless(failed)):
+            elif todo and (attempt >= attempts or are_hopeless(failed)):
                 _tidy(work, finished=False)
-                raise PhaseError(_sentence(phase, todo, failed, work, lost))
+                raise PhaseError(failure_sentence(phase, len(todo), work.name(todo[0]), failed, lost))
             if todo:
                 log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
                 retried += len(todo)
@@ -300,19 +271,6 @@ def _tidy(work: Work[Item], *, finished: bool) -> None:
     if tidy is not None:
         with suppress(OSError):
             tidy(finished)
-
-
-def _clear(errors: Path, private: Path) -> None:
-    remove_folder(errors)
-    for path in (*private.glob("*.json"), private / STOP):
-        path.unlink(missing_ok=True)
-
-
-def _hopeless(failed: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether trying again is in vain: everything that failed would fail again, or something that stopped everybody."""
-    return bool(failed) and (
-        any(f["stops"] and not f["passes"] for f in failed) or not any(f["passes"] for f in failed)
-    )
 
 
 def _submit(
@@ -373,29 +331,3 @@ class _Watch(Generic[Item]):
     def _report(self, progress: Progress) -> None:
         self._pending = self._work.remaining(self._pending)
         progress.step(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
-
-
-def _failures(errors: Path, private: Path) -> list[dict[str, Any]]:
-    """Read the records of what failed, those that stopped everybody first."""
-    found = [read_json(path) for place in (errors, private) for path in sorted(list_files(place, "*.json"))]
-    return sorted(found, key=lambda record: not (record["stops"] and not record["passes"]))
-
-
-def _sentence(phase: str, todo: Sequence[Item], failed: Sequence[dict[str, Any]], work: Work[Item], lost: str) -> str:
-    count = f"{phase}: {len(todo)} item(s) could not be done"
-    if lost and not failed:
-        return f"{count}, the first {work.name(todo[0])}: {lost}; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
-    if not failed:
-        return f"{count} although the runner reported success, the first {work.name(todo[0])}; run the same command again to repeat them"
-    first = failed[0]
-    log.debug("first failure of %s:\n%s", phase, first["traceback"])
-    sentence = first["type"] in ("ValueError", "DamagedFileError", "TeacherMisfit", "TooManyFailures")
-    message = first["message"] if sentence else f"{first['type']}: {first['message']}"
-    way_out = (
-        "; what was answered is kept: make room, or let it be written to, and start again" if first["full"] else ""
-    )
-    return f"{count}, the first {first['item']}: {message}{way_out}"
-
-
-def _stable_name(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -28,9 +28,9 @@ from distilbeam.pipelines.pool.datasets import require_columns
 from distilbeam.pipelines.pool.splits import find_files, open_parquet
 from distilbeam.student.data.labelled import class_indices, inputs_of
 from distilbeam.student.evaluation.metrics import evaluate, per_class, worst_classes
+from distilbeam.teacher.config import read_teacher_config
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import read_manifest
-from distilbeam.toml_files import read_toml
 
 
 def evaluate_directory(
@@ -109,21 +109,13 @@ def _row_name(file: Path, row: int) -> str:
     return f"--data: row {row:,} of {file}"
 
 
-def _teacher_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] | None = read_toml(path).get("teacher")
-    if config is None:
-        raise ValueError(f"{path} must have a section [teacher]")
-    return config
-
-
 def _teacher_columns(path: Path) -> list[str]:
-    config = _teacher_config(path)
-    return list(config["input"].get("columns") or [config["input"]["column"]])
+    return list(read_teacher_config(path).input.columns)
 
 
 def _asked(path: Path, table: pa.Table, classes: Sequence[str]) -> npt.NDArray[np.float32]:
     """Ask a teacher about a table; return float32 [rows, C] log-probabilities."""
-    with closing(load_teacher(_teacher_config(path), base=path.parent, classes=classes)) as teacher:
+    with closing(load_teacher(read_teacher_config(path), classes=classes)) as teacher:
         columns = table.select(_teacher_columns(path))
         logits = np.concatenate([teacher.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
     answers: npt.NDArray[np.float32] = log_softmax(logits, axis=1)

@@ -90,7 +90,7 @@ def _make(stage: Stage, root: Path, run: Run, progress: Progress) -> Path:
         train_further(run, load_student(cut).config, short, directory, progress, init=cut)
     else:
         assert stage.source is not None
-        origin = {"pool": run.config.data.pool, "seed": run.config.run.seed}
+        origin = {"pool": run.config.dump()["data"]["pool"], "seed": run.config.run.seed}
         examples, made_from = _examples(run, CALIBRATION_ROWS), run.provenance()
         export_student(root / stage.source, stage.form, directory, examples, origin, made_from)
     return directory

@@ -63,7 +63,8 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         for part in path:
             section = section.setdefault(part, {})
         section[key] = value
-    return parse_config(data)
+    made = parse_config(data)
+    return made if config.folder is None else made.relative_to(config.folder)
 
 
 def _objective(run: Run, root: Path) -> Objective:
@@ -73,11 +74,10 @@ def _objective(run: Run, root: Path) -> Objective:
         config = with_settings(run.config, settings)
         digest = hashlib.blake2b(json.dumps(dict(settings), sort_keys=True).encode(), digest_size=8).hexdigest()
         directory = root / "trials" / digest
-        student = config.student.model_copy(update={"input": config.student.input.relative_to(run.base)})
         if directory.exists():  # a killed search had trained it to its end: the search learns its epochs now
             _tell_epochs(directory / METRICS, progress)
         try:
-            metrics = train_further(run, student, config.training, directory, progress)
+            metrics = train_further(run, config.student, config.training, directory, progress)
         except CutShort:
             shutil.rmtree(directory.with_name(directory.name + SUFFIX))
             raise

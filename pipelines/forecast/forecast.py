@@ -74,7 +74,7 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
             shard.rows,
         )
     todo = [step for step in steps_of(job) if not step.done]
-    scoring = any(step.name == "select" for step in todo) and job.config.selection.method != "uniform" and sampled > 0
+    scoring = any(step.name == "select" for step in todo) and job.config.selection.scored is not None and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
     return Forecast((*_sample_line(sampled), *lines), workers_of(job.options), sampled, job.config.prices)
@@ -119,7 +119,7 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
         case "compare":
             total = budget * config.run.rounds
             rows = math.ceil(total * (1 - total / pool))  # the others were bought by the rounds
-        case "select" if config.selection.method != "uniform":
+        case "select" if config.selection.scored is not None:
             assert step.round is not None
             return Line(step.title, pool - step.round * budget, seconds=pool * rates.score_s / workers)
         case _:
@@ -151,5 +151,5 @@ def _rows_to_ask(job: Job, step: Step) -> int:
 
 def _labelled(dataset: Path) -> int:
     """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
-    kept = sum(answered.table.num_rows for answered in saved(str(dataset), None))
+    kept: int = sum(answered.table.num_rows for answered in saved(str(dataset), None))
     return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))

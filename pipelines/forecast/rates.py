@@ -1,4 +1,4 @@
-"""What a run or a labelling job will cost, before anything is spent: from footers and, where it is wanted, one timed sample.
+"""The rates of a forecast: what a row costs in time, bytes and money, from footers and, where wanted, one timed sample.
 
 The sample labels some rows for good and keeps their labels, and measures seconds and bytes per row as the rest of the work will
 have them: read, teacher, encoding, writing. Training and the start of a cluster are not in the forecast.

@@ -10,7 +10,6 @@ Both readers pass over blank lines, and over empty fields behind the last column
 from __future__ import annotations
 
 import csv
-import re
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Source
 
 _HEADER_BYTES = 2**20
+_PIECE_BYTES = 2**23
 _RECORD_LINES = 10_000  # most lines of one record
 _GLOB = set("*?[]{}")  # DuckDB takes a name with one of these for a pattern
 
@@ -84,19 +84,18 @@ def prepared(source: Source, copy: Path, options: IngestOptions, bad: Sink) -> C
       bad: takes what a copy no longer shows.
     """
     copied = source.compressed or bool(_GLOB & set(source.path)) or has_mark(source)
-    kinds, lost = _LineEnds(), None
+    if not copied and _is_plain(source):
+        return CsvFile(source, source.path)
+    lost = None
     with copy.open("wb") as out:
         try:
             for lines in read_lines(source, options.max_record_bytes):
-                kinds.add(lines.data)
                 if lines.bad or _is_strange(lines.data, options.delimiter):
                     return mended(source, copy, options, bad)
                 if copied:
                     out.write(lines.data)
         except DAMAGES as e:
             lost = damage(source, e)
-    if kinds.are_mixed:
-        return mended(source, copy, options, bad)
     return CsvFile(source, str(copy) if copied else source.path, damage=lost)
 
 
@@ -157,34 +156,33 @@ def _blank(data: bytes) -> bytes:
     return data[: len(data) - len(data.lstrip(b"\r\n"))]
 
 
+def _is_plain(source: Source) -> bool:
+    """Tell whether a file has neither quotes nor carriage returns, so that there is nothing to differ about."""
+    with Path(source.path).open("rb") as file:
+        return all(b'"' not in data and b"\r" not in data for data in iter(lambda: file.read(_PIECE_BYTES), b""))
+
+
 def _is_strange(data: bytes, delimiter: str) -> bool:
     """Tell whether the two readers may differ; cheap, and more often wrong about a quote inside a field than needed."""
-    if data.count(b"\r") != data.count(b"\r\n"):
+    if b"\r" in data and data.count(b"\r") != data.count(b"\r\n"):
         return True
-    mark = re.escape(delimiter.encode())
-    before = b' "' in data and (
-        re.search(rb'\A +"', data) or re.search(rb'\n +"', data) or re.search(mark + rb' +"', data)
-    )
-    behind = b'" ' in data and re.search(rb'" +(?:' + mark + rb"|[\r\n]|\Z)", data)
-    return bool(before or behind)
-
-
-@dataclass
-class _LineEnds:
-    """How the lines of a file end; within quotes both kinds may stand, and DuckDB tells when they do not."""
-
-    feeds: int = 0
-    returns: int = 0
-    quotes: bool = False
-
-    def add(self, data: bytes) -> None:
-        self.feeds += data.count(b"\n")
-        self.returns += data.count(b"\r\n")
-        self.quotes |= b'"' in data
-
-    @property
-    def are_mixed(self) -> bool:
-        return not self.quotes and self.returns not in (0, self.feeds)
+    if b' "' not in data and b'" ' not in data:
+        return False
+    letters = np.frombuffer(data, np.uint8)
+    ends = [*delimiter.encode(), *b"\r\n"]
+    quotes = np.flatnonzero(letters == ord('"'))
+    for step in (-1, 1):  # blanks before a quote, and behind one: do they reach to where the field ends?
+        at = quotes + step
+        while len(at):
+            inside = at[(at >= 0) & (at < len(letters))]
+            blank = inside[letters[inside] == ord(" ")]
+            passed = blank + step
+            if ((passed < 0) | (passed == len(letters))).any():
+                return True
+            if np.isin(letters[passed], ends).any():
+                return True
+            at = passed
+    return False
 
 
 class _TextLines:

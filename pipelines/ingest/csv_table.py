@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from distilbeam.pipelines.ingest.csv_files import (
 from distilbeam.pipelines.ingest.database import run, streamed, text
 from distilbeam.pipelines.ingest.lines import NOT_TEXT
 from distilbeam.pipelines.ingest.records import Bad, Sink, excerpt
-from distilbeam.pipelines.ingest.records_table import RecordsTable, count, id_of
+from distilbeam.pipelines.ingest.records_table import RecordsTable, count
 from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Source
 
@@ -49,24 +50,37 @@ def load_csv(
     """
     headers = {source: read_header(source, options) for source in sources if source.bytes}
     names = _all_names(headers)
-    loaded: list[tuple[CsvFile, int, int]] = []  # file, number of its first record, columns of its own
+    columns = ", ".join([*(f"c{i} VARCHAR" for i in range(len(names))), "file INTEGER"])
+    run(connection, f"CREATE TEMP TABLE records ({columns})")
     copies.mkdir(exist_ok=True)
+    files: list[CsvFile] = []
     for header, part in _parts(headers):
-        files = _load_part(connection, part, header, names, options, copies, bad)
-        loaded += [(file, first, len(header)) for file, first in files]
-    firsts = [first for _, first, _ in loaded]
+        # a copy stays: lines are looked up in it
+        places = [copies / f"{len(files) + i}.csv" for i in range(len(part))]
+        here = [prepared(source, place, options, bad) for source, place in zip(part, places, strict=True)]
+        while strange := _append(connection, here, len(files), header, names, options):
+            for i in strange:
+                here[i] = mended(here[i].source, places[i], options, bad)
+        for damage in (file.damage for file in here if file.damage is not None):
+            bad(damage)
+        _send_rejected(connection, here, len(header), options, bad)
+        files += here
+    firsts = dict(run(connection, "SELECT file, min(rowid) FROM records GROUP BY file ORDER BY file"))
+    widths = [len(headers[file.source]) for file in files]
+    return RecordsTable(connection, names, count(connection), partial(_places, files, firsts, widths, options))
 
-    def places(rows: Sequence[int]) -> list[tuple[str, int | None]]:
-        found: list[tuple[str, int | None]] = []
-        which = np.searchsorted(firsts, rows, side="right") - 1
-        for index, group in groupby(zip(which.tolist(), rows, strict=True), key=lambda pair: pair[0]):
-            file, first, width = loaded[index]
-            lines = lines_of(file, [row - first for _, row in group], width, options)
-            found += [(file.source.name, line) for line in lines]
-        return found
 
-    rows = count(connection) if loaded else 0
-    return RecordsTable(connection, names, rows, places)
+def _places(
+    files: Sequence[CsvFile], firsts: dict[int, int], widths: Sequence[int], options: IngestOptions, rows: Sequence[int]
+) -> list[tuple[str, int | None]]:
+    """Find file and line of records; `firsts` has the number of the first record of each file that has one."""
+    found: list[tuple[str, int | None]] = []
+    which = np.searchsorted(list(firsts.values()), rows, side="right") - 1
+    for index, group in groupby(zip(which.tolist(), rows, strict=True), key=lambda pair: pair[0]):
+        file, first = list(firsts.items())[index]
+        lines = lines_of(files[file], [row - first for _, row in group], widths[file], options)
+        found += [(files[file].source.name, line) for line in lines]
+    return found
 
 
 def _all_names(headers: dict[Source, tuple[str, ...]]) -> tuple[str, ...]:
@@ -96,75 +110,40 @@ def _parts(headers: dict[Source, tuple[str, ...]]) -> Iterator[tuple[tuple[str, 
             yield header, waiting
 
 
-def _load_part(
+def _append(
     connection: duckdb.DuckDBPyConnection,
-    sources: list[Source],
+    files: list[CsvFile],
+    before: int,
     header: tuple[str, ...],
     names: tuple[str, ...],
     options: IngestOptions,
-    copies: Path,
-    bad: Sink,
-) -> list[tuple[CsvFile, int]]:
-    """Append files to the records; return where the records of each begin."""
-    start = len(list(copies.iterdir()))  # a copy stays: lines are looked up in it
-    places = [copies / f"{start + i}.csv" for i in range(len(sources))]
-    files = [prepared(source, place, options, bad) for source, place in zip(sources, places, strict=True)]
-    while strange := _read(connection, files, header, options):
-        for i in strange:
-            files[i] = mended(files[i].source, places[i], options, bad)
-    for file in files:
-        if file.damage is not None:
-            bad(file.damage)
-    _send_rejected(connection, files, len(header), options, bad)
-    firsts = dict(run(connection, "SELECT filename, min(rowid) FROM part GROUP BY filename"))
-    before = _append_part(connection, header, names) if firsts else 0
-    return [(file, before + firsts[file.path]) for file in files if file.path in firsts]
-
-
-def _append_part(connection: duckdb.DuckDBPyConnection, header: tuple[str, ...], names: tuple[str, ...]) -> int:
-    """Append the table `part` to the records; return how many there were."""
-    if not run(connection, "SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'"):
-        own = [
-            f"c{header.index(name)} AS c{i}" if name in header else f"NULL::VARCHAR AS c{i}"
-            for i, name in enumerate(names)
-        ]
-        if header == names:
-            run(connection, "ALTER TABLE part RENAME TO records")
-        else:
-            run(connection, f"CREATE TABLE records AS SELECT {', '.join(own)}, id FROM part")
-        return 0
-    before = count(connection)
-    own = [f"c{header.index(name)}" if name in header else "NULL" for name in names]
-    places = ", ".join(f"c{i}" for i in range(len(names)))
-    run(connection, f"INSERT INTO records ({places}, id) SELECT {', '.join(own)}, id FROM part")
-    return before
-
-
-def _read(
-    connection: duckdb.DuckDBPyConnection, files: list[CsvFile], header: tuple[str, ...], options: IngestOptions
 ) -> set[int]:
-    """Read files into the table `part`; return which of them must be mended, after which it is to be done again."""
+    """Append the records of files; return which files must be mended first, of which nothing was appended then."""
     columns = ", ".join(f"c{i}: 'VARCHAR'" for i in range(len(header)))
+    places = {name: f"c{i}" for i, name in enumerate(header)}
+    own = ", ".join(places.get(name, "NULL") for name in names)
     line = options.max_record_bytes
-    hashed = "NULL::VARCHAR" if options.id_column else id_of({name: f"c{i}" for i, name in enumerate(header)})
-    for name in ("part", "reject_errors", "reject_scans"):
+    for name in ("reject_errors", "reject_scans"):
         run(connection, f"DROP TABLE IF EXISTS {name}")
+    run(connection, "BEGIN")
     try:
         run(
             connection,
-            f"""CREATE TABLE part AS SELECT *, {hashed} AS id FROM read_csv(
-            [{", ".join(text(file.path) for file in files)}], columns = {{{columns}}}, filename = true,
+            f"""INSERT INTO records SELECT {own}, {before} + file_index FROM read_csv(
+            [{", ".join(text(file.path) for file in files)}], columns = {{{columns}}},
             auto_detect = false, header = {not options.columns}, delim = {text(options.delimiter)}, quote = '"',
             escape = '"', nullstr = '', strict_mode = true, max_line_size = {line}, buffer_size = {max(2 * line, 2**25)},
             store_rejects = true, rejects_limit = 0) {"WHERE c0 IS NOT NULL" if len(header) == 1 else ""}""",
         )
     except duckdb.InvalidInputException:  # line ends of several kinds; which file has them is not said
+        run(connection, "ROLLBACK")
         whole = [i for i, file in enumerate(files) if file.lines is None]
         if not whole:
             raise
         return set(whole)
     known = ", ".join(map(text, (*_WIDTHS, _ENCODING)))  # what else there is hides other records: quotes not closed
     rows = run(connection, f"SELECT DISTINCT file_path FROM {_REJECTED} WHERE error_type NOT IN ({known})")
+    run(connection, "ROLLBACK" if rows else "COMMIT")
     return {i for i, file in enumerate(files) if (file.path,) in rows}
 
 

@@ -12,8 +12,6 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 
-from distilbeam.pipelines.ingest.database import run
-
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -23,36 +21,26 @@ class Duplicates:
     conflicting: npt.NDArray[np.int64]
 
 
-def find_duplicates(connection: duckdb.DuckDBPyConnection, key: str, content: str | None) -> Duplicates:
+def find_duplicates(
+    connection: duckdb.DuckDBPyConnection, key: str, content: str | None, columns: str | None = None
+) -> Duplicates:
     """Find the records of the table `records` that are left out; those in the table `bad` do not count.
 
     Args:
       connection: the database.
       key: expression for what must be unique.
-      content: expression for all of a record; None where the key is a hash of it.
+      content: expression for all of a record; None where the key says it.
+      columns: what the key is made of, where it is long: the key itself is made only for records whose hash of 64 bits
+        occurs more than once.
     """
-    run(
-        connection,
-        f"""CREATE TEMP TABLE keys AS SELECT rowid AS number, {key} AS key FROM records
-        WHERE rowid NOT IN (SELECT number FROM bad)""",
-    )
-    run(
-        connection,
-        """CREATE TEMP TABLE repeated AS SELECT number, first FROM keys
-        JOIN (SELECT key, min(number) AS first FROM keys GROUP BY key HAVING count(*) > 1) USING (key)
-        WHERE number > first""",
-    )
-    run(connection, "DROP TABLE keys")
-    conflicting = []
-    if content is not None:  # of these few records only
-        contents = f"SELECT rowid AS number, {content} AS content FROM records WHERE rowid IN"
-        conflicting = run(
-            connection,
-            f"""SELECT repeated.number FROM repeated
-            JOIN ({contents} (SELECT number FROM repeated)) later ON later.number = repeated.number
-            JOIN ({contents} (SELECT first FROM repeated)) earlier ON earlier.number = first
-            WHERE later.content <> earlier.content ORDER BY repeated.number""",
-        )
-    numbers = [number for (number,) in run(connection, "SELECT number FROM repeated ORDER BY number")]
-    conflicts = np.array([number for (number,) in conflicting], np.int64)
-    return Duplicates(np.setdiff1d(np.array(numbers, np.int64), conflicts), conflicts)
+    hashed = f"hash({columns or key})"
+    found = connection.execute(
+        f"""SELECT number, content <> first_content AS conflicting FROM (
+        SELECT number, content, min(number) OVER same AS first, arg_min(content, number) OVER same AS first_content FROM (
+        SELECT rowid AS number, {key} AS key, {content or "''"} AS content FROM records
+        WHERE rowid NOT IN (SELECT number FROM bad) AND {hashed} IN (
+        SELECT hashed FROM (SELECT {hashed} AS hashed FROM records) GROUP BY hashed HAVING count(*) > 1))
+        WINDOW same AS (PARTITION BY key)) WHERE number > first ORDER BY number"""
+    ).fetchnumpy()
+    numbers, conflicting = np.asarray(found["number"], np.int64), np.asarray(found["conflicting"], bool)
+    return Duplicates(numbers[~conflicting], numbers[conflicting])

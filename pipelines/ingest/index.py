@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.ingest.committing import FilePerItem
-from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Block, Source
 from distilbeam.pipelines.ingest.tfrecord import record_starts
 from distilbeam.storage.files import read_json, write_json
@@ -24,35 +23,26 @@ class SourceGroup:
     number: int
     sources: tuple[Source, ...]
 
+    @property
+    def uid(self) -> str:
+        """Its number."""
+        return f"{self.number:06d}"
 
-@dataclass(frozen=True)
+    def __str__(self) -> str:
+        return f"{len(self.sources)} file(s) from {self.sources[0].path}"
+
+
 class Index(FilePerItem[SourceGroup]):
-    """The work of the index phase: one JSON file per group.
-
-    Attributes:
-      options: how sources are read.
-      output: directory of the indexes.
-    """
-
-    options: IngestOptions
-    output: str
+    """The work of the index phase: one JSON file per group."""
 
     def __call__(self, group: SourceGroup) -> None:
         """Index the group's files."""
         blocks = [asdict(block) for source in group.sources for block in self._blocks(source)]
         write_json(self.file(group), blocks)
 
-    def name(self, group: SourceGroup) -> str:
-        """Name the group by its first file."""
-        return f"{len(group.sources)} file(s) from {group.sources[0].path}"
-
     def read(self, group: SourceGroup) -> list[Block]:
         """Read the group's blocks."""
         return [_block(data) for data in read_json(self.file(group))]
-
-    def file(self, group: SourceGroup) -> Path:
-        """Return the file that commits the item."""
-        return Path(self.output) / f"{group.number:06d}.json"
 
     def _blocks(self, source: Source) -> Iterator[Block]:
         whole = Block(source, 0, None, 1)

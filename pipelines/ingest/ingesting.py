@@ -9,16 +9,16 @@ everything is in `.<pool>.ingest/`, and a killed ingest is done again when the s
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.ingest.columns import ColumnType
@@ -27,8 +27,7 @@ from distilbeam.pipelines.ingest.database import opened
 from distilbeam.pipelines.ingest.duplicates import find_duplicates
 from distilbeam.pipelines.ingest.letters import Letters
 from distilbeam.pipelines.ingest.lines_table import load_json, load_text
-from distilbeam.pipelines.ingest.parsed_records import parse_records
-from distilbeam.pipelines.ingest.pool_columns import PoolColumns, pool_columns
+from distilbeam.pipelines.ingest.pool_columns import pool_columns
 from distilbeam.pipelines.ingest.records import Bad
 from distilbeam.pipelines.ingest.records_table import RecordsTable
 from distilbeam.pipelines.ingest.settings import IngestOptions
@@ -40,6 +39,9 @@ from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep, write_json
 from distilbeam.storage.paths import is_remote, list_files, upload
 from distilbeam.storage.stores import store_of
+
+if TYPE_CHECKING:
+    from distilbeam.pipelines.ingest.parsed_records import ParsedRecords
 
 SUMMARY = "_ingest.json"
 DEAD_LETTERS = "_dead_letters.jsonl"
@@ -76,28 +78,6 @@ class Summary:
     digest: str
 
 
-class Loaded(Protocol):
-    """Records with types, and the tables `records` and `bad` that tell them apart."""
-
-    @property
-    def pool(self) -> PoolColumns:
-        """The pool's columns."""
-
-    @property
-    def key(self) -> str:
-        """The expression for what must be unique."""
-
-    @property
-    def content(self) -> str | None:
-        """The expression for all of a record, where the key is not a hash of it."""
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Read all records in their order."""
-
-    def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:
-        """Find file and line of records, given their numbers in ascending order."""
-
-
 def ingest(
     sources: Sequence[str],
     out: Path,
@@ -129,10 +109,11 @@ def ingest(
     display = display or Display.silent()
     found = find_sources(sources, options.format)
     digest = _digest(found, options)
-    place = _working_directory(out)
-    if _in_use(out, place):
-        return _finished(out, digest)
-    work = place
+    work = _working_directory(out)
+    if _in_use(out, work):
+        summary = _finished(out, digest)
+        display.say(f"{out} was made from these sources with these options before; nothing is left to do.")
+        return summary
     with store_of(work).hold(work, "--out", "--out DIRECTORY"):
         sweep(work)
         summary = _begun(work, digest) or _Ingest(found, options, work, digest, beam, display, attempts).run()
@@ -171,6 +152,8 @@ class _Ingest:
             return self._ingest_text(connection)
 
     def _ingest_parsed(self, connection: duckdb.DuckDBPyConnection) -> Summary:
+        from distilbeam.pipelines.ingest.parsed_records import parse_records  # for text nobody waits for its imports
+
         parsed = parse_records(
             self.sources, self.options, self.work, beam=self.beam, display=self.display, attempts=self.attempts
         )
@@ -215,11 +198,13 @@ class _Ingest:
             self.letters.add(bad)
         return typed, unfit
 
-    def _finish(self, connection: duckdb.DuckDBPyConnection, loaded: Loaded, records: int) -> Summary:
+    def _finish(
+        self, connection: duckdb.DuckDBPyConnection, loaded: TypedText | ParsedRecords, records: int
+    ) -> Summary:
         """Leave out bad records and duplicates of `records` and write the pool."""
         pool = self.work / "pool"
         with self._step("find duplicates"):
-            repeated = find_duplicates(connection, loaded.key, loaded.content)
+            repeated = find_duplicates(connection, loaded.key, loaded.content, loaded.columns)
         for start in range(0, len(repeated.conflicting), _AT_ONCE):
             for file, line in loaded.places(repeated.conflicting[start : start + _AT_ONCE].tolist()):
                 self.letters.add(Bad(file, line, "the id of this record is that of an earlier one with other content"))
@@ -242,7 +227,8 @@ class _Ingest:
             columns=loaded.pool.describe(),
             digest=self.digest,
         )
-        write_json(pool / SUMMARY, asdict(summary))
+        with replacing(pool / SUMMARY) as temporary:  # its columns are in their order, not in that of their names
+            temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
     @contextmanager

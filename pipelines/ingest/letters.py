@@ -50,7 +50,7 @@ class Letters:
         if not self.count:
             return None
         reader = pa.RecordBatchReader.from_batches(_SCHEMA, self._batches())
-        run(connection, "CREATE TABLE letters AS SELECT * FROM reader", reader=reader)
+        run(connection, "CREATE TEMP TABLE letters AS SELECT * FROM reader", reader=reader)
         first: dict[str, Any] | None = None
         with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
             for (letter,) in streamed(connection, "SELECT letter FROM letters ORDER BY file, line NULLS LAST, rowid"):

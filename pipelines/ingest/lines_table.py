@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import duckdb
 import numpy as np
@@ -17,15 +18,15 @@ import pyarrow.compute as pc
 from distilbeam.pipelines.ingest.database import run, streamed, text
 from distilbeam.pipelines.ingest.lines import DAMAGES, damage, good_lines, read_lines
 from distilbeam.pipelines.ingest.records import Bad, Sink, excerpt
-from distilbeam.pipelines.ingest.records_table import RecordsTable, count, id_of
+from distilbeam.pipelines.ingest.records_table import RecordsTable, count
 from distilbeam.pipelines.ingest.settings import IngestOptions
 from distilbeam.pipelines.ingest.sources import Source
 
 MOST_FIELDS = 10_000
+_FIRST_LINES = 1000  # of which the fields are looked up before all is read
 _SCHEMA = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("line_text", pa.large_string())])
 _BLANK = "E' \\t\\n\\r\\x0b\\x0c'"
 _MARK = "chr(65279)"  # a byte-order mark, where files were joined
-_KEYS = "CASE WHEN line_text[1] = '{' THEN to_json(TRY(json_keys(line_text)))::VARCHAR END"  # of objects
 
 
 def load_text(
@@ -34,10 +35,10 @@ def load_text(
     """Load lines that are not blank as the column `text`."""
     run(
         connection,
-        f"""CREATE TABLE records AS SELECT line_text AS c0, {id_of({"text": "line_text"})} AS id, file, line
-        FROM (SELECT ltrim(line_text, {_MARK}) AS line_text, file, line FROM source_lines)
-        WHERE ltrim(line_text, {_BLANK}) <> ''""",
-        source_lines=_reader(sources, options, bad),
+        f"""CREATE TEMP TABLE records AS SELECT line_text AS c0, file, line FROM (SELECT CASE
+        WHEN line_text[1] = {_MARK} THEN ltrim(line_text, {_MARK}) ELSE line_text END AS line_text, file, line
+        FROM source_lines) WHERE CASE WHEN line_text >= '!' THEN true ELSE ltrim(line_text, {_BLANK}) <> '' END""",
+        source_lines=pa.RecordBatchReader.from_batches(_SCHEMA, _batches(sources, options, bad)),
     )
     return _loaded(connection, sources, ("text",))
 
@@ -47,51 +48,79 @@ def load_json(
 ) -> RecordsTable:
     """Load lines that are JSON objects; their fields are columns in the order in which they are first met.
 
+    The first lines' fields are taken for those of all; where others turn up, everything is read again with them.
+
     Raises:
       ValueError: more fields than a table can have columns.
     """
-    trimmed = f"ltrim(line_text, {_BLANK} || {_MARK})"
-    run(
-        connection,
-        f"""CREATE TABLE seen AS SELECT file, line, keys, CASE WHEN keys IS NULL THEN line_text END AS line_text FROM (
-        SELECT file, line, {_KEYS} AS keys, line_text FROM (SELECT file, line, {trimmed} AS line_text FROM source_lines)
-        WHERE line_text <> '')""",
-        source_lines=_reader(sources, options, bad),
-    )
-    names, refused = _names(connection)
-    unusable = " OR ".join(["keys IS NULL", *(f"keys = {text(keys)}" for keys in refused)])
-    for file, line, keys, data in streamed(
-        connection, f"SELECT file, line, keys, line_text FROM seen WHERE {unusable}"
-    ):
-        bad(Bad(sources[file].name, line, refused[keys] if keys else _what_is_wrong(data), excerpt(data or keys)))
-    run(connection, "DROP TABLE seen")
-    extracted = {name: f"fields[{i + 1}]" for i, name in enumerate(names)}
-    columns = [f"{value} AS c{i}" for i, value in enumerate(extracted.values())]
-    values = ", ".join([*columns, f"{'NULL' if options.id_column else id_of(extracted)} AS id", "file", "line"])
-    paths = ", ".join(text(_pointer(name)) for name in names)
-    usable = " AND ".join(["fields IS NOT NULL", *(f"{_KEYS} <> {text(keys)}" for keys in refused)])
-    run(  # the files are read again: that takes less than to keep their text between
-        connection,
-        f"""CREATE TABLE records AS SELECT {values} FROM (SELECT file, line, line_text, CASE WHEN line_text[1] = '{{'
-        THEN TRY(json_extract(line_text, [{paths}]::VARCHAR[])::VARCHAR[]) END AS fields
-        FROM (SELECT file, line, {trimmed} AS line_text FROM source_lines)) WHERE {usable}""",
-        source_lines=_reader(sources, options, lambda _: None),
-    )
+    first = islice(_batches(sources, options, lambda _: None), 1)
+    names = _extract(connection, (), (batch.slice(0, _FIRST_LINES) for batch in first))
+    new = _extract(connection, names, _batches(sources, options, bad))
+    while new:
+        names = (*names, *new)
+        new = _extract(connection, names, _batches(sources, options, lambda _: None))
+    for file, line, data, keys in streamed(connection, "SELECT file, line, data, keys FROM odd ORDER BY number"):
+        error = _cannot_be(json.loads(keys)) if keys else ""
+        bad(Bad(sources[file].name, line, error or _what_is_wrong(data), excerpt(data)))
+    if run(connection, "SELECT 1 FROM odd LIMIT 1"):
+        run(connection, "CREATE TEMP TABLE good AS SELECT * FROM records WHERE odd IS NULL ORDER BY rowid")
+        run(connection, "DROP TABLE records")
+        run(connection, "ALTER TABLE good RENAME TO records")
     return _loaded(connection, sources, names)
 
 
-def _reader(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> pa.RecordBatchReader:
-    """Read all files as Arrow batches of lines; `bad` takes what is no text."""
-    return pa.RecordBatchReader.from_batches(_SCHEMA, _batches(sources, options, bad))
+def _extract(
+    connection: duckdb.DuckDBPyConnection, names: tuple[str, ...], batches: Iterator[pa.RecordBatch]
+) -> tuple[str, ...]:
+    """Make the table `records` of fields, and `odd` of the lines that hold others, or that cannot be records.
+
+    A line is told by its number of keys: it is that of the fields found, unless one is unknown or there twice.
+
+    Returns:
+      Fields that records have beside those of `names`.
+    """
+    run(connection, "DROP TABLE IF EXISTS records")
+    run(connection, "DROP TABLE IF EXISTS odd")
+    columns = "".join(f"fields[{i + 1}] AS c{i}, " for i in range(len(names)))
+    paths = ", ".join(text(_pointer(name)) for name in names)
+    run(
+        connection,
+        f"""CREATE TEMP TABLE records AS SELECT {columns} file, line, CASE WHEN fields IS NULL OR len(fields) = 0
+        THEN line_text WHEN len(json_keys(line_text)) <> list_count(fields) OR list_count(fields) = 0 THEN line_text
+        END AS odd FROM (SELECT file, line, line_text, CASE WHEN line_text[1] = '{{'
+        THEN TRY(json_extract(line_text, [{paths}]::VARCHAR[])::VARCHAR[]) END AS fields FROM (SELECT file, line,
+        CASE WHEN line_text[1] = '{{' THEN line_text ELSE ltrim(line_text, {_BLANK} || {_MARK}) END AS line_text
+        FROM source_lines) WHERE line_text <> '')""",
+        source_lines=pa.RecordBatchReader.from_batches(_SCHEMA, batches),
+    )
+    run(
+        connection,
+        """CREATE TEMP TABLE odd AS SELECT rowid AS number, file, line, odd AS data,
+        CASE WHEN odd[1] = '{' THEN to_json(TRY(json_keys(odd)))::VARCHAR END AS keys FROM records WHERE odd IS NOT NULL""",
+    )
+    new: dict[str, None] = {}
+    for (keys,) in run(connection, "SELECT keys FROM odd WHERE keys IS NOT NULL GROUP BY keys ORDER BY min(number)"):
+        here = json.loads(keys)
+        new |= {} if _cannot_be(here) else dict.fromkeys(here)
+        if len(names) + len(new) > MOST_FIELDS:
+            raise ValueError(
+                f"the lines have more than {MOST_FIELDS:,} different fields, the last {here[-1]!r}; a pool's columns "
+                "must be known names: put what varies into one field as an object"
+            )
+    return tuple(name for name in new if name not in names)
 
 
 def _batches(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> Iterator[pa.RecordBatch]:
+    """Read all files as Arrow batches of lines; `bad` takes what is no text."""
     for index, source in enumerate(sources):
         try:
             for lines in read_lines(source, options.max_record_bytes):
                 numbers, texts = good_lines(source.name, lines, options.max_record_bytes, bad)
-                files = pa.array(np.full(len(numbers), index, np.int32))
-                yield pa.record_batch([files, pa.array(numbers), pc.ascii_rtrim(texts, "\r\n")], schema=_SCHEMA)
+                files, places = (
+                    pa.Array.from_buffers(type_, len(numbers), [None, pa.py_buffer(values)])
+                    for type_, values in ((pa.int32(), np.full(len(numbers), index, np.int32)), (pa.int64(), numbers))
+                )
+                yield pa.record_batch([files, places, pc.ascii_rtrim(texts, "\r\n")], schema=_SCHEMA)
         except DAMAGES as e:
             bad(damage(source, e))
 
@@ -117,24 +146,6 @@ def _what_is_wrong(line: str) -> str:
     except (ValueError, RecursionError) as e:
         return f"not JSON: {e}"
     return "not JSON that DuckDB reads"
-
-
-def _names(connection: duckdb.DuckDBPyConnection) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the fields of all lines, and which lists of fields no record can have, with what is wrong with them."""
-    names: dict[str, None] = {}
-    refused: dict[str, str] = {}
-    for (keys,) in run(connection, "SELECT keys FROM seen WHERE keys IS NOT NULL GROUP BY keys ORDER BY min(rowid)"):
-        here = json.loads(keys)
-        if error := _cannot_be(here):
-            refused[keys] = error
-            continue
-        names |= dict.fromkeys(here)
-        if len(names) > MOST_FIELDS:
-            raise ValueError(
-                f"the lines have more than {MOST_FIELDS:,} different fields, the last {here[-1]!r}; a pool's columns "
-                "must be known names: put what varies into one field as an object"
-            )
-    return tuple(names), refused
 
 
 def _cannot_be(keys: list[str]) -> str:

@@ -46,17 +46,8 @@ def image_columns(options: IngestOptions) -> dict[str, ColumnType]:
     return columns | ({options.class_column: ColumnType("string")} if options.class_column else {})
 
 
-@dataclass(frozen=True)
 class Survey(FilePerItem[SourceUnit]):
-    """The work of the survey phase: counts of the values of each column, one JSON file per unit.
-
-    Attributes:
-      options: how sources are read.
-      output: directory of the counts.
-    """
-
-    options: IngestOptions
-    output: str
+    """The work of the survey phase: counts of the values of each column, one JSON file per unit."""
 
     def __call__(self, unit: SourceUnit) -> None:
         """Count the unit's values."""
@@ -66,32 +57,20 @@ class Survey(FilePerItem[SourceUnit]):
                 counts.setdefault(name, ColumnCounts()).add(values)
         write_json(self.file(unit), [[name, column.to_json()] for name, column in counts.items()])
 
-    def name(self, unit: SourceUnit) -> str:
-        """Name the unit by its first file and record."""
-        return unit_name(unit)
-
     def read(self, unit: SourceUnit) -> dict[str, ColumnCounts]:
         """Read the unit's counts, columns in the order in which they were met."""
         return {name: ColumnCounts.from_json(data) for name, data in read_json(self.file(unit))}
 
-    def file(self, unit: SourceUnit) -> Path:
-        """Return the file that commits the item."""
-        return Path(self.output) / f"{unit.uid}.json"
-
 
 @dataclass(frozen=True)
 class Parse(FilePerItem[SourceUnit]):
-    """The work of the parse phase: one Arrow file of typed rows per unit, and its bad records.
+    """The work of the parse phase: `<uid>.arrow` of typed rows per unit, and its bad records, `<uid>.jsonl`.
 
     Attributes:
-      options: how sources are read.
       pool: the pool's columns.
-      output: directory of the rows: `<uid>.arrow`, `<uid>.jsonl` (bad records), `<uid>.json` (the commit).
     """
 
-    options: IngestOptions
     pool: PoolColumns
-    output: str
 
     def __call__(self, unit: SourceUnit) -> None:
         """Parse the unit's records and commit them."""
@@ -112,14 +91,6 @@ class Parse(FilePerItem[SourceUnit]):
                     writer.write_table(table)
                 rows += table.num_rows
         write_json(files["commit"], {"rows": rows, "bad": bad})
-
-    def name(self, unit: SourceUnit) -> str:
-        """Name the unit by its first file and record."""
-        return unit_name(unit)
-
-    def file(self, unit: SourceUnit) -> Path:
-        """Return the file that commits the unit."""
-        return self.files(unit)["commit"]
 
     def files(self, unit: SourceUnit) -> dict[str, Path]:
         """Return the unit's files."""
@@ -157,13 +128,6 @@ class Parse(FilePerItem[SourceUnit]):
 
     def _line(self, records: Records, row: int) -> int | None:
         return None if self.options.format == "images" else records.lines[row]
-
-
-def unit_name(unit: SourceUnit) -> str:
-    """Name a unit by its first file and record, for errors."""
-    first = unit.blocks[0]
-    more = f" and {len(unit.blocks) - 1} more" if len(unit.blocks) > 1 else ""
-    return f"{first.source.path} from record {first.first:,}{more}"
 
 
 def _sentence(name: str, type_: ColumnType, value: Any) -> str:

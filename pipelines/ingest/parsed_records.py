@@ -45,7 +45,7 @@ class ParsedRecords:
     rows: int
     unusable: int
 
-    key = "key"  # see `typed_text.TypedText`
+    key, columns = "key", None  # see `typed_text.TypedText`
 
     @property
     def content(self) -> str | None:
@@ -60,7 +60,7 @@ class ParsedRecords:
             for batch in self._batches()
         )
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        run(connection, "CREATE TABLE records AS SELECT * FROM reader", reader=reader)
+        run(connection, "CREATE TEMP TABLE records AS SELECT * FROM reader", reader=reader)
         run(connection, "CREATE TEMP TABLE bad (number BIGINT)")
 
     def tables(self) -> Iterator[pa.Table]:
@@ -131,7 +131,7 @@ def parse_records(
         counts = merge_counts(survey.read(unit) for unit in units)
         found = {name: count.decide(single=True) for name, count in counts.items()}
     pool = PoolColumns(found, {}, None) if not found else pool_columns(found, options)
-    parse = Parse(options, pool, str(work / "rows"))
+    parse = Parse(options, str(work / "rows"), pool)
     phase("parse", "read the records", parse, units)
     commits = [read_json(parse.files(unit)["commit"]) for unit in units]
     totals = (sum(commit[name] for commit in commits) for name in ("rows", "bad"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import duckdb
 
@@ -35,25 +36,29 @@ class RecordsTable:
 
     def column(self, name: str) -> str:
         """Return what a column is called in the table."""
-        return f"c{self.names.index(name)}"
+        return f"c{self._places[name]}"
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
 
 
-def id_of(columns: dict[str, str]) -> str:
-    """Write the expression for a record's id.
+def content_of(table: RecordsTable) -> str:
+    """Write the expression for all of a record in one text that no record of other values or names has.
 
-    Args:
-      columns: name -> expression of its text; null where the record does not have it.
+    A column without a value adds nothing. Where no record lacks one, that need not be asked for each: one `concat` of all
+    such columns takes half the time of one for each of them.
     """
-    return f"left(sha256({content_of(columns)}), {ID_DIGITS})"
-
-
-def content_of(columns: dict[str, str]) -> str:
-    """Write the expression for all of a record in one text that no other record has; see `id_of`."""
-    parts = [
-        f"CASE WHEN {value} IS NULL THEN '' ELSE {text(f'{len(name)}:{name}')} || strlen({value}) || ':' || {value} END"
-        for name, value in sorted(columns.items())
-    ]
-    return f"concat({', '.join(parts or [text('')])})"
+    counts = ", ".join(f"count({table.column(name)})" for name in table.names)
+    present = dict(zip(table.names, run(table.connection, f"SELECT {counts} FROM records")[0], strict=True))
+    parts: list[str] = []
+    for name in sorted(table.names):
+        value = table.column(name)
+        own = [text(f"{len(name)}:{name}"), f"strlen({value})", "':'", value]
+        parts += (
+            own if present[name] == table.rows else [f"CASE WHEN {value} IS NOT NULL THEN concat({', '.join(own)}) END"]
+        )
+    return f"concat({', '.join(parts)})"
 
 
 def count(connection: duckdb.DuckDBPyConnection) -> int:

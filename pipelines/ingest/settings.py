@@ -1,38 +1,36 @@
-"""What an ingest is asked to do."""
+"""The settings of an ingest: format, columns, types, vectors, sizes."""
 
 from __future__ import annotations
 
 import fnmatch
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from distilbeam.settings import Section, validated
 
 Format = Literal["csv", "jsonl", "tfrecord", "text", "images"]
 TypeName = Literal["int64", "float64", "bool", "string", "binary"]
 
 
-class Vector(BaseModel):
+class Vector(Section):
     """Columns of a CSV file that become one vector column."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     columns: tuple[str, ...] = Field(
         description="names, or patterns with * and ?; in the order of the file", min_length=1
     )
-    dtype: Literal["float32", "uint8", "int32", "int64"] = "float32"
+    dtype: Literal["float32", "uint8", "int32", "int64"] = Field("float32", description="type of its numbers")
     shape: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="of an example; one axis without it"
     )
 
 
-class IngestOptions(BaseModel):
+class IngestOptions(Section):
     """How sources are read.
 
     Vectors are stored as fixed-size binary with `dtype` and `shape` in the field's metadata, which readers view without
     a copy.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Format = Field(description="how the sources are written")
     id_column: str | None = Field(None, description="column with the user's ids; the hash of the content without one")
@@ -82,14 +80,4 @@ def ingest_options(**settings: Any) -> IngestOptions:
     Raises:
       ValueError: a setting that is not valid; a sentence for each.
     """
-    try:
-        return IngestOptions(**settings)
-    except ValidationError as e:
-        raise ValueError("\n".join(dict.fromkeys(_sentence(error) for error in e.errors()))) from e
-
-
-def _sentence(error: Any) -> str:
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    rule = error["msg"].removeprefix("Input ").replace("should", "must", 1)
-    return f"{'.'.join(str(part) for part in error['loc'])}: {rule}, got {error['input']!r}"
+    return validated(IngestOptions, settings)

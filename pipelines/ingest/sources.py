@@ -59,6 +59,11 @@ class SourceUnit:
     uid: str
     blocks: tuple[Block, ...]
 
+    def __str__(self) -> str:
+        first = self.blocks[0]
+        more = f" and {len(self.blocks) - 1} more" if len(self.blocks) > 1 else ""
+        return f"{first.source.path} from record {first.first:,}{more}"
+
 
 def find_sources(paths: Sequence[str], format_: str) -> list[Source]:
     """List the files that paths, directories and glob patterns name, in the order of their names.

@@ -8,58 +8,42 @@ dates, more digits than int64 holds), or with whole numbers beyond 2^53 beside f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from distilbeam.pipelines.ingest.columns import MISSING, ColumnCounts, ColumnType
 from distilbeam.pipelines.ingest.database import run, text
 from distilbeam.pipelines.ingest.records_table import RecordsTable
 from distilbeam.pipelines.ingest.vectors import count_vectors, is_numeric_list, vector_fits, vector_numbers
 
+_PLAIN = r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?"  # most numbers: float64 holds them, and one look tells
 _WHOLE = "[+-]?(0|[1-9][0-9]*)"
 _FRACTION = r"[+-]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(0|[1-9][0-9]*)[eE][+-]?[0-9]+"
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 INFINITE = "[+-]?(inf|Infinity)"
 _CODE = r"[+-]?\.?[0-9].*"
-_FIRST = "+-.0123456789NnIiTtFf"  # of anything but text: most text is told by it without the dearer look
 _BOOLEANS = ("true", "True", "TRUE", "false", "False", "FALSE")
 _EXACT = 2**53  # float64 holds every whole number up to here
 _TYPES = {"int64": "BIGINT", "float64": "DOUBLE"}
-
-
-class TextTypes(Protocol):
-    """What a format writes as text, and how it is read; the arguments are SQL, and so is what is returned."""
-
-    def missing(self, value: str) -> str:
-        """The condition that a value says that there is none."""
-
-    def kind(self, value: str) -> str:
-        """The kind of a value, one of `ColumnCounts.kinds`; null where it is missing."""
-
-    def fits(self, value: str, type_: ColumnType) -> str:
-        """The condition that a value is missing or can be a type."""
-
-    def converted(self, value: str, type_: ColumnType) -> str:
-        """A value that fits as a type; a vector as a list of numbers, nested where it has several axes."""
 
 
 class CsvTypes:
     """Fields of CSV: an empty one is missing, and in a column of numbers or booleans a word that says so."""
 
     def missing(self, value: str) -> str:
-        """See `TextTypes`."""
+        """Write the condition that a value says that there is none."""
         return f"({value} IS NULL OR {_is_one_of(value, MISSING)})"
 
     def kind(self, value: str) -> str:
-        """See `TextTypes`."""
-        return f"""CASE WHEN {value} IS NULL THEN NULL WHEN NOT contains('{_FIRST}', {value}[1]) THEN 'text'
-            WHEN {self.missing(value)} THEN NULL {_number_kind(value)}
-            WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
-            WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END"""
+        """Write the kind of a value, one of `ColumnCounts.kinds`; null where it is missing."""
+        return f"""CASE WHEN {value} IS NULL THEN NULL WHEN contains('NnIiTtFf', {value}[1]) THEN
+            CASE WHEN {_is_one_of(value, MISSING)} THEN NULL WHEN {_is_one_of(value, _BOOLEANS)} THEN 'bool'
+            WHEN {_is_one_of(value, ("inf", "Infinity"))} THEN 'infinite' ELSE 'text' END
+            WHEN contains('+-.0123456789', {value}[1]) THEN CASE {_number_kind(value)}
+            WHEN regexp_full_match({value}, {text(_CODE)}, 's') THEN 'code' ELSE 'text' END ELSE 'text' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """Write the condition that a value is missing or can be a type."""
         if type_.kind in ("string", "binary"):
             return "true"
         fits = (
@@ -70,31 +54,40 @@ class CsvTypes:
         return f"({self.missing(value)} OR {fits})"
 
     def converted(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
-        if type_.kind in ("string", "binary"):
-            return value if type_.kind == "string" else f"encode({value})"
-        word = f"lower({value}) = 'true'" if type_.kind == "bool" else f"TRY_CAST({value} AS {_TYPES[type_.kind]})"
-        return f"CASE WHEN NOT {self.missing(value)} THEN {word} END"
+        """Write a value that fits as a type."""
+        match type_.kind:
+            case "string":
+                return value
+            case "binary":
+                return f"encode({value})"
+            case "bool":
+                return f"CASE lower({value}) WHEN 'true' THEN true WHEN 'false' THEN false END"
+            case "int64":
+                return f"TRY_CAST({value} AS BIGINT)"
+            case _:  # of the words for a missing value NaN alone is a number
+                return f"nullif(TRY_CAST({value} AS DOUBLE), 'nan'::DOUBLE)"
 
 
 class JsonTypes:
     """Values of JSON as their text: a list of numbers is a vector, other lists and objects stay text."""
 
     def missing(self, value: str) -> str:
-        """See `TextTypes`."""
-        return f"({value} IS NULL OR {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]'))"
+        """See `CsvTypes`."""
+        return f"""CASE WHEN {value} IS NULL THEN true WHEN contains('-nN', {value}[1])
+            THEN {value} = 'null' OR regexp_full_match({value}, '-?[nN][aA][nN]') ELSE false END"""
 
     def kind(self, value: str) -> str:
-        """See `TextTypes`."""
-        return f"""CASE WHEN {self.missing(value)} THEN NULL
-            WHEN {value}[1] = '"' THEN CASE WHEN regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
+        """See `CsvTypes`."""
+        return f"""CASE WHEN {value} IS NULL THEN NULL
+            WHEN {value}[1] = '"' THEN CASE WHEN contains('+-.0123456789', {value}[2])
+            AND regexp_full_match({value}, {text(f'"{_CODE}"')}) THEN 'code' ELSE 'text' END
             WHEN {value}[1] = '[' THEN CASE WHEN {is_numeric_list(value)} THEN 'vector' ELSE 'other' END
-            WHEN {value}[1] = '{{' THEN 'other'
+            WHEN {value}[1] = '{{' THEN 'other' WHEN {self.missing(value)} THEN NULL
             WHEN {_is_one_of(value, ("true", "false"))} THEN 'bool' {_number_kind(value)}
             WHEN regexp_full_match(lower({value}), '-?inf(inity)?') THEN 'infinite' ELSE 'other' END"""
 
     def fits(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`."""
         if type_.kind == "string":
             return "true"
         if type_.kind == "binary":
@@ -108,7 +101,7 @@ class JsonTypes:
         return f"({self.missing(value)} OR coalesce({fits}, false))"
 
     def converted(self, value: str, type_: ColumnType) -> str:
-        """See `TextTypes`."""
+        """See `CsvTypes`; a vector is a list of numbers, nested where it has several axes."""
         string = f"CASE WHEN {value}[1] = '\"' THEN json_extract_string({value}, '$') ELSE {value} END"
         if type_.kind in ("string", "binary"):
             word = string if type_.kind == "string" else f"encode({string})"
@@ -119,6 +112,9 @@ class JsonTypes:
         else:
             word = f"TRY_CAST({value} AS {_TYPES[type_.kind]})"
         return f"CASE WHEN NOT {self.missing(value)} THEN {word} END"
+
+
+TextTypes: TypeAlias = CsvTypes | JsonTypes
 
 
 def count_kinds(table: RecordsTable, types: TextTypes, name: str) -> ColumnCounts:
@@ -146,13 +142,14 @@ def shown(value: str | None, types: TextTypes) -> str:
 
 def _is_one_of(value: str, words: Sequence[str]) -> str:
     """Write the condition that a value is one of some words; DuckDB makes a join of IN, which loses the rows' order."""
-    return f"regexp_full_match({value}, {text('|'.join(map(re.escape, words)))})"
+    return f"({' OR '.join(f'{value} = {text(word)}' for word in words)})"
 
 
 def _number_kind(value: str) -> str:
     """Write the cases of a number that is no code."""
     whole, real = f"TRY_CAST({value} AS BIGINT)", f"TRY_CAST({value} AS DOUBLE)"
-    return f"""WHEN regexp_full_match({value}, {text(_WHOLE)}) THEN
+    return f"""WHEN regexp_full_match({value}, {text(_PLAIN)}) THEN CASE WHEN contains({value}, '.') THEN 'float' ELSE 'int' END
+        WHEN regexp_full_match({value}, {text(_WHOLE)}) THEN
         CASE WHEN {whole} IS NULL THEN 'code' WHEN {whole} BETWEEN -{_EXACT} AND {_EXACT} THEN 'int' ELSE 'large' END
         WHEN regexp_full_match({value}, {text(_FRACTION)}) THEN CASE WHEN isfinite({real}) THEN 'float' ELSE 'overflow' END
         WHEN regexp_full_match({value}, {text(INFINITE)}) THEN 'infinite'"""

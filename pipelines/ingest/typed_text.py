@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from distilbeam.pipelines.ingest.conversion import nested_vectors
 from distilbeam.pipelines.ingest.database import arrow, run
 from distilbeam.pipelines.ingest.pool_columns import PoolColumns
 from distilbeam.pipelines.ingest.records import Bad
-from distilbeam.pipelines.ingest.records_table import RecordsTable, content_of
+from distilbeam.pipelines.ingest.records_table import ID_DIGITS, RecordsTable, content_of
 from distilbeam.pipelines.ingest.text_types import TextTypes, shown
 from distilbeam.pipelines.ingest.vectors import field_numbers, fields_fit
 
@@ -41,12 +42,21 @@ class TypedText:
     def key(self) -> str:
         """The expression for what must be unique."""
         name = self.pool.id_column
-        return "id" if name is None else f"({self._value(name)})::VARCHAR"
+        return self._content if name is None else f"({self._value(name)})::VARCHAR"
 
     @property
     def content(self) -> str | None:
-        """The expression for all of a record, where the key is not a hash of it."""
-        return None if self.pool.id_column is None else content_of({n: self.table.column(n) for n in self.table.names})
+        """The expression for all of a record, where the key does not say it."""
+        return None if self.pool.id_column is None else self._content
+
+    @property
+    def columns(self) -> str | None:
+        """What the key is made of, where that is the whole record."""
+        return ", ".join(map(self.table.column, self.table.names)) if self.pool.id_column is None else None
+
+    @cached_property
+    def _content(self) -> str:
+        return content_of(self.table)
 
     def find_bad(self) -> int:
         """Write the numbers of the records that do not fit to the table `bad`; return how many there are."""
@@ -79,17 +89,18 @@ class TypedText:
     def tables(self) -> Iterator[pa.Table]:
         """Convert all records, in their order and with the bad ones, whose values mean nothing."""
         values = [f"{self._value(name)} AS c{i}" for i, name in enumerate(self.pool.columns)]
-        values += [] if self.pool.id_column else ["id"]
+        values += [] if self.pool.id_column else [f"left(sha256({self._content}), {ID_DIGITS}) AS id"]
         step = self._step()
         for start in range(0, self.table.rows, step):
             found = arrow(
                 self.table.connection,
                 f"SELECT {', '.join(values)}, rowid AS number FROM records WHERE rowid BETWEEN {start} AND {start + step - 1}",
             )
-            order = np.argsort(found["number"].to_numpy(), kind="stable")
-            assert len(order) == min(step, self.table.rows - start), "records must be numbered without a gap"
-            if (np.diff(order) != 1).any():  # DuckDB promises no order where it joins
-                found = found.take(order)
+            numbers = np.concatenate([np.from_dlpack(chunk) for chunk in found["number"].chunks])
+            rows = min(step, self.table.rows - start)
+            assert np.array_equal(numbers, np.arange(start, start + rows)), (
+                "records must be in their order without a gap"
+            )
             yield self._packed(found)
 
     def places(self, numbers: Sequence[int]) -> list[tuple[str, int | None]]:
@@ -109,9 +120,9 @@ class TypedText:
 
     def _step(self) -> int:
         """Return how many records are converted at once, by their mean size."""
-        sizes = " + ".join(f"coalesce(strlen({self.table.column(name)}), 0)" for name in self.table.names)
-        mean = run(self.table.connection, f"SELECT avg({sizes}) FROM records WHERE rowid % 8 = 0")[0][0]
-        return max(64, min(_TABLE_ROWS, int(_TABLE_BYTES / (mean + 64))))
+        sizes = ", ".join(f"strlen({self.table.column(name)})" for name in self.table.names)
+        mean = run(self.table.connection, f"SELECT avg(list_sum([{sizes}])) FROM records WHERE rowid % 8 = 0")[0][0]
+        return max(64, min(_TABLE_ROWS, int(_TABLE_BYTES / ((mean or 0) + 64))))
 
     def _is_unsure(self, name: str) -> bool:
         return name in self.unsure or name in self.pool.members or name == self.pool.id_column
@@ -128,8 +139,7 @@ class TypedText:
     def _value(self, name: str) -> str:
         type_ = self.pool.columns[name]
         if name in self.pool.members:
-            numbers = field_numbers(self._members(name), type_.dtype)
-            return f"CASE WHEN {fields_fit(self._members(name), type_.dtype)} THEN {numbers} END"
+            return field_numbers(self._members(name), type_.dtype)  # records that do not fit are left out later
         value = self.types.converted(self.table.column(name), type_)
         return (
             f"CASE WHEN {self.types.fits(self.table.column(name), type_)} THEN {value} END"

@@ -9,15 +9,16 @@ from distilbeam.pipelines.ingest.columns import ColumnCounts, ColumnType
 from distilbeam.pipelines.ingest.database import run, text
 
 _FLOAT32 = 3.4028235677973366e38  # from here on a number is infinite as float32
+_SQL = {"float32": "FLOAT", "uint8": "UTINYINT", "int32": "INTEGER", "int64": "BIGINT"}
 _DEEPEST = 8  # axes of a vector
-_LIST = r"\[[-+0-9.,eE\[\]naifNIty]*\]"
 _FIELD = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Infinity)"
 _WHOLE_FIELD = r"[+-]?[0-9]+(\.0*)?"
 
 
 def is_numeric_list(value: str) -> str:
-    """Write the condition that the text of a JSON list has no other letters than numbers have."""
-    return f"(regexp_full_match({value}, {text(_LIST)}) AND {_depth(value)} <= {_DEEPEST})"
+    """Write the condition that the text of a JSON list holds no text, object, true, false or null, and is not too deep."""
+    others = " AND ".join(f"NOT contains({value}, '{letter}')" for letter in '"{ul')
+    return f"({others} AND {_depth(value)} <= {_DEEPEST})"
 
 
 def count_vectors(counts: ColumnCounts, connection: duckdb.DuckDBPyConnection, column: str) -> None:
@@ -66,19 +67,17 @@ def fields_fit(fields: list[str], dtype: str) -> str:
     line = f"concat_ws(',', {', '.join(f'coalesce({field}, {empty})' for field in fields)})"
     number = f"({_FIELD})" if dtype == "float32" else _WHOLE_FIELD
     written = f"regexp_full_match({line}, {text(f'{number}(,{number})*')})"
-    numbers = field_numbers(fields, dtype)
+    numbers = f"[{', '.join(f'TRY_CAST({field} AS {_SQL[dtype]})' for field in fields)}]"
     if dtype == "float32":
         held = f"({_within(numbers, -_FLOAT32, _FLOAT32)} OR contains(lower({line}), 'inf'))"
     else:
-        bounds = np.iinfo(dtype)
-        held = f"len({numbers}) = list_count({numbers}) AND {_within(numbers, int(bounds.min), int(bounds.max))}"
+        held = f"len({numbers}) = list_count({numbers})"
     return f"CASE WHEN {written} THEN {held} ELSE false END"
 
 
 def field_numbers(fields: list[str], dtype: str) -> str:
-    """Write fields of CSV as a list of numbers, float64 or int64."""
-    type_ = "DOUBLE" if dtype == "float32" else "BIGINT"
-    return f"[{', '.join(f'TRY_CAST({field} AS {type_})' for field in fields)}]"
+    """Write fields of CSV as a list of numbers; 0 for what is none."""
+    return f"[{', '.join(f'coalesce(TRY_CAST({field} AS {_SQL[dtype]}), 0)' for field in fields)}]"
 
 
 def _holds(real: str, whole: str, fraction: str, special: str, depth: int) -> str:
@@ -114,12 +113,12 @@ def _parsed(value: str, type_: str, depth: int) -> str:
 
 
 def _depth(value: str) -> str:
-    return f"(length({value}) - length(ltrim({value}, '[')))"
+    return f"CASE WHEN {value}[2] = '[' THEN length({value}) - length(ltrim({value}, '[')) ELSE 1 END"
 
 
 def _is_fraction(value: str) -> str:
-    return f"regexp_matches({value}, '[.eEnN]')"
+    return f"CASE WHEN contains({value}, '.') THEN true ELSE regexp_matches({value}, '[eEnN]') END"
 
 
 def _is_special(value: str) -> str:
-    return f"regexp_matches({value}, '[nN]')"
+    return f"(contains({value}, 'n') OR contains({value}, 'N'))"

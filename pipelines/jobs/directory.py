@@ -18,7 +18,7 @@ from distilbeam.pipelines.pool.splits import root_of
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json, sweep
 from distilbeam.storage.lease import FOLDER as LEASE
-from distilbeam.storage.paths import is_remote, read_texts, within
+from distilbeam.storage.paths import is_remote, read_texts, to_path
 from distilbeam.storage.private_folders import remove_left
 from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.placing import commit_all_left
@@ -217,12 +217,11 @@ class RunDirectory:
 
 
 @contextmanager
-def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirectory]:
+def opened_run(config: RunConfig | LabelConfig) -> Iterator[RunDirectory]:
     """Create or reopen the run directory of a configuration and hold it until the block ends.
 
     Args:
-      config: the configuration.
-      base: directory that relative paths are relative to.
+      config: the configuration, with absolute paths.
 
     Yields:
       The run directory.
@@ -230,8 +229,8 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
     Raises:
       ValueError: the directory cannot be written, is held by another process, or belongs to another configuration.
     """
-    root = within(base, config.run.directory).resolve()
-    _check_apart(config, base)
+    root = to_path(config.run.directory).resolve()
+    _check_apart(config)
     if is_remote(root) and isinstance(config, RunConfig):
         raise ValueError(
             f"run.directory must be on a file system, a run trains students there; got {root}. Labelling jobs (without "
@@ -256,7 +255,7 @@ def opened_run(config: RunConfig | LabelConfig, base: Path) -> Iterator[RunDirec
             raise
 
 
-def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
+def check_former(config: RunConfig | LabelConfig) -> None:
     """Say at once, without holding or making anything, that a run directory belongs to another configuration.
 
     Of an object store nothing is asked yet.
@@ -264,14 +263,14 @@ def check_former(config: RunConfig | LabelConfig, base: Path) -> None:
     Raises:
       ValueError: it does.
     """
-    directory = RunDirectory(within(base, config.run.directory))
+    directory = RunDirectory(to_path(config.run.directory))
     if not store_of(directory.root).by_request and directory.config.exists():
         _checked(directory, config)
 
 
-def planned_run(config: RunConfig | LabelConfig, base: Path) -> RunDirectory:
+def planned_run(config: RunConfig | LabelConfig) -> RunDirectory:
     """Give the directory that a configuration would work in, without holding or making anything; see `opened_run`."""
-    directory = RunDirectory(within(base, config.run.directory).resolve())
+    directory = RunDirectory(to_path(config.run.directory).resolve())
     if isinstance(config, RunConfig) and directory.config.exists():
         return _checked(directory, config)
     return directory
@@ -312,8 +311,8 @@ def _below(inner: Path, outer: Path) -> str:
     return inner.relative_to(outer).as_posix()
 
 
-def _check_apart(config: RunConfig | LabelConfig, base: Path) -> None:
-    root, pool = within(base, config.run.directory), within(base, config.data.pool)
+def _check_apart(config: RunConfig | LabelConfig) -> None:
+    root, pool = to_path(config.run.directory), to_path(config.data.pool)
     if store_of(root) is store_of(pool):
         require_apart(root, pool, "data.pool")
 

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.acquisition.find_unusable import FindUnusable
-from distilbeam.pipelines.acquisition.herding import candidates_share
-from distilbeam.pipelines.acquisition.score import Candidates, Score
+from distilbeam.pipelines.acquisition.score import Score
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import (
     gather_unusable,
@@ -119,16 +118,13 @@ class Job:
         self.check_teacher()
         choice = self._choice_of_round(number)
         student, units = self.directory.student(number), self.run.inputs.pool.units
-        if choice.method == "uniform":
+        if choice.scored is None:
             self.phases.carry_out("check", self._find_unusable(student, choice.gains), units, progress)
             choice = replace(choice, bought=(*choice.bought, str(unusable_directory(choice.gains))))
         else:
             score = self._score_work(student, choice.gains, choice.bought)
-            if choice.method == "herding":
-                left = self.run.inputs.pool.rows - choice.budget * number
-                share = candidates_share(left, choice.budget)
-                candidates = Candidates(share, choice.seed, choice.round, str(choice.embeddings))
-                score = replace(score, candidates=candidates)
+            candidates = choice.candidates(self.run.inputs.pool.rows - choice.budget * number)
+            score = replace(score, gain=choice.scored, candidates=candidates)
             self.phases.carry_out("score", score, units, progress)
         if unusable := gather_unusable(choice.gains, units):
             log.warning(unusable_sentence(unusable, unusable_list(choice.gains)))
@@ -288,6 +284,7 @@ class Job:
             seed=self.config.run.seed,
             round=number,
             digests={"pool": self.run.inputs.pool.digest, "teacher": self.run.fingerprint, **digests},
+            gain=self.config.selection.gain,
         )
 
     def _estimates(self, output: Path, student: Path) -> str:

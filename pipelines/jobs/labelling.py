@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -127,10 +126,10 @@ class LabellingJob(PoolLabels):
 
 
 @contextmanager
-def opened_job(config: LabelConfig, base: Path) -> Iterator[LabellingJob]:
+def opened_job(config: LabelConfig) -> Iterator[LabellingJob]:
     """Create or reopen a labelling job and hold its directory until the block ends; see `directory.opened_run`."""
-    with opened_run(config, base) as directory:
-        yield LabellingJob(config, base, directory)
+    with opened_run(config) as directory:
+        yield LabellingJob(config, directory)
 
 
 def write_metrics(job: LabellingJob, plan: LabelPlan, done: PhaseReport) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.freeze import changed_files
 from distilbeam.pipelines.jobs.labelling import LabellingJob
 from distilbeam.pipelines.jobs.run import Run
-from distilbeam.storage.paths import to_path, within
-from distilbeam.toml_files import read_toml
+from distilbeam.settings import read_toml
+from distilbeam.storage.paths import to_path
 
 
 def pool_problems(config: Path, dataset: str) -> list[str]:
@@ -28,16 +28,16 @@ def pool_problems(config: Path, dataset: str) -> list[str]:
     """
     if "data" not in read_toml(config):
         return []
-    settings, base = load_any_config(config), config.parent.resolve()
-    directory = RunDirectory(within(base, settings.run.directory).resolve())
+    settings = load_any_config(config)
+    directory = RunDirectory(to_path(settings.run.directory).resolve())
     labels = to_path(dataset).resolve()
     if isinstance(settings, LabelConfig):
-        job = LabellingJob(settings, base, directory)
+        job = LabellingJob(settings, directory)
         changed = job.changed_files() if labels == job.dataset.resolve() else []
         way_out = "'distilbeam label' asks its changed rows again"
     else:
         ours = labels.is_relative_to(directory.root) and directory.frozen.exists()
-        changed = changed_files(Run(settings, base, directory)) if ours else []
+        changed = changed_files(Run(settings, directory)) if ours else []
         way_out = "put it back, or start a new run.directory"
     if not changed:
         return []

@@ -17,7 +17,7 @@ from distilbeam.pipelines.labelling.shard_plan import Bounds
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.pool.splits import Pool, plan_pool
-from distilbeam.storage.paths import within
+from distilbeam.storage.paths import to_path
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, read_manifest
 from distilbeam.teacher.softlabels.manifest import manifest_files
 from distilbeam.teacher.softlabels.placing import placed_entries
@@ -29,17 +29,16 @@ class PoolLabels:
 
     Args:
       config: the configuration.
-      base: directory that relative paths are relative to.
       directory: the job's directory, held by this process where anything is to be done.
 
     Raises:
       ValueError: a column that is read or carried has a name of ours.
     """
 
-    def __init__(self, config: LabelConfig, base: Path, directory: RunDirectory) -> None:
+    def __init__(self, config: LabelConfig, directory: RunDirectory) -> None:
         data, read = config.data, config.teacher.input.columns
         require_free_for_labelling(data.carry, read, data.id, "data.carry")
-        self.config, self.base, self.directory = config, base, directory
+        self.config, self.directory = config, directory
 
     @property
     def dataset(self) -> Path:
@@ -70,8 +69,8 @@ class PoolLabels:
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
         columns = self.config.teacher.input.columns
-        told = with_probe_shape(self.config.teacher, self.base, first_rows(self.pool, columns))
-        return teacher_text(told, self.base, self.config.data.classes)
+        told = with_probe_shape(self.config.teacher, first_rows(self.pool, columns))
+        return teacher_text(told, self.config.data.classes)
 
     @cached_property
     def spec(self) -> SoftLabelSpec:
@@ -121,7 +120,7 @@ class PoolLabels:
 
     def pool(self) -> Pool:
         """Plan the pool as it is now: its footers are read."""
-        where = within(self.base, self.config.data.pool)
+        where = to_path(self.config.data.pool)
         return plan_pool(where, self.config.engine.unit_rows, "data.pool", self.columns)
 
     @property

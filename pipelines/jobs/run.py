@@ -45,19 +45,18 @@ class Run:
     """What a run's configuration resolves to in its directory.
 
     Args:
-      config: the configuration.
-      base: directory that its relative paths are relative to.
+      config: the configuration, with absolute paths.
       directory: the run directory, held by this process where anything is written.
     """
 
-    def __init__(self, config: RunConfig, base: Path, directory: RunDirectory) -> None:
-        self.config, self.base, self.directory = config, base, directory
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self.config, self.directory = config, directory
         trust_config(config.student)
 
     @cached_property
     def inputs(self) -> Inputs:
         """The data, planned and checked."""
-        return self.directory.suited(load_inputs(self.config, self.base, self.directory.former_classes()))
+        return self.directory.suited(load_inputs(self.config, self.directory.former_classes()))
 
     def labelled_set(self, name: str) -> LabelledSet:
         """Return the labelled, validation or test set."""
@@ -72,8 +71,8 @@ class Run:
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
         columns = self.config.teacher.input.columns
-        told = with_probe_shape(self.config.teacher, self.base, first_rows(lambda: self.inputs.pool, columns))
-        return teacher_text(told, self.base, self.inputs.classes)
+        told = with_probe_shape(self.config.teacher, first_rows(lambda: self.inputs.pool, columns))
+        return teacher_text(told, self.inputs.classes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,7 +246,7 @@ class Run:
     def student_config(self, **changes: Any) -> StudentConfig:
         """Return the student's configuration with some settings changed and its files' paths resolved: workers start elsewhere."""
         student = self.config.student
-        return student.model_copy(update={"input": student.input.relative_to(self.base), **changes})
+        return student.model_copy(update=changes)
 
     def train(
         self,

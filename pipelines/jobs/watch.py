@@ -1,4 +1,4 @@
-"""Watch: look for files, freeze windows, label them, until told to end.
+"""A watched directory: files are looked for, frozen into windows and labelled, until the job is told to end.
 
     look ──▶ whole new files ──▶ a window closes (time, number of files) ──▶ journal ──▶ phases ──▶ done ──▶ look ...
 

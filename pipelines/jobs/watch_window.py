@@ -70,7 +70,7 @@ class WindowWork:
     def student(self) -> str:
         """Directory of the student that scores."""
         assert self.settings.student is not None
-        return str((self.job.base / self.settings.student).resolve())
+        return str(Path(self.settings.student).resolve())
 
     def student_columns(self) -> tuple[str, ...]:
         """Columns that the student reads."""

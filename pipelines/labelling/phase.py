@@ -1,4 +1,4 @@
-"""Label: the phase that asks the teacher about rows and commits shards of soft labels.
+"""The label phase: asks the teacher about rows and commits shards of soft labels.
 
 A worker reads the rows of each shard of its task, labels them and places the shard; flushing it to the disk and its
 manifest entry, which is the commit, follow while the next one is labelled. A killed process loses no placed shard, and of

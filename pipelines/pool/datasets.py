@@ -13,7 +13,7 @@ from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet, RawSet, join_sets, read_set
 from distilbeam.pipelines.pool.reserved_names import require_free_names
 from distilbeam.pipelines.pool.splits import Pool, find_files, plan_pool, plan_units
-from distilbeam.storage.paths import within
+from distilbeam.storage.paths import to_path
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,11 @@ class Inputs:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> Inputs:
+def load_inputs(config: RunConfig, former: tuple[str, ...] = ()) -> Inputs:
     """Plan the pool, read the labelled sets and check them.
 
     Args:
       config: the configuration.
-      base: directory that relative paths are relative to.
       former: the classes that the run directory was started with, whose order is kept where they are still the same.
 
     Returns:
@@ -86,16 +85,14 @@ def load_inputs(config: RunConfig, base: Path, former: tuple[str, ...] = ()) -> 
     _require_names(config)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
     wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
-    pool = plan_pool(within(base, data.pool), config.engine.unit_rows, "data.pool", wanted)
+    pool = plan_pool(to_path(data.pool), config.engine.unit_rows, "data.pool", wanted)
     require_columns(pool.columns, wanted, "data.pool")
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
     schema = pa.schema(pool.types)
-    raw = [_read(base / path, name, config, read) for name, path in _sets(config).items()]
+    raw = [_read(Path(path), name, config, read) for name, path in _sets(config).items()]
     for one in raw:
         _require_types(schema, one.table.schema, read, one.name)
-    sets, classes = join_sets(
-        raw, data.label, data.classes, former, data.integers, config.student.input.relative_to(base)
-    )
+    sets, classes = join_sets(raw, data.label, data.classes, former, data.integers, config.student.input)
     _require_budget(config, pool)
     test = sets.get("data.test", sets["data.validation"])
     return Inputs(

@@ -56,7 +56,7 @@ def write_report(where: RunDirectory, progress: Progress) -> None:
         results=results,
         columns=_COLUMNS,
         rows=table_rows(results),
-        sentences=[*calls_sentences(results), *([f"{results['variant']}."] if "variant" in results else [])],
+        sentences=_sentences(results),
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
         class_columns=CLASS_COLUMNS,
         classes=class_rows(results.get("classes", []), results.get("worst", [])),
@@ -69,6 +69,13 @@ def write_report(where: RunDirectory, progress: Progress) -> None:
     with replacing(where.report / "report.html") as temporary:
         temporary.write_text(html)
     progress.step(2, 2)
+
+
+def _sentences(results: dict[str, Any]) -> list[str]:
+    """Say below the table what was paid, what the last student is, and what its training ran in."""
+    ran = [f"The last student's training ran {results['ran']}."] if "ran" in results else []
+    variant = [f"{results['variant']}."] if "variant" in results else []
+    return [*calls_sentences(results), *variant, *ran]
 
 
 def _exports(where: RunDirectory) -> list[dict[str, Any]]:

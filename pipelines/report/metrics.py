@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
 from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
@@ -18,6 +17,7 @@ from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
+from distilbeam.selection.gains import gain_named
 from distilbeam.storage.files import read_json, write_json
 from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class, worst_classes
 from distilbeam.teacher.protocol import Teacher
@@ -65,6 +65,8 @@ def write_results(run: Run, progress: Progress) -> None:
         if (student := final_student(run)) is not None:
             row = _student_row(run, student, name, "student, final", sum(b["rows"] for b in bought))
             results["final"]["row"] = row
+    if (ran := cached_student(str(final_student(run) or where.student(kept))).extra.get("precision")) is not None:
+        results["ran"] = ran
     if (sentence := where.sentence(config.run.rounds)) is not None:
         results["variant"] = sentence
     if (own := where.beside(config.run.rounds)) is not None:
@@ -119,7 +121,7 @@ def _teacher_footprint(run: Run) -> dict[str, Any]:
     if config.kind not in MAY_BE_PAID:
         latency = _teacher_latency(run, teacher)
     models = [getattr(config, name) for name in config.paths() if name in ("model", "weights")]
-    paths = [run.base / path for path in (*models, *getattr(config, "files", ())) if path is not None]
+    paths = [Path(path) for path in (*models, *getattr(config, "files", ())) if path is not None]
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"parameters": getattr(teacher, "num_parameters", None), "size_bytes": size or None, **latency}
@@ -161,9 +163,9 @@ def _round(run: Run, number: int, summary: dict[str, Any]) -> dict[str, Any]:
         "summary": summary,
         **{name: plan.get(name) for name in ("method", "budget", "examples", "wrong", "value")},
     }
-    if plan["method"] == "uniform":
-        return entry
     gains = [_column(file, "gain") for file in sorted(run.directory.gains(number).glob("*.parquet"))]
+    if not gains:  # of a choice that does not look at the examples
+        return entry
     edges = np.linspace(0, max(float(g.max(initial=0)) for g in gains), _BINS + 1)
     bought = np.concatenate([_column(path, "gain") for path in read_manifest(run.directory.labels(number)).paths()])
     return {
@@ -179,7 +181,8 @@ def _validation_curve(run: Run, number: int, edges: npt.NDArray[np.float64]) -> 
     """Count the validation examples, and those that the teacher has right, by the gain that the round's student gives them."""
     answers = run.answers("validation")
     answered = ~np.isnan(answers).any(axis=1)
-    gain = GAINS[run.config.selection.gain](run.student_logits(run.directory.chooser(number), "validation"))
+    scored = run.config.selection.scored or run.config.selection.gain
+    gain = gain_named(scored)(run.student_logits(run.directory.chooser(number), "validation"))
     right = answers.argmax(axis=1) == run.truth("validation")
     count = np.histogram(gain[answered], edges)[0]
     return {"count": count.tolist(), "right": np.histogram(gain[answered & right], edges)[0].tolist()}

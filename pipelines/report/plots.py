@@ -117,7 +117,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
         ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-4, 7), ha="right", color=STUDENT)
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
-    ax.legend(frameon=False, loc="lower right")
+    _legend_below(figure, ax)
     return figure
 
 
@@ -132,7 +132,7 @@ def _bought(results: dict[str, Any]) -> Figure:
         right.set_title(f"round {number + 1}", loc="left")
     axes[0, 0].set_ylabel("teacher right on\nvalidation (%)")
     axes[1, 0].set_ylabel("share of examples (%)")
-    axes[1, -1].legend(frameon=False)
+    _legend_below(figure, axes[1, -1])
     return figure
 
 
@@ -164,7 +164,7 @@ def _footprint(results: dict[str, Any]) -> Figure:
     if "own" in results:
         rows.append((results["own"], UNIFORM, "the run's own student"))
     rows.append((results["students"][-1], STUDENT, "student after"))
-    figure = Figure(figsize=(9.6, 3.8))
+    figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, key, label in (
         (left, "size_bytes", "size (KB)"),
@@ -178,10 +178,16 @@ def _footprint(results: dict[str, Any]) -> Figure:
         ax.set_xlabel(label)
         ax.margins(0.25)
     left.set_ylabel(f"accuracy on the {results['evaluated_on']} set (%)")
-    right.legend(frameon=False, loc="lower right")
+    _legend_below(figure, right)
     return figure
 
 
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    """Put the legend below the axes, where it covers no point."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

@@ -67,7 +67,7 @@ class LabelExamples(beam.PTransform):
         if estimates is not None:
             require_free_names(spec.carried, "spec.carried")
         self.labelling = Labelling(
-            teacher=teacher_text(config, Path(base).resolve(), spec.classes),
+            teacher=teacher_text(config.relative_to(Path(base).resolve()), spec.classes),
             spec=spec,
             id_column=id_column,
             teacher_batch=teacher_batch,

@@ -27,12 +27,12 @@ from apache_beam.transforms.trigger import DefaultTrigger
 from apache_beam.transforms.window import GlobalWindow, GlobalWindows
 from apache_beam.utils.windowed_value import PaneInfoTiming
 
-from distilbeam.pipelines.acquisition.score import GAINS
 from distilbeam.pipelines.acquisition.usable_answers import ask_student
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.pool.reserved_names import require_free_names
 from distilbeam.pipelines.transforms.combine_gains import Floats32, GatheredGains, GatherGains
+from distilbeam.selection.gains import gain_named
 from distilbeam.selection.rounding import round_carries, round_shard, shard_rng
 from distilbeam.selection.sketch.threshold import Threshold
 from distilbeam.student.trust import trusted
@@ -55,7 +55,7 @@ class SelectExamples(beam.PTransform):
       student: directory of the student that scores the examples.
       budget: examples to choose in each window.
       wrong_share: expected share of wrong teacher labels, in [0, 1]: one minus its accuracy on a validation set.
-      gain: "margin", "entropy" or "least_confidence".
+      gain: one of `selection.gains.GAINS`: margin, entropy, least_confidence.
       seed: of the rounding.
       shards: parts in which a window's batches wait; a worker holds one part in memory.
       trust: modules whose code the student may call, besides what this process trusts; see `student.trust`.
@@ -82,8 +82,7 @@ class SelectExamples(beam.PTransform):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= wrong_share <= 1:
             raise ValueError(f"wrong_share must be between 0 and 1, got {wrong_share}")
-        if gain not in GAINS:
-            raise ValueError(f"gain must be one of {', '.join(GAINS)}, got {gain!r}")
+        gain_named(gain)
         self.student, self.budget, self.wrong_share = str(student), budget, wrong_share
         self.gain, self.seed, self.shards = gain, seed, shards
         self.trust = (*trusted(), *trust)
@@ -170,7 +169,7 @@ class _ScoreBatch(beam.DoFn):
             log.warning("%d row(s) left out, the first: %s", len(said.reasons), next(iter(said.reasons.values())))
             batch = batch.take(pa.array(said.rows))
         if batch.num_rows:
-            gains = GAINS[self.gain](said.logits).astype(np.float32)
+            gains = gain_named(self.gain)(said.logits).astype(np.float32)
             digest = batch_digest(batch)
             yield int(digest[:8], 16) % self.shards, (digest, batch, gains)
 

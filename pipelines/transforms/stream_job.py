@@ -28,6 +28,7 @@ from distilbeam.pipelines.transforms.label_examples import LabelExamples
 from distilbeam.pipelines.transforms.messages import MessagesToBatches, parse_schema
 from distilbeam.pipelines.transforms.select_examples import SelectExamples
 from distilbeam.pipelines.transforms.write_soft_labels import WriteSoftLabels
+from distilbeam.settings import SET_HELP, SET_METAVAR
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 SOURCES = ("pubsub", "kafka", "parquet")
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the job's own options."""
     options = argparse.ArgumentParser(prog="python -m distilbeam.pipelines.transforms.stream_job", allow_abbrev=False)
     options.add_argument("--config", required=True, help="configuration of a labelling job (TOML)")
+    options.add_argument("--set", action="append", default=[], metavar=SET_METAVAR, help=SET_HELP)
     options.add_argument(
         "--source", required=True, help="pubsub:SUBSCRIPTION, kafka:BROKER,...:TOPIC or parquet:PATTERN"
     )
@@ -123,7 +125,7 @@ def read_source(pipeline: Any, source: str, schema: str, window_s: float) -> Any
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the pipeline and run it."""
     own, flags = parser().parse_known_args(arguments)
-    config = load_any_config(Path(own.config))
+    config = load_any_config(Path(own.config), own.set)
     if not isinstance(config, LabelConfig):
         raise ValueError(f"--config must describe a labelling job, {own.config} describes a run")
     options = stream_options(flags, own.source)
@@ -151,10 +153,14 @@ def _spec(config: LabelConfig, base: Path) -> SoftLabelSpec:
         temperature=labels.temperature,
         storage=labels.storage,
         classes=data.classes or None,
-        teacher=cached_teacher(teacher_text(config.teacher, base, data.classes)).fingerprint(),
+        teacher=cached_teacher(teacher_text(config.teacher.relative_to(base), data.classes)).fingerprint(),
         carried=data.carry,
     )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

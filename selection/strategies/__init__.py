@@ -1,5 +1,5 @@
 """Acquisition strategies: what to buy, behind one interface.
 
-Read in this order: selectors, herding, diverse, robust.
+Read in this order: registry (their names), selectors (the base class and the plain ones), herding, diverse, robust.
 Imports: games.
 """

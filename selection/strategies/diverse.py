@@ -21,7 +21,6 @@ from scipy.special import softmax
 from sklearn.cluster import AgglomerativeClustering
 
 from distilbeam.selection.checks import Floats
-from distilbeam.selection.gains import margin_gain
 from distilbeam.selection.rounding import Bools, Indices
 from distilbeam.selection.strategies.selectors import CandidatePool, Selector, mask
 
@@ -34,6 +33,7 @@ class KCenter(Selector):
     """
 
     name: ClassVar[str] = "k-center"
+    reads: ClassVar[tuple[str, ...]] = ("embeddings",)
     distributes: ClassVar[bool] = False
     limit: int | None = 1_000_000
 
@@ -63,20 +63,23 @@ class ClusterMargin(Selector):
       oversampling: candidates for each example of the budget.
       cluster_size: mean number of candidates in a cluster.
       candidate_limit: largest number of candidates, whose squared number of distances is held in memory.
+      gain: a key of `gains.GAINS`, small margins being large gains.
     """
 
     name: ClassVar[str] = "cluster-margin"
+    reads: ClassVar[tuple[str, ...]] = ("gains", "embeddings")
     distributes: ClassVar[bool] = False
     oversampling: float = 10.0
     cluster_size: float = 10.0
     candidate_limit: int = 20_000
+    gain: str = "margin"
 
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools:
         if budget > self.candidate_limit:
             raise ValueError(
                 f"budget must be at most the {self.candidate_limit:,} candidates that {self.name} clusters in memory, got {budget:,}"
             )
-        gains = margin_gain(pool.require_logits(self.name))
+        gains = pool.gains_by(self.gain, self.name)
         points = pool.require_embeddings(self.name)
         count = min(max(int(self.oversampling * budget), budget), pool.size, self.candidate_limit)
         candidates = np.lexsort((rng.random(pool.size), -gains))[:count]
@@ -94,6 +97,7 @@ class Badge(Selector):
     """
 
     name: ClassVar[str] = "badge"
+    reads: ClassVar[tuple[str, ...]] = ("logits", "embeddings")
     distributes: ClassVar[bool] = False
     limit: int | None = 1_000_000
 
@@ -120,7 +124,7 @@ def spread_by_distance(
       size: number of points.
       budget: number to draw, at most `size`.
       squared_distances: gives float64 [size], the squared distances of all points from one.
-      rng: source of randomness.
+      rng: draws the points, the first one uniformly.
 
     Returns:
       int64 [budget], distinct; where only coincident points are left, these are drawn alike.

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from distilbeam.selection.checks import Floats
 from distilbeam.selection.rounding import Bools, Indices
-from distilbeam.selection.strategies.selectors import GAINS, CandidatePool, Selector, mask
+from distilbeam.selection.strategies.selectors import CandidatePool, Selector, mask
 
 Floats32 = npt.NDArray[np.float32]
 
@@ -43,20 +43,21 @@ class Herding(Selector):
     """Choose what covers the uncertain examples best, one after the other; see `herd`.
 
     Attributes:
-      gain: a key of `GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
       references: most examples that the objective is summed over.
     """
 
     name: ClassVar[str] = "herding"
+    reads: ClassVar[tuple[str, ...]] = ("gains", "embeddings")
     distributes: ClassVar[bool] = False
     limit: int | None = 1_000_000
     gain: str = "margin"
     references: int = 8192
 
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools:
-        gains = GAINS[self.gain](pool.require_logits(self.name))
-        points = pool.require_embeddings(self.name)
-        known = pool.centres(points.shape[1])
+        gains = pool.gains_by(self.gain, self.name)
+        points = pool.require_embeddings(self.name, None)  # float32 as they are kept: doubles would double the memory
+        known = pool.centres(points.shape[1], None)
         return mask(herd(points, gains, known, budget, rng, self.references), pool.size)
 
 

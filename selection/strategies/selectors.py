@@ -1,28 +1,15 @@
-"""The field's selectors of examples to label, behind one interface, so that they can be compared.
+"""The base class of acquisition strategies, the pool as they see it, and the three plain ones: chance, largest gains, the game.
 
     selector("rad", wrong=120).select(pool, budget, rng)  ->  bool [n], exactly `budget` of them True
 
-| name | what it buys | needs | pool |
-|---|---|---|---|
-| uniform | chance | nothing | distributes |
-| margin, entropy, least-confidence | the largest gains | logits | distributes |
-| rad | the game against the teacher's mistakes | logits, the number of wrong labels | distributes |
-| rad-loss | the game in which a wrong label also costs | logits, the number of wrong labels | distributes |
-| rad-capped | the game with local bounds of the error rate | logits, local errors and caps | distributes |
-| correct-gain | the largest expected gains of right labels | logits, local errors | distributes |
-| k-center | points that cover the embedding space | embeddings | in memory |
-| cluster-margin | small margins, spread over clusters | logits, embeddings | candidates in memory |
-| herding | what covers the uncertain examples | logits, embeddings | in memory |
-| badge | large gradients in different directions | logits, embeddings | in memory |
-
-Those that distribute are functions of each point's own gain and one threshold (`distilbeam.selection.sketch.gain_sketch`); this module
-computes them on one machine. The others compare points with each other; they refuse pools beyond their `limit`.
+`registry` lists them all. Those that distribute are functions of each point's own gain and one threshold
+(`distilbeam.selection.sketch.gain_sketch`); this module computes them on one machine. The others compare points with each
+other; they refuse pools beyond their `limit`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,15 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from distilbeam.selection.checks import Floats, as_budget, as_scores, require_each, require_same_length
-from distilbeam.selection.gains import entropy_gain, least_confidence_gain, margin_gain
+from distilbeam.selection.gains import gain_named
 from distilbeam.selection.games.rad import rad_marginals
 from distilbeam.selection.rounding import Bools, dep_round
-
-GAINS: dict[str, Callable[[npt.ArrayLike], Floats]] = {
-    "margin": margin_gain,
-    "entropy": entropy_gain,
-    "least-confidence": least_confidence_gain,
-}
 
 
 @dataclass(frozen=True)
@@ -46,12 +27,13 @@ class CandidatePool:
     """The unlabelled examples as selectors see them.
 
     Attributes:
-      size: n, the number of examples.
+      size: n, the number of examples without a label.
       logits: float [n, C], the student's, or None.
       embeddings: float [n, d], for instance the student's last hidden layer, or None.
       labelled_embeddings: float [m, d] of the examples that have a label already; None counts as none.
       errors: float [n] in [0, 1], the teacher's estimated error rate at each example (`LocalErrors`), or None.
       caps: float [n] in [0, 1], the largest error rate that is believable at each example, or None.
+      gains: float [n], non-negative, where they are known already; None to compute a strategy's own from the logits.
     """
 
     size: int
@@ -60,6 +42,19 @@ class CandidatePool:
     labelled_embeddings: npt.NDArray[np.floating] | None = None
     errors: npt.NDArray[np.floating] | None = None
     caps: npt.NDArray[np.floating] | None = None
+    gains: npt.NDArray[np.floating] | None = None
+
+    def gains_by(self, gain: str, selector: str) -> Floats:
+        """Return the gains in float64: those that are known, else those of a name in `gains.GAINS`.
+
+        Raises:
+          ValueError: there are neither gains nor logits, their number is not n, or the name is unknown.
+        """
+        if self.gains is None:
+            return gain_named(gain)(self.require_logits(selector))
+        gains = np.asarray(self.gains, np.float64)
+        require_same_length(pool=np.empty(self.size), gains=gains)
+        return gains
 
     def require_logits(self, selector: str) -> Floats:
         """Return the logits in float64.
@@ -73,15 +68,15 @@ class CandidatePool:
         require_same_length(pool=np.empty(self.size), logits=logits)
         return logits
 
-    def require_embeddings(self, selector: str) -> Floats:
-        """Return the embeddings in float64.
+    def require_embeddings(self, selector: str, dtype: type[np.floating] | None = np.float64) -> npt.NDArray[Any]:
+        """Return the embeddings, in float64 or in the type given; None keeps the one they have.
 
         Raises:
           ValueError: there are none, their number is not n, or one is not finite.
         """
         if self.embeddings is None:
             raise ValueError(f"embeddings must be given for the selector {selector}, got none")
-        return _as_embeddings("embeddings", self.embeddings, self.size)
+        return _as_embeddings("embeddings", self.embeddings, self.size, dtype)
 
     def require_rates(self, field: str, selector: str) -> Floats:
         """Return `errors` or `caps` in float64.
@@ -97,11 +92,12 @@ class CandidatePool:
         require_each(field, array, (array >= 0) & (array <= 1), "between 0 and 1")
         return array
 
-    def centres(self, dimension: int) -> Floats:
-        """Return the labelled embeddings in float64, [0, dimension] if there are none."""
+    def centres(self, dimension: int, dtype: type[np.floating] | None = np.float64) -> npt.NDArray[Any]:
+        """Return the labelled embeddings, in float64 or as `require_embeddings`; [0, dimension] if there are none."""
         if self.labelled_embeddings is None:
-            return np.zeros((0, dimension))
-        labelled = _as_embeddings("labelled_embeddings", self.labelled_embeddings, len(self.labelled_embeddings))
+            return np.zeros((0, dimension), dtype or np.float32)
+        labelled = self.labelled_embeddings
+        labelled = _as_embeddings("labelled_embeddings", labelled, len(labelled), dtype)
         if labelled.shape[1] != dimension:
             raise ValueError(
                 f"labelled_embeddings must have the pool's {dimension} dimensions, got {labelled.shape[1]}"
@@ -112,13 +108,19 @@ class CandidatePool:
 class Selector(ABC):
     """A rule for choosing examples.
 
+    A rule of one's own is a subclass with `name`, `reads` and `_select`; a line in `registry.STRATEGIES`, or its name
+    `module:Class`, leads there from a run's `selection.method`.
+
     Attributes:
-      name: as in `selector`.
+      name: the name by which `selector` and `selection.method` find it.
+      reads: which fields of a `CandidatePool` it reads, of "gains" (or the logits that they follow from), "logits",
+        "embeddings", "errors" and "caps".
       distributes: whether it needs no more of the pool at a time than a shard.
       limit: largest pool that it accepts, None if any.
     """
 
     name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
     distributes: ClassVar[bool] = True
     limit: int | None = None
 
@@ -138,6 +140,8 @@ class Selector(ABC):
         """
         budget = as_budget(budget, pool.size)
         if self.limit is not None and pool.size > self.limit:
+            from distilbeam.selection.strategies.registry import distributing  # which names the classes of this module
+
             raise ValueError(
                 f"pool must hold at most {self.limit:,} examples for the selector {self.name}, which compares examples "
                 f"with each other in memory, got {pool.size:,}; use {', '.join(distributing())}, or a random part of the pool"
@@ -145,6 +149,19 @@ class Selector(ABC):
         selected = self._select(pool, budget, rng)
         assert selected.sum() == budget, f"{self.name} chose {selected.sum()} of {budget}"
         return selected
+
+    def probabilities(self, pool: CandidatePool, budget: int) -> Floats | None:  # noqa: ARG002
+        """Return with which probability each example is chosen, float64 [n]; None where the rule takes the best ones."""
+        return None
+
+    def wrong_in_game(self, examples: int, wrong_share: float) -> float | None:  # noqa: ARG002
+        """Return k of the game whose threshold is this rule, so that a run plays it on sketches; None for other rules.
+
+        Args:
+          examples: n, the size of the pool.
+          wrong_share: expected share of wrong labels, in [0, 1].
+        """
+        return None
 
     @abstractmethod
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools: ...
@@ -155,6 +172,10 @@ class Uniform(Selector):
 
     name = "uniform"
 
+    def probabilities(self, pool: CandidatePool, budget: int) -> Floats:
+        """Return budget / n for each."""
+        return np.full(pool.size, budget / pool.size)
+
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools:
         return mask(rng.choice(pool.size, budget, replace=False), pool.size)
 
@@ -164,14 +185,19 @@ class TopGain(Selector):
     """Choose the largest gains; ties by chance.
 
     Attributes:
-      gain: a key of `GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
-    name: ClassVar[str] = "margin"
+    name: ClassVar[str] = "greedy"
+    reads: ClassVar[tuple[str, ...]] = ("gains",)
     gain: str = "margin"
 
+    def wrong_in_game(self, examples: int, wrong_share: float) -> float:  # noqa: ARG002
+        """Return 0: the game without a wrong label takes the largest gains."""
+        return 0.0
+
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools:
-        gains = GAINS[self.gain](pool.require_logits(self.gain))
+        gains = pool.gains_by(self.gain, self.gain)
         return mask(np.lexsort((rng.random(pool.size), -gains))[:budget], pool.size)
 
 
@@ -181,53 +207,24 @@ class Rad(Selector):
 
     Attributes:
       wrong: k, the number of wrong labels the teacher would give in this pool.
-      gain: a key of `GAINS`.
+      gain: what an example's label is worth to the student, a key of `gains.GAINS`; unused where a pool brings its gains.
     """
 
     name: ClassVar[str] = "rad"
+    reads: ClassVar[tuple[str, ...]] = ("gains",)
     wrong: float = 0.0
     gain: str = "margin"
 
+    def wrong_in_game(self, examples: int, wrong_share: float) -> float:
+        """Return the expected number of wrong labels."""
+        return examples * wrong_share
+
+    def probabilities(self, pool: CandidatePool, budget: int) -> Floats:
+        """Return the marginals of the game."""
+        return rad_marginals(pool.gains_by(self.gain, self.name), self.wrong, budget).probabilities
+
     def _select(self, pool: CandidatePool, budget: int, rng: np.random.Generator) -> Bools:
-        gains = GAINS[self.gain](pool.require_logits(self.name))
-        return dep_round(rad_marginals(gains, self.wrong, budget).probabilities, rng)
-
-
-def selector(name: str, **options: Any) -> Selector:
-    """Make a selector by name.
-
-    Args:
-      name: one of `names()`.
-      options: the selector's own fields, for instance `wrong` for "rad".
-
-    Returns:
-      The selector.
-
-    Raises:
-      ValueError: the name is unknown, or an option is.
-
-    Example:
-      >>> pool = CandidatePool(4, logits=np.array([[0.0, 0.0], [3.0, 0.0], [1.0, 0.0], [9.0, 0.0]]))
-      >>> selector("margin").select(pool, 2, np.random.default_rng(0))
-      array([ True, False,  True, False])
-    """
-    makers = _makers()
-    if name not in makers:
-        raise ValueError(f"selector must be one of {', '.join(makers)}, got {name}")
-    try:
-        return makers[name](**options)
-    except TypeError:
-        raise ValueError(f"the selector {name} does not take all of the options {', '.join(options)}") from None
-
-
-def names() -> tuple[str, ...]:
-    """Return the names of all selectors."""
-    return tuple(_makers())
-
-
-def distributing() -> tuple[str, ...]:
-    """Return the names of the selectors that distribute."""
-    return tuple(name for name, make in _makers().items() if make().distributes)
+        return dep_round(self.probabilities(pool, budget), rng)
 
 
 def mask(indices: npt.NDArray[np.integer], size: int) -> Bools:
@@ -237,22 +234,10 @@ def mask(indices: npt.NDArray[np.integer], size: int) -> Bools:
     return result
 
 
-def _makers() -> dict[str, Callable[..., Selector]]:
-    from distilbeam.selection.strategies.diverse import Badge, ClusterMargin, KCenter  # these three import this module
-    from distilbeam.selection.strategies.herding import Herding
-    from distilbeam.selection.strategies.robust import CorrectGain, RadCapped, RadLoss
-
-    def top(gain: str) -> Callable[[], Selector]:
-        return lambda: TopGain(gain=gain)
-
-    gains: dict[str, Callable[..., Selector]] = {gain: top(gain) for gain in GAINS}
-    diverse = {"k-center": KCenter, "cluster-margin": ClusterMargin, "badge": Badge, "herding": Herding}
-    robust = {"rad": Rad, "rad-loss": RadLoss, "rad-capped": RadCapped, "correct-gain": CorrectGain}
-    return {"uniform": Uniform, **gains, **robust, **diverse}
-
-
-def _as_embeddings(field: str, embeddings: npt.ArrayLike, size: int) -> Floats:
-    array = np.asarray(embeddings, np.float64)
+def _as_embeddings(
+    field: str, embeddings: npt.ArrayLike, size: int, dtype: type[np.floating] | None
+) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.asarray(embeddings, dtype)
     if array.ndim != 2 or len(array) != size:
         raise ValueError(f"{field} must have shape [{size:,} examples, dimensions], got {array.shape}")
     require_each(field, array, np.asarray(np.isfinite(array).all(axis=1)), "finite in each row")

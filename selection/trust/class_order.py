@@ -1,4 +1,4 @@
-"""Whether a teacher's outputs are the classes in their order: what a validation set says, before labels are bought.
+"""The order of a teacher's classes, tested on a validation set before labels are bought.
 
 Two questions about n answers a and truths t:
 
@@ -42,7 +42,7 @@ class ClassOrder:
     """What a validation set says about the order of a teacher's outputs.
 
     Attributes:
-      examples: n.
+      examples: n, the labelled examples that were looked at.
       accuracy: share of right answers.
       chance: q, the share that answers without knowledge would have right.
       at_chance: whether the teacher is at chance.

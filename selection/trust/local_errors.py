@@ -1,4 +1,4 @@
-"""Where the teacher errs, as far as the student can tell before the teacher is asked.
+"""Local error rates of a teacher, by the student's gain or class, before the teacher is asked.
 
 Nobody knows the teacher's answer about an example that is not bought yet, hence not its margin either. What is known there
 is the student's own uncertainty, and on a validation set how often the teacher errs at a given uncertainty:
@@ -36,7 +36,7 @@ class LocalErrors:
     """The teacher's error rate as a function of the student's gain.
 
     Attributes:
-      gains: ascending knots.
+      gains: float64, ascending, the knots of the isotonic fit.
       rates: the fit there, non-decreasing.
       uppers: the caps there, non-decreasing.
     """
@@ -93,7 +93,7 @@ class ClassErrors:
 
     Attributes:
       weights: float64 [C + 1], of the C probabilities and of the gain.
-      mean: the mean rate.
+      mean: the mean error rate of the examples that it was fitted on.
       centre: float64 [C + 1], the mean features.
     """
 

@@ -1,4 +1,4 @@
-"""How often the teacher is right: the estimates of Student-Label Mixing, and the error count of Robust Active Distillation.
+"""The accuracy of a teacher, as Student-Label Mixing estimates it, and its error count for Robust Active Distillation.
 
 On a validation set that the teacher was not trained on, with d(x) the teacher's margin (difference of its two largest
 probabilities):
@@ -62,7 +62,7 @@ class TeacherNoise:
       floor: lower bound of the accuracy.
       coverage: how often the truth is to be among the candidates.
       candidate_margins: for m = 2, 3, ... the margin from which m classes reach the coverage; descending.
-      num_classes: C.
+      num_classes: C, the number of classes.
       notes: what the fit fell back to, one sentence each.
     """
 

@@ -1,4 +1,4 @@
-"""What to learn from a label that may be wrong: the teacher's and the student's beliefs, pooled as validation data says.
+"""Pooled beliefs: the teacher's and the student's joined as validation data says, for labels that may be wrong.
 
 A student that has not been trained on x yet knows something about x that the teacher does not, and examples are bought
 where the student is unsure, which is often where the teacher errs: there the teacher is less reliable than a calibration

@@ -1,4 +1,4 @@
-"""What a student costs where it runs: latency and memory, measured in a process that holds nothing else.
+"""The footprint of a student where it runs: latency and memory, measured in a process that holds nothing else.
 
     python -m distilbeam.student.evaluation.footprint run/students/round=003
     python -m distilbeam.student.evaluation.footprint run/exports/int8 --threads 2

@@ -1,4 +1,4 @@
-"""How good a student is, and how large and slow."""
+"""Metrics of a student: accuracy, likelihood and calibration, by class too, and its size and latency."""
 
 from __future__ import annotations
 

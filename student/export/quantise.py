@@ -3,7 +3,7 @@
 Static: weights and activations are integers, x ~ scale (q - zero). Weights have a scale per output channel, activations
 one each, from the least and greatest value seen on calibration examples. Weights keep 7 bits of range: processors
 without VNNI add pairs of products of 8-bit numbers in 16 bits, which overflow with all 8. The integer operators of ONNX
-Runtime are used rather than pairs of QuantizeLinear and DequantizeLinear: for the Survey's networks the file is smaller
+Runtime are used rather than pairs of QuantizeLinear and DequantizeLinear: for the convolutional student the file is smaller
 and faster.
 
 Weights only: every matrix and convolution is stored in 8 bits and multiplied out in float32; no calibration, a quarter

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from distilbeam.inputs.config import InputConfig
+from distilbeam.settings import Section
 
 KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
 NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
@@ -25,10 +26,10 @@ Residual = Literal[
 ]
 
 
-class StudentConfig(BaseModel):
+class StudentConfig(Section):
     """What the student is and which columns it reads."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     kind: str = Field(
         "mlp",

@@ -1,6 +1,6 @@
 """Students along the front of quality against footprint.
 
-Two strategies for a smaller student of the same quality, or a better one of the same size (Survey, section 4):
+Two strategies for a smaller student of the same quality, or a better one of the same size (Menghani, Efficient Deep Learning, 2021, section 4):
 
 * shrink-and-improve: make the network narrower, then win quality back with soft labels and augmentation, then compress;
 * grow-improve-and-shrink: make it wider, improve the wide one, then shrink it back by structured pruning and a short

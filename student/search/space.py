@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from distilbeam.settings import Section
 from distilbeam.student.networks.config import StudentConfig
 
 Strategy = Literal["shrink-and-improve", "grow-improve-and-shrink"]
 Compression = Literal["int8", "int8-weights"]
 
 
-class SearchRange(BaseModel):
+class SearchRange(Section):
     """Values that a setting may take: from `low` to `high`, whole numbers if both are, or one of `choices`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     low: int | float | None = Field(None, description="least value")
     high: int | float | None = Field(None, description="greatest value")
@@ -36,10 +37,10 @@ class SearchRange(BaseModel):
         return self
 
 
-class TuneConfig(BaseModel):
+class TuneConfig(Section):
     """How the settings of the student and of its training are searched for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     trials: int = Field(30, ge=1, le=100_000, description="trainings, those that were cut short included")
     metric: Literal["nll", "accuracy"] = Field("nll", description="what is sought, on the validation set")
@@ -51,14 +52,16 @@ class TuneConfig(BaseModel):
     )
 
 
-class ParetoConfig(BaseModel):
+class ParetoConfig(Section):
     """Which students are made for the front of quality against footprint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     widths: tuple[float, ...] = Field((0.25, 0.5, 1.0), description="multiples of student.width to try", min_length=1)
     strategies: tuple[Strategy, ...] = Field(
-        ("shrink-and-improve", "grow-improve-and-shrink"), description="the Survey's strategies", min_length=1
+        ("shrink-and-improve", "grow-improve-and-shrink"),
+        description="shrink the network and improve it, or grow it, improve it and shrink it",
+        min_length=1,
     )
     compressions: tuple[Compression, ...] = Field(
         ("int8", "int8-weights"), description="compressed forms of every improved student, beside float32"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from distilbeam.settings import Section
 
 Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
 
@@ -14,10 +16,10 @@ FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log
 LAST = ("self_training", "ensemble", "pseudo_rows", "final_training")
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Section):
     """Random changes of inputs and labels; all off by default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     flip: bool = Field(False, description="mirror every other image, left to right")
     crop: int = Field(0, ge=0, description="images: shift by up to so many pixels, the border mirrored")
@@ -28,20 +30,20 @@ class AugmentConfig(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="human labels: mass spread over all classes")
 
 
-class FinetuneConfig(BaseModel):
+class FinetuneConfig(Section):
     """Second phase for a pool from another distribution: soft labels alone first, then labelled examples (blind)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     epochs: int = Field(30, ge=1, le=1_000_000, description="passes over the labelled examples")
     lr: float = Field(3e-4, gt=0, description="learning rate at the start; it falls to 0 along a half cosine")
     hard_weight: float = Field(1.0, ge=0, description="weight of the true class beside the teacher's answer's 1")
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """How a student is trained; the seed is an argument of the training itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     epochs: int = Field(60, ge=1, le=1_000_000, description="passes over the data")
     batch_size: int = Field(64, ge=1, description="examples per step, over all processes together")
@@ -53,7 +55,8 @@ class TrainConfig(BaseModel):
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
     objective: Objective = Field(
         "distill",
-        description="distill; weighted: by the column weight; slam: mixed by the columns alpha and candidates",
+        description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
+        "candidates; or both, slam+weighted",
     )
     mixing: Literal["plain", "normalised", "forward"] = Field("normalised", description="slam: form of the mixture")
     temperature: float = Field(1.0, gt=0, description="softens teacher and student")

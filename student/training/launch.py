@@ -1,7 +1,7 @@
 """Train a student over Parquet files, in one process or several, from a TOML file.
 
-    python -m distilbeam.student.training.launch training.toml
-    torchrun --nproc-per-node 2 -m distilbeam.student.training.launch training.toml --set training.lr=0.001
+    distilbeam launch training.toml
+    torchrun --nproc-per-node 2 -m distilbeam launch training.toml --set training.lr=0.001
 
     [data]                              # paths are relative to the file
     soft_labels = ["run/labels/round=000"]
@@ -21,7 +21,8 @@
 
 With `finetune` under [training] the distillation is blind: soft labels alone first, then the labelled examples with the
 teacher's answers for them (`labelled_answers` under [data]). The same command goes on with a training that was killed. A
-directory that holds the student already is left alone.
+directory that holds the student already is left alone. `python -m distilbeam.student.launch` is the same where the command
+line, which brings Beam, is not wanted.
 """
 
 from __future__ import annotations
@@ -29,30 +30,29 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from distilbeam.progress import Progress
+from distilbeam.settings import SET_HELP, SET_METAVAR, Section, folder_of, read_settings, validated
+from distilbeam.storage.paths import to_path
 from distilbeam.student.data.labelled import with_meaning
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.blind import train_blind
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.torchrun_folders import remove_own
 from distilbeam.student.training.train import TrainResult, train
-from distilbeam.toml_files import read_toml
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """What a student is trained on, and where it goes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     soft_labels: tuple[str, ...] = Field((), description="directories of soft-label datasets")
     mixing_weights: tuple[float, ...] | None = Field(None, description="share of each of them in an epoch")
@@ -68,6 +68,10 @@ class DataConfig(BaseModel):
     directory: str = Field("student", description="where the student appears")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
 
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("soft_labels", "labelled", "labelled_answers", "validation", "directory")
+
 
 class _Bar(Progress):
     def __init__(self, bars: Bars) -> None:
@@ -78,22 +82,21 @@ class _Bar(Progress):
         self._bars.update(self._task, completed=done, total=total, note=f"{note}  {rate:,.0f} steps/s")
 
 
-class LaunchConfig(BaseModel):
+class LaunchConfig(Section):
     """A training over Parquet files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: DataConfig
     student: StudentConfig
     training: TrainConfig = TrainConfig()
 
 
-def launch(config: LaunchConfig, base: Path, progress: Progress | None = None) -> TrainResult:
+def launch(config: LaunchConfig, base: Path | None = None, progress: Progress | None = None) -> TrainResult:
     """Train what a configuration says.
 
     Args:
       config: the configuration.
-      base: directory that its paths are relative to.
+      base: directory that relative paths start at; those of a file are absolute once it is read. The working directory
+        without one.
       progress: as for `train`.
 
     Returns:
@@ -103,23 +106,23 @@ def launch(config: LaunchConfig, base: Path, progress: Progress | None = None) -
       ValueError: as for `train` or `train_blind`.
       FileExistsError: the student is there already.
     """
-    data, training = config.data, config.training
+    config = config.relative_to(base or Path())
+    data, student, training = config.data, config.student, config.training
     if training.reestimate_epochs is not None:
         raise ValueError(
             "training.reestimate_epochs needs the teacher's answers for the validation set, which 'distilbeam run' asks for; "
             "leave it out here"
         )
-    student = config.student.model_copy(update={"input": config.student.input.relative_to(base)})
-    tables = [None if path is None else pq.read_table(base / path) for path in (data.labelled, data.validation)]
+    tables = [None if path is None else pq.read_table(path) for path in (data.labelled, data.validation)]
     if data.integers is not None:
         tables = [None if table is None else with_meaning(table, data.label, data.integers) for table in tables]
-    soft_labels, answers = ([base / path for path in paths] for paths in (data.soft_labels, data.labelled_answers))
+    soft_labels, answers = ([to_path(path) for path in paths] for paths in (data.soft_labels, data.labelled_answers))
     common: dict[str, Any] = {
         "classes": data.classes,
         "labelled": tables[0],
         "label_column": data.label,
         "validation": tables[1],
-        "directory": base / data.directory,
+        "directory": Path(data.directory),
         "seed": data.seed,
         "mixing_weights": data.mixing_weights,
         "progress": progress,
@@ -133,33 +136,32 @@ def launch(config: LaunchConfig, base: Path, progress: Progress | None = None) -
     return train(student, training, soft_labels=soft_labels, **common)
 
 
-def read_config(path: Path, overrides: list[str]) -> LaunchConfig:
-    """Read a configuration, with words `section.key=value` over it.
+def read_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
+    """Read and validate the configuration of a training; see `distilbeam.settings`.
+
+    Args:
+      path: the TOML file.
+      overrides: words `section.key=value`, or `@FILE`.
+
+    Returns:
+      The configuration, with absolute paths.
 
     Raises:
       ValueError: it cannot be read, or a setting is not valid; a line for each.
     """
-    try:
-        data = read_toml(path)
-        for override in overrides:
-            name, _, value = override.partition("=")
-            section, _, key = name.partition(".")
-            data.setdefault(section, {})[key] = tomllib.loads(f"value = {value}")["value"]
-        return LaunchConfig.model_validate(data)
-    except ValidationError as e:
-        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
-        raise ValueError("\n".join(lines)) from e
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"--set is not valid TOML: {e}") from e
+    return validated(LaunchConfig, read_settings(path, overrides)).relative_to(folder_of(path))
 
 
-def main(
-    config: Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")
-    ] = None,
-) -> None:
-    """Train a student over Parquet files."""
+def launch_file(config: Path, overrides: Sequence[str] = ()) -> None:
+    """Train what a file says, as one of the processes that torchrun started or alone; the first shows how it goes.
+
+    Args:
+      config: the TOML file.
+      overrides: as for `read_config`.
+
+    Raises:
+      ValueError, OSError: as for `read_config` and `launch`.
+    """
     signal.signal(signal.SIGINT, _stop_at_once)
     first = os.environ.get("RANK", "0") == "0"
     columns = (
@@ -170,16 +172,26 @@ def main(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    try:
-        with Bars(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bars:
-            result = launch(read_config(config, overrides or []), config.parent, _Bar(bars))
-    except (ValueError, OSError) as e:
-        typer.echo(f"error: {e}", err=True)
-        raise SystemExit(2) from e
+    with Bars(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bars:
+        result = launch(read_config(config, overrides), progress=_Bar(bars))
     if first:
         remove_own()
         figures = {name: round(value, 4) for name, value in result.metrics.items()}
         typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar=SET_METAVAR, help=SET_HELP, show_default=False)
+    ] = None,
+) -> None:
+    """Train a student over Parquet files, alone or, started by torchrun, in several processes."""
+    try:
+        launch_file(config, overrides or ())
+    except (ValueError, OSError) as e:
+        typer.echo(f"error: {e}", err=True)
+        raise SystemExit(2) from e
 
 
 def _stop_at_once(*_: object) -> None:

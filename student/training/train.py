@@ -1,7 +1,7 @@
 """Train a student from human labels and stored soft labels: one loop.
 
     result = train(StudentConfig(...), TrainConfig(epochs=60), classes=..., soft_labels=["run/labels/round=000"], ...)
-    torchrun --nproc-per-node 2 -m distilbeam.student.training.launch training.toml      # several processes, one student
+    torchrun --nproc-per-node 2 -m distilbeam launch training.toml      # several processes, one student
 
 Every step mixes soft-labelled and human-labelled rows in the proportion of the whole, so that an epoch visits each row
 once; `loss.py` has the loss, `batches.py` what is read, `optimizer.py` the learning rate. The epoch with the least

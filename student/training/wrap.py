@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distilbeam.kernels.conversion.layers import LowPrecisionLinear
+from distilbeam.kernels.distillation.interface import chosen as loss_backend
 from distilbeam.kernels.linear_distillation.choice import why_apart
+from distilbeam.kernels.linear_distillation.interface import chosen as layer_backend
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
 from distilbeam.student.training.config import TrainConfig
@@ -76,7 +78,7 @@ def make_network(
 
 
 def precisions(module: nn.Module, training: TrainConfig, *, together: bool) -> str:
-    """Say in a line what runs in which precision.
+    """Say in a line what runs in which precision, and which implementation computes it.
 
     Args:
       module: the student, converted.
@@ -84,14 +86,21 @@ def precisions(module: nn.Module, training: TrainConfig, *, together: bool) -> s
       together: whether the last layer is computed by the loss.
     """
     linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    narrow = [layer for layer in linear if isinstance(layer, LowPrecisionLinear)]
-    eight = f"{len(narrow)} of {len(linear)} linear layers in {training.precision}, " if narrow else ""
+    narrow = {name: layer for name, layer in module.named_modules() if isinstance(layer, LowPrecisionLinear)}
+    products = " and ".join(sorted({layer.product for layer in narrow.values()}))
+    eight = (
+        f"{len(narrow)} of {len(linear)} linear layers in {training.precision} by {products} ({', '.join(narrow)}), "
+    )
     other = "all other" if narrow else "all"
     if training.precision == "fp32":
         line = "everything in float32"
     else:
-        line = f"{eight}{other} matrix products in bfloat16, parameters, norms, residuals and losses in float32"
-    return line + ("; the last layer and the loss in one operation, without logits" if together else "")
+        rest = f"{other} matrix products in bfloat16, parameters, norms, residuals and losses in float32"
+        line = eight + rest if narrow else rest
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if together:
+        return f"{line}; the last layer and the loss in one operation by {layer_backend(device)}, without logits"
+    return f"{line}; the loss by {loss_backend(device)}"
 
 
 def last_layer_together(

@@ -1,4 +1,4 @@
-"""What teachers in this process share: files that are watched, inputs, batches that fit into memory, a choice of output."""
+"""The common part of teachers in this process: watched files, inputs, batches that fit into memory, the choice of an output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OutputOrder:
 
     Args:
       own: names of the outputs; empty where they have none.
-      whose: where they come from.
+      whose: what answered with them, for the message.
     """
 
     def __init__(self, own: Sequence[str], whose: str) -> None:

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: where its weights lie, and what its classes are called."""
+"""The contents of an ONNX file: where its weights lie, and what its classes are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model says the same about the same rows twice.
+"""A test that a model says the same about the same rows twice.
 
 A model that was stored in training mode drops units at random, or normalises each row by its neighbours. Its first rows
 are asked twice in the same company, where answers may differ by rounding alone, and once in other company, where kernels

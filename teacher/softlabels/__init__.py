@@ -1,4 +1,9 @@
-"""Soft labels: what a teacher answered, stored so that it says what it is."""
+"""Soft labels: what a teacher answered, stored so that it says what it is.
+
+Read in this order: spec, codec (selecting: k classes of many rows), columns, shards, placing, manifest, gathering; inspect,
+plain_table and verify for people.
+Imports: storage.
+"""
 
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode, encode
 from distilbeam.teacher.softlabels.columns import label_schema

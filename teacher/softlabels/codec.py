@@ -1,4 +1,4 @@
-"""Logits to soft labels and back.
+"""The codec of soft labels: logits to dense, top-k or sampled log-probabilities, and back.
 
     logprob_c = x_c / T - log sum_j exp(x_j / T),   stored rounded to half precision
     tail      = log sum over the classes not kept of exp(logprob_c)
@@ -101,7 +101,7 @@ def encode(
     Args:
       logits: floating [n, C], a NumPy array (float16, bfloat16, float32 or float64) or a torch tensor. -inf marks a
         class that a row cannot have.
-      spec: the specification.
+      spec: the form of the labels: kind, k, temperature, storage.
       rng: generator of the draws of sampled labels, from which the rows draw one after the other.
       seeds: uint64 [n], of each row's draws, which then depend on nothing else. Without generator and seeds the hashes of
         the rows' logits are the seeds, so that the same answer always gives the same label.

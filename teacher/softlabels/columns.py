@@ -30,7 +30,7 @@ def label_schema(spec: SoftLabelSpec) -> pa.Schema:
     """Return the schema of what `encode` makes, with the specification in its metadata.
 
     Args:
-      spec: the specification.
+      spec: the form of the labels, which decides the columns and their types.
 
     Returns:
       The schema of the columns whose names begin with `teacher_`.
@@ -56,8 +56,8 @@ def check_columns(schema: pa.Schema, spec: SoftLabelSpec, *, margin: bool = True
     Columns beyond those of the specification are welcome: newer minor versions add some.
 
     Args:
-      schema: the schema.
-      spec: the specification.
+      schema: of a shard, label columns and carried ones.
+      spec: the form of the labels, which decides the columns and their types.
       margin: whether `teacher_margin`, which the distribution does not need, must be there.
 
     Raises:

@@ -31,7 +31,7 @@ def compact_manifest(path: str | Path) -> Path:
     The file `entry_path` of a gathered key no longer exists; `committed` still has the key.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
 
     Returns:
       The file with the entries.
@@ -85,7 +85,7 @@ def remove_shards(path: str | Path, keys: Collection[str]) -> None:
     meanwhile. Files outside of the dataset stay, wherever its entries lead.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
       keys: keys of the shards; unknown ones are passed over.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a soft-label dataset holds, for people."""
+"""The description of a soft-label dataset for people: specification, sizes, confidence, some rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Inspection:
     """A summary of a soft-label dataset; printing it with rich shows tables.
 
     Attributes:
-      directory: the dataset.
+      directory: the folder of the soft-label dataset.
       spec: its specification.
       shards: number of shards.
       rows: number of rows.
@@ -120,7 +120,7 @@ def inspect_labels(
     """Summarise a soft-label dataset.
 
     Args:
-      path: its folder.
+      path: the folder of the soft-label dataset.
       samples: rows to show.
       bins: parts of the histogram of the teacher's confidence.
       most_rows: whole shards are opened in random order until they have this many rows.

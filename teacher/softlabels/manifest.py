@@ -84,7 +84,7 @@ class Manifest:
     """The committed shards of a dataset, in the order of their paths.
 
     Attributes:
-      directory: the dataset.
+      directory: the folder of the soft-label dataset.
       entries: its shards.
       spec: what all of them mean; the newest format version among them.
     """
@@ -123,7 +123,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a dataset.
 
     Args:
-      path: the dataset's folder.
+      path: the folder of the soft-label dataset, on a disk or in an object store.
 
     Returns:
       The manifest. Files are not opened; `verify` compares them with it.

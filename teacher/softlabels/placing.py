@@ -31,9 +31,9 @@ def place_shard(
     """Write a shard and leave its commit to `commit_placed`; in an object store, which flushes nothing, commit it.
 
     Args:
-      directory: the dataset.
+      directory: the soft-label dataset that the shard becomes part of.
       rows: the rows, as for `write_shard`.
-      spec: the specification.
+      spec: the dataset's specification, which the entry repeats.
       key: key under which the shard will be committed, and the name of its file.
       extra: further facts for the manifest entry, as JSON values.
 

@@ -92,7 +92,7 @@ def row_uniforms(seeds: npt.NDArray[np.uint64], draws: int) -> npt.NDArray[np.fl
 
     Args:
       seeds: uint64 [n], hashes.
-      draws: numbers for each row.
+      draws: random numbers for each row.
 
     Returns:
       float64 [n, draws] in [0, 1), multiples of 2^-53.

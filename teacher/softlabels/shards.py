@@ -37,10 +37,10 @@ def write_shard(
     A repeated call replaces the shard. After a crash at any moment the dataset holds the whole shard or nothing of it.
 
     Args:
-      directory: the dataset.
+      directory: the soft-label dataset; made if it is not there.
       name: file name without a suffix: letters, digits, `.`, `_`, `=` and `-`.
       rows: the rows with example_id, carried columns, label columns and whatever else belongs to them.
-      spec: the specification.
+      spec: the dataset's specification, which footer and entry repeat.
       key: key under which the shard is committed (`label_key`).
       extra: further facts for the manifest entry, as JSON values.
 
@@ -83,7 +83,7 @@ def file_checksum(path: Path, algorithm: str = "sha256") -> str:
     """Hash a file.
 
     Args:
-      path: the file.
+      path: the shard's Parquet file.
       algorithm: `sha256`, which processors have instructions for, or `blake2b`, which older manifests name.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a soft-label dataset holds: the specification that every shard and every manifest entry carries.
+"""The specification of a soft-label dataset, which every shard and every manifest entry carries.
 
 Two shards may be read together exactly when their specifications agree in everything that gives a number its meaning:
 the classes, the kind of label, the temperature and the teacher. How a shard was stored may differ.

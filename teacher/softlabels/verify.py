@@ -1,4 +1,4 @@
-"""Whether a soft-label dataset is whole, and whether its teacher still says the same."""
+"""The verification of a soft-label dataset: it is whole, and its teacher still says the same."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Verification:
     """The result of `verify_labels`; printing it with rich shows it.
 
     Attributes:
-      directory: the dataset.
+      directory: the folder of the soft-label dataset.
       shards: shards that were checked.
       rows: rows that they have.
       problems: sentences, one for each thing that is wrong.
@@ -105,13 +105,13 @@ def verify_labels(
     is there twice. With a teacher a random sample is labelled again; its columns must be among the carried ones.
 
     Args:
-      path: folder of the dataset.
+      path: folder of the soft-label dataset.
       teacher: who labels the sample.
       sample: rows to label again.
       tolerance: largest difference of a probability that is no problem. Rounding to half precision alone moves a
         probability by up to 2e-4.
       batch_size: most rows in one request to the teacher.
-      seed: seed of the sample.
+      seed: seed of the draw of the rows that are labelled again.
 
     Returns:
       The result.

@@ -1,4 +1,4 @@
-"""The shape of a served teacher's input, where neither the server nor the configuration says it: that of a first row.
+"""The shape of a served teacher's input, found in the first rows where neither the server nor the configuration says it.
 
 The teacher is fingerprinted by its answers to a fixed batch, which must have a shape that the model takes. All rows of a
 pool have one shape, so that every process and every night finds the same.
@@ -7,7 +7,6 @@ pool have one shape, so that every process and every night finds the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +17,11 @@ from distilbeam.teacher.config import TeacherConfig, TfServingConfig
 FIRST_ROWS = 64  # rows that are looked at; the first may be a bad one
 
 
-def with_probe_shape(config: TeacherConfig, base: Path, rows: Callable[[], Iterable[pa.RecordBatch]]) -> TeacherConfig:
+def with_probe_shape(config: TeacherConfig, rows: Callable[[], Iterable[pa.RecordBatch]]) -> TeacherConfig:
     """Write the shape of the first row's input into a served teacher's configuration.
 
     Args:
-      config: the teacher.
-      base: folder that relative paths start at.
+      config: the teacher, with absolute paths.
       rows: reads the first rows, with the columns of the input; called only where the shape is not configured.
 
     Returns:
@@ -35,7 +33,7 @@ def with_probe_shape(config: TeacherConfig, base: Path, rows: Callable[[], Itera
     """
     if not isinstance(config, TfServingConfig) or config.probe_shape or config.input.shape:
         return config
-    make = make_input(config.input.relative_to(base))
+    make = make_input(config.input)
     for batch in rows():
         for row in range(len(batch)):
             try:

@@ -1,4 +1,4 @@
-"""What a served model takes and gives, read from its metadata."""
+"""The signatures of a served model: what it takes and gives, read from its metadata."""
 
 from __future__ import annotations
 

@@ -54,25 +54,98 @@ def test_rows_are_solved_sixteen_bytes_at_a_time_without_spills(capability, slam
     assert found.instructions["LDG.E.U16"] <= 1  # the kept logits alone are gathered one by one
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("classes", "kept"), [(32_000, 8), (50_257, 64), (128_256, 64)])
-def test_value_and_gradient_in_one_kernel_hold_their_rows_without_spills(capability, classes, kept):
+GIVEN = {
+    **SPARSE,
+    **dict.fromkeys(("weight", "normalizer"), "*fp32"),
+    **dict.fromkeys(("logy", "logy_rest"), "*fp16"),
+    **dict.fromkeys(("ignore", "nought"), "i32"),
+    "labels": "*bf16",
+    "label_stride": "i32",
+    "share": "fp32",
+    "classes": "*i64",
+}
+LABELS = {  # as the kernels' flags say it
+    "prepared": {"GIVEN": False, "TAIL": 0, "BUCKET": False, "HARD": False, "PADDED": True},
+    "top-k": {"GIVEN": True, "TAIL": 1, "BUCKET": True, "HARD": False, "PADDED": False},
+    "true classes": {"GIVEN": True, "TAIL": 0, "BUCKET": False, "HARD": True, "PADDED": False},
+}
+
+
+def compiled_given(capability, kernel, kept, block, label, shifted):
+    """Compile one of the kernels that read octets; of odd vocabularies nothing is known about where rows begin."""
     from triton_ahead_of_time import compile_for
 
-    from distilbeam.kernels.distillation.triton_one_backend import block_of
+    flags = {**LABELS[label], "MASKED": True, "WEIGHTED": True, "DIVIDED": True, "ENTROPY": True, "WIDE": False}
+    flags |= {"K": kept, "KP": kept, "SHIFTED": shifted}
+    kinds = {**GIVEN, **({"logy": "*fp32", "logy_rest": "*fp32", "classes": "*i32"} if label == "prepared" else {})}
+    constants = {name: value for name, value in {**flags, **block}.items() if name in kernel.arg_names}
+    options = {name: value for name, value in block.items() if name not in kernel.arg_names}
+    signature = {name: kind for name, kind in kinds.items() if name in kernel.arg_names}
+    odd = ("C", "row_stride", "gradient_stride", "label_stride") if shifted else ()
+    return compile_for(capability, kernel, signature, constants, odd=odd, **options), constants
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("classes", "kept"), [(32_000, 8), (50_257, 64), (128_256, 64)])
+@pytest.mark.parametrize("label", LABELS)
+def test_value_and_gradient_in_one_kernel_hold_their_rows_without_spills(capability, classes, kept, label):
+    from distilbeam.kernels.distillation.triton_given_backend import EDGE, held_blocks
     from distilbeam.kernels.distillation.triton_one_kernel import value_and_gradient
 
-    flags = {"PADDED": True, "MASKED": True, "ENTROPY": True, "K": kept, "KP": kept}
-    block = block_of(classes)
-    constants = {"BLOCK": block.pop("BLOCK"), "HELD": block.pop("HELD"), **flags}
-    signature = {**for_kernel(value_and_gradient), "logits": "*bf16", "zero": "*i32"}
-    found = compile_for(capability, value_and_gradient, signature, constants, **block)
+    shifted = classes % 8 > 0
+    kept = 1 if label == "true classes" else kept
+    block = held_blocks(classes - EDGE if shifted else classes)
+    found, constants = compiled_given(capability, value_and_gradient, kept, block, label, shifted)
     assert found.spills == 0
     assert found.registers <= 128  # 16 warps of them: a row to a multiprocessor
     assert found.shared <= 8192
     assert found.count("LDG.E.EF.128") >= constants["HELD"]  # of what is held, 16 bytes at a time
     assert found.count("STG.E.EF.128") >= constants["HELD"]
-    assert found.count("BAR.SYNC") <= 44
+    assert found.instructions["LDG.E.U16"] <= 5  # kept logits, the octets around them and the row's edge
+    assert found.instructions["STG.E.U16"] <= 2
+    assert found.count("BAR.SYNC") <= 56
+    assert sum(found.instructions.values()) <= 2560
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("classes", "kept"), [(32_000, 8), (50_257, 64), (128_256, 64)])
+@pytest.mark.parametrize("name", ["solve_octets", "spread_octets"])
+def test_two_kernels_read_and_write_octets_wherever_rows_begin(capability, classes, kept, name):
+    from distilbeam.kernels.distillation import triton_two_kernels
+    from distilbeam.kernels.distillation.triton_backend import SPAN, solving_block, spreading_block
+
+    solving = name == "solve_octets"
+    block = solving_block(classes) if solving else spreading_block(SPAN)
+    kernel = getattr(triton_two_kernels, name)
+    found, _ = compiled_given(capability, kernel, kept, block, "top-k", classes % 8 > 0)
+    assert found.spills == 0
+    assert found.registers <= (64 if solving else 32)
+    assert found.shared <= 256
+    assert found.count("LDG.E.128") >= 2
+    assert found.instructions["LDG.E.U16"] <= 5
+    assert found.instructions["STG.E.U16"] <= 2
+    assert solving or found.count("STG.E.128") >= 2
+    assert found.count("BAR.SYNC") <= (56 if solving else 1)
+    assert sum(found.instructions.values()) <= (1408 if solving else 304)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("classes", [32_000, 50_257, 128_256])
+def test_the_kernel_that_prepares_dense_labels_reads_both_in_octets_and_spills_nothing(capability, classes):
+    from distilbeam.kernels.distillation.triton_dense import dense_value_and_gradient
+    from distilbeam.kernels.distillation.triton_given_backend import dense_block
+
+    shifted = classes % 8 > 0
+    found, _ = compiled_given(capability, dense_value_and_gradient, 1, dense_block(8192), "top-k", shifted)
+    assert found.spills == 0
+    assert found.registers <= 64  # 32 warps of them
+    assert found.instructions["LDG.E.EL.128"] >= 2  # logits and labels
+    assert found.instructions["LDG.E.EF.128"] >= 2
+    assert found.instructions["STG.E.EF.128"] >= 1
+    assert found.instructions["LDG.E.U16"] <= 2  # the edges
+    assert found.instructions["STG.E.U16"] <= 1
+    assert found.count("BAR.SYNC") <= 17
+    assert sum(found.instructions.values()) <= 1024
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -105,7 +178,7 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
     from triton_ahead_of_time import compile_for
 
     from distilbeam.kernels.distillation.triton_backend import dense_warps
-    from distilbeam.kernels.distillation.triton_kernels import dense_rows
+    from distilbeam.kernels.distillation.triton_dense import dense_rows
 
     block = triton.next_power_of_2(classes)
     constants = {"BLOCK": block, "ENTROPY": not slam, "SLAM": slam, "FORWARD": slam, "ADD": False}
@@ -123,7 +196,7 @@ def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_
     from triton_ahead_of_time import compile_for
 
     from distilbeam.kernels.distillation.triton_backend import LONG_DENSE
-    from distilbeam.kernels.distillation.triton_kernels import dense_sweeps
+    from distilbeam.kernels.distillation.triton_dense import dense_sweeps
 
     block = dict(LONG_DENSE)
     constants = {"BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
@@ -132,46 +205,3 @@ def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_
     assert found.instructions["LDG.E.EL.128"] >= 2  # logits and targets
     assert found.instructions["LDG.E.EF.128"] >= 2
     assert found.instructions["STG.E.EF.128"] >= 1
-
-
-LINEAR = {
-    **dict.fromkeys(("hidden", "weight", "bias", "gradient"), "*bf16"),
-    **dict.fromkeys(("row_scale", "class_scale", "tops", "totals", "rest", "slope"), "*fp32"),
-    "bits": "*i32",
-    **dict.fromkeys(("B", "C", "H", "words", "stride"), "i32"),
-    "tau": "fp32",
-}
-LAYERS = [
-    (80, "*bf16", "HMMA.16816.F32.BF16"),
-    (90, "*bf16", "HGMMA"),
-    (80, "*i8", "IMMA.16832.S8.S8"),
-    (90, "*i8", "IGMMA"),
-    (90, "*fp8e4nv", "QGMMA"),
-]
-
-
-@pytest.mark.parametrize(("capability", "held", "product"), LAYERS)
-@pytest.mark.parametrize("name", ["rest_of_tiles", "gradient_of_tile"])
-def test_the_fused_layer_multiplies_on_the_tensor_cores(capability, held, product, name):
-    from triton_ahead_of_time import compile_for
-
-    from distilbeam.kernels.linear_distillation import triton_kernels
-    from distilbeam.kernels.linear_distillation.triton_backend import STAGES, TILE, WARPS
-
-    kernel, narrow = getattr(triton_kernels, name), held != "*bf16"
-    flags = {"BIAS": True, "SCALED": narrow, "WHOLE": held == "*i8", "EXACT": False, "SPLIT": 8, "ADD": False}
-    constants = {key: value for key, value in {**TILE, **flags}.items() if key in kernel.arg_names}
-    kinds = {**LINEAR, "hidden": held, "weight": held}
-    signature = {key: kind for key, kind in kinds.items() if key in kernel.arg_names}
-    found = compile_for(capability, kernel, signature, constants, num_warps=WARPS, num_stages=STAGES)
-    assert found.count(product) >= (2 if narrow else 4)
-    assert found.spills == 0
-    assert found.registers <= (255 if name == "rest_of_tiles" else 168)  # one block of eight warps, or more
-    assert found.shared <= 96 * 1024 < SHARED[capability]
-    # operands go to shared memory 16 bytes at a time, ahead of their use; 8-bit ones are half as many
-    assert found.count("LDGSTS.E.BYPASS.128") >= (6 if narrow else 12)
-
-
-def test_the_fused_layer_has_no_e4m3_on_an_a100():
-    with pytest.raises(Exception, match="type fp8e4nv not supported in this architecture"):
-        test_the_fused_layer_multiplies_on_the_tensor_cores(80, "*fp8e4nv", "", "rest_of_tiles")

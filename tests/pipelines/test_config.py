@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import tomli_w
 
-from distilbeam.pipelines.config import differing_keys, load_config, parse_config, write_config
+from distilbeam.pipelines.config import (
+    LabelConfig,
+    differing_keys,
+    load_any_config,
+    load_config,
+    parse_config,
+    write_config,
+)
 from distilbeam.pipelines.jobs.directory import opened_run
 
 SETTINGS: dict[str, Any] = {
@@ -51,14 +58,31 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("teacher.modle", "x", "teacher.modle is not a setting; did you mean teacher.model?"),
         ("student.input.colums", ["x"], "student.input.colums is not a setting; did you mean student.input.columns?"),
         ("selection.budget", "many", "selection.budget: must be a valid integer, got 'many'"),
-        ("tune.space", {"training.lr": {"low": 1}}, "tune.space.training.lr: low must be below high, got 1 and None"),
-        ("tune.space", {"training.lr": {"lo": 1}}, "tune.space.training.lr.lo is not a setting"),
+        ("tune.space", {"training.lr": {"low": 1}}, "tune.space.training.lr.low must be below high, got 1 and None"),
+        (
+            "tune.space",
+            {"training.lr": {"lo": 1}},
+            "tune.space.training.lr.lo is not a setting; did you mean tune.space.training.lr.low?",
+        ),
         ("pareto.widths", [], "pareto.widths"),
         ("pareto.grow", 1, "pareto.grow: must be greater than 1, got 1"),
         ("selection.budget", 0, "selection.budget: must be greater than or equal to 1, got 0"),
         ("run.rounds", 2.5, "run.rounds: must be a valid integer, got 2.5"),
         ("run.seed", -1, "run.seed: must be greater than or equal to 0, got -1"),
-        ("selection.method", "radd", "selection.method: must be 'herding', 'greedy', 'rad' or 'uniform', got 'radd'"),
+        (
+            "selection.method",
+            "radd",
+            "selection.method must be one of uniform, margin, entropy, least-confidence, greedy, rad, rad-loss",
+        ),
+        ("selection.method", "mine", "selection.method must be one of uniform, margin"),
+        ("selection.method", "no_such_module:C", "selection.method: module 'no_such_module' is not installed"),
+        ("selection.method", "json:dumps", "selection.method must name a subclass of distilbeam.selection.Selector"),
+        (
+            "selection.method",
+            "rad_capped",
+            "selection.method must be a strategy that reads gains, logits, embeddings alone, ",
+        ),
+        ("selection.gain", "size", "selection.gain must be one of margin, entropy, least_confidence, got 'size'"),
         ("labels.k", 3, "labels.k must be given for top_k and sampled labels, and only for them"),
         ("labels.temperature", 0, "labels.temperature must be a positive number or 'calibrated', got 0"),
         ("labels.temperature", "hot", "labels.temperature must be a positive number or 'calibrated', got 'hot'"),
@@ -117,7 +141,56 @@ input = { columns = ["x"] }
 def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
     path = write(tmp_path / "c.toml", TOML)
     config = load_config(path, ["run.rounds=5", "data.pool=some/where", "student.hidden=[8, 9]", 'labels.kind="dense"'])
-    assert (config.run.rounds, config.data.pool, config.student.hidden) == (5, "some/where", (8, 9))
+    assert (config.run.rounds, config.data.pool, config.student.hidden) == (5, str(tmp_path / "some/where"), (8, 9))
+
+
+def test_paths_are_absolute_once_a_file_is_read_and_stored_as_written(tmp_path: Path) -> None:
+    words = ["data.test=/elsewhere/t.parquet", "run.directory=../run", "student.kind=text", "student.input.kind=text"]
+    words += ["student.input.tokenizer=tokens.json"]
+    config = load_config(write(tmp_path / "c.toml", TOML), words)
+    data = config.data
+    assert (data.pool, data.labelled, data.validation) == tuple(
+        str(tmp_path / name) for name in ("pool", "a.parquet", "v.parquet")
+    )
+    assert (data.test, config.run.directory) == ("/elsewhere/t.parquet", str(tmp_path / "../run"))
+    assert getattr(config.teacher, "model") == str(tmp_path / "t.pt2")  # noqa: B009  # of this kind of teacher
+    assert config.student.input.tokenizer == str(tmp_path / "tokens.json")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    assert load_config(write(moved / "c.toml", TOML), words).dump() == config.dump()
+    assert config.dump() == parse_config(config.dump()).dump()
+    assert [
+        config.dump()[section][key] for section, key in (("data", "pool"), ("data", "test"), ("teacher", "model"))
+    ] == [
+        "pool",
+        "/elsewhere/t.parquet",
+        "t.pt2",
+    ]
+
+
+def test_a_labelling_job_knows_its_paths_too(tmp_path: Path) -> None:
+    text = """
+[data]
+pool = "s3://bucket/pool"
+num_classes = 3
+[teacher]
+kind = "beam"
+handler = "mine:handler"
+files = ["a.bin", "/abs/b.bin"]
+input = { columns = ["x"] }
+[watch]
+budget = 3
+student = "student"
+wrong_share = 0.1
+"""
+    config = load_any_config(write(tmp_path / "c.toml", text))
+    assert isinstance(config, LabelConfig)
+    assert (config.data.pool, config.run.directory) == ("s3://bucket/pool", str(tmp_path / "labelling"))
+    assert getattr(config.teacher, "files") == (str(tmp_path / "a.bin"), "/abs/b.bin")  # noqa: B009
+    assert config.watch.student == str(tmp_path / "student")
+    written = config.dump()
+    assert (written["run"]["directory"], written["watch"]["student"]) == ("labelling", "student")
+    assert written["teacher"]["files"] == ["a.bin", "/abs/b.bin"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +209,10 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, sentence: st
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no configuration file at .*; 'distilbeam init DIRECTORY' writes one"):
+    with pytest.raises(
+        ValueError,
+        match=r"no configuration file at .*; name one that is there, or let 'distilbeam init DIRECTORY' write one",
+    ):
         load_config(tmp_path / "missing.toml")
     with pytest.raises(ValueError, match="is a directory"):
         load_config(tmp_path)
@@ -147,7 +223,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
     config = parse_config(changed("labels.kind", "dense"))
     write_config(tmp_path / "resolved.toml", config)
-    assert load_config(tmp_path / "resolved.toml") == config
+    assert load_config(tmp_path / "resolved.toml").dump() == config.dump()
 
 
 def test_differing_keys_are_named_with_both_values() -> None:
@@ -180,13 +256,15 @@ def test_another_file_over_the_configuration(tmp_path: Path) -> None:
 
 
 def test_searches_do_not_belong_to_a_run(tmp_path: Path) -> None:
-    with opened_run(parse_config(SETTINGS), tmp_path):
+    with opened_run(parse_config(SETTINGS).relative_to(tmp_path)):
         pass
-    with opened_run(parse_config(changed("tune.trials", 5) | {"pareto": {"widths": [2]}}), tmp_path) as directory:
+    with opened_run(
+        parse_config(changed("tune.trials", 5) | {"pareto": {"widths": [2]}}).relative_to(tmp_path)
+    ) as directory:
         assert directory.root == tmp_path / "run"
         directory.frozen.write_text("{}")  # a run that has begun
     with (
         pytest.raises(ValueError, match=r"it differs in .*labels\.kind"),
-        opened_run(parse_config(changed("labels", {"kind": "top_k", "k": 2})), tmp_path),
+        opened_run(parse_config(changed("labels", {"kind": "top_k", "k": 2})).relative_to(tmp_path)),
     ):
         pass

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,8 @@ from benchmarks.science.report1 import write_report as report1
 from benchmarks.science.report2 import write_report as report2
 from benchmarks.science.report_short import write_report as short_report
 from benchmarks.science.training import fit
+from distilbeam.selection.strategies.registry import names
+from distilbeam.selection.strategies.selectors import Selector
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.training.train import train
 
@@ -50,6 +55,23 @@ def test_study_1_reports_and_goes_on(given, monkeypatch):
     assert collect(given, study1.study_cells(given)) == rows
     stored = json.loads(next((given.store.directory / "study1").iterdir()).read_text())
     assert stored["key"]["about"]["student"]["kind"] == "mlp"
+
+
+def test_another_strategy_of_the_registry_is_compared_where_it_is_named(given, problem, monkeypatch):
+    named = replace(given, methods=("uniform", "margin", "least-confidence"))
+    rows = collect(named, study1.study_cells(named))
+    assert {row["method"] for row in rows} == set(named.methods)
+    report1(named, rows)
+    assert "| least-confidence |" in (given.out / "study1.md").read_text()
+    assert set(buying.METHODS) | set(buying.OTHERS) >= set(names())
+    strategy = type(
+        "Last", (Selector,), {"name": "last", "_select": lambda _, pool, n, __: np.arange(pool.size) >= pool.size - n}
+    )
+    sys.modules["last_strategy"] = types.ModuleType("last_strategy")
+    sys.modules["last_strategy"].Last = strategy
+    monkeypatch.setitem(buying.OTHERS, "last", partial(buying._registered, "last_strategy:Last"))
+    first = buying.rounds(problem, "last", "small", "hard")[0]
+    assert sorted(first["rows"]) == problem.pool[-6:].tolist()
 
 
 def test_oracle_buys_right_labels_and_all_buy_what_they_were_told(problem):

@@ -19,7 +19,7 @@ MODULES = [
     "trust.noise",
     "games.rad",
     "rounding",
-    "strategies.selectors",
+    "strategies.registry",
     "sketch.gain_sketch",
 ]
 

@@ -30,7 +30,6 @@ from distilbeam.storage.paths import (
     remove_files,
     remove_folder,
     to_path,
-    within,
 )
 
 
@@ -64,12 +63,6 @@ def test_what_is_remote() -> None:
     assert cast("Any", to_path(given)).storage_options == {"use_listings_cache": False}, (
         "other processes write there too"
     )
-
-
-def test_a_setting_is_relative_to_its_file_unless_it_is_a_url() -> None:
-    assert within(Path("/a"), "b/c") == Path("/a/b/c")
-    assert within(Path("/a"), "/b") == Path("/b")
-    assert str(within(Path("/a"), "memory://b/c")) == "memory://b/c"
 
 
 def test_files_come_whole_and_go(folder: Path) -> None:

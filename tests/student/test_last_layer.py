@@ -16,7 +16,7 @@ from distilbeam.student.training.batches import StepRows
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import Processes
 from distilbeam.student.training.loss import step_loss
-from distilbeam.student.training.wrap import UpToLastLayer, make_network
+from distilbeam.student.training.wrap import UpToLastLayer, make_network, precisions
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 STUDENTS = [
@@ -141,8 +141,8 @@ def test_what_ran_in_what_is_said_in_a_line(caplog):
     lines = {
         "fp32": "everything in float32",
         "bf16": "all matrix products in bfloat16, parameters, norms, residuals and losses in float32",
-        "fp8": "1 of 3 linear layers in fp8, all other matrix products in bfloat16, parameters, norms, residuals and losses in",
-        "int8": "1 of 3 linear layers in int8, all other matrix products in bfloat16, parameters, norms, residuals and losses",
+        "fp8": "1 of 3 linear layers in fp8 by reference (layers.1), all other matrix products in bfloat16, parameters,",
+        "int8": "1 of 3 linear layers in int8 by reference (layers.1), all other matrix products in bfloat16, parameters,",
     }
     for precision, line in lines.items():
         caplog.clear()
@@ -151,4 +151,6 @@ def test_what_ran_in_what_is_said_in_a_line(caplog):
         with caplog.at_level(logging.INFO, "distilbeam"):
             make_network(module, config, training, Processes(CPU))
         assert f"precision {precision}: {line}" in caplog.text
-        assert "the last layer and the loss in one operation, without logits" in caplog.text
+        assert "; the last layer and the loss in one operation by chunked, without logits" in caplog.text
+    apart = TrainConfig(precision="bf16", last_layer="apart")
+    assert precisions(module, apart, together=False).endswith("losses in float32; the loss by chunked")

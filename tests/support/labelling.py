@@ -1,4 +1,4 @@
-"""A labelling job that every test can afford, as a program of its own: start it, kill it, count what it asked."""
+"""A labelling job that every test can afford, in this process or as a program of its own: call it, kill it, count what it asked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import tomli_w
 from problem import FEATURES, SUPPORT, asked, write_problem
+from typer.testing import CliRunner
 
+from distilbeam.pipelines.cli.main import app
+from distilbeam.pipelines.engine.model_cache import forget_models
 from distilbeam.teacher.softlabels import read_manifest
+
+Command = Callable[..., str]
 
 
 def write_job(directory: Path, pool_rows: int = 240, **more: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +38,20 @@ def write_job(directory: Path, pool_rows: int = 240, **more: dict[str, Any]) -> 
         settings[section] = {**settings.get(section, {}), **values}
     (directory / "label.toml").write_text(tomli_w.dumps(settings))
     return settings
+
+
+def command_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Give the command line in this process, in the job's directory; an error's sentence is the exception's."""
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("COLUMNS", "200")
+    forget_models()
+
+    def call(name: str, *arguments: str) -> str:
+        result = CliRunner().invoke(app, [name, "label.toml", *arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return call
 
 
 def start(directory: Path, *arguments: str, command: str = "label") -> subprocess.Popen[str]:

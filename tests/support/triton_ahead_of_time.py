@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ class Compiled:
 
 
 def compile_for(
-    capability: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int, **options: Any
+    capability: int,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    odd: Collection[str] = (),
+    **options: Any,
 ) -> Compiled:
     """Compile for a compute capability.
 
@@ -48,6 +55,7 @@ def compile_for(
       signature: types of the arguments that are no constants; pointers and sizes are taken as multiples of 16.
       constants: values of the others.
       num_warps: warps of a program.
+      odd: sizes that are no multiples of 16.
       options: further options of the compiler.
 
     Returns:
@@ -55,6 +63,7 @@ def compile_for(
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind == "i32"]
+    aligned = [name for name in aligned if name not in odd]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, **options}

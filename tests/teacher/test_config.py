@@ -33,20 +33,20 @@ INPUT = {"column": "x"}
         ),
         (
             {"kind": "onnx", "model": "m", "input": INPUT, "zzz": 1},
-            "teacher.zzz is not a setting; the valid ones are kind, model, input, output, providers, threads, batch_rows, "
-            "answers, classes",
+            "teacher.zzz is not a setting; the valid ones are answers, batch_rows, classes, input, kind, model, output, "
+            "providers, threads",
         ),
         (
             {"kind": "torch", "model": "m:f", "input": {"column": "x", "std": [0.0]}},
-            "teacher.input: std must be positive, got [0.0]",
+            "teacher.input.std must be positive, got [0.0]",
         ),
         (
             {"kind": "torch", "model": "m:f", "input": INPUT, "batch_rows": 0},
-            "teacher.batch_rows: should be greater than or equal to 1, got 0",
+            "teacher.batch_rows: must be greater than or equal to 1, got 0",
         ),
         (
             {"kind": "torch", "model": "m.pt2", "weights": "w", "input": INPUT},
-            "teacher: weights and arguments must be left out for a .pt2 program, which contains them",
+            "teacher.weights and arguments must be left out for a .pt2 program, which contains them",
         ),
         (
             {"kind": "tfserving", "address": "a:1", "model": "m", "input": INPUT, "headers": {"a": {"evn": "A"}}},

@@ -14,7 +14,7 @@ import distilbeam.teacher
 HEAVY = ("apache_beam", "jax", "keras", "onnxruntime", "tensorflow", "torch", "transformers", "triton")
 FOLDER = Path(distilbeam.teacher.__path__[0])
 SHARED = tuple(
-    f"distilbeam.{name}" for name in ("extras", "inputs", "quiet", "storage", "toml_files")
+    f"distilbeam.{name}" for name in ("extras", "inputs", "quiet", "settings", "storage")
 )  # what all parts stand on
 
 

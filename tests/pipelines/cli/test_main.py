@@ -51,6 +51,7 @@ def test_help_names_every_command() -> None:
         "export",
         "tune",
         "pareto",
+        "launch",
     ):
         assert f" {command} " in out
         assert command in readme, f"README does not mention {command}"

@@ -74,7 +74,7 @@ def measured_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_of(config: Path, **changes: Any) -> Run:
     settings = with_settings(load_config(config), changes)
-    return Run(settings, config.parent, RunDirectory(config.parent / "run"))
+    return Run(settings.relative_to(config.parent), RunDirectory(config.parent / "run"))
 
 
 def invoke(*arguments: str | Path) -> Any:

@@ -47,7 +47,7 @@ def label(base: Path, *flags: str, out: str = "job") -> list[tuple[str, int, str
         },
         "engine": {"unit_rows": 20, "shard_rows": 20, "batch_rows": 16, "teacher_batch": 8},
     }
-    with opened_job(parse_label_config(config), base) as job:
+    with opened_job(parse_label_config(config).relative_to(base)) as job:
         job.label(job.plan(), pipeline_options(flags), Progress())
         return [(entry.key, entry.rows, entry.checksum) for entry in read_manifest(job.dataset).entries]
 

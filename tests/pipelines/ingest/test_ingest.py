@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sources import example, write_tfrecords
+from typer.testing import CliRunner
 
+from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.ingest import ingesting
 from distilbeam.pipelines.ingest.ingesting import Summary, ingest
@@ -236,6 +238,19 @@ def test_what_is_there_already_is_not_mixed_with_anything(tmp_path: Path) -> Non
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ValueError, match="taken holds something else already; name a new directory"):
         run(tmp_path, out="taken")
+
+
+def test_the_same_command_again_says_the_same_and_that_it_did_nothing(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"z": 1, "b": "t", "a": 0.5}])
+    arguments = ["ingest", str(tmp_path / "in"), "--out", str(tmp_path / "pool"), "--format", "jsonl"]
+    first, again = (CliRunner().invoke(app, arguments) for _ in range(2))
+    assert (first.exit_code, again.exit_code) == (0, 0), again.output
+    assert "columns id (string), z (int64), b (string), a (float64)." in first.output
+    assert "before; nothing is left to do." not in first.output
+    sentence = "was made from these sources with these options before; nothing is left to do."
+    said, _, repeated = again.output.replace("\n", " ").partition(sentence)
+    assert said.strip() == str(tmp_path / "pool")
+    assert first.output.replace("\n", " ").endswith(repeated.strip() + " ")
 
 
 def test_an_ingest_that_failed_begins_again_with_what_is_there_then(tmp_path: Path) -> None:

@@ -136,6 +136,23 @@ def test_a_rare_list_field_costs_no_other_row(tmp_path: Path) -> None:
     assert boxes.count(None) == 49
 
 
+def test_fields_that_turn_up_late_are_columns_of_all(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"n": i} for i in range(2500)]
+    records[1500] = {"late": "x", "n": 1500}
+    records[2000] = {"n": 2000, "later": [1], "late": None}
+    lines = lines_of(records).splitlines()
+    lines[2100] = '{"n": 1, "only here": 1, "only here": 2}'
+    _, pool, bad = run(tmp_path, "\n".join(lines), "a.jsonl")
+    assert pool.schema.names == ["id", "n", "late", "later"], (
+        "in the order in which they are met; what is refused adds none"
+    )
+    assert [(b["line"], b["error"]) for b in bad] == [
+        (2101, "a line must have every field once, got 'only here' twice")
+    ]
+    assert pool["n"].to_pylist() == [i for i in range(2500) if i != 2100]
+    assert [value for value in pool["late"].to_pylist() if value is not None] == ["x"]
+
+
 def test_names_may_be_any(tmp_path: Path) -> None:
     names = [
         "_file",
@@ -161,6 +178,15 @@ def test_names_may_be_any(tmp_path: Path) -> None:
     header = ",".join('"' + name.replace('"', '""') + '"' for name in names)
     _, pool, _ = run(tmp_path, f"{header}\n{','.join(map(str, range(len(names))))}\n", "a.csv")
     assert pool.drop_columns(["id"]).to_pylist() == [dict(zip(names, range(len(names)), strict=True))]
+
+
+def test_more_columns_than_an_expression_has_terms(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(1500)]
+    rows = [[str(1500 * i + j) for j in range(1500)] for i in range(3)]
+    text = "\n".join(",".join(fields) for fields in [names, *rows, rows[0]])
+    _, pool, bad = run(tmp_path, text, "a.csv", types=dict.fromkeys(names, "string"))
+    assert bad == []
+    assert [list(row.values())[1:] for row in pool.to_pylist()] == rows
 
 
 @pytest.mark.parametrize("header", ["a,a", "a,,b", ""])

@@ -58,6 +58,8 @@ def test_a_run_from_pool_to_report(problem: dict[str, Any], tmp_path: Path) -> N
         assert 0 < probability.min() <= probability.max() <= 1
     assert len(set(bought)) == 60, "no row is bought twice"
     metrics = json.loads((root / "report" / "metrics.json").read_text())
+    assert metrics["ran"] == "everything in float32; the loss by chunked"
+    assert f"The last student&#39;s training ran {metrics['ran']}." in (root / "report" / "report.html").read_text()
     assert [s["labels"] for s in metrics["students"]] == [0, 30, 60]
     assert metrics["uniform"]["labels"] == 60
     assert metrics["calls"]["labels"] == 60
@@ -239,7 +241,7 @@ def test_two_runs_in_one_directory_at_once(problem: dict[str, Any], tmp_path: Pa
     from distilbeam.pipelines.jobs.directory import opened_run
 
     with (
-        opened_run(parse_config(problem), tmp_path),
+        opened_run(parse_config(problem).relative_to(tmp_path)),
         pytest.raises(ValueError, match=rf"is being worked on by process {os.getpid()} on .*; wait for it"),
     ):
         run(problem, base=tmp_path)

@@ -39,7 +39,7 @@ def settings(problem: dict[str, Any], **training: Any) -> dict[str, Any]:
 
 
 def run_of(data: dict[str, Any], root: Path) -> Run:
-    return Run(parse_config(data), root.parent, RunDirectory(root))
+    return Run(parse_config(data).relative_to(root.parent), RunDirectory(root))
 
 
 @pytest.fixture

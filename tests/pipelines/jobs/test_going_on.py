@@ -25,6 +25,7 @@ from distilbeam.pipelines.jobs.freeze import require_data_of_run
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.variants import VariantDirectory
 from distilbeam.progress import Progress
+from distilbeam.settings import read_toml
 from distilbeam.storage.files import read_json
 from distilbeam.student.checkpoint import load_student
 
@@ -140,8 +141,8 @@ def test_another_student_is_that_of_a_training_on_the_same_labels(problem, finis
     """What is made beside the run is what the run itself would have made of these labels."""
     root = run(changed(problem, WIDER), base=tmp_path)
     settings = parse_config(changed(problem, WIDER))
-    with opened_run(settings, tmp_path) as directory:
-        of_run = Run(settings, tmp_path, directory)
+    with opened_run(settings.relative_to(tmp_path)) as directory:
+        of_run = Run(settings.relative_to(tmp_path), directory)
         assert [str(path.relative_to(finished)) for path in of_run.soft_labels] == [
             "labels/round=000",
             "labels/round=001",
@@ -256,12 +257,12 @@ def test_a_labelling_job_does_not_take_a_run_over(problem, finished, tmp_path):
     before = contents(finished)
     job = labelling_job(problem, tmp_path, "run")
     with pytest.raises(ValueError, match=r"run holds a run, and the configuration describes a labelling job \("):
-        opened_run(job, tmp_path).__enter__()
+        opened_run(job.relative_to(tmp_path)).__enter__()
     assert contents(finished) == {**before, ".lock": (finished / ".lock").read_bytes()}
 
 
 def test_a_run_does_not_take_a_labelling_job_over(problem, tmp_path):
-    with opened_run(labelling_job(problem, tmp_path, "job"), tmp_path):
+    with opened_run(labelling_job(problem, tmp_path, "job").relative_to(tmp_path)):
         pass
     with pytest.raises(
         ValueError, match=r"holds a labelling job \(.*\), and the configuration describes a run; choose"
@@ -280,19 +281,19 @@ def test_data_in_another_place_must_be_the_same(problem, finished, tmp_path):
     bought = asked_of_pool(tmp_path)
     assert run(changed(problem, {"data.pool": "copy"}), base=tmp_path) == finished
     assert asked_of_pool(tmp_path) == bought
-    assert load_config(finished / "config.toml").data.pool == "copy"
-    with opened_run(parse_config(problem), tmp_path) as directory:
+    assert read_toml(finished / "config.toml")["data"]["pool"] == "copy"
+    with opened_run(parse_config(problem).relative_to(tmp_path)) as directory:
         assert directory.moved == ("data.pool",)
-        require_data_of_run(Run(parse_config(problem), tmp_path, directory))  # back again, and the same
+        require_data_of_run(Run(parse_config(problem).relative_to(tmp_path), directory))  # back again, and the same
     pq.write_table(make_table(60, 9, labelled=False), tmp_path / "pool" / "2.parquet")
     for _ in range(2):  # nothing is left to do, and still
         with pytest.raises(ValueError, match=r"the data changed since .*run was started: pool file\(s\) 2.parquet"):
             run(problem, base=tmp_path)
     with (
-        opened_run(parse_config(problem), tmp_path) as directory,
+        opened_run(parse_config(problem).relative_to(tmp_path)) as directory,
         pytest.raises(ValueError, match=r"data\.pool must lead to"),
     ):
-        require_data_of_run(Run(parse_config(problem), tmp_path, directory))
+        require_data_of_run(Run(parse_config(problem).relative_to(tmp_path), directory))
 
 
 @pytest.mark.slow
@@ -306,8 +307,8 @@ def test_a_run_of_before_lacks_settings_and_goes_on(problem, finished, tmp_path)
 
 def test_planning_makes_nothing_and_names_the_place(problem, finished, tmp_path):
     before = {path.name for path in finished.iterdir()}
-    assert planned_run(parse_config(problem), tmp_path).root == finished
-    place = planned_run(parse_config(changed(problem, WIDER)), tmp_path)
+    assert planned_run(parse_config(problem).relative_to(tmp_path)).root == finished
+    place = planned_run(parse_config(changed(problem, WIDER)).relative_to(tmp_path))
     assert isinstance(place, VariantDirectory)
     assert place.root.parent.name == "variants"
     assert {path.name for path in finished.iterdir()} == before
@@ -339,12 +340,13 @@ def test_the_commands_go_on_too(problem, finished, tmp_path, monkeypatch):
     assert f"{finished}/students/round=000" in call("train", str(tmp_path / "run.toml"), "--round", "0")
 
     found = call("tune", str(tmp_path / "run.toml"), "--trials", "2", "--set", "training.epochs=3")
-    assert f"distilbeam run {tmp_path / 'run.toml'} --set @{finished / 'tune' / 'best.toml'}" in found
-    again = call("run", str(tmp_path / "run.toml"), "--set", f"@{finished / 'tune' / 'best.toml'}")
+    best = finished / "tune" / "best.toml"
+    assert f"distilbeam run {tmp_path / 'run.toml'} --set training.epochs=3 --set @{best}" in found
+    again = call("run", str(tmp_path / "run.toml"), "--set", f"@{best}")
     assert again.count("Another student than that of") == 1
     assert "variants/mlp-" in again
-    best = load_config(tmp_path / "run.toml", [f"@{finished / 'tune' / 'best.toml'}"])
-    root = planned_run(best, tmp_path).root
-    assert load_student(root / "students" / "round=002").extra["training"]["lr"] == best.training.lr
+    tuned = load_config(tmp_path / "run.toml", [f"@{best}"])
+    root = planned_run(tuned).root
+    assert load_student(root / "students" / "round=002").extra["training"]["lr"] == tuned.training.lr
     assert asked_of_pool(tmp_path) == bought
     assert np.isfinite(read_json(root / "report" / "metrics.json")["students"][-1]["nll"])

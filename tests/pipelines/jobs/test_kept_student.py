@@ -42,7 +42,7 @@ def test_a_student_is_kept_until_a_later_one_is_no_worse(
     problem: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = run(small(problem, 3), base=tmp_path)
-    run_of = Run(parse_config(small(problem, 3)), tmp_path, RunDirectory(root))
+    run_of = Run(parse_config(small(problem, 3)).relative_to(tmp_path), RunDirectory(root))
     answering(run_of, [40, 50, 45, 46], monkeypatch)
     # five of five lost: 1 in 32 under chance; four of four: 1 in 16, which is within the uncertainty
     kept, worse = kept_round(run_of)

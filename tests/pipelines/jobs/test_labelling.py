@@ -12,32 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from labelling import calls_by_row, dataset, labelled_ids, pool_ids, shards, write_job
+from labelling import Command, calls_by_row, dataset, labelled_ids, pool_ids, shards, write_job
 from problem import asked, make_table
-from typer.testing import CliRunner
 
-from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import load_any_config
 from distilbeam.pipelines.engine.model_cache import forget_models
 from distilbeam.pipelines.jobs.labelling import opened_job
 from distilbeam.teacher.softlabels import compact_manifest, decode, read_manifest
-
-Command = Callable[..., str]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Call the command line in this process, in the job's directory; an error's sentence is the exception's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    forget_models()
-
-    def call(name: str, *arguments: str) -> str:
-        result = CliRunner().invoke(app, [name, "label.toml", *arguments], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return call
 
 
 def write_file(directory: Path, name: str, rows: int, seed: int) -> None:
@@ -46,7 +27,7 @@ def write_file(directory: Path, name: str, rows: int, seed: int) -> None:
 
 def place(directory: Path, tasks: slice) -> int:
     """Label some tasks of the job and leave their shards unflushed, as a process that is killed then does."""
-    with opened_job(load_any_config(directory / "label.toml"), directory) as job:
+    with opened_job(load_any_config(directory / "label.toml")) as job:
         work, plan = job.work(job.dataset, job.dead_letters), job.plan()
         return len([entry for task in plan.tasks[tasks] for entry in work(task)])
 
@@ -79,7 +60,7 @@ def test_answers_bound_what_is_asked_at_a_time(
     write_job(
         tmp_path, engine={"unit_rows": 40, "shard_rows": 30, "batch_rows": batch_rows, "teacher_batch": teacher_batch}
     )
-    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:
+    with opened_job(load_any_config(tmp_path / "label.toml")) as job:
         work, plan = job.work(job.dataset, job.dead_letters), job.plan()
         assert work.rows_at_once == expected
         seen = [found.num_rows for _, found in work._to_label(plan.tasks[0]) if isinstance(found, pa.Table)]
@@ -385,7 +366,7 @@ def test_what_a_killed_process_had_placed_is_committed_and_not_asked_again(tmp_p
     assert calls > 0
     assert len(shards_there(tmp_path)) == 0
     assert wanted(command("plan", "--sample", "0")) == 240 - calls, "it will be committed when the job is opened"
-    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path):
+    with opened_job(load_any_config(tmp_path / "label.toml")):
         assert len(shards_there(tmp_path)) == placed
     command("label")
     assert len(asked(tmp_path)) == 240
@@ -397,7 +378,7 @@ def test_a_worker_takes_a_placed_shard_over(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     forget_models()
     write_job(tmp_path)
-    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:
+    with opened_job(load_any_config(tmp_path / "label.toml")) as job:
         work, plan = job.work(job.dataset, job.dead_letters), job.plan()
         first = [entry for task in plan.tasks for entry in work(task)]
         calls = len(asked(tmp_path))

@@ -17,11 +17,11 @@ import torch
 from distilbeam.pipelines.config import load_any_config
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.splits import plan_pool
+from distilbeam.settings import read_toml
 from distilbeam.teacher import load_teacher
 from distilbeam.teacher.config import parse_teacher_config
 from distilbeam.teacher.tfserving.probing import with_probe_shape
 from distilbeam.teacher.tfserving.serve import TeacherServer
-from distilbeam.toml_files import read_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 WIDTH = 8
@@ -80,15 +80,15 @@ def settings(address: str, **more: Any) -> Any:
     return parse_teacher_config({"kind": "tfserving", "address": address, "model": "teacher", "input": columns, **more})
 
 
-def test_the_shape_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None:
+def test_the_shape_is_that_of_the_first_row_that_has_one() -> None:
     config = settings("a:1")
     pool = pa.record_batch({"features": [None, [1.0, 2.0, 3.0]], "id": [1, 2]})
-    assert with_probe_shape(config, tmp_path, lambda: [pool.slice(0, 1), pool.slice(1)]).probe_shape == (3,)  # type: ignore[union-attr]
-    assert with_probe_shape(config, tmp_path, list) == config
+    assert with_probe_shape(config, lambda: [pool.slice(0, 1), pool.slice(1)]).probe_shape == (3,)  # type: ignore[union-attr]
+    assert with_probe_shape(config, list) == config
     said = settings("a:1", probe_shape=[7])
-    assert with_probe_shape(said, tmp_path, lambda: pytest.fail("nobody has to look")) == said
+    assert with_probe_shape(said, lambda: pytest.fail("nobody has to look")) == said
     other = parse_teacher_config({"kind": "torch", "model": "a.pt2", "input": {"column": "x"}})
-    assert with_probe_shape(other, tmp_path, lambda: pytest.fail("nobody has to look")) is other
+    assert with_probe_shape(other, lambda: pytest.fail("nobody has to look")) is other
 
 
 def test_the_first_rows_are_those_of_the_pool(tmp_path: Path) -> None:

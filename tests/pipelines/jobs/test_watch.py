@@ -236,7 +236,7 @@ def watch_here(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any],
     """Watch in this process; return the totals and what was said."""
     config = {**config, "watch": {"idle_s": 20.0, **config["watch"]}}  # a watch that waits for ever fails its test
     console = Console(file=io.StringIO(), width=500)
-    with opened_job(parse_label_config(config), directory) as job:
+    with opened_job(parse_label_config(config).relative_to(directory)) as job:
         totals = watch(job, directory / "in", pipeline_options(), Display(console))
     assert isinstance(console.file, io.StringIO)
     return totals, console.file.getvalue()
@@ -413,6 +413,6 @@ def test_what_is_watched_does_not_hold_the_labels(tmp_path: Path, monkeypatch: p
     config["run"]["directory"] = "in/job"
     with (
         pytest.raises(ValueError, match=r"run.directory \(.*/in/job\) must not be inside --watch"),
-        opened_job(parse_label_config(config), tmp_path) as job,
+        opened_job(parse_label_config(config).relative_to(tmp_path)) as job,
     ):
         watch(job, tmp_path / "in", pipeline_options(), Display(Console(file=io.StringIO())))

@@ -102,7 +102,7 @@ def test_a_run_that_had_bought_without_the_comparison_stays_as_it_was(problem: d
     assert is_pooled(root / "pooled" / "round=001")
     assert not (root / "teacher" / "standing.json").exists()
     config = parse_config(settings(problem, run={"rounds": 2}))
-    assert Run(config, tmp_path, RunDirectory(root)).pooled
+    assert Run(config.relative_to(tmp_path), RunDirectory(root)).pooled
 
 
 def test_the_option_is_the_setting(problem: dict[str, Any], tmp_path: Path) -> None:

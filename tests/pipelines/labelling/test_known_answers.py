@@ -11,34 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from labelling import dataset, labelled_ids, pool_ids, write_job
+from labelling import Command, dataset, labelled_ids, pool_ids, write_job
 from problem import asked, make_table
 from typer.testing import CliRunner
 
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import load_any_config
-from distilbeam.pipelines.engine.model_cache import forget_models
 from distilbeam.pipelines.jobs.labelling import opened_job
 from distilbeam.teacher.softlabels import decode, read_manifest
 from distilbeam.teacher.softlabels.manifest import write_entry
 from distilbeam.teacher.softlabels.verify import verify_labels
 
-Command = Callable[..., str]
 UNCARRIED = {"data": {"carry": []}}
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    forget_models()
-
-    def call(name: str, *arguments: str) -> str:
-        result = CliRunner().invoke(app, [name, "label.toml", *arguments], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return call
 
 
 def files(directory: Path) -> list[Path]:
@@ -260,7 +244,7 @@ def test_a_file_that_was_only_touched_is_left_and_check_content_looks_at_all(tmp
 def test_a_file_that_is_replaced_in_the_middle_is_not_committed_under_its_former_key(tmp_path: Path) -> None:
     write_job(tmp_path)
     file = tmp_path / "pool" / "0.parquet"
-    with opened_job(load_any_config(tmp_path / "label.toml"), tmp_path) as job:
+    with opened_job(load_any_config(tmp_path / "label.toml")) as job:
         work, plan = job.work(job.dataset, job.dead_letters), job.plan()
         begun = work(plan.tasks[0])
         pq.write_table(make_table(40, 3, labelled=False), file)

@@ -106,7 +106,7 @@ def test_a_run_learns_pooled_labels_and_pays_for_the_teachers(
     run(problem | {"labels": {"pooled": True}}, base=tmp_path)
     assert asked(tmp_path) == paid
     config = parse_config(problem | {"labels": {"pooled": True}})
-    pooled = Run(config, tmp_path, RunDirectory(root))
+    pooled = Run(config.relative_to(tmp_path), RunDirectory(root))
     assert pooled.soft_labels == [root / "pooled" / f"round={number:03d}" for number in range(2)]
     assert pooled.provenance()["soft_labels"]["spec"]["teacher"].endswith("pooled with the student that chose")
 

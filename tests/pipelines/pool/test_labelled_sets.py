@@ -55,7 +55,7 @@ CHANGES = {
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_run_and_an_evaluation_read_every_type_alike(problem: dict[str, Any], tmp_path: Path, kind: str) -> None:
     relabel(tmp_path, CHANGES[kind])
-    inputs = load_inputs(parse_config(problem), tmp_path)
+    inputs = load_inputs(parse_config(problem).relative_to(tmp_path))
     assert inputs.classes == (("1", "2", "3") if kind == "from one on" else ("0", "1", "2"))
     assert inputs.validation.truth.tolist() == truth()
     root = run(problem, base=tmp_path, until=("train", 0))
@@ -74,19 +74,19 @@ def test_a_run_and_an_evaluation_read_every_type_alike(problem: dict[str, Any], 
 def test_sets_of_different_types(problem: dict[str, Any], tmp_path: Path) -> None:
     relabel(tmp_path, CHANGES["text"], ("labelled",))
     relabel(tmp_path, CHANGES["float"], ("test",))
-    inputs = load_inputs(parse_config(problem), tmp_path)
+    inputs = load_inputs(parse_config(problem).relative_to(tmp_path))
     assert inputs.classes == ("0", "1", "2")
     assert inputs.validation.truth.tolist() == truth()
     relabel(tmp_path, lambda y: pc.equal(y, 1), ("labelled",))
     with pytest.raises(
         ValueError, match=r"^data.label: column label must hold booleans in all labelled sets or in none"
     ):
-        load_inputs(parse_config(problem), tmp_path)
+        load_inputs(parse_config(problem).relative_to(tmp_path))
 
 
 def test_numbers_are_indices_of_classes_with_other_names(problem: dict[str, Any], tmp_path: Path) -> None:
     problem["data"]["classes"] = ["cat", "dog", "owl"]
-    inputs = load_inputs(parse_config(problem), tmp_path)
+    inputs = load_inputs(parse_config(problem).relative_to(tmp_path))
     assert inputs.validation.truth.tolist() == truth()
     assert inputs.validation.table["label"].to_pylist() == [("cat", "dog", "owl")[y] for y in truth()]
 
@@ -96,11 +96,11 @@ def test_numerals_are_ordered_as_numbers_and_a_started_run_keeps_its_order(
 ) -> None:
     relabel(tmp_path, lambda y: pc.multiply(y, 5).cast(pa.string()))  # "0", "5", "10"
     config = parse_config(problem)
-    assert load_inputs(config, tmp_path).classes == ("0", "5", "10")
-    former = load_inputs(config, tmp_path, ("0", "10", "5"))
+    assert load_inputs(config.relative_to(tmp_path)).classes == ("0", "5", "10")
+    former = load_inputs(config.relative_to(tmp_path), ("0", "10", "5"))
     assert former.classes == ("0", "10", "5")
     assert former.validation.truth.tolist() == [{0: 0, 1: 2, 2: 1}[y] for y in truth()]
-    assert load_inputs(config, tmp_path, ("0", "5", "11")).classes == ("0", "5", "10")
+    assert load_inputs(config.relative_to(tmp_path), ("0", "5", "11")).classes == ("0", "5", "10")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
@@ -171,7 +171,7 @@ def test_a_labelling_job_refuses_them_too_but_for_weights_of_ones_own(problem: d
             "data": {"pool": "pool", "id": id_column, "carry": carry, "num_classes": 3},
             "teacher": {**problem["teacher"], "input": {"columns": read}},
         }
-        return LabellingJob(parse_label_config(config), tmp_path, RunDirectory(tmp_path / "job"))
+        return LabellingJob(parse_label_config(config).relative_to(tmp_path), RunDirectory(tmp_path / "job"))
 
     for carry, read, id_column, setting in (
         (["x", "gain"], ["x"], "key", "data.carry: the column gain"),
@@ -197,7 +197,7 @@ def test_changed_rows_of_a_labelled_set_are_noticed_whatever_the_footer_says(
     labels = table["label"].to_pylist()
     labels[5] = (labels[5] + 1) % 3
     pq.write_table(table.set_column(2, "label", pa.array(labels)), tmp_path / "validation.parquet")
-    inputs = load_inputs(parse_config(problem), tmp_path)
+    inputs = load_inputs(parse_config(problem).relative_to(tmp_path))
     # a footer that does not show it: the digests of the files are those that were recorded
     frozen.write_text(json.dumps({**before, "inputs": inputs.files_digest}))
     with pytest.raises(ValueError, match=r"the data changed since .*run was started: data.validation; put it back"):
@@ -230,7 +230,7 @@ def test_what_is_said_of_the_sets(tmp_path: Path) -> None:
     known = pool.slice(0, 5).append_column("label", pa.array([0, 1, 0, 1, 0]))
     pq.write_table(pa.concat_tables([make_table(*SETS["test"], labelled=True), known]), tmp_path / "test.parquet")
     shared = pc.sum(pc.not_equal(validation["label"].slice(0, 4), 2)).as_py()
-    notes = notes_on(load_inputs(parse_config(problem), tmp_path))
+    notes = notes_on(load_inputs(parse_config(problem).relative_to(tmp_path)))
     assert notes == [
         "data.validation has 60 rows: shares are known to ± 13 points, the teacher's mistakes too",
         "data.labelled has no row of 1 of the 3 classes (2): the first student cannot know them",
@@ -247,11 +247,13 @@ def test_numbers_that_could_be_names_and_indices_need_a_word(problem: dict[str, 
     with pytest.raises(
         ValueError, match=r"^data.label: column label: 0 is the name of a class and also the index of class '2'"
     ):
-        load_inputs(parse_config(problem), tmp_path)
+        load_inputs(parse_config(problem).relative_to(tmp_path))
     problem["data"]["integers"] = "indices"
-    assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == truth()
+    assert load_inputs(parse_config(problem).relative_to(tmp_path)).validation.truth.tolist() == truth()
     problem["data"]["integers"] = "names"
-    assert load_inputs(parse_config(problem), tmp_path).validation.truth.tolist() == [(1, 2, 0)[y] for y in truth()]
+    assert load_inputs(parse_config(problem).relative_to(tmp_path)).validation.truth.tolist() == [
+        (1, 2, 0)[y] for y in truth()
+    ]
 
 
 def test_a_run_whose_data_were_refused_takes_the_corrected_configuration(

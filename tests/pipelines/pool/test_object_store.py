@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from job_service import job_service
-from labelling import calls_by_row, pool_ids, start, write_job
+from labelling import Command, calls_by_row, pool_ids, start, write_job
 from labelling import shards as shards_on_disk
 from object_store import BUSY, DENIED, ObjectStore, Request, copy_folder, object_store
 from problem import asked, make_table, write_problem
@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import LabelConfig, load_any_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
-from distilbeam.pipelines.engine.model_cache import forget_models
 from distilbeam.pipelines.engine.phase import PhaseError
 from distilbeam.pipelines.jobs.labelling import opened_job
 from distilbeam.pipelines.pool.splits import plan_pool
@@ -38,7 +37,6 @@ from distilbeam.storage.paths import list_files, readable, to_path
 from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.teacher.softlabels import merge_manifests, read_manifest
 
-Command = Callable[..., str]
 ENGINE = {"unit_rows": 60, "shard_rows": 60, "batch_rows": 60, "teacher_batch": 60}  # a shard for each of four files
 SMALL = {"unit_rows": 60, "shard_rows": 20, "batch_rows": 20, "teacher_batch": 20}  # twelve shards
 
@@ -66,21 +64,6 @@ def job(tmp_path: Path, bucket: Path) -> Callable[..., None]:
         copy_folder(tmp_path / "pool", bucket / "pool")
 
     return write
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Call the command line in this process, in the job's directory; an error's sentence is the exception's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    forget_models()
-
-    def call(name: str, *arguments: str) -> str:
-        result = CliRunner().invoke(app, [name, "label.toml", *arguments], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return call
 
 
 def shards(bucket: Path) -> list[tuple[str, int, str]]:
@@ -229,7 +212,7 @@ def test_an_object_that_breaks_after_the_plan_costs_its_neighbours_nothing(
     sentence = {"gone": "pool: no such file: s3://", "truncated": r"s3://\S+/pool/2.parquet cannot be read as Parquet"}[
         what
     ]
-    with opened_job(config, tmp_path) as labelling:
+    with opened_job(config.relative_to(tmp_path)) as labelling:
         plan = labelling.plan()
         data = broken.read_bytes()
         broken.unlink()
@@ -240,7 +223,7 @@ def test_an_object_that_breaks_after_the_plan_costs_its_neighbours_nothing(
     assert read_manifest(bucket / "job" / "labels").rows == 180
     if what == "truncated":
         with (
-            opened_job(config, tmp_path) as labelling,
+            opened_job(config.relative_to(tmp_path)) as labelling,
             pytest.raises(ValueError, match=r"data.pool: s3://\S+/pool/2.parquet cannot be read"),
         ):
             labelling.plan()

@@ -8,7 +8,8 @@ from scipy.special import softmax
 from sklearn.linear_model import Ridge
 
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.strategies.selectors import CandidatePool, selector
+from distilbeam.selection.strategies.registry import selector
+from distilbeam.selection.strategies.selectors import CandidatePool
 from distilbeam.selection.trust.local_errors import ClassErrors, LocalErrors
 
 MARGINS = np.array([0.05, 0.3, 0.5, 0.8])

@@ -7,7 +7,8 @@ import pytest
 
 from distilbeam.selection.gains import entropy_gain, least_confidence_gain, margin_gain
 from distilbeam.selection.strategies.diverse import Badge, ClusterMargin, KCenter, spread_by_distance
-from distilbeam.selection.strategies.selectors import CandidatePool, distributing, names, selector
+from distilbeam.selection.strategies.registry import distributing, names, selector
+from distilbeam.selection.strategies.selectors import CandidatePool
 
 
 def pool_of(size, rng, classes=4, dimension=5):
@@ -34,8 +35,8 @@ def test_coincident_points_and_equal_logits(name):
 
 def test_which_distribute():
     gains, games = ("margin", "entropy", "least-confidence"), ("rad", "rad-loss", "rad-capped", "correct-gain")
-    assert names() == ("uniform", *gains, *games, "k-center", "cluster-margin", "badge", "herding")
-    assert distributing() == ("uniform", *gains, *games)
+    assert names() == ("uniform", *gains, "greedy", *games, "k-center", "cluster-margin", "badge", "herding")
+    assert distributing() == ("uniform", *gains, "greedy", *games)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,9 @@ def test_spread_draws_each_point_once():
 def test_refusals():
     rng = np.random.default_rng(0)
     pool = pool_of(30, rng)
-    with pytest.raises(ValueError, match=r"^selector must be one of uniform, margin, .*, badge, herding, got bald$"):
+    with pytest.raises(
+        ValueError, match=r"^selector must be one of uniform, margin, .*, badge, herding, or module:Class, got bald$"
+    ):
         selector("bald")
     with pytest.raises(ValueError, match=r"^the selector k-center does not take all of the options wrong$"):
         selector("k-center", wrong=3)
@@ -142,7 +145,7 @@ def test_refusals():
         selector("uniform").select(pool, 31, rng)
     message = (
         "^pool must hold at most 20 examples for the selector k-center, which compares examples with each other in memory, "
-        "got 30; use uniform, margin, entropy, least-confidence, rad, rad-loss, rad-capped, correct-gain, or a random part of the pool$"
+        "got 30; use uniform, margin, entropy, least-confidence, greedy, rad, rad-loss, rad-capped, correct-gain, or a random part of the pool$"
     )
     with pytest.raises(ValueError, match=message):
         selector("k-center", limit=20).select(pool, 5, rng)

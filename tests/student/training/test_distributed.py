@@ -118,7 +118,7 @@ def test_torchrun_launches_a_training(tmp_path, capsys):
     }
     (tmp_path / "training.toml").write_text(tomli_w.dumps(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "distilbeam.student.training.launch", tmp_path / "training.toml", "--set", "training.epochs=2"]
+    arguments = ["-m", "distilbeam", "launch", tmp_path / "training.toml", "--set", "training.epochs=2"]
     done = subprocess.run(
         [*launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
@@ -167,10 +167,10 @@ def test_settings_of_a_launch_are_checked(tmp_path):
     path = tmp_path / "training.toml"
     path.write_text('[data]\nclasses = ["a", "b"]\n[student]\nkind = "mlp"\ninput = { columns = ["x"] }\n')
     assert read_config(path, ["training.lr=0.5", 'data.directory="there"']).training.lr == 0.5
-    with pytest.raises(ValueError, match=r"training.lrr: Extra inputs are not permitted"):
+    with pytest.raises(ValueError, match=r"^training.lrr is not a setting; did you mean training.lr\?$"):
         read_config(path, ["training.lrr=0.5"])
-    with pytest.raises(ValueError, match="is not valid TOML"):
-        read_config(path, ["training.device=cpu"])
+    nested = read_config(path, ["training.device=cpu", "student.input.max_length=9"])
+    assert (nested.training.device, nested.student.input.max_length) == ("cpu", 9)
 
 
 def test_one_process_needs_no_group():

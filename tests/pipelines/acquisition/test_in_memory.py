@@ -1,4 +1,4 @@
-"""A run that chooses by uncertainty herding, against the selector over the pool in memory."""
+"""A run whose strategy sees the examples together, against the selector over the pool in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from problem import labels_of, make_table
 
-from distilbeam.pipelines.acquisition import herding as choice
-from distilbeam.pipelines.acquisition.herding import CANDIDATES, candidates_share
+from distilbeam.pipelines.acquisition import in_memory as choice
+from distilbeam.pipelines.acquisition.in_memory import CANDIDATES, candidates_share
 from distilbeam.pipelines.acquisition.score import Candidates
 from distilbeam.pipelines.engine.phase import PhaseError
 from distilbeam.pipelines.steps import run
-from distilbeam.selection.gains import margin_gain
+from distilbeam.selection.gains import gain_named, margin_gain
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.strategies.herding import herd
+from distilbeam.selection.strategies.registry import selector
+from distilbeam.selection.strategies.selectors import CandidatePool
 from distilbeam.student.checkpoint import Student, load_student
 
 
@@ -130,3 +132,96 @@ def test_a_student_without_a_linear_head_is_refused(
         PhaseError, match=r"a student must end in a torch.nn.Linear of 3 outputs to have embeddings, Scores"
     ):
         run(herding, base=tmp_path, until=("select", 0))
+
+
+def known(root: Path) -> tuple[CandidatePool, pa.Table]:
+    """What the first round of a run knows of its pool."""
+    student = load_student(root / "students" / "round=000")
+    pool, labelled = make_table(240, 1, labelled=False), make_table(15, 2, labelled=True)
+    logits, points = student.logits_and_embeddings(pool.combine_chunks().to_batches()[0])
+    return CandidatePool(240, logits, points, seen(student, labelled)[1]), pool
+
+
+def picked(root: Path) -> tuple[list[int], np.ndarray]:
+    """The rows of the pool that the first round bought, and the probabilities with which it did."""
+    labels = labels_of(root / "labels" / "round=000")
+    return labels["pool_row"].to_pylist(), labels["inclusion_probability"].to_numpy()
+
+
+@pytest.mark.parametrize("name", ["k-center", "cluster-margin", "badge"])
+def test_strategies_that_compare_choose_in_a_run_as_in_the_library(
+    herding: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    herding["selection"]["method"] = name
+    root = run(herding, base=tmp_path, until=("label", 0))
+    pool, _ = known(root)
+    rows, probabilities = picked(root)
+    assert rows == np.flatnonzero(selector(name).select(pool, 30, shard_rng(0, 0, name))).tolist()
+    np.testing.assert_array_equal(probabilities, np.ones(30))
+
+
+def wrong_share_of(root: Path) -> float:
+    """The share of the validation set that the teacher has wrong."""
+    answers = labels_of(root / "teacher" / "validation")["teacher_logprobs"].combine_chunks()
+    said = answers.flatten().to_numpy().reshape(-1, 3).argmax(axis=1)
+    return float((said != make_table(60, 3, labelled=True)["label"].to_numpy()).mean())
+
+
+def test_a_game_that_no_sketch_plays_is_drawn_with_its_marginals(herding: dict[str, Any], tmp_path: Path) -> None:
+    herding["selection"]["method"] = "rad-loss"
+    root = run(herding, base=tmp_path, until=("label", 0))
+    pool, _ = known(root)
+    rows, probabilities = picked(root)
+    assert len(rows) == 30
+    expected = selector("rad-loss", wrong=240 * wrong_share_of(root)).probabilities(pool, 30)
+    assert expected is not None
+    assert 0 < wrong_share_of(root) < 1
+    np.testing.assert_allclose(probabilities, expected[rows], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["entropy", "least_confidence"])
+def test_the_largest_gains_of_a_name_are_a_strategy(herding: dict[str, Any], tmp_path: Path, name: str) -> None:
+    herding["selection"]["method"] = name
+    root = run(herding, base=tmp_path, until=("label", 0))
+    pool, _ = known(root)
+    gains = gain_named(name)(pool.logits)
+    assert picked(root)[0] == sorted(np.argsort(-gains)[:30].tolist())
+    np.testing.assert_allclose(labels_of(root / "labels" / "round=000")["gain"], gains[picked(root)[0]], rtol=1e-5)
+
+
+OWN = """
+import numpy as np
+from distilbeam.selection import Selector
+
+
+class Lowest(Selector):
+    name = "lowest"
+    reads = ("gains",)
+
+    def _select(self, pool, budget, rng):
+        chosen = np.zeros(pool.size, bool)
+        chosen[np.argsort(pool.gains_by("margin", self.name), kind="stable")[:budget]] = True
+        return chosen
+
+
+class Blind(Selector):
+    name = "blind"
+
+    def _select(self, pool, budget, rng):
+        return np.arange(pool.size) < budget
+"""
+
+
+@pytest.mark.parametrize("name", ["Lowest", "Blind"])
+def test_a_strategy_of_a_users_own_file_is_named_and_chooses(
+    herding: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "own_strategy.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    herding["selection"] |= {"method": f"own_strategy:{name}", "compare_uniform": True}
+    root = run(herding, base=tmp_path)  # to its report, which tells what a round bought
+    pool, _ = known(root)
+    lowest = np.argsort(margin_gain(pool.logits), kind="stable")[:30]
+    assert picked(root)[0] == (sorted(lowest.tolist()) if name == "Lowest" else list(range(30)))
+    assert any((root / "selected" / "round=000" / "gains").glob("*.parquet")) == (name == "Lowest")
+    assert selector(f"own_strategy:{name}").select(pool, 3, np.random.default_rng(0)).sum() == 3
