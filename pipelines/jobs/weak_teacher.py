@@ -74,11 +74,7 @@ def learns_pooled(setting: bool | str, where: RunDirectory) -> bool:
     if where.standing.exists():
         recorded: bool = read_json(where.standing)["pooled"]
         return recorded
-    return _is_pooled(where)
-
-
-def _is_pooled(where: RunDirectory) -> bool:
-    from distilbeam.pipelines.labelling.pooled_labels import is_pooled
+    from distilbeam.pipelines.labelling.pooled_labels import is_pooled  # takes torch's seconds, which a first check does not
 
     return is_pooled(where.pooled(0))
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.science import buying, digits, study1, study2, study3, study4, study7, synthetic
 from benchmarks.science.cells import Store
-from benchmarks.science.command import Arguments, collect
+from benchmarks.science.command import Arguments, collect, places
 from benchmarks.science.losses import LOSSES, learn
 from benchmarks.science.report1 import write_report as report1
 from benchmarks.science.report2 import write_report as report2
