@@ -12,7 +12,7 @@ DEMO ?= demo
 # On every processor, where pip uses one; packages hold files of other Pythons, which do not compile and need not.
 COMPILE = @$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: demo test test-base test-processors test-all test-fast lint types dist bench clean
+.PHONY: demo test test-base test-processors test-all test-fast test-prism lint types dist bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -50,6 +50,9 @@ test-all: $(DEV)
 
 test-fast: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not exhaustive"
+
+test-prism: $(DEV)  ## streams and labelling on Prism and a Kafka broker, where they are found (PRISM, KAFKA_JARS); else skipped
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/streaming tests/pipelines/engine/test_prism.py
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

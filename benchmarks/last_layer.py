@@ -3,10 +3,12 @@
     python benchmarks/last_layer.py --quick                                    # half a minute
     python benchmarks/last_layer.py --threads 1 --json benchmarks/results/last_layer-cpu.json
     python benchmarks/last_layer.py --device cuda --precision bf16 --grid gpu --json FILE
+    python benchmarks/last_layer.py --threads 2 --shape 512x256x32000 --buffers 8 16 24 64       # which buffer pays
 
 The step is the trainer's own (`step_loss`, forward and backward, without the optimizer) of an RMSNorm mlp with learned
 residuals, whose last layer has the given sizes. `table` says what `training.last_layer = "table"` chooses there. Times are
-medians of rounds taken in turn; peaks are what a step needs beyond what is held before it, on a CPU in a process each.
+medians of rounds taken in turn; `--buffers` adds `together` with buffers of other sizes, in MiB, on a CPU; peaks are what a
+step needs beyond what is held before it, on a CPU in a process each.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from measuring.record import machine, write
 from measuring.steps import Step, medians, peak_bytes
 
+from distilbeam.kernels.linear_distillation import chunked
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.batches import StepRows
@@ -95,20 +98,40 @@ def make_step(shape: Shape, way: str, options: argparse.Namespace) -> tuple[Step
     return step, isinstance(network, UpToLastLayer)
 
 
+def in_buffer(step: Step, mebibytes: int) -> Step:
+    """Give the step with a buffer of that size for its logits."""
+
+    def sized() -> None:
+        kept, chunked.BUFFER_ELEMENTS = chunked.BUFFER_ELEMENTS, mebibytes << 18
+        try:
+            step()
+        finally:
+            chunked.BUFFER_ELEMENTS = kept
+
+    return sized
+
+
+def steps_of(shape: Shape, options: argparse.Namespace) -> dict[str, Step]:
+    """Name the ways, and their steps."""
+    steps = {way: make_step(shape, way, options)[0] for way in WAYS}
+    steps |= {f"together in {size} MiB": in_buffer(steps["together"], size) for size in options.buffers}
+    return steps
+
+
 def peak_of(shape: Shape, way: str, options: argparse.Namespace) -> int:
     """Measure a step's peak, on a CPU in a process of its own that returns freed memory at once."""
     if options.device == "cuda":
-        return peak_bytes(make_step(shape, way, options)[0], "cuda")
+        return peak_bytes(steps_of(shape, options)[way], "cuda")
     command = [sys.executable, __file__, f"--precision={options.precision}", f"--threads={options.threads}"]
-    command += [f"--peak-of={way}", f"--shape={shape}"]
+    command += [f"--peak-of={way}", f"--shape={shape}", "--buffers", *map(str, options.buffers)]
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
 def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure both ways on a shape."""
-    steps = {way: make_step(shape, way, options)[0] for way in WAYS}
+    """Measure the ways on a shape."""
+    steps = steps_of(shape, options)
     for step in steps.values():
         step()
     times = medians(steps, options.device, options.repeats)
@@ -116,7 +139,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     row |= {f"{way} ms": round(1e3 * taken, 3) for way, taken in times.items()}
     row["speed"] = round(times["apart"] / times["together"], 3)
     if not options.no_memory:
-        peaks = {way: peak_of(shape, way, options) for way in WAYS}
+        peaks = {way: peak_of(shape, way, options) for way in steps}
         row |= {f"{way} peak MiB": round(peak / 2**20, 1) for way, peak in peaks.items()}
         row["memory"] = round(peaks["together"] / max(1, peaks["apart"]), 3)
     row["table"] = "together" if make_step(shape, "table", options)[1] else "apart"
@@ -134,20 +157,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    parser.add_argument("--buffers", nargs="*", type=int, default=[], metavar="MIB", help="other sizes of the buffer")
+    parser.add_argument("--shape", help="rows x features x classes, like 512x256x32000, instead of a grid")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    shapes = GRIDS["quick" if options.quick else options.grid]
+    if options.shape:
+        shapes = (Shape(*map(int, options.shape.split("x"))),)
     if options.peak_of:
-        shape = Shape(*map(int, options.shape.split("x")))
-        print(peak_bytes(make_step(shape, options.peak_of, options)[0], options.device))
+        print(peak_bytes(steps_of(shapes[0], options)[options.peak_of], options.device))
         return
     if options.quick:
-        options.grid, options.repeats, options.no_memory = "quick", 3, True
+        options.repeats, options.no_memory = 3, True
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
     about = machine(("torch", "triton"), threads=options.threads, gpu=gpu)
     rows = []
-    for shape in GRIDS[options.grid]:
+    for shape in shapes:
         rows.append(measure(shape, options))
         print(" | ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         write(options.json, about, rows)

@@ -66,7 +66,8 @@ def _publish(part: str) -> None:
 
 # Documented import paths of version 0.1 and what they name now; `python -m` finds them, too.
 FORMER = {
-    "pipelines.stream_job": "pipelines.transforms.stream_job",
+    "pipelines.stream_job": "pipelines.streaming.stream_job",
+    "pipelines.transforms.stream_job": "pipelines.streaming.stream_job",
     "selection.calibration": "selection.trust.calibration",
     "student.compress": "student.export",  # pruned students of version 0.1 name it
     "student.compress.prune": "student.export.prune",

@@ -11,6 +11,7 @@ MODULES = {
     "dask": ("dask", "distributed"),
     "gcp": ("gcsfs", "upath"),
     "hf": ("transformers",),
+    "kafka": ("confluent_kafka",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "s3": ("s3fs", "upath"),
     "tensorboard": ("tensorboard",),

@@ -18,10 +18,11 @@ from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.display import Display
-from distilbeam.pipelines.jobs.directory import RunDirectory, opened_run
+from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.distillation import Job
 from distilbeam.pipelines.jobs.final_training import FinalTraining, is_wanted, parts_of
 from distilbeam.pipelines.jobs.freeze import freeze
+from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.set_notes import notes_on
 from distilbeam.pipelines.needs import needs_of

@@ -46,6 +46,7 @@ FLOORS = {
         ("jobs",),
         ("ingest", "report"),
         ("experiments", "steps", "transforms"),
+        ("streaming",),
         ("forecast",),
         ("cli",),
     ),

@@ -178,7 +178,7 @@ def _job(settings: Any, *, held: bool) -> Iterator[Any]:
 @contextmanager
 def _run_directory(settings: Any, *, held: bool) -> Iterator[Any]:
     """Give a run directory, made and held where something is to be kept in it."""
-    from distilbeam.pipelines.jobs.directory import opened_run, planned_run
+    from distilbeam.pipelines.jobs.opening import opened_run, planned_run
 
     if not held:
         yield planned_run(settings)

@@ -100,7 +100,7 @@ def check_early(settings: RunConfig | LabelConfig, flags: Sequence[str]) -> None
         flag.
     """
     from distilbeam.extras import require_extras
-    from distilbeam.pipelines.jobs.directory import check_former
+    from distilbeam.pipelines.jobs.opening import check_former
     from distilbeam.pipelines.needs import needs_of
 
     require_extras(needs_of(settings))

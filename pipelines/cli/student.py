@@ -198,8 +198,8 @@ def _opened_run(config: Path, overrides: list[str] | None) -> Iterator[Run]:
     with Display(console).waiting("loading"):
         from distilbeam.extras import require_extras
         from distilbeam.pipelines.config import load_config
-        from distilbeam.pipelines.jobs.directory import opened_run
         from distilbeam.pipelines.jobs.freeze import require_data_of_run
+        from distilbeam.pipelines.jobs.opening import opened_run
         from distilbeam.pipelines.jobs.run import Run
         from distilbeam.pipelines.needs import needs_of
     settings = load_config(config, overrides or ())

@@ -98,16 +98,16 @@ def _extract(
         """CREATE TEMP TABLE odd AS SELECT rowid AS number, file, line, odd AS data,
         CASE WHEN odd[1] = '{' THEN to_json(TRY(json_keys(odd)))::VARCHAR END AS keys FROM records WHERE odd IS NOT NULL""",
     )
-    new: dict[str, None] = {}
+    known = dict.fromkeys(names)
     for (keys,) in run(connection, "SELECT keys FROM odd WHERE keys IS NOT NULL GROUP BY keys ORDER BY min(number)"):
         here = json.loads(keys)
-        new |= {} if _cannot_be(here) else dict.fromkeys(here)
-        if len(names) + len(new) > MOST_FIELDS:
+        known |= {} if _cannot_be(here) else dict.fromkeys(here)
+        if len(known) > MOST_FIELDS:
             raise ValueError(
                 f"the lines have more than {MOST_FIELDS:,} different fields, the last {here[-1]!r}; a pool's columns "
                 "must be known names: put what varies into one field as an object"
             )
-    return tuple(name for name in new if name not in names)
+    return tuple(known)[len(names) :]
 
 
 def _batches(sources: Sequence[Source], options: IngestOptions, bad: Sink) -> Iterator[pa.RecordBatch]:

@@ -15,8 +15,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.config import LabelConfig, write_config
 from distilbeam.pipelines.engine.phase import PhaseReport
-from distilbeam.pipelines.jobs.directory import opened_run
 from distilbeam.pipelines.jobs.labelling_plan import LabelPlan, plan_labels
+from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.pool_labels import PoolLabels
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.labelling import reconcile
@@ -127,7 +127,7 @@ class LabellingJob(PoolLabels):
 
 @contextmanager
 def opened_job(config: LabelConfig) -> Iterator[LabellingJob]:
-    """Create or reopen a labelling job and hold its directory until the block ends; see `directory.opened_run`."""
+    """Create or reopen a labelling job and hold its directory until the block ends; see `opening.opened_run`."""
     with opened_run(config) as directory:
         yield LabellingJob(config, directory)
 

@@ -20,8 +20,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.engine.model_cache import cached_student
-from distilbeam.pipelines.jobs.directory import require_apart
 from distilbeam.pipelines.jobs.labelling import LabellingJob
+from distilbeam.pipelines.jobs.opening import require_apart
 from distilbeam.pipelines.jobs.watch_files import Arrival, Arrivals, PassedOver
 from distilbeam.pipelines.jobs.watch_journal import Journal, Window
 from distilbeam.pipelines.jobs.watch_window import LostFileError, WindowWork

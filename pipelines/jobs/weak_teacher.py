@@ -74,7 +74,9 @@ def learns_pooled(setting: bool | str, where: RunDirectory) -> bool:
     if where.standing.exists():
         recorded: bool = read_json(where.standing)["pooled"]
         return recorded
-    from distilbeam.pipelines.labelling.pooled_labels import is_pooled  # takes torch's seconds, which a first check does not
+    from distilbeam.pipelines.labelling.pooled_labels import (
+        is_pooled,
+    )  # takes torch's seconds, which a first check does not
 
     return is_pooled(where.pooled(0))
 

@@ -1,5 +1,5 @@
-"""PTransforms for pipelines of one's own, and the streaming job that is made of them.
+"""PTransforms for pipelines of one's own; the streaming job is made of them.
 
-Read in this order: label_examples, select_examples, combine_gains, write_soft_labels, beam_files, messages, stream_job.
+Read in this order: label_examples, select_examples, combine_gains, write_soft_labels, beam_files, messages.
 Imports: labelling, pool, engine.
 """

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import write_parquet
 from distilbeam.storage.paths import is_remote
 from distilbeam.teacher.softlabels import ManifestEntry, SoftLabelSpec, entry_path, write_shard
@@ -40,6 +41,25 @@ def write_parquet_anywhere(directory: str, name: str, table: pa.Table) -> None:
     with tempfile.TemporaryDirectory() as local:
         pq.write_table(table, Path(local) / name, compression="zstd")
         _put(Path(local) / name, FileSystems.join(directory, name))
+
+
+def write_text_anywhere(directory: str, folder: str, name: str, text: str) -> None:
+    """Write a text file into a folder of a directory."""
+    if not is_remote(directory):
+        with replacing(Path(directory) / folder / name) as temporary:
+            temporary.write_text(text)
+        return
+    with FileSystems.create(
+        FileSystems.join(directory, folder, name), compression_type=CompressionTypes.UNCOMPRESSED
+    ) as sink:
+        sink.write(text.encode())
+
+
+def exists_anywhere(directory: str, *parts: str) -> bool:
+    """Tell whether there is a file in a directory."""
+    if not is_remote(directory):
+        return Path(directory, *parts).exists()
+    return bool(FileSystems.exists(FileSystems.join(directory, *parts)))
 
 
 def _put(file: Path, target: str) -> None:

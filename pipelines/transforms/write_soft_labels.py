@@ -18,9 +18,9 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 class WriteSoftLabels(beam.PTransform):
     """Write each window's labelled batches as shards of one soft-label dataset; give the manifest entries.
 
-    A shard is named by its window, its number and, where a window fires again for late rows, its firing, and its rows are
-    in an order of their own: a repeated bundle writes the same file again, and no window ever touches another's. A shard
-    without rows is not written.
+    A shard is named by its window, its number and a hash of its rows' ids, and its rows are in an order of their own: a
+    repeated bundle writes the same file again, and nothing that is committed is ever replaced by other rows, be they late
+    ones or those of another job that meets the window again. A shard without rows is not written.
 
     Args:
       directory: the dataset; a directory, or a place in an object store that Beam has a file system for.
@@ -46,6 +46,11 @@ class WriteSoftLabels(beam.PTransform):
         )
 
 
+def rows_digest(names: Iterable[str]) -> str:
+    """Hash what rows are called, in whatever order and batches they come: 16 hexadecimal digits."""
+    return hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
+
+
 def _by_shard(batch: pa.RecordBatch, shards: int) -> Iterator[tuple[int, tuple[str, pa.RecordBatch]]]:
     if batch.num_rows:
         digest = batch_digest(batch)
@@ -64,8 +69,8 @@ class _WriteShard(beam.DoFn):
     ) -> Iterator[dict[str, Any]]:
         shard, items = element
         ordered = sorted(items, key=lambda item: item[0])
-        name = f"window={window_name(window)}-{shard:05d}" + (f"-{pane.index}" if pane.index > 0 else "")
-        content = hashlib.blake2b("".join(digest for digest, _ in ordered).encode(), digest_size=8).hexdigest()
+        content = rows_digest(repr(i) for _, batch in ordered for i in batch["example_id"].to_pylist())
+        name = f"window={window_name(window)}-{shard:05d}-{content}"
         extra = {"window": window_name(window), "firing": pane.index, "content": content}
         table = pa.Table.from_batches([batch for _, batch in ordered])
         yield write_shard_anywhere(self.directory, name, table, self.spec, extra).to_json()

@@ -208,3 +208,17 @@ def test_every_file_is_explained() -> None:
         if path.is_file() and path.name != "README.md" and "__pycache__" not in path.parts:
             name = str(path.relative_to(DEPLOY))
             assert name in page or f"({path.parent.name})" in page or path.name in page, name
+
+
+@pytest.mark.slow
+def test_a_runner_is_checked_by_the_bytes_that_it_writes(tmp_path: Path) -> None:
+    flags = ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
+    script = [sys.executable, str(DEPLOY / "check_runner.py")]
+    done = subprocess.run([*script, str(tmp_path / "check"), "--", *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shards = len(list((tmp_path / "check" / "there" / "labels").glob("*.parquet")))
+    assert shards > 5
+    assert done.stdout.endswith(f"The same {shards} shards, byte for byte.\n")
+    usage = subprocess.run([*script, "--runner=x"], capture_output=True, text=True, check=False)
+    assert usage.stderr.startswith("usage: python ")
+    assert usage.returncode == 1

@@ -79,6 +79,18 @@ def test_rows_that_begin_anywhere(classes, implementation, rng, monkeypatch):
     prepared_by(implementation, logits, HardLabels(marks[torch.arange(9) % len(marks)]))
 
 
+@pytest.mark.parametrize("implementation", ["one_kernel", "two_kernels"])
+def test_a_row_that_keeps_every_class_has_no_tail(implementation, rng):
+    """Whatever its label says; a row with padding has one."""
+    logits = torch.randn(4, 5, generator=rng).bfloat16()
+    values = torch.randn(4, 5, generator=rng, dtype=torch.float64).log_softmax(1) - 0.2
+    kept = torch.stack([torch.randperm(5, generator=rng) for _ in range(4)])
+    kept[2, 3] = -1
+    for tail in (torch.full((4,), -1.7, dtype=torch.float64), None):
+        for objective in ("tail", "kl"):
+            prepared_by(implementation, logits, TopKLabels(values, kept, tail), objective=objective)
+
+
 def test_logits_beside_the_gradient_and_its_neighbours_stay(rng):
     """Both forms write through octets: nothing outside of the rows may change, neither before, between nor behind them."""
     from distilbeam.kernels.distillation import triton_given_backend as backend

@@ -16,7 +16,7 @@ from distilbeam.pipelines.config import (
     parse_config,
     write_config,
 )
-from distilbeam.pipelines.jobs.directory import opened_run
+from distilbeam.pipelines.jobs.opening import opened_run
 
 SETTINGS: dict[str, Any] = {
     "data": {"pool": "pool", "labelled": "a.parquet", "validation": "v.parquet"},

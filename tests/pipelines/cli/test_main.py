@@ -42,6 +42,7 @@ def test_help_names_every_command() -> None:
         "plan",
         "ingest",
         "label",
+        "stream",
         "train",
         "evaluate",
         "report",

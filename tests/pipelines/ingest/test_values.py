@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from distilbeam.inputs.config import InputConfig, make_input
 from distilbeam.pipelines.cli.main import app
-from distilbeam.pipelines.ingest import database, tfrecord
+from distilbeam.pipelines.ingest import database, lines_table, tfrecord
 from distilbeam.pipelines.ingest.ingesting import Summary, ingest
 from distilbeam.pipelines.ingest.settings import ingest_options
 
@@ -151,6 +151,15 @@ def test_fields_that_turn_up_late_are_columns_of_all(tmp_path: Path) -> None:
     ]
     assert pool["n"].to_pylist() == [i for i in range(2500) if i != 2100]
     assert [value for value in pool["late"].to_pylist() if value is not None] == ["x"]
+
+
+def test_known_fields_do_not_count_twice_towards_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_table, "MOST_FIELDS", 5)
+    record = dict.fromkeys("abcd", 1)
+    _, pool, _ = run(tmp_path, lines_of([record] * 1200 + [{**record, "e": 1}]), "a.jsonl")
+    assert pool.schema.names == ["id", *"abcde"]
+    with pytest.raises(ValueError, match="the lines have more than 5 different fields, the last 'f'; a pool's columns"):
+        run(tmp_path, lines_of([record, {**record, "e": 1, "f": 1}]), "b.jsonl")
 
 
 def test_names_may_be_any(tmp_path: Path) -> None:

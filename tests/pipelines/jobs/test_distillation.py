@@ -238,7 +238,7 @@ def test_a_directory_with_other_files_is_left_alone(problem: dict[str, Any], tmp
 
 def test_two_runs_in_one_directory_at_once(problem: dict[str, Any], tmp_path: Path) -> None:
     from distilbeam.pipelines.config import parse_config
-    from distilbeam.pipelines.jobs.directory import opened_run
+    from distilbeam.pipelines.jobs.opening import opened_run
 
     with (
         opened_run(parse_config(problem).relative_to(tmp_path)),

@@ -20,8 +20,8 @@ from distilbeam.pipelines import run
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import LabelConfig, load_any_config, load_config, parse_config
 from distilbeam.pipelines.experiments.further_students import train_further
-from distilbeam.pipelines.jobs.directory import opened_run, planned_run
 from distilbeam.pipelines.jobs.freeze import require_data_of_run
+from distilbeam.pipelines.jobs.opening import opened_run, planned_run
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.variants import VariantDirectory
 from distilbeam.progress import Progress

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distilbeam.pipelines.jobs.directory import require_apart
+from distilbeam.pipelines.jobs.opening import require_apart
 from distilbeam.pipelines.labelling.shard_plan import plan_shards
 from distilbeam.pipelines.pool.row_reader import RowReader
 from distilbeam.pipelines.pool.splits import Pool, plan_pool, read_unit

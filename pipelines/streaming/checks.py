@@ -1,0 +1,71 @@
+"""What is checked before the first message is read: columns, the dataset, the topic."""
+
+from __future__ import annotations
+
+from distilbeam.extras import Need, require_extras
+from distilbeam.pipelines.config import LabelConfig
+from distilbeam.pipelines.needs import needs_of
+from distilbeam.pipelines.streaming.decode import Decoder, make_decoder, parse_columns
+from distilbeam.pipelines.streaming.settings import StreamSettings
+from distilbeam.storage.paths import to_path
+from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
+
+
+def require_installed(settings: StreamSettings, config: LabelConfig) -> None:
+    """Check that the packages are there.
+
+    Raises:
+      ValueError: an extra is missing.
+    """
+    needs = list(needs_of(config))
+    if settings.kind == "kafka":
+        needs.append(Need(f"--source {settings.source}", "kafka"))
+    if settings.format == "avro":
+        needs.append(Need("--format avro", "kafka", ("fastavro",)))
+    if settings.kind == "pubsub":
+        needs.append(Need(f"--source {settings.source}", "gcp", ("apitools",)))
+    require_extras(needs)
+
+
+def decoder_of(settings: StreamSettings, config: LabelConfig) -> Decoder:
+    """Make the decoder and check that its rows have the columns that are read, carried and hold the id.
+
+    Raises:
+      ValueError: a column is missing, or the schema, the format or its definition is not valid.
+    """
+    schema = settings.schema
+    id_column = config.data.id
+    if settings.id == "key":
+        if id_column is None:
+            raise ValueError("--id key needs data.id in the configuration: it names the column that the key becomes")
+        if not schema or id_column not in parse_columns(schema)[0]:
+            schema = ",".join(filter(None, (schema, f"{id_column}:string=key")))
+    types, _ = parse_columns(schema)
+    wanted = [("data.id", id_column)] if id_column is not None else []
+    wanted += [("data.carry", name) for name in config.data.carry]
+    wanted += [("teacher.input.columns", name) for name in config.teacher.input.columns]
+    for setting, name in wanted:
+        if name not in types:
+            raise ValueError(f"--schema must have the column {name} of {setting}, it has {', '.join(types)}")
+    definition = settings.definition_path()
+    if definition is not None and not definition.is_file():
+        raise ValueError(f"--definition: there is no file {definition}")
+    return make_decoder(schema, settings.format, definition, settings.message)
+
+
+def require_same_dataset(out: str, spec: SoftLabelSpec) -> None:
+    """Check that a dataset that is there already means the same.
+
+    Raises:
+      ValueError: it is of another teacher, form or other classes.
+    """
+    files = manifest_files(to_path(out))
+    if not files:
+        return
+    there = read_entries(files[-1:])[0].spec
+    if differing := there.differences(spec):
+        raise ValueError(
+            f"--out: the labels in {out} are others than this job's; they differ in {', '.join(differing)}. Put these back, or "
+            "choose another --out"
+        )

@@ -1,0 +1,216 @@
+"""ReadKafka: a topic as batches of messages, an unbounded splittable DoFn over confluent-kafka.
+
+One restriction holds all partitions: runners that keep one watermark a stage (Prism) let one partition's present overtake
+another's past otherwise, and drop rows as late that nobody is late with. Its position is, by partition, the next offset that
+no emitted batch covers. What is known besides lives with the consumer (`kafka_reader`) and may be lost at any time.
+
+Event time is the message's, not beyond the clock's. The watermark is the minimum over partitions of the newest message's
+time; a partition with nothing left to read counts as the present less `idle_s`, as the broker says, so that an idle partition
+holds nobody back and a broker that is away lets no time pass. A message whose window, with the allowed lateness, ends before
+the watermark comes out in a batch of its own that is marked late: nobody is asked about it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
+from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.core import RestrictionProvider
+from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
+
+from distilbeam.pipelines.streaming.kafka_reader import POLL_S, Reader, Reading, event_time_s, put_back, take_reader
+from distilbeam.pipelines.streaming.message import Message, MessageBatch
+from distilbeam.pipelines.streaming.offsets import Offsets
+
+_DEFER_S = 0.1
+_END = "end"
+
+
+class ReadKafka(beam.PTransform):
+    """Read a topic; see the module. Bounded where the reading has an end, so that every runner takes it.
+
+    Args:
+      reading: what is read and how.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self.reading = reading
+
+    def expand(self, pipeline: Any) -> Any:
+        read = _ReadUnbounded(self.reading) if self.reading.until is None else _ReadBounded(self.reading)
+        # the start is the element: a runner that starts the stage again must not read what a changed module says
+        return pipeline | "Start" >> beam.Create([self.reading.start], reshuffle=False) | "Read" >> beam.ParDo(read)
+
+
+class _Tracker(RestrictionTracker):
+    """A restriction ((partition, next offset), ...) that is only ever cut at where it stands: an end is not known."""
+
+    def __init__(self, restriction: tuple[tuple[int, int], ...]) -> None:
+        self.start, self.at = restriction, dict(restriction)
+        self.stopped = self.ended = False
+
+    def current_restriction(self) -> tuple[tuple[int, int], ...]:
+        return tuple(sorted(self.at.items()))
+
+    def current_progress(self) -> RestrictionProgress:
+        # with completed= and remaining= Beam divides by the bytes written, 0 / 0 before the first
+        return RestrictionProgress(fraction=0.5)
+
+    def is_bounded(self) -> bool:
+        return False
+
+    def check_done(self) -> None:
+        if not (self.stopped or self.ended):
+            raise ValueError("a topic's reading must be deferred or ended")
+
+    def try_claim(self, position: Any) -> bool:
+        if self.stopped:
+            return False
+        if position == _END:
+            self.ended = True
+        else:
+            partition, following = position
+            self.at[partition] = following
+        return True
+
+    def try_split(self, fraction_of_remainder: float) -> Any:
+        # any other fraction of [next offset, 2^63) lies where no message will be for ages
+        if fraction_of_remainder != 0 or self.stopped or self.ended:
+            return None
+        self.stopped = True
+        return self.start, self.current_restriction()
+
+
+class _Provider(RestrictionProvider):
+    def initial_restriction(self, element: Any) -> Any:
+        return element
+
+    def create_tracker(self, restriction: Any) -> _Tracker:
+        return _Tracker(restriction)
+
+    def restriction_size(self, element: Any, restriction: Any) -> int:  # noqa: ARG002
+        return 1
+
+    def restriction_coder(self) -> Any:
+        return beam.coders.FastPrimitivesCoder()
+
+    def truncate(self, element: Any, restriction: Any) -> None:  # noqa: ARG002
+        return None  # a drained pipeline reads no further
+
+
+_RESTRICTION: Any = beam.DoFn.RestrictionParam(_Provider())
+_WATERMARK: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider())
+
+
+class _Read(beam.DoFn):
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.late = Metrics.counter("ReadKafka", "late_messages")
+        self.read = Metrics.counter("ReadKafka", "messages")
+
+    def _process(self, tracker: Any, watermark: Any) -> Iterator[Any]:
+        reading = self.reading
+        reader = take_reader(reading, dict(tracker.current_restriction()))
+        now = watermark.current_watermark()
+        reader.watermark_s = -float("inf") if now is None else now.micros / 1e6
+        try:
+            yield from self._read_for_a_while(reader, tracker)
+            if reader.ended and tracker.try_claim(_END):
+                reader.close()
+                watermark.set_watermark(MAX_TIMESTAMP)
+                return
+            mark = reader.new_watermark()
+            if mark > reader.watermark_s:
+                watermark.set_watermark(Timestamp(mark))
+                reader.watermark_s = mark
+            tracker.defer_remainder(Duration(_DEFER_S))
+        except BaseException:
+            reader.close()
+            raise
+        finally:
+            put_back(reading, reader)
+
+    def _read_for_a_while(self, reader: Reader, tracker: Any) -> Iterator[Any]:
+        """Read for `max_wait_s`, and emit each batch when it is full; what is left at the end."""
+        end = time.monotonic() + max(self.reading.max_wait_s, POLL_S)
+        gather = _Gather(self.reading)
+        while time.monotonic() < end and not reader.ended:
+            if reader.told_to_stop():
+                reader.ended = True
+                break
+            for message, since in reader.poll():
+                if not tracker.try_claim((message.partition, message.offset + 1)):
+                    reader.forget()  # what it has fetched belongs to whoever goes on
+                    end = 0.0
+                    break
+                self.read.inc()
+                full = gather.add(message, since, reader.watermark_s)
+                if full is not None:
+                    yield self._stamped(full, reader)
+            reader.check_ends()
+        for batch in gather.rest():
+            yield self._stamped(batch, reader)
+
+    def _stamped(self, batch: MessageBatch, reader: Reader) -> TimestampedValue:
+        if batch.late:  # in the window that is open now: its own takes nothing any more
+            self.late.inc(len(batch.messages))
+            return TimestampedValue(batch, Timestamp(reader.watermark_s))
+        return TimestampedValue(batch, Timestamp(min(event_time_s(m) for m in batch.messages)))
+
+
+class _ReadUnbounded(_Read):
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        element: Any,  # noqa: ARG002
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
+    ) -> Iterator[Any]:
+        yield from self._process(tracker, watermark)
+
+
+class _ReadBounded(_Read):
+    def process(
+        self,
+        element: Any,  # noqa: ARG002
+        tracker: Any = _RESTRICTION,
+        watermark: Any = _WATERMARK,
+    ) -> Iterator[Any]:
+        yield from self._process(tracker, watermark)
+
+
+class _Gather:
+    """Messages by window until a batch is full."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self._open: dict[float | None, list[tuple[Message, int]]] = {}
+
+    def add(self, message: Message, since: int, watermark_s: float) -> MessageBatch | None:
+        """Add a message and the first offset that is settled with it; give the batch that it fills."""
+        window_s = self.reading.window_s
+        start = event_time_s(message) // window_s * window_s
+        late = start + window_s + self.reading.lateness_s <= watermark_s
+        key = None if late else start
+        waiting = self._open.setdefault(key, [])
+        waiting.append((message, since))
+        return self._batch(key) if len(waiting) >= self.reading.batch_rows else None
+
+    def rest(self) -> Iterator[MessageBatch]:
+        """Give what is left."""
+        for key in list(self._open):
+            yield self._batch(key)
+
+    def _batch(self, key: float | None) -> MessageBatch:
+        waiting = self._open.pop(key)
+        covers = Offsets()
+        for message, since in waiting:
+            covers.add(message.partition, since, message.offset)
+        return MessageBatch(tuple(message for message, _ in waiting), tuple(covers), key is None)

@@ -1,0 +1,159 @@
+"""LabelMessages: batches of messages to their outcomes, a label or a dead letter for every message."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+
+from distilbeam.pipelines.engine.phase import threads
+from distilbeam.pipelines.labelling.label_rows import Labelled, Labelling, plain
+from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
+
+_LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed_lateness_s"
+
+
+class LabelMessages(beam.DoFn):
+    """Decode a batch, ask the teacher, and account for every message.
+
+    Args:
+      decoder: how messages become rows.
+      labelling: how rows are labelled.
+      topic: the topic, for dead letters.
+    """
+
+    def __init__(self, decoder: Decoder, labelling: Labelling, topic: str) -> None:
+        self.decoder, self.labelling, self.topic = decoder, labelling, topic
+        self.counters = {name: Metrics.counter("LabelMessages", name) for name in ("asked", "labelled", "dead")}
+
+    def process(self, batch: MessageBatch) -> Iterator[Outcome]:
+        if batch.late:
+            letters = [letter(self.topic, message, "late", _LATE) for message in batch.messages]
+            self.counters["dead"].inc(len(letters))
+            yield outcome(None, letters, batch.covers)
+            return
+        decoded = self.decoder(batch.messages)
+        letters = [letter(self.topic, batch.messages[i], "message", why) for i, why in decoded.refused.items()]
+        labels = None
+        if decoded.rows.num_rows:
+            rows = pa.Table.from_batches([decoded.rows])
+            with threads(1):
+                labelled = self.labelling(rows)
+            letters += failures_to_letters(self.topic, labelled, [batch.messages[i] for i in decoded.good])
+            labels = with_source(labelled.table, rows.take(labelled.good)) if len(labelled.good) else None
+            self.counters["asked"].inc(labelled.calls)
+            self.counters["labelled"].inc(len(labelled.good))
+        self.counters["dead"].inc(len(letters))
+        yield outcome(labels, letters, batch.covers)
+
+
+class DecodeMessages(beam.DoFn):
+    """Decode a batch without asking: rows to the main output, the account of all messages to the output `receipts`."""
+
+    def __init__(self, decoder: Decoder, topic: str) -> None:
+        self.decoder, self.topic = decoder, topic
+
+    def process(self, batch: MessageBatch) -> Iterator[Any]:
+        refused = dict.fromkeys(range(len(batch.messages)), _LATE) if batch.late else {}
+        if not batch.late:
+            decoded = self.decoder(batch.messages)
+            refused = decoded.refused
+            if decoded.rows.num_rows:
+                yield decoded.rows
+        stage = "late" if batch.late else "message"
+        letters = [letter(self.topic, batch.messages[i], stage, why) for i, why in refused.items()]
+        yield beam.pvalue.TaggedOutput("receipts", outcome(None, letters, batch.covers))
+
+
+class LabelChosen(beam.DoFn):
+    """Label the rows that `SelectExamples` has chosen; `DecodeMessages` has accounted for their messages."""
+
+    def __init__(self, labelling: Labelling, topic: str) -> None:
+        self.labelling, self.topic = labelling, topic
+
+    def process(self, batch: pa.RecordBatch) -> Iterator[Outcome]:
+        rows = pa.Table.from_batches([batch])
+        with threads(1):
+            labelled = self.labelling(rows)
+        places = zip(rows[PARTITION].to_pylist(), rows[OFFSET].to_pylist(), strict=True)
+        messages = [Message(partition, offset, UNKNOWN, None, None) for partition, offset in places]
+        letters = failures_to_letters(self.topic, labelled, messages)
+        labels = with_source(labelled.table, rows.take(labelled.good)) if len(labelled.good) else None
+        yield outcome(labels, letters, ())
+
+
+def outcome(
+    labels: pa.Table | None, letters: Sequence[dict[str, Any]], covers: tuple[tuple[int, int, int], ...]
+) -> Outcome:
+    """Make an outcome, with the hash of what it accounts for."""
+    told: list[object] = [covers, [(item["partition"], item["offset"], item["key"]) for item in letters]]
+    if labels is not None:
+        told.append(row_names(labels))
+    return Outcome(labels, tuple(letters), covers, hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest())
+
+
+def row_names(labels: pa.Table) -> list[str]:
+    """Name each labelled row by its id and, where its message has one, its place: what a repetition asks again."""
+    columns = [labels[name].to_pylist() for name in ("example_id", PARTITION, OFFSET) if name in labels.column_names]
+    return [repr(values) for values in zip(*columns, strict=True)]
+
+
+def with_source(labels: pa.Table, rows: pa.Table) -> pa.Table:
+    """Add to labels the places of their messages; nothing where the source has none."""
+    if not rows.num_rows or rows[PARTITION][0].as_py() == UNKNOWN:
+        return labels
+    for name in (PARTITION, OFFSET):
+        labels = labels.append_column(rows.schema.field(name), rows[name])
+    return labels
+
+
+def failures_to_letters(topic: str, labelled: Labelled, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Make the dead letters of rows that have no label.
+
+    Args:
+      topic: the topic.
+      labelled: what became of the rows.
+      messages: the messages that they were, in their order.
+    """
+    return [
+        {
+            **letter(topic, messages[row], failure["stage"], failure["error"], failure["attempts"]),
+            "example_id": _text(failure["example_id"]),
+        }
+        for row, failure in zip(labelled.bad, labelled.failures, strict=True)
+    ]
+
+
+def letter(topic: str, message: Message, stage: str, error: str, attempts: int = 0) -> dict[str, Any]:
+    """Make the dead letter of a message."""
+    return {
+        "topic": topic,
+        "partition": message.partition,
+        "offset": message.offset,
+        "timestamp_ms": message.timestamp_ms,
+        "key": message.key,
+        "value": message.value,
+        "headers": [{"name": name, "value": value} for name, value in message.headers],
+        "example_id": None,
+        "stage": stage,
+        "error": plain(error),
+        "attempts": attempts,
+    }
+
+
+def _text(example_id: Any) -> str | None:
+    return example_id.hex() if isinstance(example_id, bytes) else example_id
+
+
+def sorted_by_place(labels: pa.Table) -> pa.Table:
+    """Put rows into the order of their messages, whatever bundles they came in."""
+    if PARTITION not in labels.column_names:
+        return labels
+    places = (labels[OFFSET].to_numpy(), labels[PARTITION].to_numpy())
+    return labels.take(np.lexsort(places))

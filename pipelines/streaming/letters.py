@@ -1,0 +1,104 @@
+"""Dead letters as a source: the messages without a label are decoded and asked again.
+
+What is labelled now is committed as panes of its own, whose entries say so; what fails once more is a dead letter anew. The
+former files go when all of that is committed, so that a job that is killed meanwhile loses no message and, started again,
+asks about none that was labelled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow.parquet as pq
+from apache_beam.transforms.window import TimestampedValue
+
+from distilbeam.pipelines.streaming.message import AGAIN, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch
+from distilbeam.storage.paths import joined, list_files, readable, remove_files, to_path
+from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
+
+
+class Letters:
+    """The dead letters of a folder, each once, without those that a job has labelled since.
+
+    Args:
+      folder: the folder.
+      dataset: the dataset that they lack in.
+
+    Raises:
+      ValueError: there are none, or they are of several topics.
+    """
+
+    def __init__(self, folder: str, dataset: str) -> None:
+        self._files = list_files(to_path(folder), "*.parquet")
+        found = [row for file in self._files for row in pq.read_table(readable(file), partitioning=None).to_pylist()]
+        if not found:
+            raise ValueError(f"--source: there are no dead letters in {folder}")
+        topics = sorted({row["topic"] for row in found})
+        if len(topics) > 1:
+            raise ValueError(
+                f"--source: {folder} holds dead letters of several topics ({', '.join(topics)}); part them"
+            )
+        if lacking := sum(row["value"] is None and row["timestamp_ms"] == UNKNOWN for row in found):
+            raise ValueError(
+                f"--source: {lacking:,} of the dead letters in {folder} are rows that were chosen within a budget and have no "
+                "content; read their offsets again with --start earliest into another --out"
+            )
+        self.topic: str = topics[0]
+        labelled = _labelled(to_path(dataset))
+        one_each = {_name(row): row for row in found}
+        self.rows = [row for row in one_each.values() if (row["partition"], row["offset"]) not in labelled]
+
+    def batches(self, window_s: float, rows: int) -> Iterator[tuple[float, MessageBatch]]:
+        """Give batches of up to `rows` messages of one window each, with the window's start in seconds."""
+        ordered = sorted(
+            self.rows, key=lambda row: (row["timestamp_ms"] // 1000 // window_s, row["partition"], row["offset"])
+        )
+        for window, group in groupby(ordered, key=lambda row: row["timestamp_ms"] // 1000 // window_s):
+            same = list(group)
+            for start in range(0, len(same), rows):
+                messages = tuple(_message(row) for row in same[start : start + rows])
+                covers = tuple((m.partition, m.offset, m.offset) for m in messages if m.partition != UNKNOWN)
+                yield max(0.0, window * window_s), MessageBatch(messages, covers)
+
+    @property
+    def mark(self) -> str:
+        """A hash of the files: it makes the names of panes that hold the same dead letters again differ from theirs."""
+        return hashlib.blake2b("\n".join(sorted(file.name for file in self._files)).encode(), digest_size=8).hexdigest()
+
+    def forget(self) -> None:
+        """Remove the former files: what is in them is committed, labelled or dead anew."""
+        remove_files(self._files)
+
+
+def read_letters(pipeline: Any, batches: Sequence[tuple[float, MessageBatch]]) -> Any:
+    """Give batches to a pipeline at their times."""
+    return pipeline | "Letters" >> beam.Create(list(batches)) | "AtTheirTime" >> beam.Map(_stamped)
+
+
+def _stamped(item: tuple[float, MessageBatch]) -> TimestampedValue:
+    return TimestampedValue(item[1], item[0])
+
+
+def _message(row: dict[str, Any]) -> Message:
+    headers = tuple((header["name"], header["value"]) for header in row["headers"] or ())
+    return Message(row["partition"], row["offset"], row["timestamp_ms"], row["key"], row["value"], headers)
+
+
+def _name(row: dict[str, Any]) -> Any:
+    place = row["partition"], row["offset"]
+    return place if place[0] != UNKNOWN else (row["timestamp_ms"], row["key"], row["value"])
+
+
+def _labelled(dataset: Path) -> set[tuple[int, int]]:
+    """List the places of messages that were dead letters and have a label now."""
+    found: set[tuple[int, int]] = set()
+    for entry in read_entries(manifest_files(dataset)):
+        if entry.extra.get(AGAIN):
+            table = pq.read_table(readable(joined(dataset, entry.path)), columns=[PARTITION, OFFSET])
+            found.update(zip(*(table[name].to_pylist() for name in (PARTITION, OFFSET)), strict=True))
+    return found

@@ -1,0 +1,237 @@
+"""The graph of the streaming job: read, decode, label, write, by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.transforms.trigger import AccumulationMode, AfterCount, AfterWatermark
+from apache_beam.transforms.window import FixedWindows
+from apache_beam.utils.timestamp import Duration
+
+from distilbeam.pipelines.config import LabelConfig
+from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
+from distilbeam.pipelines.labelling.label_rows import Labelling
+from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.kafka_read import ReadKafka
+from distilbeam.pipelines.streaming.kafka_reader import Reading
+from distilbeam.pipelines.streaming.label_messages import DecodeMessages, LabelChosen, LabelMessages
+from distilbeam.pipelines.streaming.letters import Letters, read_letters
+from distilbeam.pipelines.streaming.message import UNKNOWN, Message, MessageBatch
+from distilbeam.pipelines.streaming.settings import StreamSettings
+from distilbeam.pipelines.streaming.write_panes import WritePanes
+from distilbeam.pipelines.transforms.label_examples import LabelExamples
+from distilbeam.pipelines.transforms.select_examples import SelectExamples
+from distilbeam.pipelines.transforms.write_soft_labels import WriteSoftLabels
+from distilbeam.student.trust import trusted
+from distilbeam.teacher.softlabels import SoftLabelSpec
+
+
+class LabelStream(beam.PTransform):
+    """Windowed record batches to the manifest entries of soft labels: choose where there is a budget, label, write.
+
+    Args:
+      config: the configuration of a labelling job.
+      base: directory that the configuration's relative paths are relative to.
+      out: the soft-label dataset.
+      shards: shards of a window.
+      dead_letters: directory for rows that the teacher cannot answer.
+    """
+
+    def __init__(
+        self, config: LabelConfig, base: Path, out: str, *, shards: int = 1, dead_letters: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config.relative_to(base)
+        self.out, self.shards, self.dead_letters = out, shards, dead_letters
+
+    def expand(self, batches: Any) -> Any:
+        spec = spec_of(self.config)
+        if has_budget(self.config):
+            batches = batches | _select(self.config)
+        label = LabelExamples(
+            self.config.teacher,
+            spec,
+            id_column=self.config.data.id,
+            teacher_batch=self.config.engine.teacher_batch,
+            dead_letters=self.dead_letters,
+        )
+        return batches | label | WriteSoftLabels(self.out, spec, shards=self.shards)
+
+
+class LabelMessageStream(beam.PTransform):
+    """Windowed batches of messages to what was committed of them.
+
+    Args:
+      config: the configuration of a labelling job, with absolute paths.
+      settings: the job's options.
+      decoder: how messages become rows.
+      topic: what the messages come from.
+      attempt: name of this submission of the pipeline.
+      again: mark of the dead letters that the messages were, or "".
+    """
+
+    def __init__(
+        self,
+        config: LabelConfig,
+        settings: StreamSettings,
+        decoder: Decoder,
+        topic: str,
+        attempt: str = "",
+        again: str = "",
+    ) -> None:
+        super().__init__()
+        self.config, self.settings, self.decoder, self.topic = config, settings, decoder, topic
+        self.attempt, self.again = attempt, again
+
+    def expand(self, batches: Any) -> Any:
+        spec = spec_of(self.config)
+        labelling = Labelling(
+            teacher=teacher_text(self.config.teacher, spec.classes),
+            spec=spec,
+            id_column=self.config.data.id,
+            teacher_batch=self.config.engine.teacher_batch,
+            trust=trusted(),
+        )
+        if has_budget(self.config):
+            decode = DecodeMessages(self.decoder, self.topic)
+            decoded = batches | "Decode" >> beam.ParDo(decode).with_outputs("receipts", main="rows")
+            labelled = (
+                decoded.rows | _select(self.config) | "LabelChosen" >> beam.ParDo(LabelChosen(labelling, self.topic))
+            )
+            outcomes = (labelled, decoded.receipts) | "LabelsAndReceipts" >> beam.Flatten()
+        else:
+            outcomes = batches | "Label" >> beam.ParDo(LabelMessages(self.decoder, labelling, self.topic))
+        out, letters, shards = self.settings.out, self.settings.letters, self.settings.shards
+        return outcomes | WritePanes(
+            out, letters, spec, self.topic, shards=shards, attempt=self.attempt, again=self.again
+        )
+
+
+def build(
+    pipeline: Any,
+    config: LabelConfig,
+    settings: StreamSettings,
+    decoder: Decoder | None,
+    reading: Reading | None,
+    attempt: str = "",
+    letters: Letters | None = None,
+) -> Any:
+    """Add the job's steps to a pipeline; return what was committed.
+
+    Args:
+      pipeline: the pipeline.
+      config: the configuration of a labelling job, with absolute paths.
+      settings: the job's options.
+      decoder: how messages become rows; None for files.
+      reading: how the Kafka topic is read; None for other sources.
+      attempt: name of this submission of the pipeline.
+      letters: the dead letters that are asked again; None for other sources.
+    """
+    if not settings.messages:
+        tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(settings.place)
+        batches = tables | "Batches" >> beam.FlatMap(lambda table: table.to_batches())
+        return batches | LabelStream(
+            config, Path(), settings.out, shards=settings.shards, dead_letters=settings.letters
+        )
+    assert decoder is not None
+    again = ""
+    if letters is not None:
+        items = list(letters.batches(settings.window_s, config.engine.teacher_batch))
+        batches = read_letters(pipeline, items) | "Window" >> beam.WindowInto(FixedWindows(settings.window_s))
+        topic, again = letters.topic, letters.mark
+    elif reading is not None:
+        # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
+        batches = pipeline | "ReadMessages" >> ReadKafka(reading) | "Window" >> _windows(settings, config)
+        topic = reading.topic.name
+    else:
+        messages, topic = read_messages(pipeline, settings)
+        gather = beam.BatchElements(
+            min_batch_size=1,
+            max_batch_size=config.engine.teacher_batch,
+            max_batch_duration_secs=settings.max_wait_s or None,
+        )
+        windowed = messages | "Window" >> _windows(settings, config) | "Batch" >> gather
+        batches = windowed | "Gathered" >> beam.Map(_gathered)
+    return batches | LabelMessageStream(config, settings, decoder, topic, attempt, again)
+
+
+def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:
+    """Read messages with Beam's own connectors; return them and what they come from."""
+    if settings.kind == "pubsub":
+        from apache_beam.io.gcp.pubsub import ReadFromPubSub
+
+        read = ReadFromPubSub(subscription=settings.place, with_attributes=True)
+        return pipeline | "ReadMessages" >> read | "Messages" >> beam.Map(_of_pubsub), settings.place
+    from apache_beam.io.kafka import ReadFromKafka
+
+    from distilbeam.pipelines.streaming.kafka_client import parse_place
+
+    topic: Topic = parse_place(settings.place, settings.consumer)
+    consumer = {"bootstrap.servers": topic.brokers, "isolation.level": "read_committed", **dict(topic.settings)}
+    read = ReadFromKafka(consumer, [topic.name], with_metadata=True)
+    return pipeline | "ReadMessages" >> read | "Messages" >> beam.Map(_of_java), topic.name
+
+
+def spec_of(config: LabelConfig) -> SoftLabelSpec:
+    """Return the specification of a configuration's labels; loads the teacher."""
+    data, labels = config.data, config.labels
+    return SoftLabelSpec(
+        num_classes=data.num_classes or len(data.classes),
+        kind=labels.kind,
+        k=labels.k,
+        temperature=labels.temperature,
+        storage=labels.storage,
+        classes=data.classes or None,
+        teacher=cached_teacher(teacher_text(config.teacher, data.classes)).fingerprint(),
+        carried=data.carry,
+    )
+
+
+def has_budget(config: LabelConfig) -> bool:
+    """Tell whether a budget is chosen from each window."""
+    return config.watch.budget is not None
+
+
+def _select(config: LabelConfig) -> SelectExamples:
+    watch = config.watch
+    assert watch.budget is not None
+    assert watch.student is not None
+    assert watch.wrong_share is not None
+    return SelectExamples(watch.student, watch.budget, wrong_share=watch.wrong_share, gain=watch.gain, seed=watch.seed)
+
+
+def _windows(settings: StreamSettings, config: LabelConfig) -> Any:
+    windows = FixedWindows(settings.window_s)
+    if has_budget(config):  # its examples are chosen once, so that nothing can come after
+        return beam.WindowInto(windows)
+    if not settings.max_rows:
+        return beam.WindowInto(windows, allowed_lateness=Duration(settings.allowed_lateness_s))
+    batches = max(1, settings.max_rows // config.engine.teacher_batch)
+    return beam.WindowInto(
+        windows,
+        trigger=AfterWatermark(early=AfterCount(batches), late=AfterCount(1)),
+        accumulation_mode=AccumulationMode.DISCARDING,
+        allowed_lateness=Duration(settings.allowed_lateness_s),
+    )
+
+
+def _gathered(messages: Sequence[Message]) -> MessageBatch:
+    covers = tuple((m.partition, m.offset, m.offset) for m in messages if m.partition != UNKNOWN)
+    return MessageBatch(tuple(messages), covers)
+
+
+def _of_pubsub(message: Any) -> Message:
+    sent = message.publish_time
+    time_ms = UNKNOWN if sent is None else int(sent.timestamp() * 1000)
+    headers = tuple((name, value.encode()) for name, value in (message.attributes or {}).items())
+    key = message.ordering_key.encode() if message.ordering_key else None
+    return Message(UNKNOWN, UNKNOWN, time_ms, key, message.data, headers)
+
+
+def _of_java(record: Any) -> Message:
+    headers = tuple((header.key, header.value) for header in record.headers or ())
+    return Message(record.partition, record.offset, record.timestamp, record.key, record.value, headers)

@@ -1,0 +1,174 @@
+"""Prism, Beam's portable runner for one machine: found, started for a job, and gone with it.
+
+It is started here and not by Beam, so that it dies with this process however that ends, on a port of its own, and writes its
+lines into a file of the job.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_START_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_NO_FREEZE = "--experiments=disable_logging_submission_environment"  # Beam would run pip for seconds at every start
+BATCH_ONLY = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Which runner does a job.
+
+    Attributes:
+      flags: Beam's options.
+      prism: the program, where this process is to start one.
+    """
+
+    flags: tuple[str, ...]
+    prism: Path | None = None
+
+
+def find_prism() -> Path | None:
+    """Return the program that `PRISM` names, or the one on the PATH; None where there is none.
+
+    Raises:
+      ValueError: `PRISM` names something that cannot be run.
+    """
+    named = os.environ.get("PRISM")
+    found = shutil.which(named or "prism")
+    if named and found is None:
+        raise ValueError(f"the environment variable PRISM must name a program, got '{named}'")
+    return None if found is None else Path(found)
+
+
+def choose_runner(flags: Sequence[str], *, unbounded: bool) -> Runner:
+    """Choose the runner: the one that the flags name, else Prism where it is found, else the local one for what has an end.
+
+    Args:
+      flags: Beam's options.
+      unbounded: whether the source has no end.
+
+    Raises:
+      ValueError: the named runner cannot do what has no end, or there is none that can.
+    """
+    named = _value(flags, "--runner")
+    location = _value(flags, "--prism_location")
+    name = "" if named is None else named.rsplit(".", 1)[-1]
+    if name in ("", "PrismRunner"):
+        prism = find_prism() if location is None else _program(location)
+        if prism is not None:
+            rest = _without(flags, ("--runner", "--prism_location"))
+            return Runner((*rest, "--runner=PortableRunner", _NO_FREEZE, *_loopback(rest)), prism)
+        if name == "PrismRunner" or not unbounded:
+            return Runner(tuple(flags))  # Beam fetches its own, or the local runner does it
+    elif not (unbounded and name in BATCH_ONLY):
+        return Runner(tuple(flags))
+    who = f"{name} writes nothing" if name else "the runner of this machine, FnApiRunner, writes nothing"
+    raise ValueError(
+        f"{who} before its source has ended, and messages have no end: name Prism with the environment variable PRISM or put "
+        "it on the PATH as prism (https://github.com/apache/beam/releases has it for every version), or name a cluster with "
+        "-- --runner=FlinkRunner or --runner=DataflowRunner; --until=latest labels what a Kafka topic has now and ends"
+    )
+
+
+@contextmanager
+def running(program: Path, log: Path) -> Iterator[str]:
+    """Run Prism until the block ends.
+
+    Args:
+      program: the program.
+      log: file that its lines are added to.
+
+    Yields:
+      The address of its job service.
+
+    Raises:
+      RuntimeError: it does not start.
+    """
+    port = _free_port()
+    command = [str(program), f"-job_port={port}", "-serve_http=false", "-log_level=warn", "-log_kind=text"]
+    with log.open("ab") as lines:
+        process = subprocess.Popen(  # a session of its own: Ctrl-C is for the job, which ends it
+            command,
+            stdout=lines,
+            stderr=lines,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with(),
+        )
+    try:
+        _await(process, port, log)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"Prism did not start; its lines are in {log}")
+
+
+def _die_with() -> Callable[[], None] | None:
+    """Have the system end a child with this process, where it can: a killed job leaves nothing running."""
+    try:
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (OSError, AttributeError):  # not Linux
+        return None
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) and None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _program(location: str) -> Path | None:
+    path = Path(location)
+    return path if path.is_file() and os.access(path, os.X_OK) else None  # an address or an archive is for Beam
+
+
+def _loopback(flags: Sequence[str]) -> list[str]:
+    return [] if _value(flags, "--environment_type") else ["--environment_type=LOOPBACK"]
+
+
+def _value(flags: Sequence[str], name: str) -> str | None:
+    for flag, following in zip(flags, (*flags[1:], ""), strict=False):
+        if flag == name:
+            return following
+        if flag.startswith(f"{name}="):
+            return flag.partition("=")[2]
+    return None
+
+
+def _without(flags: Sequence[str], names: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for flag in flags:
+        if skip:
+            skip = False
+            continue
+        skip = flag in names
+        if not skip and flag.partition("=")[0] not in names:
+            kept.append(flag)
+    return kept

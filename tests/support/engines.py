@@ -1,0 +1,209 @@
+"""Real engines for tests, where they are found: Prism, a Kafka broker, and librdkafka's mock broker, which needs no Java."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from problem import SUPPORT, make_table
+
+from distilbeam.teacher.softlabels import read_manifest
+
+ENGINES = Path(__file__).resolve().parents[3] / "shared" / "engines"  # beside the repository, on some machines
+SCHEMA = "key:string,x:float32[4]"
+
+
+def require_prism() -> Path:
+    """Return the program, or skip the test with the reason."""
+    named = os.environ.get("PRISM") or shutil.which("prism")
+    if named is None and (ENGINES / "prism").exists():
+        named = subprocess.run([ENGINES / "prism"], capture_output=True, text=True, check=True).stdout.strip()
+    if named is None:
+        pytest.skip("Prism is not here: name it with PRISM, or put it on the PATH")
+    return Path(named)
+
+
+class Broker:
+    """A real Kafka broker of one node in a folder, which keeps its topics when it is killed and started again.
+
+    Args:
+      folder: where it keeps them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        jars = os.environ.get("KAFKA_JARS")
+        self.start_script = ENGINES / "kafka" / "start" if jars is None else Path(jars).parent / "start"
+        if shutil.which("java") is None:
+            pytest.skip("a Kafka broker needs Java 17")
+        if not self.start_script.exists():
+            pytest.skip(
+                "a Kafka broker is not here: name its folder of jars, with the script start beside, with KAFKA_JARS"
+            )
+        self.folder, self.port, self.process = folder, 0, None
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self.process: subprocess.Popen[str] | None = subprocess.Popen(
+            [self.start_script, self.folder, str(self.port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+        self.port = int(self.address.rpartition(":")[2])
+        from confluent_kafka.admin import AdminClient
+
+        admin = AdminClient({"bootstrap.servers": self.address, "log_level": 0})
+        for _ in range(60):
+            try:
+                admin.list_topics(timeout=1)
+            except Exception:  # noqa: BLE001  # of a client whose errors are one class
+                time.sleep(0.5)
+            else:
+                return
+        raise AssertionError("the broker does not answer")
+
+    def make_topic(self, name: str, partitions: int = 4, **settings: str) -> None:
+        """Make a topic."""
+        from confluent_kafka.admin import AdminClient, NewTopic
+
+        admin = AdminClient({"bootstrap.servers": self.address})
+        admin.create_topics([NewTopic(name, partitions, 1, config=settings)])[name].result(30)
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self.process = None
+
+
+@contextmanager
+def mock_broker() -> Iterator[str]:
+    """Run librdkafka's mock broker in this process; yield its address. Topics make themselves, with four partitions."""
+    confluent_kafka = pytest.importorskip("confluent_kafka", reason="needs the extra kafka")
+    owner = confluent_kafka.Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
+    brokers = owner.list_topics(timeout=10).brokers.values()
+    yield ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
+    del owner
+
+
+def rows(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Make rows that the messages hold."""
+    return make_table(count, seed, labelled=False).to_pylist()
+
+
+def send(address: str, topic: str, values: Sequence[Any], **how: Any) -> None:
+    """Send messages and wait until the broker has them.
+
+    Args:
+      address: of the broker.
+      topic: the topic.
+      values: rows, bytes, None for a tombstone, or mappings of confluent-kafka's arguments under "message".
+      how: further arguments for each message, or `settings` of the producer.
+    """
+    from confluent_kafka import Producer
+
+    producer = Producer({"bootstrap.servers": address, "linger.ms": 20, **how.pop("settings", {})})
+    for value in values:
+        message = value["message"] if isinstance(value, dict) and "message" in value else {"value": value}
+        content = message["value"]
+        encoded = content if content is None or isinstance(content, bytes) else json.dumps(content).encode()
+        producer.produce(topic, **{**how, **message, "value": encoded})
+        producer.poll(0)
+    assert producer.flush(30) == 0
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    """Return the command line of `distilbeam stream`."""
+    return [sys.executable, "-m", "distilbeam", "stream", str(config), *arguments]
+
+
+def environment(prism: Path | None = None) -> dict[str, str]:
+    """Return the environment of a streaming job: the teacher's module, and Prism or none."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PRISM"}
+    path = {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return inherited | path | ({} if prism is None else {"PRISM": str(prism)})
+
+
+def stream(config: Path, *arguments: str, prism: Path | None = None, timeout: float = 120) -> Any:
+    """Run `distilbeam stream` to its end."""
+    return subprocess.run(
+        command(config, *arguments),
+        env=environment(prism),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd=config.parent,
+    )
+
+
+@contextmanager
+def streaming(config: Path, *arguments: str, prism: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run `distilbeam stream` in the block; it is ended with it."""
+    with tempfile.TemporaryFile("w+") as lines:
+        process = subprocess.Popen(
+            command(config, *arguments),
+            env=environment(prism),
+            stdout=lines,
+            stderr=lines,
+            text=True,
+            cwd=config.parent,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            lines.seek(0)
+            print(lines.read())
+
+
+def labels_in(out: Path) -> pa.Table:
+    """Read all labels of a dataset; an empty table where there are none."""
+    try:
+        paths = read_manifest(out).paths()
+    except ValueError:
+        return pa.table({"example_id": pa.array([], pa.string())})
+    return pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
+
+
+def letters_in(folder: Path) -> list[dict[str, Any]]:
+    """Read all dead letters of a folder, in the order of their offsets."""
+    found = [letter for file in folder.glob("*.parquet") for letter in pq.read_table(file).to_pylist()]
+    return sorted(found, key=lambda letter: (letter["partition"], letter["offset"]))
+
+
+def right_logprobs(x: Any) -> np.ndarray[Any, Any]:
+    """Compute in float64 what `LoggingTeacher` answers for rows of features [n, 4]: log-probabilities [n, 3]."""
+    logits = 2.5 * np.asarray(x, np.float64)[:, :3]
+    logits -= logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def wait_for(condition: Any, timeout: float = 60.0) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.1)
