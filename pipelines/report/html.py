@@ -135,6 +135,8 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
         f"It is wrong on {results['wrong_share']:.1%} of the validation set; its labels have the temperature "
         f"{results.get('temperature', 1):.3g}.",
     ]
+    if note := results.get("temperature_note"):
+        sentences.append(f"{note[0].upper()}{note[1:]}.")
     asked = [
         f"{calls[name]:,} for the {what}"
         for name, what in (("validation", "validation set"), ("test", "test set"), ("uniform", "uniform comparison"))

@@ -48,6 +48,7 @@ def write_results(run: Run, progress: Progress) -> None:
         "pool_rows": run.inputs.pool.rows,
         "wrong_share": run.wrong_share,
         "temperature": run.temperature,
+        "temperature_note": run.calibration["note"] if config.labels.temperature == "calibrated" else "",
         "rounds": [_round(run, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(run, bought),
         "unusable": _unusable(run),

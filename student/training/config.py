@@ -58,7 +58,10 @@ class TrainConfig(Section):
         description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
         "candidates; or both, slam+weighted",
     )
-    mixing: Literal["plain", "normalised", "forward"] = Field("normalised", description="slam: form of the mixture")
+    mixing: Literal["plain", "normalised", "forward"] = Field(
+        "forward",
+        description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not",
+    )
     temperature: float = Field(1.0, gt=0, description="softens teacher and student")
     hard_weight: float = Field(
         1.0, ge=0, description="weight of a human-labelled example beside a soft-labelled one's 1"
