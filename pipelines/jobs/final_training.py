@@ -9,6 +9,10 @@
 
 in run/final/round=NNN-DIGEST, with the digest of the settings. The teacher is not asked, and every part is committed like a run's
 other steps: a killed call goes on with the part that is missing.
+
+The pool is labelled again by members that know the validation rows, since labels of those that do not hold the final student
+back: over the last round's student it gains 8.5 to 13.1 points on CLINC150 with four teachers, 6.0 to 8.9 with the first labels;
+on digits with three weak teachers 7 to 36 points, and 2 to 17 (study 7, one seed each).
 """
 
 from __future__ import annotations
