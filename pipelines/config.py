@@ -39,6 +39,9 @@ class RunSection(Section):
     directory: str = Field("run", description="the run directory")
     rounds: int = Field(3, ge=1, le=10_000, description="rounds of select, label, train")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
+    accept_weak_teacher: bool = Field(
+        False, description="buy labels of a teacher that is no better than student 0 on the validation set"
+    )
 
     def paths(self) -> tuple[str, ...]:
         """Return the names of the settings that are paths."""
@@ -143,10 +146,10 @@ class RunLabelsSection(_LabelForm):
         "calibrated",
         description="what the teacher's logits are divided by: a number, or the one that fits the validation set best",
     )
-    pooled: bool = Field(
-        False,
+    pooled: bool | Literal["auto"] = Field(
+        "auto",
         description="learn the teacher's beliefs pooled with those of the student that chose the examples, each weighted "
-        "as fits the validation set best; for teachers that may be no better than their student",
+        "as fits the validation set best; auto: where the teacher is less than ten points better than student 0 there",
     )
 
     @field_validator("temperature", mode="before")
@@ -249,7 +252,7 @@ class RunConfig(Configuration):
 
     @model_validator(mode="after")
     def _can_pool(self) -> Self:
-        if self.labels.pooled:
+        if self.labels.pooled is True:
             for name, needed, given in (
                 ("labels.kind", "dense", self.labels.kind),
                 ("training.objective", "distill", self.training.objective),
@@ -258,6 +261,15 @@ class RunConfig(Configuration):
                     raise ValueError(f"{name} must be {needed!r} with labels.pooled, got {given!r}")
             if self.training.finetune is not None:
                 raise ValueError("training.finetune must be left out with labels.pooled: no student chose its examples")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_to_measure_on(self) -> Self:
+        if self.training.final_training == "all" and self.data.test is None:
+            raise ValueError(
+                "training.final_training = 'all' needs data.test: nothing would be left to measure the student on; give a test "
+                "set, or leave it out"
+            )
         return self
 
 

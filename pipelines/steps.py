@@ -2,6 +2,7 @@
 
 train student 0 on the labelled set; ask the teacher about the validation (and the test) set
 for each round:   select -> label -> train
+last training: an ensemble's pseudo-labels for what was not bought, and the validation rows
 compare with as many uniformly chosen labels; evaluate; report
 """
 
@@ -19,6 +20,7 @@ from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.distillation import Job
+from distilbeam.pipelines.jobs.final_training import FinalTraining, is_wanted, parts_of
 from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
@@ -67,6 +69,8 @@ def steps_of(job: Job) -> list[Step]:
             Step("label", r, f"round {r + 1}: ask the teacher", where.summary(where.labels(r)), partial(job.label, r)),
             *_train(job, trained, r + 1),
         ]
+    if is_wanted(job.run):
+        steps += [Step("train", None, *part) for part in parts_of(FinalTraining(job.run, job.phases))]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
         steps.append(Step("compare", None, title, job.run.comparison.student(1), job.compare))

@@ -22,6 +22,9 @@ from benchmarks.science.synthetic import synthetic
 
 KEPT_ASIDE = "cifar10-patches"
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "science"
+ESTIMATES_RECIPE = (
+    2  # 2: temperatures with a ridge to 1, debiasing weights that share ties, herding that sums over the pool
+)
 QUICK_TEACHERS = {
     "digits": ("20 labels", "50 labels"),
     "synthetic": ("error 0.3, correlation 0, random, informative", "error 0.3, correlation 1, runner-up, informative"),
@@ -141,6 +144,7 @@ class Place:
             "recipe": recipe,
             "dataset": self.dataset.name,
             "dataset_recipe": self.dataset.recipe,
+            "estimates_recipe": ESTIMATES_RECIPE,
             "about": self.dataset.about,
             "teacher": self.teacher,
             "settings": self.dataset.teachers[self.teacher],

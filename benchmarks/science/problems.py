@@ -27,7 +27,7 @@ from torch import Tensor
 from distilbeam.selection.trust.calibration import Calibration, fit_temperature
 from distilbeam.student.data.labelled import Examples
 from distilbeam.student.networks.config import StudentConfig
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import LAST, TrainConfig
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -134,8 +134,17 @@ def about(sizes: dict[str, int], steps: int, **configs: BaseModel) -> dict[str, 
     return {
         "sizes": sizes,
         "steps": steps,
-        **{name: config.model_dump(mode="json") for name, config in configs.items()},
+        **{name: _plain(config) for name, config in configs.items()},
     }
+
+
+def _plain(config: BaseModel) -> dict[str, Any]:
+    """Dump a configuration without what no cell depends on, so that cells of before a setting was added stay what they are."""
+    found: dict[str, Any] = config.model_dump(mode="json", exclude=set(LAST))
+    augment = found.get("augment", {})
+    if not augment.get("word_dropout", True):
+        del augment["word_dropout"]
+    return found
 
 
 def split(rows: Indices, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, Indices]:

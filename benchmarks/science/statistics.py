@@ -13,6 +13,8 @@ for every competitor, the upper end of the Bonferroni interval (5 % over the com
 **In the aggregate** A is better than B when the mean over all settings of the difference, computed seed by seed, has a
 95 % t-interval over the seeds that is above 0 after Bonferroni's correction for the two comparisons that matter, with
 margin and with uniform.
+
+With five seeds the corrected tests find leads of a dozen points alone; what is claimed rests on `noninferiority`.
 """
 
 from __future__ import annotations

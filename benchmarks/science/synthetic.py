@@ -60,7 +60,7 @@ def synthetic() -> Dataset:
 def make(dials: dict[str, Any], seed: int) -> Problem:
     """Make a problem of the family."""
     rng = np.random.default_rng([seed, 16])
-    x, scores = _world(sum(SIZES.values()), rng)
+    x, scores = world(sum(SIZES.values()), rng)
     truth = scores.argmax(axis=1)
     rates = error_rates(scores, dials["error"], dials["correlation"])
     logprobs = _teacher(scores, rates, dials, rng)
@@ -77,7 +77,8 @@ def error_rates(scores: npt.NDArray[np.float64], error: float, correlation: floa
     return np.asarray((1 - correlation) * error + correlation * hardest)
 
 
-def _world(rows: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def world(rows: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Draw inputs [rows, 16] and the network's scores of them [rows, 10], whose largest is the truth."""
     x = rng.standard_normal((rows, DIMENSIONS))
     first = rng.standard_normal((DIMENSIONS, HIDDEN)) / np.sqrt(DIMENSIONS)
     second = rng.standard_normal((HIDDEN, CLASSES)) / np.sqrt(HIDDEN)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.science.problems import Floats, Problem
+from distilbeam.inputs.config import padding_id
 from distilbeam.student.data.labelled import Examples
 from distilbeam.student.data.loader import Batch
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.networks.embedding import seen_by_head
-from distilbeam.student.training.batches import StepRows, deal_out
+from distilbeam.student.training.batches import HARD, SOFT, StepRows, augmented, deal_out
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.loss import step_loss
 from distilbeam.student.training.optimizer import make_optimizer, set_lr
@@ -88,7 +89,7 @@ def fit(
             if soft is not None and soft.weigh is not None:
                 soft = replace(soft, weight=soft.weigh(module, epoch))
             module.train()
-            for rows, weight in _steps(soft, hard, per_epoch, problem.seed, epoch):
+            for rows, weight in _steps(soft, hard, per_epoch, problem, training, epoch):
                 if soft is not None and soft.prepare is not None and rows.soft is not None:
                     rows = replace(rows, soft=soft.prepare(module, rows.soft))
                 set_lr(optimizer, training, done, total)
@@ -120,8 +121,14 @@ def accuracy(module: nn.Module, problem: Problem) -> float:
 
 
 def _steps(
-    soft: SoftRows | None, hard: Examples | None, steps: int, seed: int, epoch: int
+    soft: SoftRows | None, hard: Examples | None, steps: int, problem: Problem, training: TrainConfig, epoch: int
 ) -> list[tuple[StepRows, Tensor | None]]:
+    seed, reads = problem.seed, problem.student.input
+    padding = padding_id(reads) if reads.gives_ids else None
+
+    def changed(inputs: Tensor, rows: Tensor, source: int) -> Tensor:
+        return augmented(inputs, rows, training.augment, padding, seed, epoch, source)
+
     soft_parts = [] if soft is None else _soft_order(len(soft), steps, seed, epoch)
     hard_parts = deal_out(hard, steps, seed, epoch)
     dealt: list[tuple[StepRows, Tensor | None]] = []
@@ -130,9 +137,11 @@ def _steps(
         if soft is not None:
             rows = soft_parts[step]
             batch = {name: column[rows] for name, column in soft.columns.items()}
+            batch["inputs"] = changed(batch["inputs"], rows, SOFT)
             weight = None if soft.weight is None else soft.weight[rows]
         if hard is not None:
-            human = Examples(hard.inputs[hard_parts[step]], hard.classes[hard_parts[step]])
+            rows = hard_parts[step]
+            human = Examples(changed(hard.inputs[rows], rows, HARD), hard.classes[rows])
         rows_here = StepRows(batch, human, 0, 1)
         dealt.append((replace(rows_here, count=len(rows_here)), weight))
     return dealt

@@ -31,11 +31,13 @@ from distilbeam.pipelines.cli.options import (
     RoundOption,
     SetOption,
     TrustOption,
+    WeakTeacherOption,
     console,
     end_stopped,
     errors,
     run_steps,
     with_max_failures,
+    with_weak_teacher,
 )
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
@@ -145,12 +147,13 @@ def run(
     max_failures: MaxFailuresOption = None,
     check_content: CheckContentOption = False,
     retry: RetryOption = True,
+    weak_teacher: WeakTeacherOption = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
-    settings = with_max_failures(overrides, max_failures, retry)
+    settings = with_weak_teacher(with_max_failures(overrides, max_failures, retry), weak_teacher)
     directory = run_steps(config, beam_options, settings, log_level, None, check_content)
     _print_results(directory)
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
@@ -161,10 +164,12 @@ def _add_step_command(name: str, description: str) -> None:
         config: ConfigArgument,
         beam_options: BeamArgument = None,
         number: RoundOption = None,
+        weak_teacher: WeakTeacherOption = False,
         overrides: SetOption = None,
         log_level: LogOption = "warning",
         debug: DebugOption = False,  # noqa: ARG001
     ) -> None:
+        overrides = with_weak_teacher(overrides, weak_teacher)
         run_steps(config, beam_options, overrides, log_level, (name, number))
 
     app.command(name, help=f"Do what is left of a run up to {description}.")(command)
@@ -182,12 +187,13 @@ def train(
         Path | None,
         typer.Option(help="TOML file with [student] and [training] of another student, on the labels that are there."),
     ] = None,
+    weak_teacher: WeakTeacherOption = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do what is left of a run up to the student after a number of rounds (0: trained on the labelled set alone)."""
-    overrides = [*([] if student is None else [f"@{student}"]), *(overrides or [])]
+    overrides = with_weak_teacher([*([] if student is None else [f"@{student}"]), *(overrides or [])], weak_teacher)
     directory = run_steps(config, beam_options, overrides, log_level, ("train", number))
     print_student(directory, number)
 

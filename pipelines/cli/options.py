@@ -41,6 +41,12 @@ RoundOption = Annotated[
 MaxFailuresOption = Annotated[
     int | None, typer.Option(min=0, help="Stop when more rows than this have no answer (engine.max_failures).")
 ]
+WeakTeacherOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-weak-teacher", help="Buy labels of a teacher no better than student 0 (run.accept_weak_teacher)."
+    ),
+]
 CheckContentOption = Annotated[
     bool,
     typer.Option(
@@ -122,6 +128,11 @@ def end_stopped(sentence: str) -> None:
     console.show_cursor(True)
     errors.print(sentence, highlight=False, soft_wrap=True)
     os._exit(130)
+
+
+def with_weak_teacher(overrides: list[str] | None, accepted: bool) -> list[str]:
+    """Add the option `--accept-weak-teacher` to the settings that are overridden."""
+    return [*(overrides or []), *(["run.accept_weak_teacher=true"] if accepted else [])]
 
 
 def with_max_failures(overrides: list[str] | None, limit: int | None, retry: bool = True) -> list[str]:

@@ -225,19 +225,23 @@ def _export_of_run(
     from distilbeam.pipelines.experiments.exports import write_exports
     from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
     from distilbeam.pipelines.experiments.model_metrics import pool_examples
+    from distilbeam.pipelines.jobs.final_training import final_student, learns_validation
+    from distilbeam.pipelines.jobs.kept_student import kept_student
 
-    student = run.last_student(number)
+    final = final_student(run) if number is None else None
+    student = final or kept_student(run, number)
+    learned = final is not None and learns_validation(run)
     training = run.config.training
     short = training.model_copy(update={"epochs": max(1, round(recovery * training.epochs))})
     table = write_exports(
         student,
         formats,
-        output or run.directory.root / "exports" / student.name,
-        partial(judge_on_run, run),
+        output or run.directory.root / "exports" / (student.name if final is None else final.parent.name),
+        partial(judge_on_run, run, learned_validation=learned),
         Display(console),
         pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
         {"pool": run.config.dump()["data"]["pool"], "seed": run.config.run.seed},
-        run.provenance(student),
+        run.provenance(None if final is not None else student),
         lambda config, init, directory, progress: train_further(run, config, short, directory, progress, init=init),
         ratio,
     )

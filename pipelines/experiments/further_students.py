@@ -51,15 +51,21 @@ def train_further(
     return run.train(directory, soft_labels, progress, student=student, training=training, init=init).metrics
 
 
-def judge_on_run(run: Run, directory: Path) -> dict[str, Any]:
+def judge_on_run(run: Run, directory: Path, *, learned_validation: bool = False) -> dict[str, Any]:
     """Evaluate a student or an export on a run's validation and test set, and measure its footprint.
+
+    Args:
+      run: the run.
+      directory: of the student or the export.
+      learned_validation: whether the student has learned the validation set, whose figures are left out then.
 
     Returns:
       `validation` and, where there is a test set, `test`, as `student.evaluate.evaluate` gives them; and the footprint.
     """
     model = load_model(directory)
     figures: dict[str, Any] = {}
-    for name in ("validation",) if run.config.data.test is None else ("validation", "test"):
+    sets = ("validation",) if run.config.data.test is None else ("validation", "test")
+    for name in sets[learned_validation:]:
         answers = run.answers(name) if run.was_asked(name) else None
         figures[name] = quality(model, run.labelled_set(name).table, run.truth(name), answers)
     return {**figures, **cost(directory, model)}

@@ -89,6 +89,11 @@ class RunDirectory:
         """The teacher's temperature, fitted on its answers for the validation set."""
         return self.root / "teacher" / "calibration.json"
 
+    @property
+    def standing(self) -> Path:
+        """Teacher and student 0 on the validation set, compared before the first label is bought."""
+        return self.root / "teacher" / "standing.json"
+
     def selected(self, number: int) -> Path:
         """Directory of a round's plan, gains and picks."""
         return self.root / "selected" / f"round={number:03d}"

@@ -27,9 +27,11 @@ from distilbeam.pipelines.acquisition.unusable_rows import (
 )
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.kept_student import kept_round, worse_sentence
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.teacher_check import require_order
+from distilbeam.pipelines.jobs.weak_teacher import weigh_teacher
 from distilbeam.pipelines.labelling.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.labelling.label_quality import Estimates
 from distilbeam.pipelines.labelling.label_rows import Labelling
@@ -79,6 +81,9 @@ class Job:
         where = self.directory
         datasets = [self._to_learn(where, r, where.chooser(r)) for r in range(number)]
         self.run.train(where.student(number), datasets, progress)
+        for found in kept_round(self.run, number)[1]:
+            if found["round"] == number:
+                log.warning(worse_sentence(found))
 
     def ask(self, name: str, progress: Progress) -> None:
         """Ask the teacher about the labelled, the validation or the test set.
@@ -101,11 +106,12 @@ class Job:
         """Stop where buying the teacher's labels is a mistake by what it answered for the validation set.
 
         Raises:
-          ValueError: it is at chance, or its outputs are in another order than the classes.
+          ValueError: it is at chance, its outputs are in another order than the classes, or it is no better than student 0.
         """
         if self.config.data.check_classes:
             run, rng = self.run, np.random.default_rng(self.config.run.seed)
             require_order(run.answers("validation"), run.truth("validation"), run.inputs.classes, rng)
+        weigh_teacher(self.run)
 
     def select(self, number: int, progress: Progress) -> None:
         """Score what is left of the pool with the current student, solve the game, choose."""
@@ -163,7 +169,7 @@ class Job:
 
     def _to_learn(self, where: RunDirectory, number: int, student: Path) -> Path:
         """Give the labels of a round that a student is to learn: the stored ones, or those pooled with its chooser's."""
-        if not self.config.labels.pooled:
+        if not self.run.pooled:
             return where.labels(number)
         if not is_pooled(where.pooled(number)):
             beliefs = BeliefPool.fit(*self.run.beside_teacher(student))

@@ -36,6 +36,7 @@ _FREE_SECTIONS = ("student", "training", "prices", "tune", "pareto", "watch")
 _FREE = (
     ("run", "directory"),
     ("run", "rounds"),
+    ("run", "accept_weak_teacher"),
     ("selection", "compare_uniform"),
     ("labels", "pooled"),
     ("data", "check_classes"),

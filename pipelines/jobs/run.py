@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.weak_teacher import learns_pooled
 from distilbeam.pipelines.labelling.pooled_labels import is_pooled
 from distilbeam.pipelines.labelling.teacher_answers import calibrated, read_answers
 from distilbeam.pipelines.pool.datasets import Inputs, load_inputs
@@ -172,11 +175,16 @@ class Run:
         """Dense answers to the samples of `plan`, which no round asks again."""
         return self.directory.top / "sampled"
 
+    @property
+    def pooled(self) -> bool:
+        """Whether students learn pooled labels."""
+        return learns_pooled(self.config.labels.pooled, self.directory)
+
     @cached_property
     def soft_labels(self) -> list[Path]:
         """Soft-label datasets of the rounds that are labelled, in the form that students learn."""
         where, numbers = self.directory, range(self.config.run.rounds)
-        if self.config.labels.pooled:
+        if self.pooled:
             return [where.pooled(number) for number in numbers if is_pooled(where.pooled(number))]
         return [where.labels(number) for number in numbers if where.summary(where.labels(number)).exists()]
 
@@ -249,6 +257,11 @@ class Run:
         student: StudentConfig | None = None,
         training: TrainConfig | None = None,
         init: Path | None = None,
+        labelled: pa.Table | None = None,
+        held_out: bool = True,
+        pseudo_labels: Sequence[Path] = (),
+        last_epoch: int | None = None,
+        seed: int | None = None,
     ) -> TrainResult:
         """Train a student on the labelled set and on soft labels; one that was killed goes on.
 
@@ -259,6 +272,11 @@ class Run:
           student: what to train; the configuration's by default.
           training: how; the configuration's by default.
           init: student to start from.
+          labelled: human-labelled rows; the labelled set by default.
+          held_out: whether the validation set chooses the epoch.
+          pseudo_labels: datasets of students' own labels.
+          last_epoch: epoch after which training stops; see `student.training.train`.
+          seed: the run's by default.
 
         Returns:
           The metrics and the directory.
@@ -266,18 +284,23 @@ class Run:
         student, training = student or self.student_config(), training or self.config.training
         common: dict[str, Any] = {
             "classes": self.inputs.classes,
-            "labelled": self.inputs.labelled.table,
+            "labelled": self.inputs.labelled.table if labelled is None else labelled,
             "label_column": self.config.data.label,
-            "validation": self.inputs.validation.table,
+            "validation": self.inputs.validation.table if held_out else None,
             "directory": directory,
-            "seed": self.config.run.seed,
+            "seed": self.config.run.seed if seed is None else seed,
             "progress": progress,
         }
         with threads(self.config.engine.threads or torch.get_num_threads()):
             if training.finetune is not None and soft_labels:
                 answers = [self.directory.asked("labelled")]
                 return train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
+            if (
+                pseudo_labels or not held_out
+            ):  # weights are estimated of the teacher's labels, on rows that are held out
+                training = training.model_copy(update={"reestimate_epochs": None})
             again = training.reestimate_epochs is not None and soft_labels
             teacher = self.calibrated_answers("validation") if again else None
             training = training.model_copy(update={"finetune": None})
-            return train(student, training, soft_labels=soft_labels, validation_teacher=teacher, init=init, **common)
+            common |= {"pseudo_labels": pseudo_labels, "last_epoch": last_epoch, "init": init}
+            return train(student, training, soft_labels=soft_labels, validation_teacher=teacher, **common)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from distilbeam.pipelines.config import differing_keys
 from distilbeam.pipelines.jobs.directory import VARIANTS, RunDirectory
-from distilbeam.student.training.config import FREE
+from distilbeam.pipelines.jobs.weak_teacher import learns_pooled
+from distilbeam.student.training.config import FREE, LAST
 
 if TYPE_CHECKING:
     from distilbeam.pipelines.pool.datasets import Inputs
@@ -72,6 +73,11 @@ class VariantDirectory(RunDirectory):
     def calibration(self) -> Path:
         """The teacher's temperature."""
         return self.run.calibration
+
+    @property
+    def standing(self) -> Path:
+        """Teacher and the run's student 0, compared."""
+        return self.run.standing
 
     def uniform_with(self, labels: int) -> RunDirectory:
         """The comparison with so many uniformly chosen labels, which are the run's."""
@@ -145,7 +151,7 @@ def placed(run: RunDirectory, former: Mapping[str, Any], now: Mapping[str, Any])
       former: its resolved configuration.
       now: the resolved configuration that is asked for.
     """
-    own, other = _learning(former), _learning(now)
+    own, other = _learning(former, run), _learning(now, run)
     differing = differing_keys(own, other)
     if not differing:
         return run
@@ -154,13 +160,13 @@ def placed(run: RunDirectory, former: Mapping[str, Any], now: Mapping[str, Any])
     return VariantDirectory(run.root / VARIANTS / f"{kind}-{digest}", run, tuple(differing))
 
 
-def _learning(config: Mapping[str, Any]) -> dict[str, Any]:
+def _learning(config: Mapping[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings that decide what a student becomes on given labels, and nothing else."""
-    training = {name: value for name, value in config.get("training", {}).items() if name not in FREE}
+    training = {name: value for name, value in config.get("training", {}).items() if name not in (*FREE, *LAST)}
     return {
         "student": dict(config["student"]),
         "training": training,
-        "labels": {"pooled": config.get("labels", {}).get("pooled", False)},
+        "labels": {"pooled": learns_pooled(config.get("labels", {}).get("pooled", False), run)},
     }
 
 

@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.final_training import final_sentence
+from distilbeam.pipelines.jobs.kept_student import worse_sentence
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,
     EXPORT_COLUMNS,
@@ -105,6 +107,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [
         results["teacher"],
         *results["students"],
+        *([results["final"]["row"]] if "row" in results.get("final", {}) else []),
         *(results[name] for name in ("uniform", "own") if name in results),
     ]
     return [
@@ -132,6 +135,8 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
         f"It is wrong on {results['wrong_share']:.1%} of the validation set; its labels have the temperature "
         f"{results.get('temperature', 1):.3g}.",
     ]
+    if note := results.get("temperature_note"):
+        sentences.append(f"{note[0].upper()}{note[1:]}.")
     asked = [
         f"{calls[name]:,} for the {what}"
         for name, what in (("validation", "validation set"), ("test", "test set"), ("uniform", "uniform comparison"))
@@ -140,6 +145,18 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
     sentences.append(f"Asked besides: {', '.join(asked)}.")
     if failed:
         sentences.append(f"It had no answer for {failed:,} rows; they are in deadletter/.")
+    standing = results.get("standing")
+    if standing is not None and standing["lead"] < standing["least_lead"]:
+        learned = (
+            "its labels were pooled with the student's beliefs" if standing["pooled"] else "its labels are as it said"
+        )
+        sentences.append(
+            f"The teacher was weak: {standing['teacher']:.1%} of the validation set right, {standing['student']:.1%} by the student "
+            f"before; {learned}."
+        )
+    sentences += [f"{worse_sentence(found)}." for found in results.get("kept", {}).get("worse", [])]
+    if said := final_sentence(results["final"]) if "final" in results else "":
+        sentences.append(f"{said}.")
     if unusable := results.get("unusable", {}).get("rows"):
         lists = ", ".join(results["unusable"]["lists"])
         sentences.append(

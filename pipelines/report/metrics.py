@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
+from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
+from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
@@ -37,6 +39,7 @@ def write_results(run: Run, progress: Progress) -> None:
         labels = sum(b["rows"] for b in bought[:number])
         students.append(_student_row(run, where.student(number), name, title, labels))
         progress.step(done, len(numbers))
+    kept, worse = kept_round(run)
     results: dict[str, Any] = {
         "evaluated_on": name,
         "teacher": _teacher_row(run, name),
@@ -45,17 +48,25 @@ def write_results(run: Run, progress: Progress) -> None:
         "pool_rows": run.inputs.pool.rows,
         "wrong_share": run.wrong_share,
         "temperature": run.temperature,
+        "temperature_note": run.calibration["note"] if config.labels.temperature == "calibrated" else "",
         "rounds": [_round(run, r, summary) for r, summary in enumerate(bought)],
         "calls": _calls(run, bought),
         "unusable": _unusable(run),
         "work": read_json(where.work),
-        **_classes(run, where.student(config.run.rounds), name),
+        **_classes(run, final_student(run) or where.student(kept), name),
+        "kept": {"round": kept, "worse": worse},
+        "standing": read_json(where.standing) if where.standing.exists() else None,
     }
     if config.selection.compare_uniform:
         uniform = run.comparison
         labels = read_json(where.summary(uniform.labels(0)))["rows"]
         results["uniform"] = _student_row(run, uniform.student(1), name, "student, uniform choice", labels)
-    if (ran := cached_student(str(where.student(config.run.rounds))).extra.get("precision")) is not None:
+    if (found := final_result(run)) is not None:
+        results["final"] = {"directory": str(final_directory(run).relative_to(where.root)), **found}
+        if (student := final_student(run)) is not None:
+            row = _student_row(run, student, name, "student, final", sum(b["rows"] for b in bought))
+            results["final"]["row"] = row
+    if (ran := cached_student(str(final_student(run) or where.student(kept))).extra.get("precision")) is not None:
         results["ran"] = ran
     if (sentence := where.sentence(config.run.rounds)) is not None:
         results["variant"] = sentence
@@ -80,6 +91,9 @@ def are_current(run: Run) -> bool:
     if not run.directory.metrics.exists():
         return False
     found, config = read_json(run.directory.metrics), run.config
+    directory = str(final_directory(run).relative_to(run.directory.root)) if is_wanted(run) else None
+    if found.get("final", {}).get("directory") != directory:
+        return False
     return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 
 

@@ -11,8 +11,10 @@ cannot flip a label where p < 1/2. They depend on the student: estimate them aga
 
 Estimation: in the plane of confidences e(x) = (student margin, teacher margin), over the K = max(1, round(sqrt(|V|)/2))
 nearest validation points, p is the mean mass that the teacher gives to the truth (0 or 1 for hard labels), and the distortion
-the mean, over the mass it gives to wrong classes, of their loss over the loss of the truth.
-Cost: a k-d tree over the validation set; about K log |V| for each example.
+the mean, over the mass it gives to wrong classes, of their loss over the loss of the truth. Validation points that are as far
+away as the K-th count in equal parts for the places that are left: what a random order of them gives in the mean. (A student
+that is equally unsure of everything puts all points into one place: K of them, the same for everybody, would decide.)
+Cost: a k-d tree over the distinct points of the validation set; about K log |V| for each example.
 
 References:
   Iliopoulos, Kontonis, Baykal, Menghani, Trinh, Vee: Weighted Distillation with Unlabeled Examples, NeurIPS 2022,
@@ -25,7 +27,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +42,10 @@ from distilbeam.selection.checks import (
     require_same_length,
 )
 from distilbeam.selection.margins import ranks_of, top_margins
+from distilbeam.selection.trust.ties import SAME
 
 _CLIP = 1e-6  # student probabilities stay in [1e-6, 1 - 1e-6]
+_AS_FAR = 1e-7  # distances in the plane that differ by less are one; rounding moves them by 1e-12, and places by `SAME`
 _CHUNK = 1 << 14  # examples whose neighbours are looked up at a time
 
 
@@ -160,19 +164,56 @@ class DebiasEstimator:
         return cls(points, wrong, distortions, tuple(data["notes"]))
 
     @cached_property
-    def _tree(self) -> Any:
-        from scipy.spatial import cKDTree  # a third of a second, which every worker would pay
-
-        return cKDTree(self.points)
+    def _places(self) -> _Places:
+        return _Places.of(self.points, self.wrong, self.distortions)
 
     def _weights(self, queries: Floats) -> Floats:
         count = self.neighbours
-        near = self._tree.query(queries, k=[*range(1, count + 1)])[1]
-        wrong = self.wrong[near]
-        total = wrong.sum(axis=1)
-        spread = (wrong * self.distortions[near]).sum(axis=1)
+        total, spread = self._places.sums(queries, count)
         distortion = np.divide(spread, total, out=np.ones(len(queries)), where=total > 0)
-        return debias_weight(np.maximum(1 - total / count, 1 / (count + 1)), distortion)
+        return debias_weight(np.clip(1 - total / count, 1 / (count + 1), 1), distortion)
+
+
+class _Places(NamedTuple):
+    """Distinct points of the plane, in each of which one or more examples lie.
+
+    Attributes:
+      tree: scipy's cKDTree of the places.
+      counts: int64 [p], examples in each.
+      wrong, spread: float64 [p], sums of their wrong mass, and of it times its distortion.
+    """
+
+    tree: Any
+    counts: npt.NDArray[np.int64]
+    wrong: Floats
+    spread: Floats
+
+    @classmethod
+    def of(cls, points: Floats, wrong: Floats, distortions: Floats) -> _Places:
+        from scipy.spatial import cKDTree  # a third of a second, which every worker would pay
+
+        # points that rounding leaves in neighbouring cells are two places here, and at equal distance for `sums`
+        _, first, place = np.unique(np.round(points / SAME), axis=0, return_index=True, return_inverse=True)
+        place = place.ravel()
+        counts = np.bincount(place)
+        return cls(cKDTree(points[first]), counts, np.bincount(place, wrong), np.bincount(place, wrong * distortions))
+
+    def sums(self, queries: Floats, count: int) -> tuple[Floats, Floats]:
+        """Sum the wrong mass, and it times its distortion, over the `count` nearest examples of each query."""
+        asked = min(count, len(self.counts))
+        while True:
+            distances, near = self.tree.query(queries, k=[*range(1, asked + 1)])
+            reached = np.cumsum(self.counts[near], axis=1)
+            edge = np.take_along_axis(distances, (reached >= count).argmax(axis=1)[:, None], axis=1)
+            # were the last place at the edge too, there could be more of them behind it
+            if asked == len(self.counts) or (distances[:, -1] > edge[:, 0] + _AS_FAR).all():
+                break
+            asked = min(2 * asked, len(self.counts))
+        inside, tied = distances < edge - _AS_FAR, np.abs(distances - edge) <= _AS_FAR
+        here = self.counts[near]
+        left = count - (here * inside).sum(axis=1, keepdims=True)
+        share = inside + tied * (left / (here * tied).sum(axis=1, keepdims=True))
+        return (share * self.wrong[near]).sum(axis=1), (share * self.spread[near]).sum(axis=1)
 
 
 def rescale(weights: npt.ArrayLike) -> Floats:

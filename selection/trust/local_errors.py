@@ -29,6 +29,7 @@ from scipy.stats import norm
 
 from distilbeam.selection.checks import Floats, as_gains, as_scores, require_each, require_same_length
 from distilbeam.selection.gains import margin_gain
+from distilbeam.selection.trust.ties import merge_ties
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class LocalErrors:
         """
         from sklearn.isotonic import IsotonicRegression  # workers use a fit, they never make one, and start without it
 
-        array, outcomes = np.asarray(as_gains(gains), np.float64), np.asarray(errors, np.float64)
+        array, outcomes = merge_ties(np.asarray(as_gains(gains), np.float64)), np.asarray(errors, np.float64)
         require_same_length(gains=array, errors=outcomes)
         require_each("errors", outcomes, (outcomes >= 0) & (outcomes <= 1), "between 0 and 1")
         if not 0 < confidence < 1:

@@ -33,6 +33,7 @@ from distilbeam.selection.margins import ranks_of, top_margins
 from distilbeam.selection.trust.calibration import Calibration as Calibration
 from distilbeam.selection.trust.calibration import expected_calibration_error as expected_calibration_error
 from distilbeam.selection.trust.calibration import fit_temperature as fit_temperature
+from distilbeam.selection.trust.ties import merge_ties
 
 _FEW_LABELS = 100
 
@@ -211,7 +212,9 @@ def _isotonic(margins: Floats, outcomes: npt.NDArray[np.bool_]) -> tuple[Floats,
     """Return the knots of the non-decreasing least-squares fit."""
     from sklearn.isotonic import IsotonicRegression  # workers use a fit, they never make one, and start without it
 
-    fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(margins, outcomes.astype(np.float64))
+    fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(
+        merge_ties(margins), outcomes.astype(np.float64)
+    )
     return fit.X_thresholds_, fit.y_thresholds_
 
 

@@ -58,6 +58,7 @@ class SoftLabelDataset:
       rank: this process's number.
       world_size: number of processes that share the datasets.
       input: how columns become the student's input.
+      pseudo: datasets that are read with them, whose labels are students' own, at a temperature of their own.
       buffer_rows: rows that are held and shuffled together; at most four such windows are in memory, two more than workers
         where those are more than two.
       columns: scalar columns to read; None for all.
@@ -82,6 +83,7 @@ class SoftLabelDataset:
         *,
         input: InputConfig | None = None,  # noqa: A002 - the name of the configuration section
         buffer_rows: int = 65_536,
+        pseudo: Sequence[str | Path] = (),
         columns: Sequence[str] | None = None,
         mixing_weights: Sequence[float] | None = None,
         transform: Transform | None = None,
@@ -101,7 +103,8 @@ class SoftLabelDataset:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
-        opened = open_datasets(list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path])
+        paths = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
+        opened = open_datasets(paths, pseudo)
         self.spec = opened.spec
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.transform, self.workers = transform, workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,21 +95,26 @@ class Datasets:
     keys: list[Any]
 
 
-def open_datasets(paths: Sequence[str | Path]) -> Datasets:
+def open_datasets(paths: Sequence[str | Path], pseudo: Sequence[str | Path] = ()) -> Datasets:
     """Read the manifests of datasets and the footers of their files.
 
     Args:
       paths: the datasets' folders.
+      pseudo: further ones, after them, whose labels are of the same form but of students, at a temperature of their own.
 
     Raises:
       ValueError: there is none, one has no manifest, their specifications differ, or a file is not what was committed.
     """
+    paths, own = [*paths, *pseudo], len(paths) or 1
     if not paths:
         raise ValueError("path must name at least one soft-label dataset, got none")
     manifests = [read_manifest(path) for path in paths]
     spec: SoftLabelSpec = manifests[0].spec
-    for path, manifest in zip(paths, manifests, strict=True):
-        if differences := spec.differences(manifest.spec):
+    for number, (path, manifest) in enumerate(zip(paths, manifests, strict=True)):
+        there = manifest.spec
+        if number >= own:
+            there = replace(there, teacher=spec.teacher, temperature=spec.temperature)
+        if differences := spec.differences(there):
             raise ValueError(
                 f"soft labels that are read together must mean the same, {paths[0]} and {path} differ in "
                 f"{' and '.join(differences)}"

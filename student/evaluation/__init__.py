@@ -1,5 +1,5 @@
 """Evaluation: accuracy, likelihood, calibration, latency and size of a student.
 
-Read in this order: metrics, footprint.
+Read in this order: metrics, paired, footprint.
 Imports: data.
 """

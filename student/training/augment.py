@@ -1,4 +1,4 @@
-"""Random changes of a batch: flips and shifts of images, and mixtures of examples with their labels.
+"""Random changes of a batch: flips and shifts of images, dropped words of texts, and mixtures of examples with their labels.
 
 What happens to an example depends on the seed, the epoch and the example's position in it alone, not on the batch, the
 worker or the rank; which examples are mixed depends on the seed, the step and the rank. A training that was stopped and
@@ -6,6 +6,7 @@ goes on therefore sees what it would have seen.
 
 References:
   Zhang et al., mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412, equation 1.
+  Iyyer et al., Deep Unordered Composition Rivals Syntactic Methods for Text Classification, ACL 2015 (word dropout).
 """
 
 from __future__ import annotations
@@ -52,6 +53,33 @@ def augment_images(
         mirrored = torch.from_numpy((words & np.uint64(1)).astype(bool))
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return _shifted(images, words, config.crop) if config.crop else images
+
+
+def drop_words(
+    inputs: Tensor, positions: Tensor, config: AugmentConfig, seed: int, epoch: int, source: int, padding: int | None
+) -> Tensor:
+    """Leave words of texts out, each with the probability `word_dropout`.
+
+    Args:
+      inputs: int64 ids [B, L], whose dropped places become padding; or float32 n-gram numbers [B, buckets], which become 0.
+      positions: int64 [B], of each example in the epoch.
+      config: what is done.
+      seed: the training's; with epoch, source, position and place it decides every draw.
+      epoch: number of the epoch.
+      source: number of the source.
+      padding: id that fills rows of ids; None for numbers.
+
+    Returns:
+      Changed inputs of the same shape; the input itself without `word_dropout`. Nothing is scaled up in turn: a bag of words
+      averages over those that are left.
+    """
+    if not config.word_dropout:
+        return inputs
+    length = inputs.shape[1]
+    places = (positions[:, None] * length + torch.arange(length)).flatten()
+    words = random_words(places, seed, epoch, source) >> np.uint64(11)  # 53 bits, what a double holds
+    dropped = torch.from_numpy(words.astype(np.float64) < config.word_dropout * 2.0**53).view(-1, length)
+    return inputs.masked_fill(dropped, 0 if padding is None else padding)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from distilbeam.inputs.config import padding_id
 from distilbeam.student.data.batch_rng import Place
 from distilbeam.student.data.columns import INPUTS
 from distilbeam.student.data.labelled import Examples, integers_meant, read_examples
-from distilbeam.student.data.loader import Batch, SoftLabelDataset
+from distilbeam.student.data.loader import Batch, SoftLabelDataset, Transform
 from distilbeam.student.data.sampler import step_starts
 from distilbeam.student.networks.config import StudentConfig
-from distilbeam.student.training.augment import augment_images
+from distilbeam.student.training.augment import augment_images, drop_words
 from distilbeam.student.training.config import AugmentConfig, TrainConfig
 from distilbeam.student.training.distributed import Processes
 
@@ -30,6 +31,7 @@ NEEDED_COLUMNS = {
     "slam+weighted": ("alpha", "candidates", "weight"),
 }
 EXTREME = 1e6  # an input beyond it explains a loss that is no number better than the learning rate does
+TEXTS = ("text", "tokens")  # kinds of inputs that have words to drop
 SOFT, HARD = 0, 1  # numbers of the sources, for the augmentation
 
 
@@ -84,6 +86,7 @@ class Sources:
       training: the training's configuration.
       seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
+      padding: id of the padding of inputs that are ids, where words are dropped.
     """
 
     soft: SoftLabelDataset | None
@@ -94,6 +97,7 @@ class Sources:
     training: TrainConfig
     seed: int
     processes: Processes
+    padding: int | None = None
 
     def epoch(self, epoch: int, first: int) -> Iterator[StepRows]:
         """Give the steps of an epoch.
@@ -111,7 +115,7 @@ class Sources:
             yield replace(mine, count=round(self.processes.sum(len(mine))))
 
     def _hard(self, hard: Examples, rows: Tensor, epoch: int) -> Examples:
-        inputs = augment_images(hard.inputs[rows], rows, self.training.augment, self.seed, epoch, HARD)
+        inputs = augmented(hard.inputs[rows], rows, self.training.augment, self.padding, self.seed, epoch, HARD)
         return Examples(inputs, hard.classes[rows])
 
 
@@ -127,6 +131,7 @@ def open_sources(
     seed: int,
     processes: Processes,
     mixing_weights: Sequence[float] | None = None,
+    pseudo_labels: Sequence[str | Path] = (),
 ) -> Sources:
     """Read and check what a training is given; see `train` for the arguments.
 
@@ -143,9 +148,12 @@ def open_sources(
     )
     hard = None if labelled is None else read(labelled)
     held_out = None if validation is None else read(validation, name="the validation examples")
-    soft = open_soft_labels(soft_labels, student, training, classes, hard, seed, processes, mixing_weights)
+    soft = open_soft_labels(
+        soft_labels, student, training, classes, hard, seed, processes, mixing_weights, pseudo_labels
+    )
     shape = shape_of_inputs(hard, held_out, soft)
-    return Sources(soft, hard, held_out, steps_per_epoch(training, hard, soft), shape, training, seed, processes)
+    steps, padding = steps_per_epoch(training, hard, soft), _padding(student, training.augment)
+    return Sources(soft, hard, held_out, steps, shape, training, seed, processes, padding)
 
 
 def open_soft_labels(
@@ -157,6 +165,7 @@ def open_soft_labels(
     seed: int,
     processes: Processes,
     mixing_weights: Sequence[float] | None = None,
+    pseudo_labels: Sequence[str | Path] = (),
 ) -> SoftLabelDataset | None:
     """Open soft labels for a training; their share of a batch is their share of all rows.
 
@@ -169,6 +178,7 @@ def open_soft_labels(
       seed: the one that the order of the rows is drawn with.
       processes: who shares the rows.
       mixing_weights: share of each dataset in an epoch; None for their numbers of rows.
+      pseudo_labels: directories of datasets of students' own labels.
 
     Returns:
       The dataset, or None when there are no soft labels.
@@ -176,7 +186,7 @@ def open_soft_labels(
     Raises:
       ValueError: there is nothing to train on, or the labels do not suit the classes or the objective.
     """
-    if not paths:
+    if not paths and not pseudo_labels:
         if hard is None:
             raise ValueError("training needs labelled examples or soft labels, got neither")
         return None
@@ -194,9 +204,10 @@ def open_soft_labels(
         processes.rank,
         processes.size,
         input=student.input,
+        pseudo=pseudo_labels,
         columns=columns,
         mixing_weights=mixing_weights,
-        transform=partial(_augmented, augment) if augment.flip or augment.crop else None,
+        transform=_transform(student, augment),
         workers=training.loader_workers,
         pin_memory=processes.device.type == "cuda",
     )
@@ -276,9 +287,39 @@ def _largest(inputs: Tensor, row: int) -> str:
     return f"{float(inputs[row].abs().max()):.3g}"
 
 
-def _augmented(augment: AugmentConfig, batch: Batch, place: Place) -> Batch:
+def augmented(
+    inputs: Tensor, positions: Tensor, config: AugmentConfig, padding: int | None, seed: int, epoch: int, source: int
+) -> Tensor:
+    """Change inputs at random, as `augment_images` and `drop_words` do; see there."""
+    images = augment_images(inputs, positions, config, seed, epoch, source)
+    return drop_words(images, positions, config, seed, epoch, source, padding)
+
+
+def _transform(student: StudentConfig, config: AugmentConfig) -> Transform | None:
+    if not (config.flip or config.crop or config.word_dropout):
+        return None
+    return partial(_augmented, config, _padding(student, config))
+
+
+def _augmented(config: AugmentConfig, padding: int | None, batch: Batch, place: Place) -> Batch:
     positions = place.position + torch.arange(len(batch[INPUTS]))
-    return {**batch, INPUTS: augment_images(batch[INPUTS], positions, augment, place.seed, place.epoch, SOFT)}
+    changed = augmented(batch[INPUTS], positions, config, padding, place.seed, place.epoch, SOFT)
+    return {**batch, INPUTS: changed}
+
+
+def _padding(student: StudentConfig, config: AugmentConfig) -> int | None:
+    """Give the id that takes a dropped word's place.
+
+    Raises:
+      ValueError: words are to be dropped of inputs that are no texts.
+    """
+    if not config.word_dropout:
+        return None
+    if student.input.kind not in TEXTS:
+        raise ValueError(
+            f"augment.word_dropout needs texts or tokens, got an input of kind {student.input.kind!r}; set it to 0"
+        )
+    return padding_id(student.input) if student.input.gives_ids else None
 
 
 def _require_classes(dataset: SoftLabelDataset, classes: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
 
 # settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
 FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard")
+# settings of a run's last training, which `train` itself has no use for
+LAST = ("self_training", "ensemble", "pseudo_rows", "final_training")
 
 
 class AugmentConfig(Section):
@@ -21,6 +23,9 @@ class AugmentConfig(Section):
 
     flip: bool = Field(False, description="mirror every other image, left to right")
     crop: int = Field(0, ge=0, description="images: shift by up to so many pixels, the border mirrored")
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="texts: share of the words, n-grams or tokens that a pass does not see"
+    )
     mixup: float = Field(0.0, ge=0, description="mix examples and their labels by Beta(mixup, mixup); 0: never")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="human labels: mass spread over all classes")
 
@@ -53,13 +58,30 @@ class TrainConfig(Section):
         description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
         "candidates; or both, slam+weighted",
     )
-    mixing: Literal["plain", "normalised", "forward"] = Field("normalised", description="slam: form of the mixture")
+    mixing: Literal["plain", "normalised", "forward"] = Field(
+        "forward",
+        description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not",
+    )
     temperature: float = Field(1.0, gt=0, description="softens teacher and student")
     hard_weight: float = Field(
         1.0, ge=0, description="weight of a human-labelled example beside a soft-labelled one's 1"
     )
     reestimate_epochs: int | None = Field(
         None, ge=1, description="weighted: epochs after which the weights are estimated again from the current student"
+    )
+    self_training: bool = Field(
+        True,
+        description="runs: learn an ensemble's soft pseudo-labels for rows that were not bought, in a last training, where that "
+        "is better on the validation set",
+    )
+    ensemble: int = Field(5, ge=1, le=1_000, description="runs: students of the ensemble, of different seeds")
+    pseudo_rows: int = Field(
+        32_768, ge=1, description="runs: most rows that get pseudo-labels; of more they are drawn by chance"
+    )
+    final_training: Literal["auto", "all", "apart"] = Field(
+        "auto",
+        description="runs: all: the last training learns the validation rows too, when nothing is left to be measured on them; "
+        "needs data.test; apart: it does not; auto: all where there is a test set",
     )
     finetune: FinetuneConfig | None = Field(None, description="blind distillation: settings of the second phase")
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of inputs and labels")

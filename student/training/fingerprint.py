@@ -15,7 +15,7 @@ from distilbeam.student.data.labelled import Examples
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.own_files import content_of
 from distilbeam.student.training.batches import Sources
-from distilbeam.student.training.config import FREE, TrainConfig
+from distilbeam.student.training.config import FREE, LAST, TrainConfig
 
 
 def identity(
@@ -33,7 +33,7 @@ def identity(
     """
     return {
         "student": _without_places(student),
-        "training": training.model_dump(mode="json", exclude=set(FREE)),
+        "training": training.model_dump(mode="json", exclude={*FREE, *LAST}),
         "classes": list(classes),
         "seed": sources.seed,
         "steps": sources.steps,

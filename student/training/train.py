@@ -78,6 +78,8 @@ def train(
     init: str | Path | None = None,
     validation_teacher: npt.NDArray[np.float32] | None = None,
     mixing_weights: Sequence[float] | None = None,
+    pseudo_labels: Sequence[str | Path] = (),
+    last_epoch: int | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a student and write it; a training that was killed goes on where its last checkpoint is.
@@ -98,6 +100,9 @@ def train(
         not answer; needed for `reestimate_epochs`.
       mixing_weights: share of each soft-label dataset in an epoch, up to a common factor; None for their numbers of
         rows.
+      pseudo_labels: directories of datasets of students' own soft labels, in the form of `soft_labels` and learned like them.
+      last_epoch: epoch after which training stops, on the learning rate's way through all of `training.epochs`: where
+        another training has found it and no rows are left to find it on.
       progress: told every step, with its loss, and every epoch, with its figures.
 
     Returns:
@@ -133,6 +138,7 @@ def train(
             seed=seed,
             processes=processes,
             mixing_weights=mixing_weights,
+            pseudo_labels=pseudo_labels,
         )
         steps, total = sources.steps, training.epochs * sources.steps
         reestimation = _reestimation(student, training, sources, soft_labels, validation_teacher)
@@ -153,13 +159,15 @@ def train(
 
         state = TrainingState(module, optimizer, average, sources.soft, weights)
         about = identity(student, training, classes, sources, init, validation_teacher)
+        about |= {} if last_epoch is None else {"last_epoch": last_epoch}
+        epochs = min(training.epochs, last_epoch or training.epochs)
         with TrainingDirectory(directory, training, about, processes) as work:
             work.resume(state)
             silent, progress = not processes.first, progress or Progress()
             for figures in state.history:  # of the training that goes on
                 progress.epoch(int(figures["epoch"]), figures)
             with Observer(work.path, training, total, state.done, state.seconds, progress, silent) as observer:
-                for epoch in range(state.done // steps, training.epochs):
+                for epoch in range(state.done // steps, epochs):
                     first = state.done % steps
                     if reestimation is not None and first == 0 and reestimation.due(epoch):
                         weights.estimated = reestimation.weights(state.shown, device, processes)

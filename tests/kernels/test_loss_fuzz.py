@@ -113,6 +113,16 @@ if not INTERPRETED:
             case = random_case(seed, (torch.float32, torch.bfloat16), ("top_k", "sampled", "hard"), sizes=(9, 33, 4))
             compare(case, "pallas", f"of pallas, case {seed}")
 
+    @pytest.mark.parametrize("implementation", ["chunked", "reference"])
+    @pytest.mark.parametrize("order", ["rows", "classes"])
+    @pytest.mark.parametrize("block", seeds(2, 50))
+    def test_losses_of_a_last_layer(block, order, implementation, monkeypatch):
+        monkeypatch.setattr(by_chunks, "FEWEST_ROWS", 1 if order == "rows" else 10**9)
+        monkeypatch.setattr(by_chunks, "BUFFER_ELEMENTS", 300)
+        for seed in range(PER_TEST * block, PER_TEST * (block + 1)):
+            case = random_case(seed, (torch.float32,), ("dense", "top_k", "sampled", "hard"))
+            compare_layer(case, implementation, f"of {implementation} by {order}, case {seed}")
+
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="neither a CUDA device nor the interpreter")
 @pytest.mark.parametrize("implementation", ["one_kernel", "two_kernels"])
@@ -130,17 +140,6 @@ def test_losses_of_logits_whose_labels_the_kernel_prepares(block, implementation
         compare(case, implementation, f"of {implementation}, case {seed}")
         tried += 1
     assert tried >= 5
-
-
-@pytest.mark.parametrize("implementation", [name for name in BACKENDS if name != "triton"])
-@pytest.mark.parametrize("order", ["rows", "classes"])
-@pytest.mark.parametrize("block", seeds(2, 50))
-def test_losses_of_a_last_layer(block, order, implementation, monkeypatch):
-    monkeypatch.setattr(by_chunks, "FEWEST_ROWS", 1 if order == "rows" else 10**9)
-    monkeypatch.setattr(by_chunks, "BUFFER_ELEMENTS", 300)
-    for seed in range(PER_TEST * block, PER_TEST * (block + 1)):
-        case = random_case(seed, (torch.float32,), ("dense", "top_k", "sampled", "hard"))
-        compare_layer(case, implementation, f"of {implementation} by {order}, case {seed}")
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="neither a CUDA device nor the interpreter")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks.science import buying, digits, study1, study2, study3, study4, synthetic
+from benchmarks.science import buying, digits, study1, study2, study3, study4, study7, synthetic
 from benchmarks.science.cells import Store
-from benchmarks.science.command import Arguments, collect
+from benchmarks.science.command import Arguments, collect, places
 from benchmarks.science.losses import LOSSES, learn
 from benchmarks.science.report1 import write_report as report1
 from benchmarks.science.report2 import write_report as report2
@@ -99,6 +99,19 @@ def test_studies_2_to_4_report(given):
     assert len(human) == 1  # whatever the pool
     short_report(given, rows, "study4", "Blind", study4.METHODS, ("human",), ("pool",))
     assert (given.out / "study4.parquet").exists()
+
+
+def test_study_7_gives_every_last_training_the_same_labels(given):
+    rows = {row["method"]: row["accuracy"] for row in collect(given, study7.study_cells(given))}
+    assert set(rows) == {name for name in study7.METHODS if "noise" not in name}  # digits have no words to drop
+    place = next(iter(places(given)))
+    problem = place.problem()
+    assert rows["teacher"] == problem.teacher_accuracy
+    bought = study7._bought(problem)
+    assert len(set(bought.tolist())) == len(bought) == round(0.1 * len(problem.pool))
+    assert set(bought.tolist()) <= set(problem.pool.tolist())
+    # the default is what a run's last round gives
+    assert rows["default"] == buying.rounds(problem, "herding", "small", "calibrated")[-1]["accuracy"]
 
 
 def test_study_2_compares_by_what_a_wrong_label_names(given):

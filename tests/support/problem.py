@@ -45,7 +45,7 @@ def write_problem(directory: Path, pool_rows: int = 240, files: int = 4) -> dict
         },
         "selection": {"method": "rad", "budget": 30},
         "student": {"kind": "mlp", "hidden": [8], "input": {"columns": ["x"]}},
-        "training": {"epochs": 3},
+        "training": {"epochs": 3, "self_training": False, "final_training": "apart"},
         "engine": {"unit_rows": 40, "shard_rows": 8, "batch_rows": 16, "teacher_batch": 8},
     }
 

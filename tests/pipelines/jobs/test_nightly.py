@@ -116,7 +116,8 @@ def test_a_client_learns_the_shape_from_its_first_batch(program: Path) -> None:
 def test_files_of_any_editor_are_read(tmp_path: Path, mark: str, end: str) -> None:
     path = tmp_path / "nightly.toml"
     path.write_bytes((mark + example().replace("\n", end)).encode())
-    assert load_any_config(path).data.pool == "pool/"
+    config = load_any_config(path)
+    assert (config.data.pool, config.dump()["data"]["pool"]) == (str(tmp_path / "pool"), "pool/")
     assert read_toml(path)["teacher"]["model"] == "teacher"
 
 

@@ -300,7 +300,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "job" / "watch.json").unlink()
     with pytest.raises(ValueError, match=r"job/labels holds labels that no watch made; choose another directory"):
         watch_here(tmp_path, config)
-    with pytest.raises(ValueError, match=r"watch: budget, student and wrong_share must be given together: a choice"):
+    with pytest.raises(ValueError, match=r"watch.budget, student and wrong_share must be given together: a choice"):
         parse_label_config({**config, "watch": {"budget": 5}})
     shutil.rmtree(tmp_path / "in")
     with pytest.raises(ValueError, match=r"--watch must name a directory, got .*/in; make it before anything arrives"):

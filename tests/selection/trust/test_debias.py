@@ -149,6 +149,50 @@ def test_weights_debias_a_teacher_of_known_noise():
     assert np.mean(losses) > 4 * -np.log(0.9)
 
 
+def test_points_in_one_place_decide_together():
+    # Everybody is equally unsure: all validation examples are one place, whose error rate is that of all, .2 with 10,000 rows,
+    # known to 4 deviations of .004. Any K = 50 of them would give it to .057 only, the same for every query.
+    size = 10_000
+    labels = np.arange(size) % 2
+    student = np.tile([[0.0, 0.0]], (size, 1))
+    wrong = np.random.default_rng(10).random(size) < 0.2
+    named = np.where(wrong, 1 - labels, labels)
+    teacher = np.log(np.where(named[:, None] == [0, 1], 0.8, 0.2))
+    rounding = np.random.default_rng(11).integers(-2, 3, (2, size, 2)) * 2.0**-52
+    estimator = DebiasEstimator.fit(student + rounding[0], teacher + rounding[1], labels)
+    total, _ = estimator._places.sums(np.array([[0.0, 0.6], [0.3, 0.3]]), 50)
+    np.testing.assert_allclose(total / 50, wrong.mean(), rtol=1e-9)
+    assert abs(wrong.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / size)
+    np.testing.assert_allclose(estimator.weights(student[:5], teacher[:5]), 1, rtol=1e-9)  # no distortion at .5
+
+
+def test_ties_at_the_edge_share_what_is_left():
+    # K = 2 of 16: one example at distance 0, four at distance .1 around it, of which one is wrong: 1/4 of the place left.
+    points = np.array([[0.5, 0.5], [0.6, 0.5], [0.4, 0.5], [0.5, 0.6], [0.5, 0.4], *[[0.9, 0.9]] * 11])
+    wrong = np.array([0.0, 1.0, 0, 0, 0, *[1.0] * 11])
+    distortions = np.where(wrong > 0, 3.0, 1.0)
+    estimator = DebiasEstimator(points, wrong, distortions)
+    assert estimator.neighbours == 2
+    total, spread = estimator._places.sums(np.array([[0.5, 0.5]]), 2)
+    np.testing.assert_allclose([total[0], spread[0]], [0.25, 0.75])
+    for order in (np.arange(16)[::-1], np.random.default_rng(0).permutation(16)):
+        moved = DebiasEstimator(points[order], wrong[order], distortions[order])
+        np.testing.assert_allclose(moved._places.sums(np.array([[0.5, 0.5]]), 2), [[0.25], [0.75]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_bits_of_a_processor_change_no_weight(seed):
+    rng = np.random.default_rng(seed)
+    student, teacher, labels = noisy_models(rng, 300, 3)
+    student, teacher = np.round(student), np.repeat(teacher[:10], 30, axis=0)  # many ties
+    estimator = DebiasEstimator.fit(student, teacher, labels)
+    bits = rng.integers(-3, 4, (4, 300, 3)) * 2.0**-52
+    moved = DebiasEstimator.fit(student + bits[0], teacher + bits[1], labels)
+    np.testing.assert_allclose(
+        moved.weights(student + bits[2], teacher + bits[3]), estimator.weights(student, teacher), rtol=1e-6
+    )
+
+
 def test_perfect_teacher_weighs_one():
     rng = np.random.default_rng(5)
     student, _, labels = noisy_models(rng, 120, 3)

@@ -232,38 +232,38 @@ def test_the_server_refuses_wrong_requests_in_sentences(change: Callable[[Any], 
 
 def test_a_client_does_not_load_tensorflow_nor_torch(program: Path, tmp_path: Path) -> None:
     code = """
-import resource, sys, time
+import resource, sys
 import numpy as np, pyarrow as pa, grpc
 import distilbeam.inputs.config
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from distilbeam.teacher import load_teacher
 teacher = load_teacher({"kind": "tfserving", "address": sys.argv[1], "model": "teacher", "input": {"column": "x"}})
 print(teacher.logits(pa.record_batch({"x": [[1.0, 0.0, 0.0, 0.0]]})).tolist())
 teacher.close()
 print(sorted(m for m in sys.modules if m.split(".")[0] in ("tensorflow", "torch", "apache_beam", "keras")))
-print(time.perf_counter() - start < 2, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024)
 """
     with TeacherServer(torch_config(program), base=tmp_path) as server:
         run = subprocess.run([sys.executable, "-c", code, server.address], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    answer, modules, bounds = run.stdout.splitlines()
+    answer, modules, is_small = run.stdout.splitlines()
     np.testing.assert_allclose(eval(answer), Linear.weights[:1], rtol=1e-6)  # noqa: S307  (a list of our own)
     assert modules == "[]"
-    assert bounds == "True True"
+    assert is_small == "True"
 
 
 def test_messages_cost_little() -> None:
-    """Loading them the plain way costs seconds and hundreds of megabytes; these bounds leave room for a busy machine."""
+    """Loading them the plain way imports TensorFlow: thousands of modules and hundreds of megabytes."""
     code = """
-import resource, time
+import resource, sys
 from distilbeam.teacher.tfserving import messages
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+before, modules = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(sys.modules)
 messages.load_messages().predict.PredictRequest()
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(len(sys.modules) - modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, kilobytes = map(float, run.stdout.split())
-    assert seconds < 0.5
+    modules, kilobytes = map(int, run.stdout.split())
+    assert modules < 100
     assert kilobytes < 32 * 1024
 
 
