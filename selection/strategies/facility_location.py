@@ -151,7 +151,7 @@ class FacilityLocation:
         for number, candidate in enumerate(candidates.tolist()):
             here = slice(ends[number], ends[number + 1])
             self._bounds.keep(candidate, rows[here], near[here])
-        sums, squares = (np.bincount(which, values, len(candidates)) for values in (more, more**2))
+        sums, squares = (np.bincount(which, values, len(candidates)).astype(np.float64) for values in (more, more**2))
         return self._bound(candidates, sums, squares)
 
     def _bound(self, candidates: Indices, sums: Floats, squares: Floats) -> Floats:

@@ -196,7 +196,8 @@ class _Places(NamedTuple):
         _, first, place = np.unique(np.round(points / SAME), axis=0, return_index=True, return_inverse=True)
         place = place.ravel()
         counts = np.bincount(place)
-        return cls(cKDTree(points[first]), counts, np.bincount(place, wrong), np.bincount(place, wrong * distortions))
+        masses = [np.bincount(place, weights).astype(np.float64) for weights in (wrong, wrong * distortions)]
+        return cls(cKDTree(points[first]), counts, masses[0], masses[1])
 
     def sums(self, queries: Floats, count: int) -> tuple[Floats, Floats]:
         """Sum the wrong mass, and it times its distortion, over the `count` nearest examples of each query."""
