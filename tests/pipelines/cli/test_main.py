@@ -257,12 +257,14 @@ def test_the_digits_example(tmp_path: Path) -> None:
 def test_an_interrupt_before_there_is_anything_to_keep_is_a_sentence(tmp_path: Path) -> None:
     config = tmp_path / "pipe.toml"
     os.mkfifo(config)
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of some shells ignore it
+from distilbeam.__main__ import main
+main()
+"""
     process = subprocess.Popen(
-        [sys.executable, "-m", "distilbeam", "plan", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        [sys.executable, "-c", code, "plan", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with config.open("w"):  # opened when the command reads it
         process.send_signal(signal.SIGINT)
