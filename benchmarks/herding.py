@@ -98,6 +98,9 @@ class SumOverReferences:
             values[start : start + step] = near @ self.weights + own
         return values
 
+    def bound(self, candidate: int) -> float:
+        return float(self.added(np.array([candidate]))[0])
+
     def choose(self, candidate: int) -> None:
         self.whole.choose(candidate)
 
