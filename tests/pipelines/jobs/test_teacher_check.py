@@ -43,6 +43,7 @@ def test_chance_is_named_and_whoever_knows_better_goes_on(problem: dict[str, Any
         run(problem, base=tmp_path)
     assert len(asked(tmp_path)) == 200
     problem["data"]["check_classes"] = False
+    problem["run"]["accept_weak_teacher"] = True
     run(problem, base=tmp_path, until=("label", 0))
     assert len(asked(tmp_path)) == 200 + 80 + 30
 
