@@ -58,7 +58,7 @@ FLOORS = {
     ),
     "student": (
         ("data", "networks", "own_files"),
-        ("trust",),
+        ("predictions", "trust"),
         ("checkpoint",),
         ("export",),
         ("evaluation",),
