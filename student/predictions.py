@@ -152,14 +152,16 @@ def as_table(data: Any, columns: Sequence[str]) -> pa.Table:
 
 
 def without_prediction(predicted: pa.Table, reasons: Mapping[int, str]) -> pa.Table:
-    """Give rows the reason why they could not even be read, in the place of what was found of their empty values."""
+    """Take away what was predicted for some rows, and give the reasons why: that they could not even be read."""
     if not reasons:
         return predicted
+    unread = np.zeros(predicted.num_rows, bool)
+    unread[list(reasons)] = True
     said = predicted["reason"].to_pylist()
     for row, reason in reasons.items():
         said[row] = reason
-    place = predicted.column_names.index("reason")
-    return predicted.set_column(place, "reason", pa.array(said, pa.string()))
+    left = predicted.take(pa.array(np.arange(predicted.num_rows), mask=unread))
+    return left.set_column(left.column_names.index("reason"), "reason", pa.array(said, pa.string()))
 
 
 def require_free(names: Iterable[str], more: Sequence[str] = ()) -> None:

@@ -45,7 +45,7 @@ FLOORS = {
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("experiments", "steps", "transforms"),
+        ("experiments", "prediction", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
         ("cli",),
