@@ -46,6 +46,7 @@ def kept_in(run: Path) -> Path:
         )
     found = read_json(figures)
     final = found.get("final")
+    student: Path
     if final is not None and final.get("student") is not None:
         student = run / final["directory"] / final["student"]
     else:
