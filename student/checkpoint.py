@@ -30,6 +30,7 @@ from distilbeam.student.networks.build import build_student, count_parameters
 from distilbeam.student.networks.config import KINDS, StudentConfig
 from distilbeam.student.networks.embedding import seen_by_head
 from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
+from distilbeam.student.predictions import Predictor
 from distilbeam.student.trust import code_of, require_trusted
 
 FORMAT_VERSION = 1
@@ -64,13 +65,14 @@ class Description(BaseModel):
         return {name: self._said[name] for name in ("config", "classes", "input_shape")}
 
 
-class Student:
-    """A trained student, ready to answer.
+class Student(Predictor):
+    """A trained student, ready to answer; `predict` gives classes, `logits` what they are made of.
 
     Attributes:
       module: the network in evaluation mode.
       config: its configuration.
       classes: names of the classes in the order of the logits.
+      columns: names of the columns that it reads.
       input_shape: shape of one example's input.
       num_parameters: how many numbers training adjusted.
       size_bytes: size of the weights on disk.
@@ -81,6 +83,7 @@ class Student:
         self.module = module.eval().requires_grad_(requires_grad=False)
         self.config = config
         self.classes = description.classes
+        self.columns = config.input.columns
         self.input_shape = description.input_shape
         self.num_parameters = description.num_parameters
         self.size_bytes = weights.stat().st_size

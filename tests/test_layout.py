@@ -45,7 +45,7 @@ FLOORS = {
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("experiments", "steps", "transforms"),
+        ("experiments", "prediction", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
         ("cli",),
@@ -58,7 +58,7 @@ FLOORS = {
     ),
     "student": (
         ("data", "networks", "own_files"),
-        ("trust",),
+        ("predictions", "trust"),
         ("checkpoint",),
         ("export",),
         ("evaluation",),

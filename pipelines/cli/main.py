@@ -39,6 +39,7 @@ from distilbeam.pipelines.cli.options import (
     with_max_failures,
     with_weak_teacher,
 )
+from distilbeam.pipelines.cli.predict import predict
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
@@ -260,5 +261,5 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, stream, ingest, launch, export, tune, pareto, inspect, verify, serve_teacher):
+for command in (plan, label, stream, ingest, launch, predict, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)

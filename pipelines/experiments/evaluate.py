@@ -18,9 +18,7 @@ from distilbeam.pipelines.experiments.model_metrics import (
     BATCH_ROWS,
     Model,
     cost,
-    input_of,
     integers_of,
-    load_model,
     logits_of,
 )
 from distilbeam.pipelines.labelling.teacher_answers import read_answers
@@ -28,6 +26,7 @@ from distilbeam.pipelines.pool.datasets import require_columns
 from distilbeam.pipelines.pool.splits import find_files, open_parquet
 from distilbeam.student.data.labelled import class_indices, inputs_of
 from distilbeam.student.evaluation.metrics import evaluate, per_class, worst_classes
+from distilbeam.student.export.load import input_of, load_model
 from distilbeam.teacher.config import read_teacher_config
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import read_manifest

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.experiments.model_metrics import cost, load_model, quality
+from distilbeam.pipelines.experiments.model_metrics import cost, quality
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.progress import Progress
 from distilbeam.student.checkpoint import load_student
+from distilbeam.student.export.load import load_model
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import AugmentConfig, TrainConfig
 

@@ -11,39 +11,18 @@ import pyarrow as pa
 
 from distilbeam.inputs.config import InputConfig, make_input
 from distilbeam.pipelines.pool.splits import Pool, open_parquet
-from distilbeam.student.checkpoint import DESCRIPTION, Student, load_student
+from distilbeam.student.checkpoint import Student
 from distilbeam.student.data.class_labels import INTEGERS, Integers
 from distilbeam.student.data.usable_rows import find_usable
 from distilbeam.student.evaluation.footprint import measure
 from distilbeam.student.evaluation.metrics import evaluate
-from distilbeam.student.export.load import ExportedStudent, load_export
+from distilbeam.student.export.load import ExportedStudent, input_of
 
 BATCH_ROWS = 1024
 SAMPLED_GROUPS = 32
 PROCESS_REPEATS = 50
 
 Model = Student | ExportedStudent
-
-
-def load_model(directory: Path) -> Model:
-    """Load a student or an export of one.
-
-    Raises:
-      ValueError: the directory holds neither.
-    """
-    if (directory / DESCRIPTION).exists():
-        return load_student(directory)
-    if (directory / "export.json").exists():
-        return load_export(directory)
-    raise ValueError(
-        f"{directory} must hold a student (student.json) or an export (export.json); name one, such as "
-        "run/students/round=003, or a configuration file"
-    )
-
-
-def input_of(model: Model) -> InputConfig:
-    """Return which columns a model reads, and how."""
-    return model.input if isinstance(model, ExportedStudent) else model.config.input
 
 
 def integers_of(model: Model) -> Integers | None:

@@ -14,21 +14,24 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from distilbeam.inputs.config import InputConfig, make_input
+from distilbeam.student.checkpoint import DESCRIPTION, Student, load_student
 from distilbeam.student.export.export import EXPORT_VERSION
 from distilbeam.student.export.runtimes import open_runner
 from distilbeam.student.own_files import found_in
+from distilbeam.student.predictions import Predictor
 from distilbeam.student.trust import code_of_input, require_trusted
 
 ROWS = 256
 
 
-class ExportedStudent:
-    """An export that answers batches.
+class ExportedStudent(Predictor):
+    """An export that answers batches; `predict` gives classes, `logits` what they are made of.
 
     Attributes:
       description: the contents of `export.json`.
       classes: names of the classes in the order of the logits.
       input: which columns are read, and how.
+      columns: their names.
       input_shape: shape of one example's input.
       num_parameters: parameters of the student that it came from.
       size_bytes: size of the file.
@@ -38,6 +41,7 @@ class ExportedStudent:
         self.description = description
         self.classes: tuple[str, ...] = tuple(description["classes"])
         self.input = found_in(InputConfig.model_validate(description["input"]), directory)
+        self.columns = self.input.columns
         self.input_shape: tuple[int, ...] = tuple(description["input_shape"])
         self.num_parameters: int = description["student"]["parameters"]
         self.size_bytes: int = description["size_bytes"]
@@ -47,6 +51,15 @@ class ExportedStudent:
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Compute the logits of a batch with the columns of the input, float32 [rows, C]."""
         return self.logits_of_inputs(self._make_input(batch))
+
+    def inputs(self, batch: pa.RecordBatch) -> Any:
+        """Make the input of a batch."""
+        return self._make_input(batch)
+
+    def fingerprint(self) -> str:
+        """Identify the export by its file."""
+        digest: str = self.description["digest"]
+        return digest
 
     def logits_of_inputs(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Compute the logits of inputs that are arrays already, [rows, *input_shape]."""
@@ -92,6 +105,27 @@ def load_export(directory: str | Path, threads: int | None = None, trust: Sequen
         raise ValueError(
             f"{directory / 'export.json'} does not describe an export: {why}; export the student again"
         ) from e
+
+
+def load_model(directory: Path) -> Student | ExportedStudent:
+    """Load a student or an export of one.
+
+    Raises:
+      ValueError: the directory holds neither.
+    """
+    if (directory / DESCRIPTION).exists():
+        return load_student(directory)
+    if (directory / "export.json").exists():
+        return load_export(directory)
+    raise ValueError(
+        f"{directory} must hold a student (student.json) or an export (export.json); name one, such as "
+        "run/students/round=003, or a configuration file"
+    )
+
+
+def input_of(model: Student | ExportedStudent) -> InputConfig:
+    """Return which columns a model reads, and how."""
+    return model.input if isinstance(model, ExportedStudent) else model.config.input
 
 
 def _opened(directory: Path, description: dict[str, Any], threads: int | None, trust: Sequence[str]) -> ExportedStudent:
