@@ -66,6 +66,8 @@ def _publish(part: str) -> None:
 
 # Documented import paths of version 0.1 and what they name now; `python -m` finds them, too.
 FORMER = {
+    "pipelines.content_ids": "pipelines.pool.content_ids",
+    "pipelines.message_rows": "pipelines.transforms.messages",
     "pipelines.stream_job": "pipelines.streaming.stream_job",
     "pipelines.transforms.stream_job": "pipelines.streaming.stream_job",
     "selection.calibration": "selection.trust.calibration",
@@ -75,8 +77,10 @@ FORMER = {
     "selection.noise": "selection.trust.noise",
     "selection.pooling": "selection.trust.pooling",
     "selection.rad": "selection.games.rad",
+    "student.config": "student.networks.config",
     "student.laurel": "student.networks.laurel",
     "student.launch": "student.training.launch",
+    "student.models": "student.networks.build",
     "teacher.preprocess": "inputs.config",
 }
 
