@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilbeam.pipelines.acquisition.score import unit_name
+from distilbeam.pipelines.acquisition.score import UnitFiles
 from distilbeam.pipelines.acquisition.unusable_rows import unusable_directory, unusable_table
 from distilbeam.pipelines.engine.counters import count, count_seconds
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.engine.prefetch import read_from
 from distilbeam.pipelines.pool.splits import Unit, read_unit
-from distilbeam.storage.atomic import move_flushed, temporary_name
+from distilbeam.storage.atomic import temporary_name
 from distilbeam.student.data.usable_rows import find_usable
 
 
 @dataclass(frozen=True)
-class FindUnusable:
+class FindUnusable(UnitFiles):
     """The work of the phase: a list for each unit, empty where the student can read all rows.
 
     Attributes:
@@ -55,23 +55,6 @@ class FindUnusable:
         temporary = temporary_name(file)
         pq.write_table(unusable_table(unit, reasons), temporary)
         yield temporary, file
-
-    def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
-        """Flush files to the disk and give them their names, in the order in which they were written."""
-        move_flushed(dict(ends))
-
-    def remaining(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units without a list."""
-        there = {file.name for file in unusable_directory(self.gains).glob("*.parquet")}
-        return [unit for unit in units if self._file(unit).name not in there]
-
-    def name(self, unit: Unit) -> str:
-        """Name the unit by its file and rows."""
-        return unit_name(unit)
-
-    def rows(self, unit: Unit) -> int:
-        """Return the unit's rows."""
-        return unit.rows
 
     def _file(self, unit: Unit) -> Path:
         return unusable_directory(self.gains) / f"{unit.uid}.parquet"

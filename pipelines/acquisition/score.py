@@ -12,6 +12,7 @@ them, `embedding` (float32 [d], what the student's last layer sees) and `logits`
 from __future__ import annotations
 
 import base64
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,34 @@ class Candidates:
         return rows[rng.random(len(rows)) < self.share]
 
 
+class UnitFiles(ABC):
+    """Work of a phase over units, each of which has one file that commits it."""
+
+    @abstractmethod
+    def _file(self, unit: Unit) -> Path:
+        """Return the path of a unit's file."""
+
+    def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
+        """Flush files to the disk and give them their names, in the order in which they were written."""
+        move_flushed(dict(ends))
+
+    def remaining(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units whose files are not committed."""
+        files = [self._file(unit) for unit in units]
+        there = {path for folder in {file.parent for file in files} for path in folder.glob("*.parquet")}
+        return [unit for unit, file in zip(units, files, strict=True) if file not in there]
+
+    def name(self, unit: Unit) -> str:
+        """Name the unit by its file and rows."""
+        return unit_name(unit)
+
+    def rows(self, unit: Unit) -> int:
+        """Return the unit's rows."""
+        return unit.rows
+
+
 @dataclass(frozen=True)
-class Score:
+class Score(UnitFiles):
     """The work of the score phase.
 
     Attributes:
@@ -146,23 +173,6 @@ class Score:
         mine = np.isin(said.rows, wanted)
         seen = {"embeddings": said.embeddings, "logits": said.logits}
         return gains, {name: np.asarray(seen[name], np.float32)[mine] for name in kept}, said.reasons
-
-    def settle(self, ends: Sequence[tuple[Path, Path]]) -> None:
-        """Flush files to the disk and give them their names, in the order in which they were written."""
-        move_flushed(dict(ends))
-
-    def remaining(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units whose gains are not committed."""
-        there = {file.name for file in Path(self.output).glob("*.parquet")}
-        return [unit for unit in units if self._file(unit).name not in there]
-
-    def name(self, unit: Unit) -> str:
-        """Name the unit by its file and rows."""
-        return unit_name(unit)
-
-    def rows(self, unit: Unit) -> int:
-        """Return the unit's rows."""
-        return unit.rows
 
     def _file(self, unit: Unit) -> Path:
         return gains_file(self.output, unit)

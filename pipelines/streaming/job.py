@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -320,5 +320,7 @@ class _Running:
     def cancel(self) -> None:
         """End a pipeline that has not ended."""
         if self._result is not None and not self.done.is_set():
-            with suppress(Exception):
+            try:
                 self._result.cancel()
+            except Exception as e:  # noqa: BLE001  # of any runner; one that is gone cannot be told, and the job ends anyway
+                log.warning("the engine could not be told to end: %s", first_line(e))
