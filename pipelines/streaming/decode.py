@@ -74,10 +74,10 @@ class Decoder:
             numbers.append(i)
         batch, wrong = rows_to_batch(rows, types)
         refused |= {numbers[i]: reason for i, reason in wrong.items()}
-        good = tuple(i for i in numbers if i not in refused)
-        for name, kind in ((PARTITION, pa.int32()), (OFFSET, pa.int64())):
-            places = [messages[i].partition if name == PARTITION else messages[i].offset for i in good]
-            batch = batch.append_column(name, pa.array(places, kind))
+        good = tuple(i for i in numbers if i not in refused) if refused else tuple(numbers)
+        kept = messages if len(good) == len(messages) else [messages[i] for i in good]
+        batch = batch.append_column(PARTITION, pa.array([message.partition for message in kept], pa.int32()))
+        batch = batch.append_column(OFFSET, pa.array([message.offset for message in kept], pa.int64()))
         return Decoded(batch, good, refused)
 
 

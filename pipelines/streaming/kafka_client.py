@@ -6,7 +6,7 @@ All errors of the client become one sentence; settings are librdkafka's own and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from distilbeam.pipelines.streaming.offsets import Offsets
 
 ANSWER_S = 15.0  # how long a cluster may take to answer at the start
+_END_ANSWER_S = 2.0
 _OURS = {"enable.auto.commit": "false", "enable.auto.offset.store": "false", "enable.partition.eof": "true"}
 _DEFAULTS = {
     "isolation.level": "read_committed",
@@ -42,6 +43,11 @@ class Topic:
         """Return the consumer's whole settings; the user's come before our defaults, ours where it must be so before his."""
         group = {"group.id": "distilbeam"}  # the client wants a name even where nobody joins a group
         return {**group, **_DEFAULTS, **dict(self.settings), **_OURS, "bootstrap.servers": self.brokers}
+
+    def client_settings(self) -> dict[str, str]:
+        """Return the settings of a client that reads nothing, which knows none of a consumer's."""
+        consumers = {*_OURS, *_DEFAULTS, "group.id"} - {"log_level"}
+        return {name: value for name, value in self.consumer_settings().items() if name not in consumers}
 
     @property
     def group(self) -> str | None:
@@ -144,6 +150,44 @@ def offsets_at(topic: Topic, time_ms: int, ends: Mapping[int, tuple[int, int]]) 
         except KafkaException as e:
             raise ValueError(f"topic {topic.name} cannot be searched for a time: {e.args[0].str()}") from e
         return {part.partition: part.offset if part.offset >= 0 else ends[part.partition][1] for part in found}
+
+
+class Ends:
+    """Asks the brokers where partitions end, without waiting: a consumer's own question would wait behind its fetches.
+
+    Args:
+      topic: the topic.
+    """
+
+    def __init__(self, topic: Topic) -> None:
+        from confluent_kafka.admin import AdminClient
+
+        self.topic = topic
+        self._admin: Any = AdminClient(topic.client_settings())
+        self._asked_s = 0.0
+        self._pending: dict[int, Any] = {}
+
+    def ask(self, partitions: Iterable[int]) -> bool:
+        """Ask; nothing where an answer is outstanding."""
+        from confluent_kafka import IsolationLevel, TopicPartition
+        from confluent_kafka.admin import OffsetSpec
+
+        if self._pending:
+            return False
+        wanted = {TopicPartition(self.topic.name, number): OffsetSpec.latest() for number in partitions}
+        committed = self.topic.consumer_settings()["isolation.level"] == "read_committed"
+        level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+        self._asked_s = time.time()
+        found = self._admin.list_offsets(wanted, isolation_level=level, request_timeout=_END_ANSWER_S)
+        self._pending = {place.partition: answer for place, answer in found.items()}
+        return True
+
+    def answers(self) -> dict[int, tuple[int, float]]:
+        """Return, by partition, its end and when it was asked for; those that did not answer are left out."""
+        if not all(answer.done() for answer in self._pending.values()):
+            return {}
+        done, self._pending = self._pending, {}
+        return {p: (answer.result().offset, self._asked_s) for p, answer in done.items() if answer.exception() is None}
 
 
 class Lag:

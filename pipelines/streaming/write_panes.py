@@ -134,7 +134,7 @@ class _WritePane(beam.DoFn):
             for partition, first, last in outcome.covers:
                 offsets.add(partition, first, last)
             # with a budget what is read and what is labelled come apart; a pane settles at least what it holds
-            if outcome.labels is not None and PARTITION in outcome.labels.column_names:
+            if not outcome.covers and outcome.labels is not None and PARTITION in outcome.labels.column_names:
                 places = (outcome.labels[name].to_pylist() for name in (PARTITION, OFFSET))
                 for partition, offset in zip(*places, strict=True):
                     offsets.add(partition, offset, offset)
