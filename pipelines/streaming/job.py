@@ -77,7 +77,7 @@ class StreamJob:
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
             raise ValueError(
-                "--shards and --max_rows must be left out with a budget: a window's choice is written and settled as one"
+                "--shards and --max-rows must be left out with a budget: a window's choice is written and settled as one"
             )
         self.decoder: Decoder | None = None
         self.topic: Topic | None = None
@@ -188,6 +188,7 @@ class StreamJob:
             self.config.engine.teacher_batch,
             settings.max_wait_s,
             settings.out,
+            self.decoder if settings.event_time else None,
         )
 
     def _until_done(self, journal: Journal) -> None:

@@ -21,6 +21,7 @@ _DEFAULTS = {
     "isolation.level": "read_committed",
     "auto.offset.reset": "earliest",  # of a position that the topic has deleted
     "queued.max.messages.kbytes": "65536",  # bounds what is fetched ahead
+    "fetch.queue.backoff.ms": "20",  # the client's second of rest after its queue was full is longer than the queue lasts
     "log_level": "2",
 }
 
@@ -64,24 +65,39 @@ def parse_place(place: str, settings: Sequence[str]) -> Topic:
     brokers, _, topic = place.rpartition(":")
     if not topic or not brokers or (topic.isdecimal() and ":" not in brokers):
         raise ValueError(f"--source takes kafka:HOST:PORT,...:TOPIC, got 'kafka:{place}'")
-    pairs = dict(_pair(line) for text in settings for line in _lines(text))
+    pairs = parse_pairs("--consumer", settings)
     for key in pairs:
         if key in _OURS or key == "bootstrap.servers":
             raise ValueError(f"--consumer: {key} is set by the job itself, leave it out")
     return Topic(brokers, topic, tuple(sorted(pairs.items())))
 
 
-def _lines(text: str) -> list[str]:
+def parse_pairs(option: str, settings: Sequence[str]) -> dict[str, str]:
+    """Read settings of a client, each `KEY=VALUE` or `@FILE`, a file of such lines.
+
+    Args:
+      option: where they were given, for errors.
+      settings: the settings.
+
+    Raises:
+      ValueError: one of another form, or a file that is not there.
+    """
+    return dict(_pair(option, line) for text in settings for line in _lines(option, text))
+
+
+def _lines(option: str, text: str) -> list[str]:
     if not text.startswith("@"):
         return [text]
+    if not Path(text[1:]).is_file():
+        raise ValueError(f"{option}: there is no file {text[1:]}")
     lines = (line.strip() for line in Path(text[1:]).read_text().splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(option: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--consumer takes KEY=VALUE or @FILE, got '{key}'")  # not its value, which may be a secret
+        raise ValueError(f"{option} takes KEY=VALUE or @FILE, got '{key}'")  # not its value, which may be a secret
     return key.strip(), value.strip()
 
 

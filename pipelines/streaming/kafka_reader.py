@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.kafka_client import Ends, Topic
 from distilbeam.pipelines.streaming.message import Message
 from distilbeam.pipelines.streaming.offsets import Offsets
@@ -41,6 +42,7 @@ class Reading:
       batch_rows: most messages of a batch.
       max_wait_s: seconds that messages wait for their batch to fill.
       stop_folder: folder whose file `stop` ends the reading.
+      clock: says when a message's event was; None for the message's own time.
     """
 
     topic: Topic
@@ -53,6 +55,21 @@ class Reading:
     batch_rows: int = 256
     max_wait_s: float = 1.0
     stop_folder: str | None = None
+    clock: Decoder | None = None
+
+
+def event_time_s(message: Message, clock: Decoder | None, now_s: float) -> float:
+    """Return when a message's event was, in seconds since 1970.
+
+    Args:
+      message: the message.
+      clock: reads it in the message's content; None, or where it is not there, takes the message's own time.
+      now_s: the present, for messages without a time and for those whose time is yet to come.
+    """
+    said = None if clock is None else clock.time_s(message)
+    if said is None:
+        said = message.timestamp_ms / 1000 if message.timestamp_ms >= 0 else now_s
+    return min(said, now_s)
 
 
 class Reader:
@@ -110,7 +127,7 @@ class Reader:
         self._look_for_partitions()
         found = self.consumer.consume(self.reading.batch_rows, POLL_S)
         self.behind = len(found) == self.reading.batch_rows
-        now, window_s, read = time.time(), self.reading.window_s, []
+        now, window_s, clock, read = time.time(), self.reading.window_s, self.reading.clock, []
         fetched, positions, newest, settled_last = self._fetched, self.positions, self._newest, self._settled_last
         for raw in found:
             if raw.error() is not None:
@@ -128,15 +145,14 @@ class Reader:
                 self._at_end.discard(partition)
                 self._idle.pop(partition, None)
             sent_ms = raw.timestamp()[1]
-            time_s = min(sent_ms / 1000, now) if sent_ms >= 0 else now
+            message = Message(partition, offset, sent_ms, raw.key(), raw.value(), tuple(raw.headers() or ()))
+            time_s = event_time_s(message, clock, now)
             if time_s > newest.get(partition, 0.0):
                 newest[partition] = time_s
             if offset <= settled_last.get(partition, -1) and (partition, offset) in self.settled:
                 continue
-            value = raw.value()
             window = time_s // window_s
-            self._open_bytes[window] = self._open_bytes.get(window, 0) + (len(value) if value else 0)
-            message = Message(partition, offset, sent_ms, raw.key(), value, tuple(raw.headers() or ()))
+            self._open_bytes[window] = self._open_bytes.get(window, 0) + len(message.value or b"")
             read.append((message, positions[partition], time_s))
             positions[partition] = offset + 1
         return read
@@ -216,7 +232,9 @@ class Reader:
             del self._open_bytes[window]
         held = sum(self._open_bytes.values())
         if held > _AHEAD_BYTES:
-            self._pause({p for p, t in self._newest.items() if t // self.reading.window_s > now and p not in self._at_end})
+            self._pause(
+                {p for p, t in self._newest.items() if t // self.reading.window_s > now and p not in self._at_end}
+            )
         elif held < _AHEAD_BYTES / 2:
             self._resume({p for p in self._paused if p not in self._at_end})
 

@@ -17,7 +17,7 @@ from distilbeam.pipelines.labelling.label_rows import Labelled, Labelling, plain
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
 
-_LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed_lateness_s"
+_LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed-lateness-s"
 
 
 class _OneThread(beam.DoFn):

@@ -138,7 +138,7 @@ def serve_state(state: StreamState, port: int) -> int:
     try:
         server = ThreadingHTTPServer(("", port), Handler)
     except OSError as e:
-        raise ValueError(f"--metrics_port: {port} cannot be listened at ({e.strerror}); choose another") from e
+        raise ValueError(f"--metrics-port: {port} cannot be listened at ({e.strerror}); choose another") from e
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return int(server.server_address[1])

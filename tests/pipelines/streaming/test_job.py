@@ -166,7 +166,9 @@ def test_dead_letters_are_asked_again_by_command(broker: str, config: Path) -> N
     def again() -> StreamState:
         settings = load_any_config(config)
         assert isinstance(settings, LabelConfig)
-        given = StreamSettings(f"letters:{folder}", str(out), f"{SCHEMA},f:string=header.f", window_s=1.0)
+        given = StreamSettings(
+            source=f"letters:{folder}", out=str(out), schema=f"{SCHEMA},f:string=header.f", window_s=1.0
+        )
         return StreamJob(settings, given, FLAGS).run()
 
     state = again()

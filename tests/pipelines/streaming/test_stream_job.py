@@ -167,7 +167,8 @@ def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path) -> No
 def test_pubsub_is_read_in_windows_by_beams_own_connector(tmp_path: Path) -> None:
     pytest.importorskip("apitools", reason="needs the extra gcp")
     config = parse_label_config(config_of(tmp_path))
-    settings = StreamSettings("pubsub:projects/project/subscriptions/name", str(tmp_path / "out"), SCHEMA, window_s=30)
+    source = "pubsub:projects/project/subscriptions/name"
+    settings = StreamSettings(source=source, out=str(tmp_path / "out"), schema=SCHEMA, window_s=30)
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", "--streaming"]))
     committed = build(pipeline, config.relative_to(tmp_path), settings, Decoder(SCHEMA), None)
     assert not committed.is_bounded
