@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,10 +40,10 @@ def seconds_of(value: Any, type_: ColumnType) -> float | None:
             return _seconds(datetime.fromisoformat(value))
         except (ValueError, TypeError):
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    units = 1000 if type_.kind == "int64" else 1
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LAST_S * units:
         return None
-    seconds = value / 1000 if type_.kind == "int64" else float(value)
-    return seconds if seconds < _LAST_S else None
+    return value / units
 
 
 def refusal(name: str, type_: ColumnType, value: Any) -> str:

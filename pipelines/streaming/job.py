@@ -189,6 +189,7 @@ class StreamJob:
             settings.max_wait_s,
             settings.out,
             self.decoder if settings.event_time else None,
+            settled.closed_s,
         )
 
     def _until_done(self, journal: Journal) -> None:
@@ -226,7 +227,8 @@ class StreamJob:
         known = journal.settled.offsets
         start = tuple((p, known.first_missing(p, offset)) for p, offset in reading.start)
         firsts = dict(start)
-        return replace(reading, start=start, settled=tuple(item for item in known if item[2] >= firsts.get(item[0], 0)))
+        settled = tuple(item for item in known if item[2] >= firsts.get(item[0], 0))
+        return replace(reading, start=start, settled=settled, closed_s=journal.settled.closed_s)
 
     def _submit(self, journal: Journal, attempt: str) -> str | None:
         """Run the pipeline once; return why it ended before its work was done."""

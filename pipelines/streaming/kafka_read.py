@@ -126,6 +126,9 @@ class _Read(beam.DoFn):
                 return
             mark = reader.new_watermark()
             if mark > reader.watermark_s:
+                if reading.until is None:
+                    for span in reader.empty_windows(mark):
+                        yield _empty(span, mark // reading.window_s * reading.window_s)
                 watermark.set_watermark(Timestamp(mark))
                 reader.watermark_s = mark
             tracker.defer_remainder(Duration(0 if reader.behind else _DEFER_S))
@@ -163,6 +166,11 @@ class _Read(beam.DoFn):
             self.late.inc(len(batch.messages))
             return TimestampedValue(batch, Timestamp(reader.watermark_s))
         return TimestampedValue(batch, Timestamp(time_s))
+
+
+def _empty(span: tuple[float, float], closing_s: float) -> TimestampedValue:
+    """Tell that windows are empty, in the window that closes now."""
+    return TimestampedValue(MessageBatch((), (), empty=span), Timestamp(closing_s) - Duration(micros=1))
 
 
 class _ReadUnbounded(_Read):

@@ -23,6 +23,7 @@ POLL_S = 0.1
 _REFRESH_S = 10.0  # between two looks for new partitions
 _IDLE_CHECK_S = 0.25  # between two questions about the ends of partitions that seem idle
 _AHEAD_BYTES = 2**26  # that partitions may be ahead of the slowest one: windows that are open are held in memory
+_QUIET_S = 60.0  # of windows without a message are told at once
 _readers: dict[str, Reader] = {}
 _lock = threading.Lock()
 
@@ -43,6 +44,7 @@ class Reading:
       max_wait_s: seconds that messages wait for their batch to fill.
       stop_folder: folder whose file `stop` ends the reading.
       clock: says when a message's event was; None for the message's own time.
+      closed_s: end of the latest window that is committed, from where on empty windows are told; 0 for none.
     """
 
     topic: Topic
@@ -56,6 +58,7 @@ class Reading:
     max_wait_s: float = 1.0
     stop_folder: str | None = None
     clock: Decoder | None = None
+    closed_s: float = 0.0
 
 
 def event_time_s(message: Message, clock: Decoder | None, now_s: float) -> float:
@@ -98,6 +101,8 @@ class Reader:
         self._at_end: set[int] = set()
         self._paused: set[int] = set()
         self._open_bytes: dict[float, int] = {}  # by the start of a window that time has not come to
+        self._filled: set[int] = set()  # windows that have messages, by their number since 1970
+        self._closed: int | None = None  # the first window of which nothing was told
         self.behind = False  # whether more messages lie ready than one poll gives
         self._refreshed = self._asked = time.monotonic()
         self._ends = Ends(self.topic)
@@ -152,6 +157,7 @@ class Reader:
             if offset <= settled_last.get(partition, -1) and (partition, offset) in self.settled:
                 continue
             window = time_s // window_s
+            self._filled.add(int(window))
             self._open_bytes[window] = self._open_bytes.get(window, 0) + len(message.value or b"")
             read.append((message, positions[partition], time_s))
             positions[partition] = offset + 1
@@ -217,6 +223,31 @@ class Reader:
         """Tell whether time has come to the end of a window since the watermark was told."""
         window_s, mark = self.reading.window_s, self.new_watermark()
         return mark > self.watermark_s > 0 and mark // window_s > self.watermark_s // window_s
+
+    def empty_windows(self, mark_s: float) -> list[tuple[float, float]]:
+        """Return start and end of windows that have passed without a message when time comes to `mark_s`, each once.
+
+        Those of a quiet stream are told together, a minute of them at a time, and those of a long pause as one.
+        """
+        window_s = self.reading.window_s
+        now = int(mark_s // window_s)
+        if self._closed is None:
+            if self.watermark_s > 0:  # another reader was here and has told of what came before
+                self._closed = now + 1
+            else:
+                known_s = self.reading.closed_s
+                self._closed = int(known_s // window_s) if known_s else min((*self._filled, now))
+        passed = sorted(window for window in self._filled if self._closed <= window < now)
+        if not passed and now - self._closed < _QUIET_S / window_s:
+            return []
+        spans, start = [], self._closed
+        for window in (*passed, now):
+            if window > start:
+                spans.append((start * window_s, window * window_s))
+            start = window + 1
+        self._filled = {window for window in self._filled if window >= now}
+        self._closed = max(self._closed, now)
+        return spans
 
     def _keep_together(self) -> None:
         """Let partitions that are far ahead of the slowest one wait: their windows cannot close before it has come.

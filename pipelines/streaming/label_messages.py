@@ -49,6 +49,9 @@ class LabelMessages(_OneThread):
         self.counters = {name: Metrics.counter("LabelMessages", name) for name in ("asked", "labelled", "dead")}
 
     def process(self, batch: MessageBatch) -> Iterator[Outcome]:
+        if batch.empty is not None:
+            yield nothing(batch.empty)
+            return
         if batch.late:
             letters = [letter(self.topic, message, "late", _LATE) for message in batch.messages]
             self.counters["dead"].inc(len(letters))
@@ -75,6 +78,9 @@ class DecodeMessages(beam.DoFn):
         self.decoder, self.topic = decoder, topic
 
     def process(self, batch: MessageBatch) -> Iterator[Any]:
+        if batch.empty is not None:
+            yield beam.pvalue.TaggedOutput("receipts", nothing(batch.empty))
+            return
         refused = dict.fromkeys(range(len(batch.messages)), _LATE) if batch.late else {}
         if not batch.late:
             decoded = self.decoder(batch.messages)
@@ -109,6 +115,11 @@ def outcome(
     if labels is not None and not covers:  # nothing else tells its rows from others
         told.append(row_names(labels))
     return Outcome(labels, tuple(letters), covers, hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest())
+
+
+def nothing(empty: tuple[float, float]) -> Outcome:
+    """Make the outcome of windows that have passed without a message."""
+    return Outcome(None, (), (), hashlib.blake2b(repr(empty).encode(), digest_size=16).hexdigest(), empty)
 
 
 def row_names(labels: pa.Table) -> list[str]:

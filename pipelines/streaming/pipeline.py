@@ -144,7 +144,11 @@ def build(
         topic, again = letters.topic, letters.mark
     elif reading is not None:
         # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
-        batches = pipeline | "ReadMessages" >> ReadKafka(reading) | "Window" >> _windows(settings, config, settings.allowed_lateness_s)
+        batches = (
+            pipeline
+            | "ReadMessages" >> ReadKafka(reading)
+            | "Window" >> _windows(settings, config, settings.allowed_lateness_s)
+        )
         topic = reading.topic.name
     else:
         messages, topic = read_messages(pipeline, settings)

@@ -125,7 +125,9 @@ def protobuf_by_registry(registry: Registry, message: str) -> Parse:
         except IndexError:
             return None, "the message names a Protobuf message type that is not in its schema"
         name = kind.DESCRIPTOR.full_name
-        return (None, f"a Protobuf {name}, not {message}") if message not in ("", name) else _read_protobuf(payload, kind)
+        return (
+            (None, f"a Protobuf {name}, not {message}") if message not in ("", name) else _read_protobuf(payload, kind)
+        )
 
     return parse
 

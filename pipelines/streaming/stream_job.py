@@ -49,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--format", help="json, bytes, avro or protobuf (json)")
     add("--definition", help="file of the Avro schema or the Protobuf descriptor set")
     add("--registry", help="address of the schema registry of Avro and Protobuf, instead of --definition")
-    add("--registry_client", action="append", help="setting of the registry's client, KEY=VALUE or @FILE; may be repeated")
+    add(
+        "--registry_client",
+        action="append",
+        help="setting of the registry's client, KEY=VALUE or @FILE; may be repeated",
+    )
     add("--event_time", help="column that says when a message's event was; its own time without one")
     add("--message", help="full name of the Protobuf message")
     add("--consumer", action="append", help="kafka: setting of the client, KEY=VALUE or @FILE; may be repeated")

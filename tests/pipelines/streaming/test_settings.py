@@ -46,7 +46,7 @@ def test_what_is_refused(options: dict[str, Any], sentence: str) -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match="--window-s: .*\n--shards: .*\n--start: "):
+    with pytest.raises(ValueError, match=r"--window-s: .*\n--shards: .*\n--start: "):
         settings(window_s=0, shards=0, start="newest")
 
 
