@@ -31,7 +31,7 @@ def avro(definition: str) -> Parse:
     def parse(value: bytes | None) -> tuple[dict[str, Any] | None, str]:
         if value is None:
             return None, _TOMBSTONE
-        found = None, ""
+        found: tuple[dict[str, Any] | None, str] = None, ""
         for start in (FRAME, 0) if value[:1] == b"\0" else (0,):
             found = _read_avro(value[start:], schema)
             if found[0] is not None:

@@ -16,7 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
 from distilbeam.pipelines.config import LabelConfig, load_any_config
+from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.streaming.job import StreamJob
 from distilbeam.pipelines.streaming.pipeline import LabelStream as LabelStream  # its documented place
 from distilbeam.pipelines.streaming.settings import StreamSettings
@@ -57,6 +60,19 @@ def parser() -> argparse.ArgumentParser:
     add("--event_time", help="column that says when a message's event was; its own time without one")
     add("--message", help="full name of the Protobuf message")
     add("--consumer", action="append", help="kafka: setting of the client, KEY=VALUE or @FILE; may be repeated")
+    return options
+
+
+def stream_options(flags: Sequence[str], source: str) -> PipelineOptions:
+    """Turn Beam's flags into options, checked, for a pipeline of one's own around `LabelStream`.
+
+    Args:
+      flags: Beam's options.
+      source: `kind:place`; messages mean streaming.
+    """
+    options = pipeline_options(flags)
+    if not source.startswith("parquet:"):
+        options.view_as(StandardOptions).streaming = True
     return options
 
 
