@@ -23,6 +23,7 @@ from distilbeam.pipelines.ingest.conversion import convert
 _COLUMN = re.compile(r"\s*([A-Za-z_]\w*)\s*:\s*(\w+)\s*(?:\[([\d,\s]+)\])?\s*")
 _NUMBERS = ("float32", "uint8", "int32", "int64")
 _SCALARS = ("string", "binary", "int64", "float64", "bool")
+_AS_THEY_ARE = {"string": str, "int64": int, "bool": bool}  # Python's types that Arrow's hold without a look
 _SHOWN = 80  # characters of a value, in a reason
 _read_json = json.JSONDecoder().raw_decode
 _EXACT = 2**53  # whole numbers beyond it are not told apart by float64
@@ -111,6 +112,8 @@ def _column(values: list[Any], type_: ColumnType) -> pa.Array:
     if type_.kind == "vector":
         return _vectors(values, type_)
     try:
+        if type_.kind in _AS_THEY_ARE and all(type(value) is _AS_THEY_ARE[type_.kind] for value in values):
+            return pa.array(values, arrow_field("", type_).type)  # what nearly every batch is
         return convert(values, type_)[0]
     except (ValueError, OverflowError, RecursionError, pa.ArrowException):  # one value cannot be stored: find which
         if len(values) == 1:

@@ -240,6 +240,26 @@ def test_a_window_of_many_rows_is_written_in_panes_before_it_closes(mock: str, c
     assert len(read_manifest(config.parent / "labels").entries) >= 3
 
 
+def test_a_job_that_cannot_begin_says_so_in_a_sentence(real: Broker, config: Path) -> None:
+    def refused(*more: str) -> str:
+        done = stream(config, *options(real.address, config, 2, "--until", "latest", *more))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr + done.stdout
+        return " ".join(done.stderr.split())
+
+    assert f"error: topic {TOPIC} at {real.address} cannot be read: " in refused()
+    real.make_topic(TOPIC, 2)
+    send(real.address, TOPIC, rows(3))
+    assert "error: --schema must have the column x of teacher.input.columns, it has key" in refused(
+        "--schema", "key:string", "--set", "data.carry=[]"
+    )
+    assert "error: --window-s: must be greater than or equal to 0.1, got 0.0 --start: must be" in refused(
+        "--window-s", "0", "--start", "newest"
+    )
+    assert not asked(config.parent)
+    assert not (config.parent / "labels").exists()
+
+
 def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker, config: Path, prism: Path) -> None:
     from confluent_kafka import Producer
     from confluent_kafka.admin import AdminClient, NewPartitions
