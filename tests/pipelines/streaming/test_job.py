@@ -342,11 +342,15 @@ def test_what_was_read_and_is_not_settled_is_found() -> None:
 
 def test_the_state_in_the_text_of_prometheus() -> None:
     state = StreamState()
-    facts = {"rows": 3, "window": "a-b", "dead": {"late": 2}, "offsets": {"0": [[0, 4]]}, "topic": TOPIC}
+    window = "20260131T020000Z-20260131T020010Z"
+    facts = {"rows": 3, "window": window, "dead": {"late": 2}, "offsets": {"0": [[0, 4]]}, "topic": TOPIC}
     state.add(facts)
+    state.add({"rows": 0, "window": "20260131T020010Z-20260131T020030Z", "offsets": {}, "empty": True, "topic": TOPIC})
     state.lag = {0: 5}
     lines = state.exposition().splitlines()
     assert "distilbeam_stream_labels_total 3" in lines
     assert 'distilbeam_stream_dead_letters_total{stage="late"} 2' in lines
     assert 'distilbeam_stream_lag_messages{partition="0"} 5' in lines
+    assert "distilbeam_stream_watermark_seconds 1769824830.0" in lines
+    assert (state.to_json()["window"], state.to_json()["watermark"]) == ("20260131T020010Z", "20260131T020030Z")
     assert json.loads(json.dumps(state.to_json()))["settled"] == 5
