@@ -35,7 +35,7 @@ def alone() -> Iterator[Reader]:
 def test_partitions_that_are_far_ahead_wait_and_everything_is_read(
     broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_reader, "_AHEAD_BYTES", 20_000)
+    monkeypatch.setattr(kafka_reader, "_AHEAD_BYTES", 2_000)
     values, hour_ago = rows(600), int(time.time() * 1000) - 3_600_000
     for partition in (0, 1):  # one after the other, so that they are fetched far apart
         for start in range(0, 600, 100):
