@@ -16,6 +16,7 @@ from distilbeam.pipelines.streaming.offsets import Offsets
 
 ANSWER_S = 15.0  # how long a cluster may take to answer at the start
 _END_ANSWER_S = 2.0
+_AFTER_ERROR_S = 1.0
 _OURS = {"enable.auto.commit": "false", "enable.auto.offset.store": "false", "enable.partition.eof": "true"}
 _DEFAULTS = {
     "isolation.level": "read_committed",
@@ -176,20 +177,21 @@ class Ends:
     """
 
     def __init__(self, topic: Topic) -> None:
-        from confluent_kafka.admin import AdminClient
-
         self.topic = topic
-        self._admin: Any = AdminClient(topic.client_settings())
+        self._admin: Any = None
+        self._not_before = -float("inf")
         self._asked_s = 0.0
         self._pending: dict[int, Any] = {}
 
     def ask(self, partitions: Iterable[int]) -> bool:
-        """Ask; nothing where an answer is outstanding."""
+        """Ask; nothing where an answer is outstanding, or the brokers did not answer a moment ago."""
         from confluent_kafka import IsolationLevel, TopicPartition
-        from confluent_kafka.admin import OffsetSpec
+        from confluent_kafka.admin import AdminClient, OffsetSpec
 
-        if self._pending:
+        if self._pending or time.monotonic() < self._not_before:
             return False
+        if self._admin is None:
+            self._admin = AdminClient(self.topic.client_settings())
         wanted = {TopicPartition(self.topic.name, number): OffsetSpec.latest() for number in partitions}
         committed = self.topic.consumer_settings()["isolation.level"] == "read_committed"
         level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
@@ -203,6 +205,9 @@ class Ends:
         if not all(answer.done() for answer in self._pending.values()):
             return {}
         done, self._pending = self._pending, {}
+        if any(answer.exception() is not None for answer in done.values()):
+            # the client keeps the leader epochs of before, with which a broker that has come back refuses it for ever
+            self._admin, self._not_before = None, time.monotonic() + _AFTER_ERROR_S
         return {p: (answer.result().offset, self._asked_s) for p, answer in done.items() if answer.exception() is None}
 
 
