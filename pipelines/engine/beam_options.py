@@ -14,9 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, _BeamArgumentParser
+from apache_beam.options.pipeline_options import (
+    DirectOptions,
+    PipelineOptions,
+    PortableOptions,
+    _BeamArgumentParser,
+)
 
 from distilbeam.pipelines.engine.forkserver import LOCAL_RUNNER
+from distilbeam.pipelines.engine.prism import prism_of
 
 _TASKS_PER_THREAD = 8
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
@@ -40,7 +46,7 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
       The options.
 
     Raises:
-      ValueError: a flag that Beam does not know, or a value it does not accept.
+      ValueError: a flag that Beam does not know, a value it does not accept, or Prism is named where there is none.
     """
     flags = list(flags)
     if not any(flag == "--runner" or flag.startswith("--runner=") for flag in flags):
@@ -58,7 +64,9 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     _, unknown = parser.parse_known_args(flags)
     if unknown:
         raise ValueError(_unknown_flag_sentence(unknown[0], parser))
-    return PipelineOptions(flags)
+    options = PipelineOptions(flags)
+    prism_of(options)  # a wrong PRISM is said here, not when the first phase begins
+    return options
 
 
 @contextmanager
@@ -86,9 +94,12 @@ def spread_over_tasks(options: PipelineOptions, items: int) -> Iterator[None]:
 
 def spares_processor(options: PipelineOptions) -> bool:
     """Tell whether a pipeline's workers leave a processor of this machine idle; of other machines nothing is known."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    portable = options.view_as(PortableOptions)
+    if prism_of(options) is not None and portable.environment_type in (None, "LOOPBACK", "EXTERNAL"):
+        return bool(portable.sdk_worker_parallelism < processors)
     if options.get_all_options().get("runner") != LOCAL_RUNNER:
         return False
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     direct = options.view_as(DirectOptions)
     several = direct.direct_running_mode != "in_memory"
     workers = (direct.direct_num_workers or processors) if several else 1  # 0 is as many as there are processors

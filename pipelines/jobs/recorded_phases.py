@@ -58,6 +58,7 @@ class RecordedPhases:
             progress=progress,
             attempts=self.engine.attempts,
             poll_s=store_of(self.directory.root).look_s,
+            engine_log=self.directory.engine_log,
         )
         add_work(self.directory.work, name, done if labels is None else with_counts_of(done, labels, items))
         return done
