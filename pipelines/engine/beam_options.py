@@ -22,9 +22,10 @@ from apache_beam.options.pipeline_options import (
 )
 
 from distilbeam.pipelines.engine.forkserver import LOCAL_RUNNER
-from distilbeam.pipelines.engine.prism import prism_of
+from distilbeam.pipelines.engine.prism import prism_of, workers_of
 
 _TASKS_PER_THREAD = 8
+_ON_THIS_MACHINE = (None, "LOOPBACK", "EXTERNAL")  # of Prism's environments; a pool of workers is where Prism is
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 
@@ -65,7 +66,10 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     if unknown:
         raise ValueError(_unknown_flag_sentence(unknown[0], parser))
     options = PipelineOptions(flags)
-    prism_of(options)  # a wrong PRISM is said here, not when the first phase begins
+    if (
+        prism_of(options) is not None
+    ):  # what is wrong with PRISM or a number is said here, not when the first phase begins
+        workers_of(options)
     return options
 
 
@@ -95,9 +99,8 @@ def spread_over_tasks(options: PipelineOptions, items: int) -> Iterator[None]:
 def spares_processor(options: PipelineOptions) -> bool:
     """Tell whether a pipeline's workers leave a processor of this machine idle; of other machines nothing is known."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    portable = options.view_as(PortableOptions)
-    if prism_of(options) is not None and portable.environment_type in (None, "LOOPBACK", "EXTERNAL"):
-        return bool(portable.sdk_worker_parallelism < processors)
+    if prism_of(options) is not None and options.view_as(PortableOptions).environment_type in _ON_THIS_MACHINE:
+        return workers_of(options) < processors
     if options.get_all_options().get("runner") != LOCAL_RUNNER:
         return False
     direct = options.view_as(DirectOptions)

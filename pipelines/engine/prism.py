@@ -106,6 +106,20 @@ def prism_of(options: PipelineOptions) -> Path | None:
     return find_prism() if location is None else _program(location)
 
 
+def workers_of(options: PipelineOptions) -> int:
+    """Return how many workers options ask for on Prism, 0 for one for each processor; Beam keeps the number as text.
+
+    Raises:
+      ValueError: that is no number.
+    """
+    from apache_beam.options.pipeline_options import PortableOptions
+
+    given = str(options.view_as(PortableOptions).sdk_worker_parallelism)
+    if not given.isdecimal():
+        raise ValueError(f"--sdk_worker_parallelism must be a number, got '{given}'")
+    return int(given) or os.cpu_count() or 1
+
+
 def on_prism(options: PipelineOptions, address: str) -> PipelineOptions:
     """Return the options with which a pipeline is submitted to the Prism at an address.
 

@@ -8,11 +8,12 @@ the halves side by side in that one worker; it gets all that a worker is to do a
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,14 @@ from distilbeam.pipelines.engine.beam_options import spares_processor, spread_ov
 from distilbeam.pipelines.engine.counters import totals
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner
 from distilbeam.pipelines.engine.item_fn import DoItems, Submission, end_open_bundles
-from distilbeam.pipelines.engine.prism import on_prism, prism_of, running
+from distilbeam.pipelines.engine.prism import on_prism, prism_of, running, workers_of
 from distilbeam.pipelines.engine.stopping import write_stop
-from distilbeam.pipelines.engine.watchdog import run_watched
+from distilbeam.pipelines.engine.watchdog import EngineLostError, run_watched
 
 Item = TypeVar("Item")
 PATIENCE_S = 30.0  # for requests in flight when an engine is gone
 _LOOK_S = 0.1
+_ANSWER_S = 5.0
 
 
 def submit(
@@ -50,13 +52,13 @@ def submit(
 
     Raises:
       WorkerLostError: a worker process died.
-      EngineLostError: a runner elsewhere ended before the work was done.
+      EngineLostError: a runner elsewhere ended before the work was done, or did not start.
     """
     with spread_over_tasks(options, len(todo)), _started(options, log) as (runner, local):
         do = DoItems(submission, work, spare=spares_processor(options), models=models)
         shares: list[list[tuple[Item, ...]]] = [[(item,) for item in todo]]
         if prism_of(options) is not None:
-            workers = min(len(todo), max(1, options.view_as(PortableOptions).sdk_worker_parallelism))
+            workers = min(len(todo), workers_of(options))
             shares = [[tuple(todo[first::workers])] for first in range(workers)]
         pipelines = [_pipeline(submission, do, share, runner, local) for share in shares]
         return sum((totals(result) for result in run_watched(pipelines, options)), Counter())
@@ -92,8 +94,30 @@ def _started(options: PipelineOptions, log: Path) -> Iterator[tuple[Any, Pipelin
     elif program is None:
         yield None, options
     else:
-        with running(program, log) as address:
+        with ExitStack() as stack:
+            try:
+                address = stack.enter_context(running(program, log))
+            except RuntimeError as e:
+                raise EngineLostError("Prism did not start") from e
+            _require_pool(options.view_as(PortableOptions))
             yield None, on_prism(options, address)
+
+
+def _require_pool(portable: Any) -> None:
+    """Look whether the workers' pool answers; Prism would wait for a minute before it says that nobody came.
+
+    Raises:
+      EngineLostError: it does not.
+    """
+    if portable.environment_type != "EXTERNAL":
+        return
+    host, _, port = str(portable.environment_config).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_S).close()
+    except (OSError, ValueError) as e:
+        raise EngineLostError(
+            f"no worker pool answers at --environment_config={portable.environment_config}; 'distilbeam workers' starts one"
+        ) from e
 
 
 def _keep_inside(pipeline: Any, private: Path) -> None:
