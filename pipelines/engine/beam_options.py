@@ -26,6 +26,7 @@ from distilbeam.pipelines.engine.prism import prism_of, workers_of
 
 _TASKS_PER_THREAD = 8
 _ON_THIS_MACHINE = (None, "LOOPBACK", "EXTERNAL")  # of Prism's environments; a pool of workers is where Prism is
+DEFAULT_RUNNER = "DISTILBEAM_RUNNER"
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 
@@ -37,8 +38,8 @@ class _StrictParser(_BeamArgumentParser):
 def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     """Turn the flags that follow `--` into pipeline options.
 
-    The runner is `FnApiRunner` where none is named: Beam's default first tries to download another engine. `DaskRunner`
-    is accepted as a short name.
+    Where no runner is named it is the one of the environment variable `DISTILBEAM_RUNNER`, else `FnApiRunner`: Beam's default
+    first tries to download another engine. `DaskRunner` is accepted as a short name.
 
     Args:
       flags: words such as `--runner=DataflowRunner`.
@@ -51,7 +52,7 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     """
     flags = list(flags)
     if not any(flag == "--runner" or flag.startswith("--runner=") for flag in flags):
-        flags.append(f"--runner={LOCAL_RUNNER}")
+        flags.append(f"--runner={os.environ.get(DEFAULT_RUNNER) or LOCAL_RUNNER}")
     flags = [
         flag.replace("DaskRunner", DASK_RUNNER) if flag in ("DaskRunner", "--runner=DaskRunner") else flag
         for flag in flags
