@@ -50,16 +50,19 @@ def interrupt() -> bool:
 
 
 @contextmanager
-def interrupt_held() -> Iterator[None]:
-    """Keep Ctrl-C from the processes that the block starts, for good, and from this one until the block ends."""
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+def interrupt_passed_over() -> Iterator[None]:
+    """Pass Ctrl-C over inside the block, and for good in the processes that it starts: a cluster of a runner's own, say.
+
+    They inherit that the signal is ignored. A blocked one would not do: Python's own start of a process unblocks it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others may not change it
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children and threads inherit it
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

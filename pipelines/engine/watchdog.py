@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.engine.ending import ended_with_process, give_up, interrupt_held
+from distilbeam.pipelines.engine.ending import ended_with_process, give_up, interrupt_passed_over
 from distilbeam.pipelines.engine.engine_lines import first_line
 from distilbeam.pipelines.engine.forkserver import CLIENT, LOCAL_RUNNER, deaths, in_processes
 
@@ -69,7 +69,7 @@ def _run_elsewhere(pipelines: Sequence[Any]) -> list[Any]:
     """Submit pipelines from this thread, which Beam needs for signal handlers of its own, and wait where Ctrl-C is seen."""
     results: list[Any] = []
     try:
-        with interrupt_held(), ExitStack() as stack:
+        with interrupt_passed_over(), ExitStack() as stack:
             for pipeline in pipelines:
                 results.append(pipeline.run())
                 stack.enter_context(ended_with_process(partial(_cancel, results[-1])))

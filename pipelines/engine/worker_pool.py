@@ -42,6 +42,7 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
         self._connections: dict[tuple[str, str], socket.socket] = {}
         self._lock = threading.Lock()
         self._server: Any = None
+        self.address = ""
 
     def start(self, host: str = "127.0.0.1", port: int = 0) -> str:  # type: ignore[override]
         """Serve until `stop` is called; the process that workers are forked from is started before.
@@ -62,7 +63,8 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
                 f"--port {port} of {host} is not to be had: it is taken, or the host is another one"
             ) from e
         self._server.start()
-        return f"{'localhost' if host == '127.0.0.1' else host}:{bound}"
+        self.address = f"{'localhost' if host == '127.0.0.1' else host}:{bound}"
+        return self.address
 
     def stop(self) -> None:
         """Take no more requests, and let the workers keep what they have and end."""
