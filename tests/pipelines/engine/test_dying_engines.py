@@ -78,18 +78,42 @@ def test_an_engine_that_dies_at_once_ends_the_job_with_a_sentence(tmp_path: Path
     assert set(calls_by_row(directory).values()) == {1}
 
 
-def test_an_interrupted_job_on_prism_says_so_and_nothing_else(tmp_path: Path, undisturbed: Any) -> None:
-    directory = slow_job(tmp_path / "d")
-    with started(directory, *on_prism()) as process:
+RUNNERS = {
+    "in process": list,
+    "threads": lambda: ["--", "--direct_running_mode=multi_threading", "--direct_num_workers=2"],
+    "processes": lambda: ["--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+    "prism": on_prism,
+    "dask": lambda: [
+        "--",
+        "--runner=DaskRunner",
+    ],  # with a cluster of its own, whose processes a terminal interrupts too
+}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_interrupt_is_one_sentence_and_leaves_nothing_running(tmp_path: Path, undisturbed: Any, runner: str) -> None:
+    if runner == "dask":
+        pytest.importorskip("dask.distributed", reason="the Dask runner needs its packages")
+    directory, flags = slow_job(tmp_path / "d"), RUNNERS[runner]()
+    with started(directory, *flags) as process:
         wait_for(lambda: committed(directory) > 2)
+        children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # to all of the group, as a terminal does
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert err.startswith("stopped; the same command goes on from here")
     assert len(err.splitlines()) == 1, err
-    finish(directory, *on_prism())
+    wait_for(lambda: not any(_runs(child) for child in children), 20)
+    finish(directory)
     assert shards(directory) == undisturbed
     assert set(calls_by_row(directory).values()) == {1}
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_killed_driver_leaves_no_prism(tmp_path: Path) -> None:
@@ -99,4 +123,4 @@ def test_a_killed_driver_leaves_no_prism(tmp_path: Path) -> None:
         (prism,) = prisms_of(process)
         process.kill()
         process.communicate()
-        wait_for(lambda: not prism.is_running() or prism.status() == psutil.STATUS_ZOMBIE, 10)
+        wait_for(lambda: not _runs(prism), 10)
