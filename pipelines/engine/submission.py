@@ -55,7 +55,7 @@ def submit(
       EngineLostError: a runner elsewhere ended before the work was done, or did not start.
     """
     with spread_over_tasks(options, len(todo)), _started(options, log) as (runner, local):
-        do = DoItems(submission, work, spare=spares_processor(options), models=models)
+        do: DoItems[Item] = DoItems(submission, work, spare=spares_processor(options), models=models)
         shares: list[list[tuple[Item, ...]]] = [[(item,) for item in todo]]
         if prism_of(options) is not None:
             workers = min(len(todo), workers_of(options))

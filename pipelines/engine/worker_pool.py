@@ -25,7 +25,7 @@ _LONGEST_PATH = 96  # of a socket's folder; the system allows 104 to 108 bytes w
 WAIT_S = 30.0  # for a place; those of a phase that has ended become free within seconds
 
 
-class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
+class WorkerPool(BeamFnExternalWorkerPoolServicer):
     """Starts workers, so many at a time.
 
     Args:
@@ -44,7 +44,7 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
         self._server: Any = None
         self.address = ""
 
-    def start(self, host: str = "127.0.0.1", port: int = 0) -> str:  # type: ignore[override]
+    def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Serve until `stop` is called; the process that workers are forked from is started before.
 
         Returns:

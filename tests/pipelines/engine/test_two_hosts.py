@@ -21,7 +21,7 @@ CUT_OFF_S = 8.0
 SETTINGS = {  # how long a silent worker is believed to be at work; Dask's own is five minutes
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "3s",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s",
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "3s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
     "DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "2s",
 }
 
