@@ -96,7 +96,7 @@ def _started(options: PipelineOptions, log: Path) -> Iterator[tuple[Any, Pipelin
     else:
         with ExitStack() as stack:
             try:
-                address = stack.enter_context(running(program, log))
+                address = stack.enter_context(running(program, log, yielding=True))
             except RuntimeError as e:
                 raise EngineLostError("Prism did not start") from e
             _require_pool(options.view_as(PortableOptions))

@@ -54,7 +54,8 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
           ValueError: the port is taken.
         """
         server_folder()
-        self._server = grpc.server(thread_pool_executor.shared_unbounded_instance())
+        once = [("grpc.so_reuseport", 0)]  # two pools at one port would take turns
+        self._server = grpc.server(thread_pool_executor.shared_unbounded_instance(), options=once)
         beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(self, self._server)
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
