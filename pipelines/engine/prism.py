@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # Beam takes seconds to import
 
 PRISM_RUNNER = "PrismRunner"
 _START_S = 30.0
-_YIELDING = 19  # the lowest priority
 _LOOK_S = 0.005  # it listens after 20 ms
 _PR_SET_PDEATHSIG = 1
 _NO_FREEZE = "disable_logging_submission_environment"  # Beam would run pip for seconds at every start
@@ -144,15 +143,12 @@ def on_prism(options: PipelineOptions, address: str) -> PipelineOptions:
 
 
 @contextmanager
-def running(program: Path, log: Path, *, yielding: bool = False) -> Iterator[str]:
+def running(program: Path, log: Path) -> Iterator[str]:
     """Run Prism until the block ends.
 
     Args:
       program: the program.
       log: file that its lines are added to.
-      yielding: whether it leaves processors to whoever wants them. While a bundle is at work it is never idle: it takes a
-        quarter of a processor and more to find out that there is nothing new. That is nothing to a phase, of which it
-        hears two messages, but slows down the workers beside it.
 
     Yields:
       The address of its job service.
@@ -170,8 +166,7 @@ def running(program: Path, log: Path, *, yielding: bool = False) -> Iterator[str
             stderr=lines,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_before_start(yielding),
-            env={**os.environ, "GOMAXPROCS": "1"} if yielding else None,
+            preexec_fn=_die_with(),
         )
     try:
         _await(process, port, log)
@@ -197,20 +192,13 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise RuntimeError(f"Prism did not start; its lines are in {log}")
 
 
-def _before_start(yielding: bool) -> Callable[[], None]:
+def _die_with() -> Callable[[], None] | None:
     """Have the system end a child with this process, where it can: a killed job leaves nothing running."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):  # not Linux
-        prctl = None
-
-    def prepare() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if yielding:
-            os.nice(_YIELDING)
-
-    return prepare
+        return None
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) and None
 
 
 def _free_port() -> int:

@@ -3,7 +3,8 @@
 `Create(shares) | Reshuffle | ParDo(items)`. Runners that spread elements over workers get one item in each share. Prism gives a
 job one worker and all elements in one bundle, which it cuts in two whenever nothing has come for a tenth of a second, to run
 the halves side by side in that one worker; it gets all that a worker is to do as one element, and a job for each worker
-(`--sdk_worker_parallelism`).
+(`--sdk_worker_parallelism`). There something comes behind the ParDo, which yields nothing: while a bundle of a
+stage without an output is at work, Prism asks without a pause whether it is over, and takes a processor from the workers.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def submit(
     with spread_over_tasks(options, len(todo)), _started(options, log) as (runner, local):
         do: DoItems[Item] = DoItems(submission, work, spare=spares_processor(options), models=models)
         shares: list[list[tuple[Item, ...]]] = [[(item,) for item in todo]]
-        if prism_of(options) is not None:
+        prism = prism_of(options) is not None
+        if prism:
             workers = min(len(todo), workers_of(options))
             shares = [[tuple(todo[first::workers])] for first in range(workers)]
-        pipelines = [_pipeline(submission, do, share, runner, local) for share in shares]
+        pipelines = [_pipeline(submission, do, share, runner, local, has_end=prism) for share in shares]
         return sum((totals(result) for result in run_watched(pipelines, options)), Counter())
 
 
@@ -74,14 +76,18 @@ def give_up(submission: Submission, work: Any) -> None:
         time.sleep(_LOOK_S)
 
 
-def _pipeline(submission: Submission, do: DoItems[Item], shares: Sequence[Any], runner: Any, options: Any) -> Any:
+def _pipeline(
+    submission: Submission, do: DoItems[Item], shares: Sequence[Any], runner: Any, options: Any, *, has_end: bool
+) -> Any:
     pipeline = beam.Pipeline(runner, options)
     _keep_inside(pipeline, Path(submission.private))
     # Create would reshuffle, too: a tenth of a second for a second time
     items = pipeline | "Items" >> beam.Create(shares, reshuffle=False)
     if len(shares) > 1:
         items = items | beam.Reshuffle()
-    _ = items | submission.phase.capitalize() >> beam.ParDo(do)
+    done = items | submission.phase.capitalize() >> beam.ParDo(do)
+    if has_end:
+        _ = done | "End" >> beam.Reshuffle() | "Nothing" >> beam.Map(_nothing)
     return pipeline
 
 
@@ -96,7 +102,7 @@ def _started(options: PipelineOptions, log: Path) -> Iterator[tuple[Any, Pipelin
     else:
         with ExitStack() as stack:
             try:
-                address = stack.enter_context(running(program, log, yielding=True))
+                address = stack.enter_context(running(program, log))
             except RuntimeError as e:
                 raise EngineLostError("Prism did not start") from e
             _require_pool(options.view_as(PortableOptions))
@@ -125,3 +131,7 @@ def _keep_inside(pipeline: Any, private: Path) -> None:
     with suppress(OSError):
         Path(pipeline.local_tempdir).rmdir()
     pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
+
+
+def _nothing(_: Any) -> None:
+    """Take what never comes."""
