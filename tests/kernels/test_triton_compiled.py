@@ -149,6 +149,20 @@ def test_the_kernel_that_prepares_dense_labels_reads_both_in_octets_and_spills_n
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+def test_gradients_are_multiplied_sixteen_bytes_at_a_time(capability):
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.distillation.triton_octets import rescale
+
+    kinds = {"gradient": "*bf16", "upstream": "*fp32", **dict.fromkeys(("C", "gradient_stride", "upstream_stride"), "i32")}
+    found = compile_for(capability, rescale, kinds, {"BLOCK": 4096}, num_warps=4)
+    assert found.spills == 0
+    assert found.registers <= 64
+    assert found.count("LDG.E.128") == found.count("STG.E.128") == 4  # 4,096 numbers of 128 threads
+    assert found.count("BAR.SYNC") == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["backward", "in place"])
 def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability, kind):
     from triton_ahead_of_time import compile_for
