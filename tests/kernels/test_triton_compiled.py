@@ -154,7 +154,11 @@ def test_gradients_are_multiplied_sixteen_bytes_at_a_time(capability):
 
     from distilbeam.kernels.distillation.triton_octets import rescale
 
-    kinds = {"gradient": "*bf16", "upstream": "*fp32", **dict.fromkeys(("C", "gradient_stride", "upstream_stride"), "i32")}
+    kinds = {
+        "gradient": "*bf16",
+        "upstream": "*fp32",
+        **dict.fromkeys(("C", "gradient_stride", "upstream_stride"), "i32"),
+    }
     found = compile_for(capability, rescale, kinds, {"BLOCK": 4096}, num_warps=4)
     assert found.spills == 0
     assert found.registers <= 64
