@@ -52,6 +52,8 @@ def test_rows_are_solved_sixteen_bytes_at_a_time_without_spills(capability, slam
     assert found.shared <= 4096 < SHARED[capability]
     assert found.instructions["LDG.E.128"] >= 1
     assert found.instructions["LDG.E.U16"] <= 1  # the kept logits alone are gathered one by one
+    assert found.count("BAR.SYNC") <= 44
+    assert sum(found.instructions.values()) <= 1344
 
 
 GIVEN = {
@@ -186,6 +188,8 @@ def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability,
     assert found.instructions["LDG.E.128"] >= 1
     assert found.instructions["STG.E.128"] >= 1
     assert found.instructions["STG.E.U16"] <= 1  # the kept classes
+    assert found.count("BAR.SYNC") <= 3
+    assert sum(found.instructions.values()) <= 448
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -204,6 +208,8 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
     assert found.spills == 0
     assert found.registers <= 112
     assert found.shared <= 4096
+    assert found.count("BAR.SYNC") <= 24
+    assert sum(found.instructions.values()) <= 1344
     if classes > 100:
         assert found.count("LDG.E.128") >= 2
         assert found.count("STG.E.128") >= 1
@@ -220,6 +226,9 @@ def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_
     constants = {"BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
     found = compile_for(capability, dense_sweeps, for_kernel(dense_sweeps), constants, **block)
     assert found.spills == 0
+    assert found.registers <= 64
+    assert found.count("BAR.SYNC") <= 12
+    assert sum(found.instructions.values()) <= 720
     assert found.instructions["LDG.E.EL.128"] >= 2  # logits and targets
     assert found.instructions["LDG.E.EF.128"] >= 2
     assert found.instructions["STG.E.EF.128"] >= 1
