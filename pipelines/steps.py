@@ -18,9 +18,10 @@ from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.display import Display
+from distilbeam.pipelines.jobs.cross_fitting import last_training
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.distillation import Job
-from distilbeam.pipelines.jobs.final_training import FinalTraining, is_wanted, parts_of
+from distilbeam.pipelines.jobs.final_result import is_wanted
 from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
@@ -70,7 +71,7 @@ def steps_of(job: Job) -> list[Step]:
             *_train(job, trained, r + 1),
         ]
     if is_wanted(job.run):
-        steps += [Step("train", None, *part) for part in parts_of(FinalTraining(job.run, job.phases))]
+        steps += [Step("train", None, *part) for part in last_training(job.run, job.phases).parts()]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
         steps.append(Step("compare", None, title, job.run.comparison.student(1), job.compare))

@@ -46,6 +46,7 @@ class Problem:
       teacher_logits: float32 [n, C], uncalibrated.
       labelled, validation, pool, test: rows.
       seed: of the split, the teacher and the students.
+      vectors: of a sentence encoder for all rows, float32 [n, m]; None where there is none.
     """
 
     student: StudentConfig
@@ -59,6 +60,7 @@ class Problem:
     pool: Indices
     test: Indices
     seed: int
+    vectors: Floats | None = None
 
     @property
     def classes(self) -> int:

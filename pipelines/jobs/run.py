@@ -259,6 +259,7 @@ class Run:
         init: Path | None = None,
         labelled: pa.Table | None = None,
         held_out: bool = True,
+        validation: pa.Table | None = None,
         pseudo_labels: Sequence[Path] = (),
         last_epoch: int | None = None,
         seed: int | None = None,
@@ -274,6 +275,7 @@ class Run:
           init: student to start from.
           labelled: human-labelled rows; the labelled set by default.
           held_out: whether the validation set chooses the epoch.
+          validation: rows that choose it instead.
           pseudo_labels: datasets of students' own labels.
           last_epoch: epoch after which training stops; see `student.training.train`.
           seed: the run's by default.
@@ -286,7 +288,7 @@ class Run:
             "classes": self.inputs.classes,
             "labelled": self.inputs.labelled.table if labelled is None else labelled,
             "label_column": self.config.data.label,
-            "validation": self.inputs.validation.table if held_out else None,
+            "validation": (self.inputs.validation.table if validation is None else validation) if held_out else None,
             "directory": directory,
             "seed": self.config.run.seed if seed is None else seed,
             "progress": progress,
@@ -295,9 +297,8 @@ class Run:
             if training.finetune is not None and soft_labels:
                 answers = [self.directory.asked("labelled")]
                 return train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
-            if (
-                pseudo_labels or not held_out
-            ):  # weights are estimated of the teacher's labels, on rows that are held out
+            # weights are estimated of the teacher's labels, on rows that are held out
+            if pseudo_labels or not held_out or validation is not None:
                 training = training.model_copy(update={"reestimate_epochs": None})
             again = training.reestimate_epochs is not None and soft_labels
             teacher = self.calibrated_answers("validation") if again else None
