@@ -162,6 +162,6 @@ def encoder_start(problem: Problem) -> Floats:
         rows, reads = np.concatenate([problem.pool, problem.labelled]), problem.student.input
         ids = problem.inputs[torch.from_numpy(rows)].numpy()
         both = id_bags(ids, padding_id(reads), vocabulary_size(reads)), problem.vectors[rows]
-        table = regressed_table(lambda: iter([both]), problem.student.dim, RIDGE)
-        found = problem.__dict__["_table"] = scaled(table, lambda: iter([both]))
+        table = regressed_table(lambda: iter(both[:1]), lambda: iter([both]), problem.student.dim, RIDGE)
+        found = problem.__dict__["_table"] = scaled(table, lambda: iter(both[:1]))
     return np.asarray(found)

@@ -39,7 +39,7 @@ _AT_ONCE = 8  # candidates that are summed over all rows together
 _KEPT = 2**26  # similarities kept for bounds, and as many for sums, 12 bytes each with their rows
 # z: the higher, the more candidates are summed over all rows and the less a good one is passed over by a low bound. Chosen by one
 # trial of 0, 0.25 and 0.5; benchmarks/herding.py shows what it covers
-_DEVIATIONS = 0.25
+DEVIATIONS = 0.25
 
 _Cell = tuple[npt.NDArray[np.int64], Floats32]  # rows that count for a candidate, and its similarities to them
 
@@ -52,7 +52,14 @@ class FacilityLocation:
       looked_at: candidates that were summed over all rows so far.
     """
 
-    def __init__(self, points: Floats32, weights: Floats, distances: Floats32 | None, radius: float) -> None:
+    def __init__(
+        self,
+        points: Floats32,
+        weights: Floats,
+        distances: Floats32 | None,
+        radius: float,
+        deviations: float = DEVIATIONS,
+    ) -> None:
         """Start from what is covered.
 
         Args:
@@ -60,7 +67,9 @@ class FacilityLocation:
           weights: [n], non-negative.
           distances: squared ones of the rows to the nearest point that covers; None where there is none.
           radius: of the kernel, in squared distance, > 0.
+          deviations: z of the bounds, >= 0.
         """
+        self.deviations = deviations
         self.weights = weights.astype(np.float32)
         self.factors = _factors(points, radius)
         covered = np.full(len(points), -np.inf, np.float32) if distances is None else -distances / np.float32(radius)
@@ -159,7 +168,7 @@ class FacilityLocation:
         counted = np.maximum(1, len(self._drawn) - self._is_drawn[candidates])
         spread = np.sqrt(np.maximum(1 - counted / others, 0) * (squares + self._missed))
         own = self.weights[candidates] * (1 - self.cover[candidates])
-        return np.asarray(own + others / counted * (sums + _DEVIATIONS * spread), np.float64)
+        return np.asarray(own + others / counted * (sums + self.deviations * spread), np.float64)
 
     def _exponents(self, candidates: Indices, right: Floats32) -> Floats32:
         """Compute -|x - y|^2 / radius, at most 0, float32 [candidates, others]; `right` holds the others' factors in columns."""

@@ -16,21 +16,31 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
+from distilbeam.storage.atomic import replacing
+
 Floats = npt.NDArray[np.float64]
-Bags = Callable[[], Iterator[tuple[sparse.csr_matrix, npt.NDArray[np.floating]]]]
+Bags = Callable[[], Iterator[sparse.csr_matrix]]
+Pairs = Callable[[], Iterator[tuple[sparse.csr_matrix, npt.NDArray[np.floating]]]]
 
 
-def regressed_table(bags: Bags, dim: int, ridge: float, tolerance: float = 1e-4, steps: int = 200) -> Floats:
+def regressed_table(
+    bags: Bags, pairs: Pairs, dim: int, ridge: float, tolerance: float = 1e-4, steps: int = 200
+) -> Floats:
     """Fit the table, unscaled.
 
     Args:
-      bags: gives the rows anew at every call: batches of bags [B, V] and the encoder's vectors [B, m].
+      bags: gives the rows anew at every call: batches of bags [B, V].
+      pairs: the same with the encoder's vectors [B, m].
       dim: columns of the table; those beyond m are 0.
       ridge: > 0, in rows.
       tolerance: of the residual's norm beside that of the right side, in every column.
@@ -42,12 +52,12 @@ def regressed_table(bags: Bags, dim: int, ridge: float, tolerance: float = 1e-4,
     Raises:
       ValueError: there are no rows, or vectors that are not finite.
     """
-    components, mean, mean_square = _components(bags, dim)
-    right = _sum(bags, lambda x, y: x.T @ ((y - mean) @ components))
+    components, mean, mean_square = _components(pairs, dim)
+    right = _sum(x.T @ ((np.asarray(y, np.float64) - mean) @ components) for x, y in pairs())
     penalty = ridge * mean_square
 
     def normal(direction: Floats) -> Floats:
-        return np.asarray(_sum(bags, lambda x, _: x.T @ (x @ direction)) + penalty * direction)
+        return np.asarray(_sum(x.T @ (x @ direction) for x in bags()) + penalty * direction)
 
     table, residual = np.zeros_like(right), right
     direction, squares = residual, (residual**2).sum(axis=0)
@@ -75,8 +85,8 @@ def scaled(table: Floats, bags: Bags) -> npt.NDArray[np.float32]:
     Returns:
       float32 [V, dim].
     """
-    mine = _sum(bags, lambda x, _: np.asarray(np.square(x @ table).sum())) / table.shape[1]
-    wanted = _sum(bags, lambda x, _: np.asarray(np.square(x.data).sum()))
+    mine = _sum(np.square(x @ table).sum() for x in bags()) / table.shape[1]
+    wanted = _sum(np.square(x.data).sum() for x in bags())
     return np.asarray(table * np.sqrt(wanted / mine), np.float32)
 
 
@@ -91,12 +101,29 @@ def id_bags(ids: npt.NDArray[np.int64], padding: int, vocabulary: int) -> sparse
     return found
 
 
-def _components(bags: Bags, dim: int) -> tuple[Floats, Floats, float]:
+def vector_bags(numbers: npt.NDArray[np.floating]) -> sparse.csr_matrix:
+    """Give the bags of rows that are weights of buckets already [B, V]."""
+    return sparse.csr_matrix(np.asarray(numbers, np.float64))
+
+
+def write_table(path: Path, table: npt.NDArray[np.float32]) -> None:
+    """Write a table, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file({"embedding": np.ascontiguousarray(table)}, temporary)
+
+
+def read_table(path: str | Path) -> npt.NDArray[np.float32]:
+    """Read a table, float32 [V, dim]."""
+    return np.asarray(load_file(path)["embedding"])
+
+
+def _components(pairs: Pairs, dim: int) -> tuple[Floats, Floats, float]:
     """Give the vectors' first principal components [m, min(dim, m)], their mean, and s."""
     rows, numbers, squares = 0, 0, 0.0
     total: Floats | None = None
     products: Floats | None = None
-    for x, y in bags():
+    for x, y in pairs():
         if not np.isfinite(y).all():
             raise ValueError("the encoder's vectors must be finite, some are not")
         some = np.asarray(y, np.float64)
@@ -110,10 +137,5 @@ def _components(bags: Bags, dim: int) -> tuple[Floats, Floats, float]:
     return np.asarray(vectors[:, ::-1][:, :dim]), mean, squares / numbers
 
 
-def _sum(bags: Bags, term: Callable[[sparse.csr_matrix, Floats], Floats]) -> Floats:
-    total: Floats | None = None
-    for x, y in bags():
-        part = np.asarray(term(x, np.asarray(y, np.float64)))
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+def _sum(parts: Iterable[Any]) -> Floats:
+    return np.asarray(reduce(np.add, parts), np.float64)
