@@ -58,7 +58,7 @@ class FacilityLocation:
         weights: Floats,
         distances: Floats32 | None,
         radius: float,
-        deviations: float = DEVIATIONS,
+        deviations: float | None = None,
     ) -> None:
         """Start from what is covered.
 
@@ -67,9 +67,9 @@ class FacilityLocation:
           weights: [n], non-negative.
           distances: squared ones of the rows to the nearest point that covers; None where there is none.
           radius: of the kernel, in squared distance, > 0.
-          deviations: z of the bounds, >= 0.
+          deviations: z of the bounds, >= 0; `DEVIATIONS` without it.
         """
-        self.deviations = deviations
+        self.deviations = DEVIATIONS if deviations is None else deviations
         self.weights = weights.astype(np.float32)
         self.factors = _factors(points, radius)
         covered = np.full(len(points), -np.inf, np.float32) if distances is None else -distances / np.float32(radius)

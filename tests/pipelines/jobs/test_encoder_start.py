@@ -127,7 +127,7 @@ def test_of_a_large_pool_some_rows_are_encoded(settings: dict[str, Any], tmp_pat
 
 
 def test_rows_that_the_student_cannot_read_or_without_a_finite_vector_are_left_out(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any],
 ) -> None:
     pool = texts(20, 5).drop_columns(["label"])
     said = np.stack(pool["v"].to_numpy(zero_copy_only=False)).astype(np.float32)
@@ -135,7 +135,9 @@ def test_rows_that_the_student_cannot_read_or_without_a_finite_vector_are_left_o
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(said.reshape(-1)), 6)
     words = [None if i == 7 else t for i, t in enumerate(pool["text"].to_pylist())]
     pool = pool.set_column(1, "text", [words]).set_column(3, "v", vectors)
-    work = EncodeTexts(parse_config(settings).student.encoder, parse_config(settings).student.input, "", 1.0, 0, 16)
+    student = parse_config(settings).student
+    assert student.encoder is not None
+    work = EncodeTexts(student.encoder, student.input, "", 1.0, 0, 16)
     (batch,) = pool.combine_chunks().to_batches()
     found = work._encoded(batch)
     assert found.num_rows == 18
