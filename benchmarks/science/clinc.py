@@ -72,7 +72,9 @@ def _make(data: Path, teacher: dict[str, Any], seed: int) -> Problem:
     logits = teacher_answers(HEAD, HEAD_TRAINING, HEAD_STEPS, seen, known, lesson, 150, seed)
     test = np.flatnonzero(where == "test")
     vectors = embeddings.numpy()
-    return Problem(STUDENT, TRAINING, STEPS, ids, truth, logits, **parts, test=test, seed=seed, vectors=vectors)
+    return Problem(
+        STUDENT, TRAINING, STEPS, ids, truth, logits, **parts, test=test, seed=seed, lesson=lesson, vectors=vectors
+    )
 
 
 def _per_class(rows: Indices, truth: Indices, count: int, rng: np.random.Generator) -> Indices:

@@ -46,6 +46,7 @@ class Problem:
       teacher_logits: float32 [n, C], uncalibrated.
       labelled, validation, pool, test: rows.
       seed: of the split, the teacher and the students.
+      lesson: rows that the teacher was trained on; None where it was not trained.
       vectors: of a sentence encoder for all rows, float32 [n, m]; None where there is none.
     """
 
@@ -60,6 +61,7 @@ class Problem:
     pool: Indices
     test: Indices
     seed: int
+    lesson: Indices | None = None
     vectors: Floats | None = None
 
     @property

@@ -78,6 +78,12 @@ def fit(
       table: embeddings to start from, [V, dim].
     """
     training = training or problem.training
+    if training.precision == "bf16":
+        from benchmarks.science.on_device import fit_on_device
+
+        return fit_on_device(
+            problem, None if soft is None else soft.columns, None if soft is None else soft.weight, hard, training
+        )
     count = (0 if soft is None else len(soft)) + (0 if hard is None else len(hard))
     per_epoch = math.ceil(count / training.batch_size)
     epochs = max(1, round(problem.steps / per_epoch))

@@ -20,7 +20,7 @@ from benchmarks.science.losses import LOSSES, learn
 from benchmarks.science.report1 import write_report as report1
 from benchmarks.science.report2 import write_report as report2
 from benchmarks.science.report_short import write_report as short_report
-from benchmarks.science.training import fit
+from benchmarks.science.training import accuracy, fit
 from distilbeam.selection.strategies.registry import names
 from distilbeam.selection.strategies.selectors import Selector
 from distilbeam.student.checkpoint import load_student
@@ -125,9 +125,24 @@ def test_whoever_is_judged_on_a_fold_knows_nothing_of_it(problem):
     other = replace(problem, truth=problem.truth.copy())
     rows = problem.validation[taught.parts[2]]
     other.truth[rows] = (other.truth[rows] + 1) % 10  # nobody who is judged on fold 2 may notice
+    other.__dict__["calibration"] = problem.calibration  # of the teacher, which learns from every validation row
     again = last_training.Lesson(other, taught.bought)
     np.testing.assert_array_equal(taught.said[2], again.said[2])
     assert not np.array_equal(taught.said[1], again.said[1])
+
+
+def test_study_2_shares_the_teachers_labels_and_the_whole_pool(given, problem):
+    papers = replace(given, parts=("everything",), methods=("nothing", "hard", "pooled"))
+    rows = {row["method"]: row for row in collect(papers, study2.study_cells(papers))}
+    assert rows.keys() == {"nothing", "hard", "pooled"}
+    assert all(row["bought"] == len(problem.pool) for row in rows.values())
+    regime = study2.shared(problem)
+    assert len(regime.labelled) == 50  # what this teacher has seen
+    assert not set(regime.labelled) & {*problem.pool, *problem.validation, *problem.test}
+    student = fit(regime, None, regime.human(regime.labelled))
+    assert rows["nothing"]["accuracy"] == accuracy(student, regime)
+    report2(papers, [*rows.values()])
+    assert "everything" in (given.out / "study2.md").read_text()
 
 
 def test_study_2_compares_by_what_a_wrong_label_names(given):
