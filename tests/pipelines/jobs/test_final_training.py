@@ -213,6 +213,31 @@ def test_pseudo_labels_that_do_not_help_are_left_out_and_said(
     assert "do not help and are left out" in (of_run.directory.report / "report.html").read_text()
 
 
+@pytest.mark.parametrize("worse", [True, False])
+def test_pseudo_labels_are_learned_where_students_are_better_with_them_on_the_folds(
+    problem: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worse: bool
+) -> None:
+    real = Run.student_logits
+
+    def logits(self: Run, student: Path, name: str) -> np.ndarray:
+        found = real(self, student, name)
+        turned = "tried" if worse else "members"  # whoever is to be worse names the class that it thinks least likely
+        return -found if name == "validation" and turned in (student.parent.name, student.parent.parent.name) else found
+
+    monkeypatch.setattr(Run, "student_logits", logits)
+    data = settings(problem)
+    of_run = run_of(data, run(data, base=tmp_path))
+    gate = json.loads(CrossFittedTraining(of_run).gate.read_text())
+    assert gate["kept"] is not worse
+    assert (gate["lost"] > gate["won"]) is worse
+    student = final_student(of_run)
+    assert student is not None
+    metrics = load_student(student).extra["metrics"]
+    assert (metrics["hard_rows"], metrics["soft_rows"]) == (15 + 60, BOUGHT if worse else POOL)
+    said = "do not help and are left out" if worse else "help and are learned"
+    assert said in (of_run.directory.report / "report.html").read_text()
+
+
 def test_what_is_missing_is_done_again_to_the_same_end(finished: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
     of_run, data = finished
     where, student = final_directory(of_run), final_student(of_run)
