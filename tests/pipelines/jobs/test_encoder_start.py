@@ -26,7 +26,7 @@ def texts(rows: int, seed: int) -> pa.Table:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, rows)
     # a class has ten words of its own
-    words = [[f"w{10 * label + rng.integers(0, 10)}" for _ in range(4)] for label in labels]
+    words = [[f"w{10 * label + rng.integers(0, 10)}" for _ in range(rng.integers(2, 6))] for label in labels]
     said = np.eye(CLASSES, 6)[labels] + 0.1 * rng.normal(size=(rows, 6))
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(said.astype(np.float16).reshape(-1)), 6)
     x = pa.FixedSizeListArray.from_arrays(pa.array(np.eye(CLASSES, 4)[labels].astype(np.float32).reshape(-1)), 4)
