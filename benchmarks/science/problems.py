@@ -148,6 +148,8 @@ def _plain(config: BaseModel) -> dict[str, Any]:
     augment = found.get("augment", {})
     if not augment.get("word_dropout", True):
         del augment["word_dropout"]
+    if found.get("init") == "random":
+        del found["init"], found["encoder"]
     return found
 
 
