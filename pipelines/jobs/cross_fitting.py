@@ -62,6 +62,8 @@ class CrossFittedTraining(FinalTraining):
         """List what is to be done; members are needed for pseudo-labels, and for figures where there is no test set."""
         config = self.run.config
         parts: list[Part] = []
+        if self.done.exists():  # how many folds there are needs the data, which a finished run is not read for
+            return [("final: the last training", self.done, self.learn)]
         if config.training.self_training or config.data.test is None:
             count = len(self.parts_of_validation)
             parts += [

@@ -3,14 +3,15 @@
     run/encoder/DIGEST/        what the encoder says of rows of the pool, a file for each unit; see `acquisition/encode_texts.py`
     run/encoder/DIGEST-DIM.safetensors    the table
 
-The digest is that of the encoder's settings and of the student's input. A killed call goes on with the units that are missing;
-the regression reads the files once for every step of its solver, one unit at a time, so that a pool need not fit the memory.
+The digest is that of the encoder's settings and of the student's input; the pool is the run's, which stays the same. A killed
+call goes on with the units that are missing; the regression reads the files once for every step of its solver, one unit at a time, so
+that a pool need not fit the memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -32,18 +33,28 @@ class EncoderStart:
 
     Args:
       directory: of the run or of one of its variants.
-      inputs: the run's data.
+      inputs: gives the run's data, which what is done already is told without.
       student: the configuration, with `init` encoder.
       seed: the run's.
       batch_rows: most rows that are read at a time.
     """
 
     def __init__(
-        self, directory: RunDirectory, inputs: Inputs, student: StudentConfig, seed: int, batch_rows: int
+        self,
+        directory: RunDirectory,
+        inputs: Callable[[], Inputs],
+        student: StudentConfig,
+        seed: int,
+        batch_rows: int,
     ) -> None:
         assert student.encoder is not None
-        self.inputs, self.student, self.encoder = inputs, student, student.encoder
+        self._inputs, self.student, self.encoder = inputs, student, student.encoder
         self._where, self._seed, self._batch_rows = directory.top / "encoder", seed, batch_rows
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The run's data."""
+        return self._inputs()
 
     @property
     def table(self) -> Path:
@@ -94,7 +105,6 @@ class EncoderStart:
         about = [
             self.encoder.model_dump_json(exclude={"ridge"}),
             self.student.input.model_dump_json(),
-            self.inputs.pool.digest,
             str(self._seed),
         ]
         return hashlib.blake2b("\n".join(about).encode(), digest_size=4).hexdigest()

@@ -252,7 +252,7 @@ class Run:
     def encoder_start(self, student: StudentConfig) -> EncoderStart:
         """What students of a configuration with `init` encoder start from."""
         engine = self.config.engine
-        return EncoderStart(self.directory, self.inputs, student, self.config.run.seed, engine.batch_rows)
+        return EncoderStart(self.directory, lambda: self.inputs, student, self.config.run.seed, engine.batch_rows)
 
     def embedding(self, student: StudentConfig) -> Path | None:
         """Give the table that a student's embeddings start from, fitted where it is not there; None for random ones."""
