@@ -63,7 +63,8 @@ class EncodeTexts(UnitFiles):
             rows = rows[rng.random(unit.rows) < self.share]
         columns = dict.fromkeys([*self.reads.columns, *([self.encoder.column] if self.encoder.column else [])])
         reader = RowReader(tuple(columns), self.batch_rows)
-        tables = [self._encoded(without_dictionaries(batch)) for batch, _ in reader.read(unit, rows)]
+        encoded = (self._encoded(without_dictionaries(batch)) for batch, _ in reader.read(unit, rows))
+        tables = [table for table in encoded if table.num_rows]
         count("rows_scored", len(rows))
         file = self._file(unit)
         temporary = temporary_name(file)
@@ -134,11 +135,14 @@ def read_bags(
 
 def _of_column(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.float32]:
     column = batch[name]
-    rows = [np.asarray(row, np.float32) for row in column.to_numpy(zero_copy_only=False) if row is not None]
-    width = len(rows[0]) if rows else 1
-    if len(rows) < len(column) or any(len(row) != width for row in rows):
-        raise InputError(f"student.encoder.column: {name} must hold a vector of as many numbers in every row")
-    return np.stack(rows) if rows else np.empty((0, width), np.float32)
+    rows = [None if row is None else np.asarray(row, np.float32) for row in column.to_numpy(zero_copy_only=False)]
+    widths = {len(row) for row in rows if row is not None}
+    if len(widths) > 1:
+        raise InputError(
+            f"student.encoder.column: vectors of {name} must have as many numbers in every row, got {min(widths)} and {max(widths)}"
+        )
+    missing = np.full(max(widths, default=1), np.nan, np.float32)
+    return np.stack([missing if row is None else row for row in rows]) if rows else np.empty((0, 1), np.float32)
 
 
 @lru_cache(maxsize=1)

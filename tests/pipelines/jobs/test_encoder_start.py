@@ -132,7 +132,7 @@ def test_rows_that_the_student_cannot_read_or_without_a_finite_vector_are_left_o
     pool = texts(20, 5).drop_columns(["label"])
     said = np.stack(pool["v"].to_numpy(zero_copy_only=False)).astype(np.float32)
     said[3, 2] = np.nan
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(said.reshape(-1)), 6)
+    vectors = pa.array([None if i == 9 else row.tolist() for i, row in enumerate(said)], pa.list_(pa.float32()))
     words = [None if i == 7 else t for i, t in enumerate(pool["text"].to_pylist())]
     pool = pool.set_column(1, "text", [words]).set_column(3, "v", vectors)
     student = parse_config(settings).student
@@ -140,10 +140,15 @@ def test_rows_that_the_student_cannot_read_or_without_a_finite_vector_are_left_o
     work = EncodeTexts(student.encoder, student.input, "", 1.0, 0, 16)
     (batch,) = pool.combine_chunks().to_batches()
     found = work._encoded(batch)
-    assert found.num_rows == 18
-    kept = [i for i in range(20) if i not in (3, 7)]
+    assert found.num_rows == 17
+    kept = [i for i in range(20) if i not in (3, 7, 9)]
     np.testing.assert_array_equal(np.stack(found["vector"].to_numpy(zero_copy_only=False)), said[kept])
-    assert [sum(w) for w in found["weights"].to_pylist()] == pytest.approx([1.0] * 18)
+    assert [sum(w) for w in found["weights"].to_pylist()] == pytest.approx([1.0] * 17)
+    none = batch.take(pa.array([7, 9]))
+    assert work._encoded(none).num_rows == 0
+    odd = pa.array([[1.0, 2.0], [1.0]], pa.list_(pa.float32()))
+    with pytest.raises(ValueError, match=r"vectors of v must have as many numbers in every row, got 1 and 2"):
+        work._encoded(pa.record_batch({"text": ["w1", "w2"], "v": odd}))
 
 
 def test_a_pool_without_the_column_or_with_other_values_is_a_sentence(settings: dict[str, Any], tmp_path: Path) -> None:
