@@ -15,6 +15,7 @@ from distilbeam.pipelines.engine.model_cache import cached_student, cached_teach
 from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
 from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.report.cards import write_cards
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
 from distilbeam.selection.gains import gain_named
@@ -73,6 +74,7 @@ def write_results(run: Run, progress: Progress) -> None:
     if (own := where.beside(config.run.rounds)) is not None:
         labels = sum(b["rows"] for b in bought)
         results["own"] = _student_row(run, own, name, "the run's own student", labels)
+    write_cards(run, results)
     (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
 
