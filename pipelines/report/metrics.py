@@ -15,6 +15,7 @@ from distilbeam.pipelines.engine.model_cache import cached_student, cached_teach
 from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
 from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.report.baseline import baseline_row
 from distilbeam.pipelines.report.cards import write_cards
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
@@ -57,6 +58,7 @@ def write_results(run: Run, progress: Progress) -> None:
         **_classes(run, final_student(run) or where.student(kept), name),
         "kept": {"round": kept, "worse": worse},
         "standing": read_json(where.standing) if where.standing.exists() else None,
+        "baseline": baseline_row(run, name),
     }
     if config.selection.compare_uniform:
         uniform = run.comparison

@@ -98,7 +98,7 @@ class StudentModelHandler(ModelHandler[Mapping[str, Any], PredictionResult, Mode
 
     Example:
       >>> from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
-      >>> step = RunInference(KeyedModelHandler(StudentModelHandler("run/exports/final/onnx")))
+      >>> step = RunInference(KeyedModelHandler(StudentModelHandler("run/exports/round=003/onnx")))
     """
 
     def __init__(

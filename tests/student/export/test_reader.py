@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_distilbeam import lines_of
 from PIL import Image
 
 from distilbeam.inputs.config import InputConfig, make_input
@@ -60,32 +56,6 @@ def test_murmurhash_of_known_values():
     # MurmurHash3_x86_32 with seed 0 as its author's SMHasher and others list them
     known = {"": 0, "a": 0x3C2569B2, "abc": 0xB3DD93FA, "test": 0xBA6BD213, "Hello, world!": 0xC0363E43}
     assert {text: reader.murmur3(text) % 2**32 for text in known} == known
-
-
-def without_distilbeam(tmp_path):
-    """An environment whose packages are those of this one but distilbeam: nothing of it is on the path."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    places = [Path(np.__file__).parent.parent, Path(sysconfig.get_path("purelib"))]
-    for entry in (entry for place in places for entry in place.iterdir()):
-        if "distilbeam" not in entry.name and entry.suffix != ".pth" and not (packages / entry.name).exists():
-            (packages / entry.name).symlink_to(entry)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return kept | {"PYTHONPATH": str(packages), "PYTHONSAFEPATH": "1"}
-
-
-def lines_of(program, arguments, lines, tmp_path):
-    """Run a program where distilbeam cannot be imported; return the objects that it prints."""
-    found = without_distilbeam(tmp_path)
-    check = subprocess.run(
-        [sys.executable, "-S", "-c", "import distilbeam"], env=found, capture_output=True, check=False
-    )
-    assert b"No module named 'distilbeam'" in check.stderr
-    words = [sys.executable, "-S", str(program), *map(str, arguments)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    done = subprocess.run(words, env=found, input=text, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def save(where, config, shape, classes=("no", "yes", "maybe")):
