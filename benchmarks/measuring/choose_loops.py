@@ -17,7 +17,8 @@ from distilbeam.pipelines.engine.phase import run_phase
 from distilbeam.pipelines.labelling.label_rows import Labelling
 from distilbeam.pipelines.labelling.phase import Label
 from distilbeam.pipelines.labelling.shard_plan import plan_shards
-from distilbeam.pipelines.pool.splits import find_files, plan_units
+from distilbeam.pipelines.pool.pool_files import find_files
+from distilbeam.pipelines.pool.splits import plan_units
 from distilbeam.selection.gains import margin_gain
 from distilbeam.selection.games.rad import rad_marginals
 from distilbeam.selection.rounding import dep_round

@@ -14,7 +14,8 @@ from distilbeam.pipelines.acquisition.unusable_rows import unusable_directory, u
 from distilbeam.pipelines.engine.counters import count, count_seconds
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.engine.prefetch import read_from
-from distilbeam.pipelines.pool.splits import Unit, read_unit
+from distilbeam.pipelines.pool.read_splits import read_unit
+from distilbeam.pipelines.pool.splits import Unit
 from distilbeam.storage.atomic import temporary_name
 from distilbeam.student.data.usable_rows import find_usable
 

@@ -28,7 +28,8 @@ from distilbeam.pipelines.acquisition.usable_answers import ask_student
 from distilbeam.pipelines.engine.counters import count, count_seconds, timed
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.engine.prefetch import read_from
-from distilbeam.pipelines.pool.splits import Unit, answered_rows, read_unit
+from distilbeam.pipelines.pool.read_splits import answered_rows, read_unit
+from distilbeam.pipelines.pool.splits import Unit
 from distilbeam.selection.gains import gain_named
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.sketch.gain_sketch import GainSketch

@@ -263,7 +263,8 @@ def _export_of_directory(
     from distilbeam.pipelines.experiments.evaluate import judge_of
     from distilbeam.pipelines.experiments.exports import write_exports
     from distilbeam.pipelines.experiments.model_metrics import pool_examples
-    from distilbeam.pipelines.pool.splits import find_files, plan_units
+    from distilbeam.pipelines.pool.pool_files import find_files
+    from distilbeam.pipelines.pool.splits import plan_units
     from distilbeam.student.checkpoint import load_student
 
     examples, origin = None, None

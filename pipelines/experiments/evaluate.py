@@ -23,7 +23,7 @@ from distilbeam.pipelines.experiments.model_metrics import (
 )
 from distilbeam.pipelines.labelling.teacher_answers import read_answers
 from distilbeam.pipelines.pool.datasets import require_columns
-from distilbeam.pipelines.pool.splits import find_files, open_parquet
+from distilbeam.pipelines.pool.pool_files import find_files, open_parquet
 from distilbeam.student.data.labelled import class_indices, inputs_of
 from distilbeam.student.evaluation.metrics import evaluate, per_class, worst_classes
 from distilbeam.student.export.load import input_of, load_model
@@ -100,7 +100,9 @@ def _read(model: Model, data: Path, label: str, more: Sequence[str] = ()) -> tup
     for file in files:
         found = open_parquet(file, "--data").schema_arrow.names
         if label not in found:
-            raise ValueError(f"label column {label!r} must be one of {', '.join(found)}, the columns of {file}")
+            raise ValueError(
+                f"label column {label!r} must be one of {', '.join(found)}, the columns of {file}; --label COLUMN names it"
+            )
         require_columns(found, wanted, f"--data: {file}")
         tables.append(pq.read_table(file, columns=wanted, partitioning=None))
         if tables[-1].num_rows:

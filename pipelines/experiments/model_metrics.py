@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distilbeam.inputs.config import InputConfig, make_input
-from distilbeam.pipelines.pool.splits import Pool, open_parquet
+from distilbeam.pipelines.pool.pool_files import open_parquet
+from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.student.checkpoint import Student
 from distilbeam.student.data.class_labels import INTEGERS, Integers
 from distilbeam.student.data.usable_rows import find_usable

@@ -15,7 +15,7 @@ from typing import Any
 from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.pool.object_store import is_hidden
-from distilbeam.pipelines.pool.splits import root_of
+from distilbeam.pipelines.pool.pool_files import root_of
 from distilbeam.storage.files import sweep
 from distilbeam.storage.lease import FOLDER as LEASE
 from distilbeam.storage.paths import is_remote, read_texts, to_path

@@ -12,7 +12,9 @@ import pyarrow as pa
 from distilbeam.pipelines.pool.content_ids import content_ids
 from distilbeam.pipelines.pool.datasets import Inputs
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet
-from distilbeam.pipelines.pool.splits import Pool, open_parquet, read_groups
+from distilbeam.pipelines.pool.pool_files import open_parquet
+from distilbeam.pipelines.pool.read_splits import read_groups
+from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.storage.stores import store_of
 
 _FEW = 100  # validation rows, with which a share is known to 10 points

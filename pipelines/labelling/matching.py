@@ -28,8 +28,9 @@ from distilbeam.pipelines.labelling.questions import Digests, question_digests
 from distilbeam.pipelines.labelling.reconcile import Mask, Stored
 from distilbeam.pipelines.labelling.shard_plan import Part
 from distilbeam.pipelines.pool.pool_types import cast_batches
+from distilbeam.pipelines.pool.read_splits import DamagedFileError
 from distilbeam.pipelines.pool.row_reader import RowReader
-from distilbeam.pipelines.pool.splits import DamagedFileError, Pool, Unit
+from distilbeam.pipelines.pool.splits import Pool, Unit
 from distilbeam.storage.paths import readable
 
 _READERS = 4

@@ -41,9 +41,9 @@ from distilbeam.pipelines.labelling.reconcile import parts_of
 from distilbeam.pipelines.labelling.saved_answers import PLACE, Answered
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, Task, read_rows
 from distilbeam.pipelines.labelling.shard_work import COSTS, ShardSettings, ShardWork, has_kept, part_rows
+from distilbeam.pipelines.pool.read_splits import BATCH_BYTES, DamagedFileError, answered_rows, require_unchanged
 from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.pool.row_reader import RowReader
-from distilbeam.pipelines.pool.splits import BATCH_BYTES, DamagedFileError, answered_rows, require_unchanged
 from distilbeam.storage.paths import is_remote, list_files, readable, to_path
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries

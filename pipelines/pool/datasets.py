@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet, RawSet, join_sets, read_set
+from distilbeam.pipelines.pool.pool_files import find_files
 from distilbeam.pipelines.pool.reserved_names import require_free_names
-from distilbeam.pipelines.pool.splits import Pool, find_files, plan_pool, plan_units
+from distilbeam.pipelines.pool.splits import Pool, plan_pool, plan_units
 from distilbeam.storage.paths import to_path
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
-from distilbeam.pipelines.pool.splits import Pool, read_unit
+from distilbeam.pipelines.pool.read_splits import read_unit
+from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.teacher.tfserving.probing import FIRST_ROWS
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from distilbeam.pipelines.pool.pool_files import PoolFile
+
 
 def common_type(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
     """Return the type that holds the values of both, or None where none does."""
@@ -29,6 +31,40 @@ def common_type(one: pa.DataType, two: pa.DataType) -> pa.DataType | None:
         return None
 
 
+def columns_and_types(
+    files: Sequence[PoolFile], what: str, columns: Iterable[str] | None
+) -> tuple[tuple[str, ...], dict[str, pa.DataType]]:
+    """Find the columns of the first file that has rows, and the types of those that are read."""
+    first: pa.Schema | None = None
+    read: tuple[str, ...] = ()
+    types: dict[str, pa.DataType] = {}
+    for file in files:
+        if not file.metadata.num_rows:
+            continue
+        schema = file.metadata.schema.to_arrow_schema()
+        if first is None:
+            first, read = schema, tuple(schema.names) if columns is None else tuple(dict.fromkeys(columns))
+        if columns is None:
+            _require_same(first, schema, file.path, what)
+        for name in read:
+            if name in schema.names:
+                types[name] = _common(types.get(name), schema.field(name).type, name, file.path, what)
+            elif name in first.names:
+                raise ValueError(
+                    f"{what}: {file.path} has no column {name}, which is read and other files have; write it again with "
+                    "it, or take it out"
+                )
+    return (() if first is None else tuple(first.names)), types
+
+
+def casts_of(file: PoolFile, types: dict[str, pa.DataType]) -> tuple[tuple[str, pa.DataType], ...]:
+    """List the columns of a file that are read and have another type in it than in the pool, with the pool's."""
+    schema = file.metadata.schema.to_arrow_schema()
+    return tuple(
+        (name, kind) for name, kind in types.items() if name in schema.names and schema.field(name).type != kind
+    )
+
+
 def cast_batches(
     batches: Iterable[pa.RecordBatch], casts: Sequence[tuple[str, pa.DataType]], path: str
 ) -> Iterator[pa.RecordBatch]:
@@ -42,6 +78,25 @@ def cast_batches(
             if name in batch.schema.names:
                 batch = _cast(batch, name, kind, path)
         yield batch
+
+
+def _common(so_far: pa.DataType | None, found: pa.DataType, name: str, path: str, what: str) -> pa.DataType:
+    common = found if so_far is None else common_type(so_far, found)
+    if common is None:
+        raise ValueError(
+            f"{what}: {path} differs from the files before it in column(s) {name}, which is {found} there and {so_far} in "
+            "them; write it again with one type"
+        )
+    return common
+
+
+def _require_same(first: pa.Schema, schema: pa.Schema, path: str, what: str) -> None:
+    expected, found = ({field.name: field.type for field in s} for s in (first, schema))
+    if differing := {name for name, _ in expected.items() ^ found.items()}:
+        raise ValueError(
+            f"{what}: {path} differs from the first file in column(s) {', '.join(sorted(differing))}; all files must have "
+            "one schema"
+        )
 
 
 def _cast(batch: pa.RecordBatch, name: str, kind: pa.DataType, path: str) -> pa.RecordBatch:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.pipelines.pool.pool_types import cast_batches
-from distilbeam.pipelines.pool.splits import Unit, opened_unit, read_groups
+from distilbeam.pipelines.pool.read_splits import opened_unit, read_groups
+from distilbeam.pipelines.pool.splits import Unit
 
 
 class RowReader:

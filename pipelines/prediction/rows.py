@@ -19,7 +19,8 @@ import pyarrow as pa
 from distilbeam.inputs.config import InputConfig
 from distilbeam.pipelines.ingest.lines import DAMAGES, NOT_TEXT, read_lines, too_long
 from distilbeam.pipelines.pool.datasets import require_columns
-from distilbeam.pipelines.pool.splits import open_parquet, read_groups
+from distilbeam.pipelines.pool.pool_files import open_parquet
+from distilbeam.pipelines.pool.read_splits import read_groups
 from distilbeam.pipelines.prediction.data_files import DataFile
 from distilbeam.pipelines.prediction.values import from_csv, from_json, require_holds
 

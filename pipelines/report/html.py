@@ -130,8 +130,11 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
     """Say in sentences what the teacher was asked, and what it was spared."""
     calls, pool = results["calls"], results["pool_rows"]
     failed = sum(entry["summary"]["failed"] for entry in results["rounds"])
+    labelled = calls.get("labelled", calls["labels"])
+    # identical rows are asked once, and rows of the uniform comparison may have been asked before
+    copied = f" in {calls['labels']:,} calls" if calls["labels"] < labelled else ""
     sentences = [
-        f"The teacher labelled {calls['labels']:,} of the {pool:,} examples of the pool ({calls['labels'] / pool:.0%}); "
+        f"The teacher labelled {labelled:,} of the {pool:,} examples of the pool ({labelled / pool:.0%}){copied}; "
         f"{calls['saved']:,} calls saved.",
         f"It is wrong on {results['wrong_share']:.1%} of the validation set; its labels have the temperature "
         f"{results.get('temperature', 1):.3g}.",

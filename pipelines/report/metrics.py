@@ -158,7 +158,8 @@ def _calls(run: Run, bought: list[dict[str, Any]]) -> dict[str, int]:
         name: read_json(where.summary(path))["calls"] for name, path in datasets.items() if where.summary(path).exists()
     }
     asked = sum(b["rows"] + b["failed"] for b in bought)
-    return {**calls, "labels": sum(b["calls"] for b in bought), "saved": run.inputs.pool.rows - asked}
+    labelled, paid = (sum(b[name] for b in bought) for name in ("rows", "calls"))
+    return {**calls, "labels": paid, "labelled": labelled, "saved": run.inputs.pool.rows - asked}
 
 
 def _round(run: Run, number: int, summary: dict[str, Any]) -> dict[str, Any]:

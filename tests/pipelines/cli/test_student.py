@@ -27,7 +27,8 @@ from distilbeam.pipelines.experiments.pareto import sweep_widths
 from distilbeam.pipelines.experiments.tune import tune, with_settings
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.run import Run
-from distilbeam.pipelines.pool.splits import find_files, plan_units
+from distilbeam.pipelines.pool.pool_files import find_files
+from distilbeam.pipelines.pool.splits import plan_units
 from distilbeam.pipelines.steps import run
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.evaluation.metrics import evaluate

@@ -24,7 +24,8 @@ from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.ingest import ingesting
 from distilbeam.pipelines.ingest.ingesting import Summary, ingest
 from distilbeam.pipelines.ingest.settings import ingest_options
-from distilbeam.pipelines.pool.splits import find_files, plan_units
+from distilbeam.pipelines.pool.pool_files import find_files
+from distilbeam.pipelines.pool.splits import plan_units
 
 
 def run(tmp_path: Path, source: str = "in", out: str = "pool", flags: tuple[str, ...] = (), **settings: Any) -> Summary:

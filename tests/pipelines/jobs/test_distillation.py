@@ -62,7 +62,7 @@ def test_a_run_from_pool_to_report(problem: dict[str, Any], tmp_path: Path) -> N
     assert f"The last student&#39;s training ran {metrics['ran']}." in (root / "report" / "report.html").read_text()
     assert [s["labels"] for s in metrics["students"]] == [0, 30, 60]
     assert metrics["uniform"]["labels"] == 60
-    assert metrics["calls"]["labels"] == 60
+    assert metrics["calls"]["labels"] == metrics["calls"]["labelled"] == 60
     assert metrics["calls"]["saved"] == 240 - 60
     assert metrics["calls"]["validation"] == 60
     assert metrics["calls"]["test"] == 80

@@ -12,8 +12,9 @@ import pytest
 
 from distilbeam.pipelines.labelling.shard_plan import Task, plan_shards, read_rows
 from distilbeam.pipelines.pool import row_reader
+from distilbeam.pipelines.pool.pool_files import find_files
 from distilbeam.pipelines.pool.row_reader import RowReader
-from distilbeam.pipelines.pool.splits import Pool, find_files, plan_units
+from distilbeam.pipelines.pool.splits import Pool, plan_units
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 SPEC = SoftLabelSpec(num_classes=3, teacher="t")

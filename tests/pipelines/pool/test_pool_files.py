@@ -11,8 +11,9 @@ import pytest
 
 from distilbeam.pipelines.jobs.opening import require_apart
 from distilbeam.pipelines.labelling.shard_plan import plan_shards
+from distilbeam.pipelines.pool.read_splits import read_unit
 from distilbeam.pipelines.pool.row_reader import RowReader
-from distilbeam.pipelines.pool.splits import Pool, plan_pool, read_unit
+from distilbeam.pipelines.pool.splits import Pool, plan_pool
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 

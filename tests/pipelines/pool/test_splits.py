@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distilbeam.pipelines.pool.splits import answered_rows, find_files, plan_units, read_unit
+from distilbeam.pipelines.pool.pool_files import find_files
+from distilbeam.pipelines.pool.read_splits import answered_rows, read_unit
+from distilbeam.pipelines.pool.splits import plan_units
 
 
 def write(path: Path, rows: int, group: int = 10, first: int = 0) -> Path:
