@@ -51,7 +51,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = StudentConfig(kind="text", dim=8, hidden=(), input={"kind": "text", "columns": ["text"], "buckets": 256})
     labelled, common = pa.Table.from_pylist(rows(200, 0)), {"classes": sorted(WORDS), "label_column": "intent"}
     nothing: dict[str, Any] = {"soft_labels": [], "validation": None, "directory": where / "student", "seed": 0}
-    train(config, TrainConfig(epochs=3), labelled=labelled, **common, **nothing)
+    train(config, TrainConfig(epochs=20, lr=0.03), labelled=labelled, **common, **nothing)
     return export_student(where / "student", "onnx", where / "export")
 
 
@@ -72,8 +72,8 @@ def test_it_answers_over_http_and_refuses_in_a_sentence(export: Path, tmp_path: 
     process = subprocess.Popen(words, env=without_distilbeam(tmp_path), stdout=subprocess.PIPE, text=True)
     guard = threading.Timer(120, process.kill)
     guard.start()
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         address = process.stdout.readline().strip()
 
         def post(body: bytes) -> Any:
@@ -93,3 +93,4 @@ def test_it_answers_over_http_and_refuses_in_a_sentence(export: Path, tmp_path: 
         guard.cancel()
         process.kill()
         process.wait()
+        process.stdout.close()

@@ -104,8 +104,9 @@ def test_what_is_refused(student: Path) -> None:
 
 def test_the_command_serves_until_it_is_interrupted(student: Path) -> None:
     words = [sys.executable, "-m", "distilbeam", "serve-student", str(student), "--port", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    threading.Timer(120, process.kill).start()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    guard = threading.Timer(120, process.kill)
+    guard.start()
     assert process.stdout is not None
     line = ""
     while "Serving" not in line:
@@ -116,3 +117,5 @@ def test_the_command_serves_until_it_is_interrupted(student: Path) -> None:
     assert ask(address, {"x": np.eye(4, dtype=np.float32)})["prediction"].tolist()[1:3] == [b"1", b"2"]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
+    guard.cancel()
+    process.stdout.close()
