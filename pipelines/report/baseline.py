@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from distilbeam.pipelines.jobs.run import Run
 from distilbeam.student.data.usable_rows import find_usable
 from distilbeam.student.evaluation.metrics import evaluate
 from distilbeam.teacher.softlabels import decode, read_manifest
+from distilbeam.teacher.softlabels.manifest import Manifest
 
 NAME = "logistic regression"
 TEXTS = "TF-IDF, logistic regression"
@@ -30,8 +32,6 @@ ROWS = 10_000
 NUMBERS = 2**24  # of the inputs together, where they are no texts
 FEATURES = 2**16  # terms that TF-IDF keeps, the most frequent ones
 ITERATIONS = 200
-
-Documents = list[Any]
 
 
 def baseline_row(run: Run, name: str) -> dict[str, Any]:
@@ -45,10 +45,7 @@ def baseline_row(run: Run, name: str) -> dict[str, Any]:
       A row as those of the students, without latency and size; or `why`: there is nothing that it could learn.
     """
     config = run.config.student.input
-    table, labels, bought = _examples(run)
-    kept = np.sort(np.random.default_rng(run.config.run.seed).permutation(len(labels))[: _most(run, config)])
-    documents, usable = _read(table.take(pa.array(kept)), config)
-    learned = labels[kept][usable]
+    documents, learned, bought = _learned(run, config)
     title = TEXTS if config.kind in ("text", "tokens") else NAME
     if len(set(learned.tolist())) < 2:
         return {"name": title, "why": "the labels are of a single class"}
@@ -60,7 +57,7 @@ def baseline_row(run: Run, name: str) -> dict[str, Any]:
     assert len(rows) == run.labelled_set(name).plan.rows, "labelled sets have usable rows alone"
     logits = np.full((len(rows), len(run.inputs.classes)), -30.0)  # of a class without a label: e^-30
     logits[:, model.classes_] = np.maximum(model.predict_log_proba(tested), -30.0)
-    cut = f", {len(learned):,} rows" if len(learned) < len(labels) else ""
+    cut = f", {len(learned):,} rows" if len(learned) < run.inputs.labelled.plan.rows + bought else ""
     return {
         "name": f"{title}{cut}",
         "labels": bought,
@@ -79,21 +76,44 @@ def _most(run: Run, config: InputConfig) -> int:
     return max(2, min(ROWS, NUMBERS // max(1, np.asarray(make_input(config)(first)).size)))
 
 
-def _examples(run: Run) -> tuple[pa.Table, npt.NDArray[np.int64], int]:
-    """Return the student's columns of human-labelled and of bought rows, int64 class indices, and how many are bought."""
-    columns = list(run.config.student.input.columns)
-    tables, labels = [run.inputs.labelled.table.select(columns)], [run.truth("labelled")]
-    for dataset in run.soft_labels:
-        manifest = read_manifest(dataset)
-        for path in manifest.paths():
-            shard = pq.read_table(path)
-            answer = decode(shard, manifest.spec)
-            best = answer.logprobs.argmax(axis=1)
-            if answer.classes is not None:
-                best = np.take_along_axis(answer.classes, best[:, None], axis=1)[:, 0]
-            tables.append(shard.select(columns).cast(tables[0].schema))
-            labels.append(best.astype(np.int64))
-    return pa.concat_tables(tables), np.concatenate(labels), sum(map(len, labels[1:]))
+def _learned(run: Run, config: InputConfig) -> tuple[Any, npt.NDArray[np.int64], int]:
+    """Read what is learned: inputs and int64 class indices of human-labelled and of bought rows; and count those bought."""
+    manifests = [read_manifest(dataset) for dataset in run.soft_labels]
+    entries = [
+        (manifest, path, entry.rows)
+        for manifest in manifests
+        for path, entry in zip(manifest.paths(), manifest.entries, strict=True)
+    ]
+    human = run.inputs.labelled.plan.rows
+    ends = np.cumsum([human, *(rows for _, _, rows in entries)])
+    drawn = np.random.default_rng(run.config.run.seed).permutation(ends[-1])[: _most(run, config)]
+    by_part = np.split(np.sort(drawn), np.searchsorted(np.sort(drawn), ends[:-1]))
+    documents: list[Any] = []
+    labels = []
+    for number, rows in enumerate(by_part):
+        local = rows - (ends[number - 1] if number else 0)
+        if number == 0:
+            table, best = run.inputs.labelled.table, run.truth("labelled")
+        elif len(local):
+            table, best = _bought(*entries[number - 1][:2])
+        if len(local):
+            read, usable = _read(table.take(pa.array(local)), config)
+            if len(usable):
+                documents.append(read)
+                labels.append(best[local][usable])
+    texts = config.kind in ("text", "tokens")
+    together = [value for part in documents for value in part] if texts else np.concatenate(documents)
+    return together, np.concatenate(labels), int(ends[-1]) - human
+
+
+def _bought(manifest: Manifest, path: Path) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+    """Read a shard and the teacher's best class of each row."""
+    shard = pq.read_table(path)
+    answer = decode(shard, manifest.spec)
+    best = answer.logprobs.argmax(axis=1)
+    if answer.classes is not None:
+        best = np.take_along_axis(answer.classes, best[:, None], axis=1)[:, 0]
+    return shard, best.astype(np.int64)
 
 
 def _read(table: pa.Table, config: InputConfig) -> tuple[Any, npt.NDArray[np.int64]]:
@@ -107,7 +127,7 @@ def _read(table: pa.Table, config: InputConfig) -> tuple[Any, npt.NDArray[np.int
         return [values[row] for row in rows], np.array(rows, np.int64)
     found = [find_usable(make_input(config), batch) for batch in table.combine_chunks().to_batches()]
     parts = [part.inputs.reshape(len(part.inputs), -1) for part in found if part.inputs is not None]
-    return np.concatenate(parts), found[0].rows
+    return np.concatenate(parts) if parts else parts, found[0].rows
 
 
 def _pipeline(config: InputConfig) -> Any:

@@ -88,6 +88,7 @@ def test_it_answers_over_http_and_refuses_in_a_sentence(export: Path, tmp_path: 
             with pytest.raises(urllib.error.HTTPError) as caught:
                 post(body)
             assert caught.value.code == status
+            caught.value.close()
         assert post(b'[{"text": "money transfer"}]')[0]["prediction"] == "transfer"  # it goes on
     finally:
         guard.cancel()
