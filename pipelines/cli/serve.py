@@ -115,7 +115,7 @@ def _options(
     max_rows: int,
     max_queued: int,
 ) -> Any:
-    from distilbeam.teacher.tfserving.serve import ServeOptions
+    from distilbeam.teacher.tfserving.serve_options import ServeOptions
 
     return ServeOptions(
         host=host,

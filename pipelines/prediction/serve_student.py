@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from distilbeam.inputs.config import InputError
 from distilbeam.pipelines.prediction.opened_model import Model
-from distilbeam.teacher.tfserving.serve import ModelServer, ServeOptions, serve_until_stopped
+from distilbeam.teacher.tfserving.serve import ModelServer, serve_until_stopped
+from distilbeam.teacher.tfserving.serve_options import ServeOptions
 
 
 class AskedModel:
