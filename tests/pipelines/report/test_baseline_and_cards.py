@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from problem import labels_of, write_problem
+from problem import add_texts, labels_of, write_problem
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -104,18 +104,7 @@ def opened(where: Path) -> Run:
 
 
 def test_texts_are_learned_by_tfidf(tmp_path: Path) -> None:
-    words = {"0": "card lost stolen", "1": "money transfer abroad", "2": "limit raise more"}
-    settings = write_problem(tmp_path)
-    for file in [
-        *(tmp_path / "pool").glob("*.parquet"),
-        *(tmp_path / f"{n}.parquet" for n in ("labelled", "validation", "test")),
-    ]:
-        table = pq.read_table(file)
-        rng = np.random.default_rng(table.num_rows)
-        likely = numbers(table)[:, :3].argmax(axis=1)
-        texts = [" ".join(rng.permutation((words[str(c)] + " please now").split())[:3]) for c in likely]
-        pq.write_table(table.append_column("text", pa.array(texts)), file, row_group_size=20)
-    settings["student"] = {"kind": "text", "dim": 4, "input": {"kind": "text", "columns": ["text"], "buckets": 64}}
+    settings = add_texts(tmp_path, write_problem(tmp_path))
     run(settings, base=tmp_path)
     row = figures_of(tmp_path)["baseline"]
     human, test = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("labelled", "test"))
