@@ -3,7 +3,7 @@
     python benchmarks/text_students.py --quick                                     # two minutes, docstrings alone
     python benchmarks/text_students.py --data DIR --json benchmarks/results/text_students.json
 
-Sets: CLINC150 (150 intents of short queries; DIR/clinc150.parquet), 20 training and 5 validation rows of each, its test set; and
+Sets: CLINC150 (150 intents of short queries; DIR/clinc150.parquet), 10 training and 5 validation rows of each, its test set; and
 docstrings of the installed packages by the module that they stand in (21 modules, long technical texts, which anybody who has
 distilbeam has), 60 training and 15 validation rows of each, at most 100 of the others to test. The labels are the true ones: what is
 compared is the student. Everything else is as `[training]` is by default, but for `lr` where a row says so. Accuracy on the test
@@ -51,10 +51,10 @@ MODULES = 21
 
 
 def clinc150(data: Path, rng: np.random.Generator) -> dict[str, pa.Table]:
-    """Draw 20 and 5 rows of each intent; the test set is the published one."""
+    """Draw 10 and 5 rows of each intent; the test set is the published one."""
     table = pq.read_table(data / "clinc150.parquet", columns=["text", "label", "split"])
     split, label = np.array(table["split"].to_pylist()), table["label"].to_numpy()
-    train_rows, validation = _per_class(np.flatnonzero(split == "train"), label, (20, 5), rng)
+    train_rows, validation = _per_class(np.flatnonzero(split == "train"), label, (10, 5), rng)
     parts = {"train": train_rows, "validation": validation, "test": np.flatnonzero(split == "test")}
     named = pa.table({"text": table["text"], "label": pa.array([f"{number:03d}" for number in label])})
     return {name: named.take(rows) for name, rows in parts.items()}
