@@ -18,6 +18,7 @@ from distilbeam.teacher.config import parse_teacher_config
 from distilbeam.teacher.load import load_teacher
 
 CONFIG = "config.json"
+ROWS = 32  # of a forward pass
 _KINDS: dict[str, Literal["text", "image"]] = {
     "ForSequenceClassification": "text",
     "ForImageClassification": "image",
@@ -64,8 +65,14 @@ class HuggingFaceClassifier(Predictor):
         return made
 
     def logits_of_inputs(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Compute the logits of texts or images, float32 [rows, C]."""
-        return self._teacher.logits(pa.record_batch({self.columns[0]: pa.array(inputs.tolist(), pa.binary())}))
+        """Compute the logits of texts or images, float32 [rows, C], a few at a time: the longest text pads its neighbours."""
+        parts = [
+            self._teacher.logits(
+                pa.record_batch({self.columns[0]: pa.array(inputs[i : i + ROWS].tolist(), pa.binary())})
+            )
+            for i in range(0, len(inputs), ROWS)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
 
 def kind_of(directory: Path) -> Literal["text", "image"] | None:
