@@ -56,7 +56,9 @@ class Export:
     def inputs(self, rows: Sequence[Mapping[str, Any]]) -> Array:
         """Make the model's input of rows, one mapping of columns each; a path or bytes is an image."""
         made = self._make([[row[name] for name in self.columns] for row in rows])
-        shape = (-1, *self.about["input_shape"])
+        shape = (len(rows), *self.about["input_shape"])
+        if made.size != np.prod(shape):
+            raise ValueError(f"an example must have the shape {list(shape[1:])}, got {list(made.shape[1:])}")
         dtype = np.dtype(self.about["input_dtype"])
         made = np.rint(made) if dtype.kind in "iu" and made.dtype.kind == "f" else made
         return np.ascontiguousarray(made.reshape(shape), dtype)
@@ -125,8 +127,12 @@ def _maker(config: Mapping[str, Any], folder: Path) -> Callable[[list[list[Any]]
 
 
 def _numbers(rows: list[list[Any]], config: Mapping[str, Any]) -> Array:
-    values = np.array([np.concatenate([np.ravel(value) for value in row]) for row in rows])
-    return _scaled(values, config, 1.0)
+    """Put the numbers of each row side by side; bytes hold numbers of the type `dtype`."""
+    dtype = np.dtype(config.get("dtype", "float32")).newbyteorder("<")
+    read = [
+        [np.frombuffer(value, dtype) if isinstance(value, bytes) else np.ravel(value) for value in row] for row in rows
+    ]
+    return _scaled(np.array([np.concatenate(row) for row in read]), config, 1.0)
 
 
 def _scaled(values: Array, config: Mapping[str, Any], scale: float) -> Array:

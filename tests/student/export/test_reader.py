@@ -113,6 +113,12 @@ def test_numbers_and_tokens_answer_as_the_student(tmp_path):
     batch = pa.record_batch({"t": pa.array([row["t"] for row in rows]), "v": lists})
     npt.assert_allclose(export.logits(rows), load_student(student).logits(batch), atol=1e-5)
     assert export.predict([]) == []
+    stored = np.array(rows[1]["v"], np.float32).tobytes()  # as a column of bytes has them
+    npt.assert_allclose(
+        export.logits([{"t": np.array(rows[1]["t"]), "v": stored}])[0], export.logits(rows)[1], atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"an example must have the shape \[3\], got \[6\]"):
+        export.logits([{"t": 0.0, "v": [0.0] * 5}])  # of 6 numbers, which are no two examples
 
 
 def test_a_tokenizer_answers_as_the_student(tmp_path):
