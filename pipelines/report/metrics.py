@@ -22,6 +22,8 @@ from distilbeam.pipelines.jobs.final_result import (
 )
 from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.report.baseline import baseline_row
+from distilbeam.pipelines.report.cards import write_cards
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
 from distilbeam.selection.gains import gain_named
@@ -64,6 +66,7 @@ def write_results(run: Run, progress: Progress) -> None:
         **_classes(run, final_student(run) or where.student(kept), name, _unseen(run, name)),
         "kept": {"round": kept, "worse": worse},
         "standing": read_json(where.standing) if where.standing.exists() else None,
+        "baseline": baseline_row(run, name),
     }
     if config.selection.compare_uniform:
         uniform = run.comparison
@@ -82,6 +85,7 @@ def write_results(run: Run, progress: Progress) -> None:
     if (own := where.beside(config.run.rounds)) is not None:
         labels = sum(b["rows"] for b in bought)
         results["own"] = _student_row(run, own, name, "the run's own student", labels)
+    write_cards(run, results)
     (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
 

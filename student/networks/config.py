@@ -12,6 +12,9 @@ from distilbeam.settings import Section
 KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
 NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
 NORM_KINDS = ("mlp", "text", "transformer")
+TEXT_HIDDEN: tuple[int, ...] = ()
+# of hashed n-grams as a vector; benchmarks/text_students.py measured what they are worth
+TEXT_INPUT: dict[str, Any] = {"analyzer": "char_wb", "ngrams": (2, 4), "buckets": 8192}
 RESIDUAL_KINDS = ("resnet", "transformer")  # networks that are known by their residuals
 Residual = Literal[
     "none",
@@ -62,7 +65,9 @@ class StudentConfig(Section):
         description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), or module:factory "
         "for a network of one's own",
     )
-    hidden: tuple[int, ...] = Field((64, 64), description="mlp, text: widths of the hidden layers")
+    hidden: tuple[int, ...] = Field(
+        (64, 64), description="mlp, text: widths of the hidden layers; none for text by default"
+    )
     width: float = Field(1.0, gt=0, le=16, description="multiplier of all channels, hidden layers and embeddings")
     depth: int = Field(20, ge=8, le=2**14, description="resnet: layers, 6n + 2")
     separable: bool = Field(False, description="resnet: depthwise-separable instead of dense convolutions")
@@ -107,6 +112,20 @@ class StudentConfig(Section):
     def _residual_networks_have_residuals(cls, data: Any) -> Any:
         if isinstance(data, dict) and "residual" not in data and data.get("kind") in RESIDUAL_KINDS:
             return {**data, "residual": "plain"}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_have_defaults_of_their_own(cls, data: Any) -> Any:
+        """Fill in what is not said of a text student; folders of students say everything, and stay what they are."""
+        if not (isinstance(data, dict) and data.get("kind") == "text"):
+            return data
+        data = {"hidden": TEXT_HIDDEN, **data}
+        inputs = data.get("input")
+        if isinstance(inputs, dict) and inputs.get("kind") == "text" and not inputs.get("tokenizer"):
+            own = set(TEXT_INPUT) if inputs.get("ngram_form", "vector") != "vector" else set(inputs)
+            own |= {"analyzer", "ngrams"} if own & {"analyzer", "ngrams"} else set()  # they belong together
+            data["input"] = {**{name: value for name, value in TEXT_INPUT.items() if name not in own}, **inputs}
         return data
 
     @field_validator("hidden")
