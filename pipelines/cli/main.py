@@ -263,6 +263,20 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-_OTHERS = (plan, label, stream, ingest, launch, predict, export, tune, pareto, inspect, verify, serve_teacher, serve_student)
+_OTHERS = (
+    plan,
+    label,
+    stream,
+    ingest,
+    launch,
+    predict,
+    export,
+    tune,
+    pareto,
+    inspect,
+    verify,
+    serve_teacher,
+    serve_student,
+)
 for command in (*_OTHERS, workers):
     app.command(command.__name__.replace("_", "-"))(command)
