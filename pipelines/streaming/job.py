@@ -22,17 +22,17 @@ from apache_beam.options.pipeline_options import StandardOptions
 
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.engine_lines import engine_lines, first_line
+from distilbeam.pipelines.engine.prism import Runner, choose_runner, running
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.streaming.checks import decoder_of, require_installed, require_same_dataset
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
 from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
 from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.pipeline import build, has_budget, spec_of
-from distilbeam.pipelines.streaming.prism import Runner, choose_runner, running
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
 from distilbeam.pipelines.streaming.stop_file import ask_to_stop, clear_stop

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from distilbeam.pipelines.engine.prism import choose_runner
 from distilbeam.pipelines.streaming.kafka_client import parse_place
-from distilbeam.pipelines.streaming.prism import choose_runner
 from distilbeam.pipelines.streaming.settings import StreamSettings
 
 
