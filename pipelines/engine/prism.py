@@ -189,7 +189,9 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             time.sleep(_LOOK_S)
         else:
             return
-    raise RuntimeError(f"Prism did not start; its lines are in {log}")
+    status = process.poll()
+    how = "" if status is None else f", it ended with status {status}"
+    raise RuntimeError(f"Prism did not start; its lines are in {log}{how}")
 
 
 def _die_with() -> Callable[[], None] | None:

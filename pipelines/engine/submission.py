@@ -104,7 +104,7 @@ def _started(options: PipelineOptions, log: Path) -> Iterator[tuple[Any, Pipelin
             try:
                 address = stack.enter_context(running(program, log))
             except RuntimeError as e:
-                raise EngineLostError("Prism did not start") from e
+                raise EngineLostError(str(e)) from e
             _require_pool(options.view_as(PortableOptions))
             yield None, on_prism(options, address)
 
