@@ -46,6 +46,19 @@ class Runner:
     prism: Path | None = None
 
 
+class PrismNotStartedError(RuntimeError):
+    """Prism ended at once, or does not listen.
+
+    Args:
+      status: how it ended, as `Popen.poll` says it.
+      log: file of its lines.
+    """
+
+    def __init__(self, status: int | None, log: Path) -> None:
+        super().__init__(f"Prism did not start; its lines are in {log}")
+        self.how = "it does not listen" if status is None else f"it ended with status {status}"
+
+
 def find_prism() -> Path | None:
     """Return the program that `PRISM` names, or the one on the PATH; None where there is none.
 
@@ -154,7 +167,7 @@ def running(program: Path, log: Path) -> Iterator[str]:
       The address of its job service.
 
     Raises:
-      RuntimeError: it does not start.
+      PrismNotStartedError: it does not start.
     """
     port = _free_port()
     command = [str(program), f"-job_port={port}", "-serve_http=false", "-log_level=warn", "-log_kind=text"]
@@ -189,9 +202,7 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             time.sleep(_LOOK_S)
         else:
             return
-    status = process.poll()
-    how = "" if status is None else f", it ended with status {status}"
-    raise RuntimeError(f"Prism did not start; its lines are in {log}{how}")
+    raise PrismNotStartedError(process.poll(), log)
 
 
 def _die_with() -> Callable[[], None] | None:
