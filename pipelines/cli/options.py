@@ -57,6 +57,12 @@ TrustOption = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
 ]
+InputColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the texts or images, for a Hugging Face folder, which does not say it; 'text' or 'image' without it."
+    ),
+]
 RetryOption = Annotated[
     bool,
     typer.Option("--retry/--no-retry", help="Ask again about the rows that had no answer before (engine.retry)."),

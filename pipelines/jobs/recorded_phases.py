@@ -37,7 +37,7 @@ class RecordedPhases:
         """Do the work for every item whose file is missing.
 
         Args:
-          name: the phase, "label", "score" or "check".
+          name: the phase, "label", "score", "check", "pseudo" or "encode".
           work: what to do with an item.
           items: all items of the phase.
           progress: told the rows done and all rows.

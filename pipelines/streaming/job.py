@@ -77,7 +77,7 @@ class StreamJob:
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
             raise ValueError(
-                "--shards and --max_rows must be left out with a budget: a window's choice is written and settled as one"
+                "--shards and --max-rows must be left out with a budget: a window's choice is written and settled as one"
             )
         self.decoder: Decoder | None = None
         self.topic: Topic | None = None
@@ -188,6 +188,8 @@ class StreamJob:
             self.config.engine.teacher_batch,
             settings.max_wait_s,
             settings.out,
+            self.decoder if settings.event_time else None,
+            settled.closed_s,
         )
 
     def _until_done(self, journal: Journal) -> None:
@@ -225,7 +227,8 @@ class StreamJob:
         known = journal.settled.offsets
         start = tuple((p, known.first_missing(p, offset)) for p, offset in reading.start)
         firsts = dict(start)
-        return replace(reading, start=start, settled=tuple(item for item in known if item[2] >= firsts.get(item[0], 0)))
+        settled = tuple(item for item in known if item[2] >= firsts.get(item[0], 0))
+        return replace(reading, start=start, settled=settled, closed_s=journal.settled.closed_s)
 
     def _submit(self, journal: Journal, attempt: str) -> str | None:
         """Run the pipeline once; return why it ended before its work was done."""

@@ -207,9 +207,10 @@ def right_logprobs(x: Any) -> np.ndarray[Any, Any]:
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
-def wait_for(condition: Any, timeout: float = 60.0) -> None:
-    """Wait until something is so."""
+def wait_for(condition: Any, timeout: float = 300.0, process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until something is so, for as long as a slow machine may take, and no longer than a process lives."""
     end = time.monotonic() + timeout
     while not condition():
+        assert process is None or process.poll() is None, "the process has ended before"
         assert time.monotonic() < end, "it never came to be"
         time.sleep(0.1)
