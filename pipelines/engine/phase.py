@@ -136,7 +136,8 @@ def run_phase(
     """
     start, todo = time.perf_counter(), work.remaining(items)
     planned = todo
-    remove_folder(errors)
+    if todo:  # a look into a store is a request
+        remove_folder(errors)
     with private_folder("errors") as private:
         if options.get_all_options().get("runner") == LOCAL_RUNNER and not in_processes(options):
             engine_log = None  # there is nobody but this process
