@@ -29,8 +29,11 @@ from distilbeam.student.data.class_labels import INTEGERS
 from distilbeam.student.data.labelled import Examples, integers_meant
 from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.student.evaluation.metrics import evaluate
+from distilbeam.student.networks.bag import start_from_table
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.encoder_table import read_table
+from distilbeam.student.own_files import content_of_file
 from distilbeam.student.training.augment import Mixture
 from distilbeam.student.training.batches import Sources, open_sources
 from distilbeam.student.training.checkpoints import TrainingDirectory
@@ -77,6 +80,7 @@ def train(
     directory: str | Path,
     seed: int,
     init: str | Path | None = None,
+    embedding: str | Path | None = None,
     validation_teacher: npt.NDArray[np.float32] | None = None,
     mixing_weights: Sequence[float] | None = None,
     pseudo_labels: Sequence[str | Path] = (),
@@ -97,6 +101,7 @@ def train(
         keeps its checkpoints and figures in the directory of this name with `.training` after it.
       seed: decides the initial weights, the order of the rows, the augmentation and the dropout.
       init: directory of a student to start from instead of random weights.
+      embedding: file with a table that a text student's embeddings start from; see `encoder_table.write_table`.
       validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
         not answer; needed for `reestimate_epochs`.
       mixing_weights: share of each soft-label dataset in an epoch, up to a common factor; None for their numbers of
@@ -149,6 +154,8 @@ def train(
         require_room_for_norms(module, sources, student)
         if init is not None:
             _start_from(module, init, student)
+        elif embedding is not None:
+            start_from_table(module, read_table(embedding))
         module.to(device)
         network = make_network(module, student, training, processes, spec)
         parameters = list(module.parameters())
@@ -161,6 +168,7 @@ def train(
         state = TrainingState(module, optimizer, average, sources.soft, weights)
         about = identity(student, training, classes, sources, init, validation_teacher)
         about |= {} if last_epoch is None else {"last_epoch": last_epoch}
+        about |= {} if embedding is None else {"embedding": content_of_file(embedding)}
         epochs = min(training.epochs, last_epoch or training.epochs)
         with TrainingDirectory(directory, training, about, processes) as work:
             work.resume(state)
