@@ -225,7 +225,7 @@ def _export_of_run(
     from distilbeam.pipelines.experiments.exports import write_exports
     from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
     from distilbeam.pipelines.experiments.model_metrics import pool_examples
-    from distilbeam.pipelines.jobs.final_training import final_student, learns_validation
+    from distilbeam.pipelines.jobs.final_result import final_student, learns_validation
     from distilbeam.pipelines.jobs.kept_student import kept_student
     from distilbeam.pipelines.report.cards import run_facts
 

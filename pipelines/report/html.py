@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 
 from distilbeam.pipelines.jobs.directory import RunDirectory
-from distilbeam.pipelines.jobs.final_training import final_sentence
+from distilbeam.pipelines.jobs.final_result import final_sentence
 from distilbeam.pipelines.jobs.kept_student import worse_sentence
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,

@@ -29,6 +29,32 @@ Residual = Literal[
 ]
 
 
+class EncoderConfig(Section):
+    """A sentence encoder, which the embeddings of a text student are regressed on before it is trained."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    folder: str | None = Field(
+        None, description="folder of a Hugging Face encoder: config.json, tokenizer, safetensors"
+    )
+    column: str | None = Field(None, description="instead of a folder: column of the pool with the encoder's vectors")
+    rows: int = Field(
+        65_536, ge=1, description="most rows of the pool that are encoded; of more they are drawn by chance"
+    )
+    ridge: float = Field(3.0, gt=0, description="rows in which an n-gram must stand to be believed by half")
+    max_length: int = Field(128, ge=1, description="folder: tokens of a text that the encoder reads")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("folder",)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.folder is None) == (self.column is None):
+            raise ValueError("encoder must have folder or column, one of them")
+        return self
+
+
 class StudentConfig(Section):
     """What the student is and which columns it reads."""
 
@@ -65,6 +91,11 @@ class StudentConfig(Section):
     history: Literal["identity", "low-rank"] = Field(
         "identity", description="laurel-pa: earlier residuals as they are, or through a low-rank map each"
     )
+    init: Literal["random", "encoder"] = Field(
+        "random",
+        description="text: initial embeddings: random, or so that bags of n-grams lie where a sentence encoder puts their texts",
+    )
+    encoder: EncoderConfig | None = Field(None, description="text: the sentence encoder of init = 'encoder'")
     options: dict[str, Any] = Field({}, description="module:factory: further keyword arguments of the factory")
     input: InputConfig = Field(description="which columns become the student's input, and how")
 
@@ -108,6 +139,17 @@ class StudentConfig(Section):
     def _options_belong_to_a_factory(self) -> Self:
         if self.options and self.kind in KINDS:
             raise ValueError(f"options are arguments of a module:factory, kind {self.kind!r} takes none")
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_is_for_bags(self) -> Self:
+        if (self.init == "encoder") != (self.encoder is not None):
+            raise ValueError("encoder must be given with init = 'encoder', and only with it")
+        if self.encoder is not None and (self.kind != "text" or self.input.kind not in ("text", "tokens")):
+            raise ValueError(
+                f"init = 'encoder' is for students of kind 'text' that read text, got kind {self.kind!r} and input of kind "
+                f"{self.input.kind!r}; leave init and encoder out"
+            )
         return self
 
     @model_validator(mode="after")
