@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.jobs.final_training import final_student
+from distilbeam.pipelines.jobs.final_result import final_student
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json
