@@ -61,7 +61,7 @@ lint: $(DEV)
 types: $(DEV)  # the parts are installed as distilbeam.<part>; these links show mypy the same layout
 	@rm -rf .mypy/distilbeam && mkdir -p .mypy/distilbeam
 	@ln -s $(addprefix ../../,$(PARTS) $(wildcard distilbeam/[a-z]*) distilbeam/__init__.py) .mypy/distilbeam/
-	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS) storage inputs settings.py __init__.py)
+	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS) storage inputs settings.py setting_docs.py __init__.py)
 
 dist: $(DEV)  ## wheel and source distribution in dist/
 	@rm -rf build dist

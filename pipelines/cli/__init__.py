@@ -1,5 +1,5 @@
 """The command line: one file for each group of commands.
 
-Read in this order: main (the entry, errors, the run's commands), options, label, stream, data, student, predict, teacher, launch.
+Read in this order: main (the entry, errors, the run's commands), options, label, stream, data, student, predict, teacher, launch, settings.
 Imports: everything below; no other room imports it.
 """

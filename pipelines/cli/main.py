@@ -40,6 +40,7 @@ from distilbeam.pipelines.cli.options import (
     with_weak_teacher,
 )
 from distilbeam.pipelines.cli.predict import predict
+from distilbeam.pipelines.cli.settings import settings as print_settings
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
@@ -263,3 +264,4 @@ def _print_results(directory: Path) -> None:
 
 for command in (plan, label, stream, ingest, launch, predict, export, tune, pareto, inspect, verify, serve_teacher):
     app.command(command.__name__.replace("_", "-"))(command)
+app.command("settings")(print_settings)
