@@ -12,11 +12,13 @@ MODULES = {
     "gcp": ("gcsfs", "upath"),
     "hf": ("transformers",),
     "kafka": ("confluent_kafka",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "s3": ("s3fs", "upath"),
     "tensorboard": ("tensorboard",),
     "tfrecord": ("google_crc32c",),
     "tune": ("optuna",),
+    "wandb": ("wandb",),
 }
 
 

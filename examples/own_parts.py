@@ -39,7 +39,10 @@ class Forest(ModelHandler[np.ndarray, np.ndarray, RandomForestClassifier]):
         return pickle.loads(Path(self.path).read_bytes())
 
     def run_inference(
-        self, batch: Sequence[np.ndarray], model: RandomForestClassifier, inference_args: dict[str, Any] | None = None,  # noqa: ARG002
+        self,
+        batch: Sequence[np.ndarray],
+        model: RandomForestClassifier,
+        inference_args: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> list[np.ndarray]:
         """Answer rows with probabilities, which `answers` says in the configuration."""
         return list(model.predict_proba(np.stack(batch)))

@@ -126,11 +126,15 @@ def test_one_section_or_one_setting_is_chosen() -> None:
 
 def test_lines_are_as_wide_as_they_may_be() -> None:
     files = setting_files()
-    lines = list(setting_lines(together(files), said_of_sections(files), tuple(files), 80))
+    lines = list(setting_lines(together(files), said_of_sections(files), 80))
     # a default or an allowed value is one word, which may be long
     assert [line for line in lines if len(line) > 80 and " " in line.strip() and ":" not in line] == []
-    assert '[teacher] kind = "onnx"  (of a run, a labelling job)' in lines
-    assert "[training]  (of a run, a training)" in lines
+    assert lines.count("[data]") == 1
+    assert (
+        lines[lines.index('[teacher] kind = "onnx"') + 1] == "An ONNX model, run by ONNX Runtime. (Run, labelling job.)"
+    )
+    place = lines.index("  num_classes: whole number, default unset")
+    assert [line.strip() for line in lines[place + 1 : place + 4]][-1] == "Labelling job."
     assert "  lr: number, default 0.003" in lines
 
 

@@ -43,6 +43,8 @@ def on_config(config: Any) -> Any:
     for part in PARTS:  # copied, since links would be followed back to here
         shutil.copytree(ROOT / part, installed / "distilbeam" / part, ignore=code)
         (installed / "distilbeam" / part / "__init__.py").touch()  # without one mkdocstrings looks no further
+    for path in (installed / "distilbeam").rglob("*.py"):  # the name by which its examples are shown as code
+        path.write_text(path.read_text().replace(" Example:\n", " Examples:\n"))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(installed)]
     return config
 

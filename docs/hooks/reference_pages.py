@@ -5,14 +5,13 @@ Nothing of them is stored, so that nothing of them can be out of date. This need
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import typer.main
 
 import distilbeam
 from distilbeam.pipelines.cli.main import app
-from distilbeam.pipelines.cli.settings import said_of_sections, setting_files
+from distilbeam.pipelines.cli.settings import by_section, file_words, files_of, said_of_sections, setting_files
 from distilbeam.setting_docs import Setting, together
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,12 +21,6 @@ PARTS = {  # in the order of the manual
     "teacher": "Teachers, and the soft-label format.",
     "selection": "Which examples to buy, and how far to trust their labels.",
     "kernels": "Losses and low-precision layers.",
-}
-TITLES = {
-    "run": "The configuration of a run: `distilbeam run CONFIG`",
-    "labelling job": "Only in a labelling job: `distilbeam label CONFIG`",
-    "training": "Only in a training of its own: `distilbeam launch TRAINING`",
-    "ingest": "Ingest: `distilbeam ingest ... --set NAME=VALUE`",
 }
 
 
@@ -42,33 +35,21 @@ def settings_page() -> str:
         "given on the command line: `--set section.key=value`. A part of a name in capitals is a name of your own.",
         "",
     ]
-    title, heading = "", ("", "", ())
-    for setting in together(files):
-        if title != (new := TITLES[setting.files[0]]):
-            title = new
-            lines += [f"## {title}", ""]
-        if heading != (now := (setting.section, setting.kind, setting.files)):
-            heading = now
-            lines += ["", *_section(setting, said.get((setting.section, setting.kind), "")), ""]
-            lines += ["| setting | type and default | what it means |", "|---|---|---|"]
-        lines.append(_row(setting))
+    for (section, kind), settings in by_section(together(files)).items():
+        of_kind = f', kind = "{kind}"' if kind else ""
+        names = files_of(settings)
+        lines += [f"## [{section}]{of_kind}", "", f"{_plain(said[section, kind])} *{file_words(names)}.*", ""]
+        lines += ["| setting | type and default | what it means |", "|---|---|---|"]
+        lines += [_row(setting, names) for setting in settings]
+        lines.append("")
     return "\n".join(lines) + "\n"
 
 
-def _section(setting: Setting, said: str) -> Iterator[str]:
-    kind = f', kind = "{setting.kind}"' if setting.kind else ""
-    yield f"### [{setting.section}]{kind}"
-    yield ""
-    shared = f" (Also in a {' and a '.join(setting.files[1:])}.)" if len(setting.files) > 1 else ""
-    yield _plain(said) + shared
-
-
-def _row(setting: Setting) -> str:
+def _row(setting: Setting, of_section: tuple[str, ...]) -> str:
     default = "**must be given**" if setting.required else f"`{setting.default}`"
     allowed = f"<br>Allowed: {_plain(setting.allowed)}." if setting.allowed else ""
-    return f"| `{setting.name}` | {setting.type}<br>{default} | {_plain(setting.sentence)}{allowed} |".replace(
-        "\n", " "
-    )
+    where = "" if setting.files == of_section else f"<br>*{file_words(setting.files)}.*"
+    return f"| `{setting.name}` | {setting.type}<br>{default} | {_plain(setting.sentence)}{allowed}{where} |"
 
 
 def _plain(text: str) -> str:
@@ -97,7 +78,7 @@ def commands_page() -> str:
         inner = command.make_context(name, [], parent=context, resilient_parsing=True)
         usage = " ".join(command.collect_usage_pieces(inner))
         lines += [f"## {name}", "", _plain(" ".join((command.help or "").split())), "", "```"]
-        lines += [f"distilbeam {name} {usage}", "```", "", "| | |", "|---|---|"]
+        lines += [f"distilbeam {name} {usage}", "```", "", "| option | what it does |", "|---|---|"]
         for parameter in command.get_params(inner):
             if (record := parameter.get_help_record(inner)) is not None:
                 lines.append(f"| `{record[0]}` | {_plain(' '.join(record[1].split()))} |")

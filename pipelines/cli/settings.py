@@ -37,7 +37,7 @@ def settings(
         print(json.dumps([asdict(setting) for setting in found], indent=2, ensure_ascii=False))
         return
     width = min(shutil.get_terminal_size().columns, 100)
-    for line in setting_lines(found, said_of_sections(files), tuple(files), width):
+    for line in setting_lines(found, said_of_sections(files), width):
         console.print(line, soft_wrap=True)
 
 
@@ -86,46 +86,52 @@ def chosen(every: Sequence[Setting], name: str | None) -> list[Setting]:
     return found
 
 
-def setting_lines(
-    found: Sequence[Setting], said: Mapping[tuple[str, str], str], files: Sequence[str], width: int
-) -> Iterator[str]:
+def by_section(found: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]]:
+    """Gather settings by section and kind, in the order in which these are first met."""
+    gathered: dict[tuple[str, str], list[Setting]] = {}
+    for setting in found:
+        gathered.setdefault((setting.section, setting.kind), []).append(setting)
+    return gathered
+
+
+def files_of(found: Sequence[Setting]) -> tuple[str, ...]:
+    """Give the files that have any of some settings."""
+    return tuple(dict.fromkeys(name for setting in found for name in setting.files))
+
+
+def file_words(names: Sequence[str]) -> str:
+    """Say what files have something, as in "Run, labelling job"."""
+    words = ", ".join(names)
+    return words[:1].upper() + words[1:]
+
+
+def setting_lines(found: Sequence[Setting], said: Mapping[tuple[str, str], str], width: int) -> Iterator[str]:
     """Write settings as text of a width, a heading for each section.
 
     Args:
       found: the settings.
       said: section and kind -> what is said of them.
-      files: names of all files.
       width: most characters of a line, where a word allows it.
 
     Yields:
       Lines.
     """
-    heading = None
-    for setting in found:
-        if heading != (new := (setting.section, setting.kind, setting.files)):
-            if heading is not None:
-                yield ""
-            heading = new
-            yield _heading(setting, files)
-            yield from textwrap.wrap(said.get((setting.section, setting.kind), ""), width)
-        yield f"  {setting.name}{_value(setting)}"
-        yield from textwrap.wrap(
-            setting.sentence, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-        )
-        if setting.allowed:
-            yield from textwrap.wrap(
-                f"Allowed: {setting.allowed}.",
-                width,
-                initial_indent=" " * 6,
-                subsequent_indent=" " * 6,
-                break_on_hyphens=False,
-            )
-
-
-def _heading(setting: Setting, files: Sequence[str]) -> str:
-    kind = f' kind = "{setting.kind}"' if setting.kind else ""
-    of = "" if len(setting.files) == len(files) else f"  (of a {', a '.join(setting.files)})"
-    return f"[{setting.section}]{kind}{of}".replace("a ingest", "an ingest")
+    for place, ((section, kind), settings) in enumerate(by_section(found).items()):
+        if place:
+            yield ""
+        files = files_of(settings)
+        of_kind = f' kind = "{kind}"' if kind else ""
+        yield f"[{section}]{of_kind}"
+        yield from textwrap.wrap(f"{said.get((section, kind), '')} ({file_words(files)}.)", width)
+        for setting in settings:
+            yield f"  {setting.name}{_value(setting)}"
+            more = [f"Allowed: {setting.allowed}."] * bool(setting.allowed)
+            more += [f"{file_words(setting.files)}."] * (setting.files != files)
+            for text in (setting.sentence, *more):
+                indent = " " * 6
+                yield from textwrap.wrap(
+                    text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+                )
 
 
 def _value(setting: Setting) -> str:
