@@ -149,7 +149,7 @@ class TrainingDirectory:
         shutil.copyfile(self.path / METRICS, student / METRICS)
         for name in TRACKERS:
             if (self.path / name).exists():
-                shutil.copytree(self.path / name, student / name)
+                shutil.copytree(self.path / name, student / name, symlinks=True)
 
     def remove(self) -> None:
         """Remove the directory, when the student is there."""

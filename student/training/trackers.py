@@ -6,6 +6,7 @@ A tracker writes into a folder of its name beside the checkpoints, which goes wi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,8 @@ class _Mlflow:
     def __init__(self, folder: Path, _: int, settings: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient  # the client alone: no global run of the user's is touched
 
+        for noisy in ("mlflow", "alembic"):  # which tell every table that they make
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         folder.mkdir(exist_ok=True)
         self._client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
         remembered = folder / "run"
