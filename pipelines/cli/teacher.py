@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,12 +114,15 @@ def verify(
     from distilbeam.teacher.softlabels.verify import verify_labels
 
     with ExitStack() as stack:
-        asked = None
+        asked = complete = None
         if teacher is not None:
-            classes = read_manifest(path).spec.classes
-            asked = load_teacher(read_teacher_config(teacher), classes=classes)
+            from distilbeam.pipelines.jobs.pool_rows import with_read_columns
+
+            told = read_teacher_config(teacher)
+            asked = load_teacher(told, classes=read_manifest(path).spec.classes)
             stack.callback(asked.close)
-        result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed)
+            complete = partial(with_read_columns, dataset=path, config=teacher, columns=told.input.columns)
+        result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed, complete=complete)
     if teacher is not None:
         from distilbeam.pipelines.jobs.pool_check import pool_problems
 

@@ -2,6 +2,6 @@
 
 Read in this order: directory, opening; run, freeze, recorded_phases, kept_student, distillation, final_training, variants;
 pool_labels, labelling_plan, labelling; watch, watch_files, watch_journal, watch_window; set_notes, teacher_check, weak_teacher,
-pool_check (what is checked); work_log.
+pool_check, pool_rows (what is checked, and what `verify` reads); work_log.
 Imports: labelling, acquisition, pool, engine.
 """

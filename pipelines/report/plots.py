@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-TEACHER, STUDENT, UNIFORM, GREY = "#1b4965", "#d1495b", "#8d99ae", "#cfd4da"
+TEACHER, STUDENT, FINAL, UNIFORM, GREY = "#1b4965", "#d1495b", "#7b2d3a", "#8d99ae", "#cfd4da"
 _STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -74,12 +74,10 @@ def _pareto(results: dict[str, Any]) -> Figure:
         color, name = _STRATEGIES[strategy]
         x, y = [p[cost] * scale for p in points], [100 * p["accuracy"] for p in points]
         ax.plot(x, y, _FORMS[form], ms=7, color=color, mec="white", mew=0.6, label=f"{name}, {form}")
-    ax.set_xscale("log")
     ax.set(xlabel=label, ylabel="accuracy on the validation set (%)")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(0.08, 0.12)
+    _plain_log(ax)
+    _end_at_100(ax)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
@@ -114,10 +112,15 @@ def _accuracy(results: dict[str, Any]) -> Figure:
         point = results["uniform"]["labels"], 100 * results["uniform"]["accuracy"]
         ax.plot(*point, "s", color=UNIFORM, ms=7, label="the same student, uniform choice")
     for x, y in zip(labels, accuracy, strict=True):
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-4, 7), ha="right", color=STUDENT)
+        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-9, 3), ha="right", color=STUDENT)
+    if (final := _final(results)) is not None:
+        x, y = final["labels"], 100 * final["accuracy"]
+        ax.plot(x, y, "*", color=FINAL, ms=11, label="student after the last training")
+        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(8, -4), ha="left", color=FINAL)
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
-    _legend_below(figure, ax)
+    _end_at_100(ax)
+    _legend_below(figure, ax, columns=2)
     return figure
 
 
@@ -164,6 +167,8 @@ def _footprint(results: dict[str, Any]) -> Figure:
     if "own" in results:
         rows.append((results["own"], UNIFORM, "the run's own student"))
     rows.append((results["students"][-1], STUDENT, "student after"))
+    if (final := _final(results)) is not None:
+        rows.append((final, FINAL, "after the last training"))
     figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, key, label in (
@@ -173,19 +178,43 @@ def _footprint(results: dict[str, Any]) -> Figure:
         for row, color, name in rows:
             if row.get(key) is not None:
                 x = row[key] / 1024 if key == "size_bytes" else row[key]
-                ax.plot(x, 100 * row["accuracy"], "o", ms=9, color=color, label=name)
-        ax.set_xscale("log")
+                marker = "*" if color == FINAL else "o"
+                ax.plot(x, 100 * row["accuracy"], marker, ms=12 if color == FINAL else 9, color=color, label=name)
         ax.set_xlabel(label)
         ax.margins(0.25)
+        _plain_log(ax)
+    _end_at_100(left)
     left.set_ylabel(f"accuracy on the {results['evaluated_on']} set (%)")
     _legend_below(figure, right)
     return figure
 
 
-def _legend_below(figure: Figure, ax: Axes) -> None:
+def _final(results: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the row of the student of the last training, where there was one."""
+    row: dict[str, Any] | None = results.get("final", {}).get("row")
+    return row
+
+
+def _plain_log(ax: Axes) -> None:
+    """Make the x axis logarithmic, with 1, 2 and 5 of each power of ten as plain numbers; a narrow range has all its digits."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 4 * low else tuple(range(1, 10))))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _end_at_100(ax: Axes) -> None:
+    """Leave room above 100 % for markers, but no number: there is no such accuracy."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, min(high, 104))
+    ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= 100])
+
+
+def _legend_below(figure: Figure, ax: Axes, columns: int = 5) -> None:
     """Put the legend below the axes, where it covers no point."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

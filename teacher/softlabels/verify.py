@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +98,13 @@ def verify_labels(
     tolerance: float = 2e-3,
     batch_size: int = 256,
     seed: int = 0,
+    complete: Callable[[pa.Table], pa.Table] | None = None,
 ) -> Verification:
     """Check a soft-label dataset.
 
     Sizes, checksums, footers, columns, row counts and distributions of all shards are checked, and that no example_id
-    is there twice. With a teacher a random sample is labelled again; its columns must be among the carried ones.
+    is there twice. With a teacher a random sample is labelled again; its columns must be among the carried ones, or
+    `complete` adds them.
 
     Args:
       path: folder of the soft-label dataset.
@@ -112,6 +114,7 @@ def verify_labels(
         probability by up to 2e-4.
       batch_size: most rows in one request to the teacher.
       seed: seed of the draw of the rows that are labelled again.
+      complete: adds to rows of the labels the columns that the teacher reads and they do not carry.
 
     Returns:
       The result.
@@ -131,7 +134,9 @@ def verify_labels(
     problems += _duplicates(manifest.directory, sound)
     comparison = None
     if teacher is not None and sound:
-        comparison = _compare(manifest, sound, teacher, sample, batch_size, seed)
+        rows = _random_rows(manifest.directory, sound, sample, np.random.default_rng(seed))
+        rows = rows if complete is None else complete(rows)
+        comparison = _compare(manifest.spec, rows, teacher, batch_size)
         problems += _comparison_problems(comparison, tolerance, manifest.spec)
     notes = _orphans(manifest)
     return Verification(manifest.directory, len(manifest.entries), manifest.rows, tuple(problems), notes, comparison)
@@ -217,11 +222,7 @@ def _orphans(manifest: Manifest) -> tuple[str, ...]:
     )
 
 
-def _compare(
-    manifest: Manifest, entries: list[ManifestEntry], teacher: Teacher, sample: int, batch_size: int, seed: int
-) -> Comparison:
-    rows = _random_rows(manifest.directory, entries, sample, np.random.default_rng(seed))
-    spec = manifest.spec
+def _compare(spec: SoftLabelSpec, rows: pa.Table, teacher: Teacher, batch_size: int) -> Comparison:
     answers = ask(teacher, rows.combine_chunks().to_batches()[0], spec.num_classes, batch_size=batch_size)
     answered = np.flatnonzero(answers.ok)
     if not len(answered):
