@@ -47,7 +47,8 @@ width = 0.25
 input = { kind = "image", columns = ["image"], mode = "L", size = [16, 16] }
 
 [training]
-epochs = 30
+epochs = 15
+ensemble = 2
 lr = 0.01
 augment = { crop = 1 }
 """

@@ -2,7 +2,7 @@
 
     python examples/nightly.py [DIRECTORY]
 
-Two nights: the second asks the teacher for the rows that came since, and for nothing else. Under a minute on one core.
+Two nights: the second asks the teacher for the rows that came since, and for nothing else. About a minute on one core.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/own_parts.py [DIRECTORY]
 
 A configuration names them as `module:name`, and the module must be importable: beside the script, installed, or on PYTHONPATH. The
-teacher is a random forest, which the network imitates without ever meeting it. Under a minute on one core.
+teacher is a random forest, which the network imitates without ever meeting it. About a minute on one core.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(directory: Path) -> None:
             },
             "selection": {"method": "own_parts:HalfAndHalf", "budget": 80},
             "student": {"kind": "own_parts:Maxout", "options": {"pieces": 2}, "input": columns},
-            "training": {"epochs": 60, "lr": 0.01, "ensemble": 3},
+            "training": {"epochs": 30, "lr": 0.01, "ensemble": 2},
         },
         base=directory,
     )
