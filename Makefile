@@ -57,8 +57,10 @@ test-all: $(DEV)
 test-fast: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not exhaustive"
 
-test-prism: $(DEV)  ## streams and labelling on Prism and a Kafka broker, where they are found (PRISM, KAFKA_JARS); else skipped
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/streaming tests/pipelines/engine/test_prism.py
+test-prism: $(DEV)  ## pipelines on Prism, streams with a Kafka broker too, where they are found (PRISM, KAFKA_JARS); else skipped
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/streaming
+	@OMP_NUM_THREADS=1 DISTILBEAM_RUNNER=PrismRunner $(BIN)/python -m pytest -q -m "not exhaustive" \
+	  tests/pipelines --ignore=tests/pipelines/streaming
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

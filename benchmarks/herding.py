@@ -2,7 +2,8 @@
 
     python benchmarks/herding.py --quick                             # a minute, synthetic rows alone
     python benchmarks/herding.py --data DIR --json benchmarks/results/herding.json
-    python benchmarks/herding.py --pools synthetic --rows 1000000 --ways bounded --seeds 1 --threads 2
+    python benchmarks/herding.py --pools synthetic --rows 1000000 --ways bounded --seeds 1 --no-training
+    python benchmarks/herding.py --data DIR --rows 40000 --deviations 0 0.25 0.5 1 --no-training
 
 Pools: the rows of the science benchmark's synthetic family; CLINC150's sentence embeddings, repeated with Gaussian noise up to
 `--rows`; CIFAR-10's training images at 8 x 8 pixels, of which there are 50,000. A student with 64 hidden units learns `--known`
@@ -13,6 +14,8 @@ labelled rows, 500 labels (true ones) are chosen by its margins and its hidden l
     sampled    what `herd` was before: the sum over the references, a reference's own row counting size / references times
     own once   the same, every candidate's own row counting once
     margin, uniform
+
+`--deviations 0 0.25 0.5 1` compares values of z in the bounds of `bounded` instead (`DEVIATIONS`), beside `whole`.
 
 Of each: the share of the choice that is references (a choice that ignores which rows they are has their share of the pool, within four
 standard deviations of the hypergeometric distribution), what is covered beyond the labelled rows in % of what `whole` covers,
@@ -43,7 +46,7 @@ from benchmarks.science.problems import Problem
 from benchmarks.science.synthetic import world
 from benchmarks.science.training import accuracy, embeddings_of, fit, logits_of
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.strategies.facility_location import FacilityLocation, greedy, nearest
+from distilbeam.selection.strategies.facility_location import DEVIATIONS, FacilityLocation, greedy, nearest
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import TrainConfig
 
@@ -105,7 +108,9 @@ class SumOverReferences:
         self.whole.choose(candidate)
 
 
-def choose(pool: Pool, way: str, references: int, seed: int) -> tuple[Indices, Indices, int]:
+def choose(
+    pool: Pool, way: str, references: int, seed: int, deviations: float = DEVIATIONS
+) -> tuple[Indices, Indices, int]:
     """Choose rows; give them, the references, and how many rows were summed over the whole pool."""
     rng, size = np.random.default_rng(seed), len(pool.points)
     drawn = np.sort(rng.choice(size, min(references, size), replace=False))
@@ -115,7 +120,8 @@ def choose(pool: Pool, way: str, references: int, seed: int) -> tuple[Indices, I
     if way == "margin":
         return order[np.argsort(-pool.gains[order], kind="stable")[:BUDGET]], drawn, 0
     distances = nearest(pool.points, pool.known)
-    objective = FacilityLocation(pool.points, pool.gains, distances, max(float(np.median(distances)), 1e-6))
+    radius = max(float(np.median(distances)), 1e-6)
+    objective = FacilityLocation(pool.points, pool.gains, distances, radius, deviations)
     if way in ("sampled", "own once"):
         part: Any = SumOverReferences(objective, drawn, way == "own once")
         return greedy(part, part.added(np.arange(size)), True, BUDGET, order), drawn, 0
@@ -201,9 +207,12 @@ def measure(name: str, given: argparse.Namespace, seed: int) -> list[dict[str, A
     pool = make_pool(name, given.data, given.rows, given.known, seed)
     size, found, best = len(pool.points), [], None
     print(f"\n{name}, {size:,} rows, {given.known} labelled, seed {seed}", flush=True)
-    for way in given.ways:
+    ways = [(way, DEVIATIONS) for way in given.ways]
+    if given.deviations:
+        ways = [("whole", DEVIATIONS), *(("bounded", z) for z in given.deviations)]
+    for way, deviations in ways:
         start = time.process_time()
-        chosen, drawn, summed = choose(pool, way, given.references, seed)
+        chosen, drawn, summed = choose(pool, way, given.references, seed, deviations)
         seconds = time.process_time() - start
         value, share = covered(pool, chosen), len(drawn) / size
         best = best or (value, chosen)
@@ -215,11 +224,12 @@ def measure(name: str, given: argparse.Namespace, seed: int) -> list[dict[str, A
             "references": len(drawn),
             "seed": seed,
             "way": way,
+            "deviations": deviations if way == "bounded" else None,
             "references_in_pool": share,
             "references_in_choice": float(np.isin(chosen, drawn).mean()),
             "bound": spread,
             "covered": value / best[0],
-            "covered_beside": given.ways[0],
+            "covered_beside": ways[0][0],
             "chosen_too": float(np.isin(chosen, best[1]).mean()),
             "seconds": seconds,
             "rows_summed": summed,
@@ -230,7 +240,7 @@ def measure(name: str, given: argparse.Namespace, seed: int) -> list[dict[str, A
             row["accuracy"] = accuracy(fit(problem, None, problem.human(rows)), problem)
         found.append(row)
         print(
-            f"  {way:9} references {100 * row['references_in_choice']:5.1f} % of the choice, "
+            f"  {way:9} {f'z = {deviations:g}' if given.deviations else ''} references {100 * row['references_in_choice']:5.1f} % of the choice, "
             f"{100 * share:.1f} ± {100 * spread:.1f} expected; covered {100 * row['covered']:6.2f} %; "
             f"same {100 * row['chosen_too']:5.1f} %; accuracy {100 * row.get('accuracy', math.nan):.1f} %; "
             f"{seconds:.1f} s; {summed:,} summed",
@@ -247,6 +257,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is what others are compared with"
     )
+    parser.add_argument("--deviations", nargs="+", type=float, default=[], help="values of z to compare")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--known", type=int, default=500, help="labelled rows")
     parser.add_argument("--references", type=int, default=REFERENCES)

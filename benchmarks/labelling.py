@@ -11,7 +11,9 @@ otherwise), 62,500 rows in a row group, uncompressed, read before so that it lie
 encodes with distilbeam's codec, so that what is compared is the engine, and writes the same columns, a row group at a time,
 without checksums, manifest and flushing. distilbeam with one worker reads the next batch in a thread of its own where a
 processor is idle; with as many workers as processors it does not. Ways that are far slower are given the first rows only.
-Memory is the process's peak resident set (for several processes the driver's alone).
+Memory is the process's peak resident set (for several processes the driver's alone). The parts "engines" (4 million rows) and
+"short" (200,000) set Prism, where it is found (PRISM, or the PATH), beside the local runner, with one worker and with two of
+`distilbeam workers`; processor time is this process's and that of the ended ones that it started.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ SLOW = {  # part of the rows: 1 / this
     "RunInference + WriteToParquetBatched": 5,
     "Ray Data, 2 actors": 4,
 }
+OURS = ("distilbeam", "distilbeam, 2 processes")
 OVERHEAD = ("plain loop", "distilbeam")
 TEACHER = "teacher alone"
 CHOICE = ("plain loop, 5 % chosen", "distilbeam, 5 % chosen")
-PARTS = ["cheap", "slow", "choice", "growth", "plan"]
+PARTS = ["cheap", "engines", "short", "slow", "choice", "growth", "plan"]
 _CELL = ("rows", "files", "features", "layout")
 
 
@@ -70,15 +73,21 @@ def one(way: str, arguments: dict[str, Any]) -> dict[str, float]:
             **arguments.get("more", {}),
         )
         prepare(way)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), _processor_s()
         others = {CHOICE[0]: plain_choice, CHOICE[1]: distilbeam_choice, TEACHER: teacher_alone}
         (WAYS | others)[way](task)
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, _processor_s() - used
         rows = _rows_written(task.output)
         clean_up(task)
     wanted = {**dict.fromkeys(CHOICE, round(0.05 * arguments["rows"])), TEACHER: 0}.get(way, arguments["rows"])
     assert rows == wanted, f"{way} wrote {rows:,} rows of {wanted:,}"
-    return {"seconds": seconds, "rows": arguments["rows"], "peak_mb": _peak_bytes() / 1e6}
+    return {"seconds": seconds, "processor_s": used, "rows": arguments["rows"], "peak_mb": _peak_bytes() / 1e6}
+
+
+def _processor_s() -> float:
+    """Return the processor time of this process and of those that it started and that have ended, such as Prism."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _peak_bytes() -> int:
@@ -89,6 +98,8 @@ def _peak_bytes() -> int:
 
 def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any) -> list[dict[str, Any]]:
     """Measure several ways in turn over one pool."""
+    from measuring.label_loops import PRISM, PRISM_2
+
     pools = {part: pool_arguments(scratch, max(1, rows // part), **more) for part in {SLOW.get(way, 1) for way in ways}}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
@@ -104,15 +115,23 @@ def compare(ways: list[str], scratch: Path, rows: int, repeats: int, **more: Any
                 "rows": runs[way][0]["rows"],
                 "rows_per_s": rate,
                 "rates": [run["rows"] / run["seconds"] for run in runs[way]],
+                "processor_s": statistics.median(run["processor_s"] for run in runs[way]),
                 "peak_mb": statistics.median(run["peak_mb"] for run in runs[way]),
             }
         )
     for row in table:
-        several = "processes" in row["way"] or "threads" in row["way"] or "actors" in row["way"]
+        several = (
+            "workers" in row["way"] or "processes" in row["way"] or "threads" in row["way"] or "actors" in row["way"]
+        )
         limit = CHOICE[0] if row["way"] in CHOICE else "plain loop, 2 processes" if several else "plain loop"
         limit = TEACHER if TEACHER in ways else limit
         limits = [other["rows_per_s"] for other in table if other["way"] == limit]
         row["of_limit"] = row["rows_per_s"] / limits[0] if limits else None
+        local = {PRISM: "distilbeam", PRISM_2: "distilbeam, 2 processes"}.get(row["way"])
+        for other in table:
+            if other["way"] == local:
+                row["of_local_runner"] = row["rows_per_s"] / other["rows_per_s"]
+                row["processor_s_of_local_runner"] = row["processor_s"] / other["processor_s"]
         one = [other["rows_per_s"] for other in table if other["way"] == "plain loop"]
         row["of_one_process"] = row["rows_per_s"] / one[0] if one else None
     return table
@@ -214,14 +233,23 @@ def main() -> None:
 
 def figures(parts: list[str], scratch: Path, quick: bool, rows: int, repeats: int) -> dict[str, Any]:
     """Take the measurements."""
-    from measuring.label_loops import WAYS
+    from measuring.label_loops import PRISM, PRISM_2, WAYS
+
+    from distilbeam.pipelines.engine.prism import find_prism
 
     ways = [way for way in WAYS if not (quick and ("Dask" in way or "Ray" in way))]
+    if find_prism() is None:
+        ways = [way for way in ways if "Prism" not in way]
+        if "engines" in parts or "short" in parts:
+            print("Prism is not here (PRISM, PATH): it is not measured")
+    engines = [way for way in ("plain loop", "plain loop, 2 processes", *OURS, PRISM, PRISM_2) if way in ways]
     slow_teacher = {"teacher_batch": 64, "seconds_per_call": 0.005}
     repeats = 1 if quick else repeats
     few = 1 if quick else min(3, repeats)
     takes = {
-        "cheap": lambda: compare(ways, scratch, rows, repeats),
+        "cheap": lambda: compare([way for way in ways if "Prism" not in way], scratch, rows, repeats),
+        "engines": lambda: compare(engines, scratch, min(rows, 4_000_000), repeats),
+        "short": lambda: compare(engines, scratch, 200_000, repeats),
         "slow": lambda: compare([TEACHER, *OVERHEAD], scratch, 6_400 if quick else 640_000, few, **slow_teacher),
         "choice": lambda: compare(list(CHOICE), scratch, rows, few),
         "growth": lambda: growth(scratch, quick, few),
@@ -241,7 +269,9 @@ def show(results: dict[str, Any]) -> None:
             what = row.get("way") or ", ".join(f"{name} {row[name]}" for name in _CELL if name in row)
             ratio = "" if row["of_limit"] is None else f"{row['of_limit']:6.2f} of the limit"
             alone = f"{row['of_one_process']:6.2f} of one process" if row.get("of_one_process") else ""
-            print(f"{what:42} {row['rows_per_s'] / 1e6:8.3f} M rows/s {ratio} {alone} {row['peak_mb']:8.0f} MB")
+            local = f"{row['of_local_runner']:6.2f} of the local runner" if "of_local_runner" in row else ""
+            rate = f"{row['rows_per_s'] / 1e6:8.3f} M rows/s"
+            print(f"{what:42} {rate} {ratio} {alone} {local} {row['peak_mb']:8.0f} MB")
 
 
 def _rows_written(directory: Path) -> int:

@@ -8,31 +8,22 @@
 The step is the trainer's own (`step_loss`, forward and backward, without the optimizer) of an RMSNorm mlp with learned
 residuals, whose last layer has the given sizes. `table` says what `training.last_layer = "table"` chooses there. Times are
 medians of rounds taken in turn; `--buffers` adds `together` with buffers of other sizes, in MiB, on a CPU; peaks are what a
-step needs beyond what is held before it, on a CPU in a process each.
+step needs beyond what is held before it, on a CPU in a process for each shape.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from measuring.record import machine, write
 from measuring.steps import Step, medians, peak_bytes
+from measuring.student_steps import StudentStep, peaks_alone, student_step
 
 from distilbeam.kernels.linear_distillation import chunked
-from distilbeam.student.networks.build import build_student
-from distilbeam.student.networks.config import StudentConfig
-from distilbeam.student.training.batches import StepRows
 from distilbeam.student.training.config import TrainConfig
-from distilbeam.student.training.distributed import Processes
-from distilbeam.student.training.loss import step_loss
-from distilbeam.student.training.wrap import UpToLastLayer, make_network
-from distilbeam.teacher.softlabels import SoftLabelSpec
 
 WAYS = ("apart", "together")
 
@@ -49,6 +40,7 @@ class Shape(NamedTuple):
 
 
 GRIDS = {
+    "dry": (Shape(16, 16, 100),),
     "quick": (Shape(64, 64, 1_000), Shape(256, 64, 8_000)),
     "cpu": tuple(
         Shape(rows, features, classes)
@@ -68,34 +60,12 @@ GRIDS = {
 }
 
 
-def make_step(shape: Shape, way: str, options: argparse.Namespace) -> tuple[Step, bool]:
-    """Build a student and give its step, and whether the last layer is taken together with the loss."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    config = StudentConfig.model_validate(
-        {
-            "kind": "mlp",
-            "hidden": [shape.features] * 2,
-            "residual": "laurel-rw+lr",
-            "norm": "rms",
-            "input": {"columns": ["x"]},
-        }
-    )
-    module = build_student(config, (shape.features,), shape.classes).to(device)
+def make_step(shape: Shape, way: str, options: argparse.Namespace) -> StudentStep:
+    """Give the step of a student whose last layer has the shape."""
+    student = {"kind": "mlp", "hidden": [shape.features] * 2, "residual": "laurel-rw+lr", "norm": "rms"}
     training = TrainConfig(batch_size=shape.rows, precision=options.precision, last_layer=way)
-    spec = SoftLabelSpec(shape.classes, kind="top_k", k=10, teacher="benchmark")
-    network = make_network(module, config, training, Processes(device), spec)
-    kept = torch.rand(shape.rows, shape.classes).topk(10, dim=1).indices
-    logprobs = torch.randn(shape.rows, 10).log_softmax(1) - 0.1
-    batch = {"inputs": torch.randn(shape.rows, shape.features), "teacher_logprobs": logprobs, "teacher_classes": kept}
-    batch["teacher_tail_logmass"] = torch.log1p(-logprobs.exp().sum(1))
-    rows = StepRows(batch, None, shape.rows, 1)
-    leaves = list(module.parameters())
-
-    def step() -> None:
-        torch.autograd.grad(step_loss(network, training, rows, spec, None, None, device), leaves)
-
-    return step, isinstance(network, UpToLastLayer)
+    inputs = torch.randn(shape.rows, shape.features)
+    return student_step(student, inputs, shape.classes, training, torch.device(options.device))
 
 
 def in_buffer(step: Step, mebibytes: int) -> Step:
@@ -113,20 +83,19 @@ def in_buffer(step: Step, mebibytes: int) -> Step:
 
 def steps_of(shape: Shape, options: argparse.Namespace) -> dict[str, Step]:
     """Name the ways, and their steps."""
-    steps = {way: make_step(shape, way, options)[0] for way in WAYS}
+    steps = {way: make_step(shape, way, options).take for way in WAYS}
     steps |= {f"together in {size} MiB": in_buffer(steps["together"], size) for size in options.buffers}
     return steps
 
 
-def peak_of(shape: Shape, way: str, options: argparse.Namespace) -> int:
-    """Measure a step's peak, on a CPU in a process of its own that returns freed memory at once."""
-    if options.device == "cuda":
-        return peak_bytes(steps_of(shape, options)[way], "cuda")
-    command = [sys.executable, __file__, f"--precision={options.precision}", f"--threads={options.threads}"]
-    command += [f"--peak-of={way}", f"--shape={shape}", "--buffers", *map(str, options.buffers)]
-    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1])
+def peaks_of(shape: Shape, options: argparse.Namespace) -> dict[str, int]:
+    """Measure the steps' peaks, on a CPU in a process of their own that returns freed memory at once."""
+    steps = steps_of(shape, options)
+    if options.device == "cuda" or options.peaks:
+        return {way: peak_bytes(step, options.device) for way, step in steps.items()}
+    arguments = [f"--precision={options.precision}", f"--threads={options.threads}", "--peaks", f"--shape={shape}"]
+    found = peaks_alone(__file__, [*arguments, "--buffers", *map(str, options.buffers)])
+    return dict(zip(steps, found, strict=True))
 
 
 def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,10 +108,10 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     row |= {f"{way} ms": round(1e3 * taken, 3) for way, taken in times.items()}
     row["speed"] = round(times["apart"] / times["together"], 3)
     if not options.no_memory:
-        peaks = {way: peak_of(shape, way, options) for way in steps}
+        peaks = peaks_of(shape, options)
         row |= {f"{way} peak MiB": round(peak / 2**20, 1) for way, peak in peaks.items()}
         row["memory"] = round(peaks["together"] / max(1, peaks["apart"]), 3)
-    row["table"] = "together" if make_step(shape, "table", options)[1] else "apart"
+    row["table"] = "together" if make_step(shape, "table", options).together else "apart"
     return row
 
 
@@ -155,18 +124,20 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp8", "int8"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave out the peaks, which take a process for each shape"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--buffers", nargs="*", type=int, default=[], metavar="MIB", help="other sizes of the buffer")
     parser.add_argument("--shape", help="rows x features x classes, like 512x256x32000, instead of a grid")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shapes = GRIDS["quick" if options.quick else options.grid]
     if options.shape:
         shapes = (Shape(*map(int, options.shape.split("x"))),)
-    if options.peak_of:
-        print(peak_bytes(steps_of(shapes[0], options)[options.peak_of], options.device))
+    if options.peaks:
+        print(*peaks_of(shapes[0], options).values())
         return
     if options.quick:
         options.repeats, options.no_memory = 3, True

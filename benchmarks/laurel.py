@@ -33,7 +33,7 @@ from distilbeam.kernels.laurel.shapes import Shape
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 
 
-GRIDS = {"quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU, "gpu-all": shapes.GPU_ALL}
+GRIDS = {"dry": shapes.DRY, "quick": shapes.QUICK, "cpu": shapes.CPU, "gpu": shapes.GPU, "gpu-all": shapes.GPU_ALL}
 
 
 def formula(form: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -98,11 +98,14 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
     steps: dict[str, Step] = {}
     rows: list[dict[str, object]] = []
     for name, build in CANDIDATES.items():
+        if name in arguments.without:
+            continue
         try:
             take = build(problem)
             take()
-        except (ImportError, NotImplementedError, RuntimeError) as e:
-            rows.append({"shape": str(shape), "candidate": name, "left out": str(e).splitlines()[0][:110]})
+        except Exception as e:  # noqa: BLE001 - a peer's or a compiler's fault costs its own figures alone
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:110]
+            rows.append({"shape": str(shape), "candidate": name, "left out": reason})
         else:
             steps[name] = take
     bound = problem.least_bytes() / bandwidth
@@ -131,6 +134,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=list(CANDIDATES)[1:], metavar="NAME", help="leave these out"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)

@@ -7,10 +7,12 @@ It needs the development environment, Java 17, a Kafka broker (KAFKA_JARS) and P
 
 Part `deaths`: messages on four partitions at a rate, while the job is killed (kill -9) twice and the broker once; then every
 message must be labelled once, with the values that a batch job gives. Part `rate`: a topic that is full already, its messages'
-times spread over an hour; the rate is that of the messages between two sizes, so that starts cost nothing on either side. Part
-`latency`: the time from a message's own to that of the entry that commits its label, at steady rates. The plain loop is
-confluent-kafka's, the same teacher and codec, a Parquet file a window: what a person would write, without a dead letter, an
-offset or a restart. Both ways take turns.
+times spread over an hour, in turns with a plain loop (`measuring/stream_ways.py`); the rate is that of the messages between
+two sizes, so that starts cost nothing on either side. Its teacher `linear` costs nothing, so that what the job itself costs is
+seen; `network` is a small one that does. Part `latency`: the time from a message to the file that commits its label, at steady
+rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in replay, and what memory that takes.
+
+Results of several calls lie in one file where `--json` names it: each call replaces the parts that it has measured.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +35,37 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import tomli_w
 from engines import SCHEMA, Broker, labels_in, require_prism, rows, send, streaming, wait_for
 from measuring.record import machine, write
+from measuring.stream_ways import OURS, PARTITIONS, PLAIN, Task, do
+from measuring.stream_ways import SCHEMA as TIMED
 
 from distilbeam.teacher.softlabels import decode, read_manifest
 
 WINDOW_S = 5
-PARTITIONS = 4
 
 
-def config_file(folder: Path) -> Path:
-    """Write the configuration of a labelling job whose teacher keeps a log of what it is asked."""
+def config_file(folder: Path, teacher: str = "logging", carry: tuple[str, ...] = ("x",)) -> Path:
+    """Write the configuration of a labelling job, by default with a teacher that keeps a log of what it is asked."""
     folder.mkdir(parents=True)
-    teacher = {
-        "kind": "torch",
-        "model": "logging_teacher:LoggingTeacher",
-        "arguments": {"log": str(folder / "asked.log")},
-        "input": {"columns": ["x"]},
+    models: dict[str, dict[str, Any]] = {
+        "logging": {"model": "logging_teacher:LoggingTeacher", "arguments": {"log": str(folder / "asked.log")}},
+        "linear": {"model": "logging_teacher:LoggingTeacher", "arguments": {"log": os.devnull}},
+        "network": {"model": "measuring.stream_ways:Network"},
     }
-    data = {"pool": "pool", "id": "key", "carry": ["x"], "num_classes": 3}
+    data = {"pool": "pool", "id": "key", "carry": list(carry), "num_classes": 3}
+    job = {"data": data, "teacher": {"kind": "torch", **models[teacher], "input": {"columns": ["x"]}}}
     path = folder / "job.toml"
-    path.write_text(tomli_w.dumps({"run": {"directory": "batch"}, "data": data, "teacher": teacher}))
+    path.write_text(tomli_w.dumps({"run": {"directory": "batch"}, **job}))
     return path
 
 
 def options(broker: Broker, topic: str, config: Path, *more: str) -> list[str]:
     """Give the options of a streaming job."""
-    source = ["--source", f"kafka:{broker.address}:{topic}", "--schema", SCHEMA, "--out", str(config.parent / "labels")]
-    return [*source, *more]
+    source = ["--source", f"kafka:{broker.address}:{topic}", "--out", str(config.parent / "labels")]
+    return [*source, *(() if "--schema" in more else ("--schema", SCHEMA)), *more]
 
 
 def deaths(broker: Broker, scratch: Path, prism: Path, count: int, rate: int) -> dict[str, Any]:
@@ -144,170 +149,190 @@ def produce(broker: Broker, topic: str, sent: list[dict[str, Any]], rate: float)
     producer.flush()
 
 
-def rates(broker: Broker, scratch: Path, prism: Path, sizes: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
-    """Measure the rate of both ways on topics that are full."""
-    hour_ms = int(time.time() * 1000) - 3_600_000
+def rates(broker: Broker, scratch: Path, prism: Path, sizes: tuple[int, int], turns: int) -> list[dict[str, Any]]:
+    """Measure the rate of both ways on topics that are full, for a teacher that costs nothing and for one that does."""
     for count in sizes:
-        broker.make_topic(f"full-{count}", PARTITIONS)
-        sent = rows(count)
-        messages = [
-            {"message": {"value": row, "timestamp": hour_ms + 3_500_000 * i // count}} for i, row in enumerate(sent)
-        ]
-        for i in range(0, count, 50_000):
-            send(broker.address, f"full-{count}", messages[i : i + 50_000])
-    seconds: dict[str, dict[int, list[float]]] = {}
-    peaks: dict[str, dict[int, list[float]]] = {}
-    for turn in range(repeats):
-        for way in ("plain loop", "distilbeam"):
-            for count in sizes:
-                folder = scratch / f"rate-{turn}-{way.replace(' ', '-')}-{count}"
-                done = one(way, broker, f"full-{count}", count, config_file(folder), prism)
-                seconds.setdefault(way, {}).setdefault(count, []).append(done["seconds"])
-                peaks.setdefault(way, {}).setdefault(count, []).append(done["peak_mb"])
-                print(f"  {way:12} {count:9,} messages {done['seconds']:7.2f} s {done['peak_mb']:7.0f} MB", flush=True)
+        fill(broker, f"full-{count}", count)
     found = []
-    for way, by_size in seconds.items():
-        small, large = (statistics.median(by_size[count]) for count in sizes)
-        memory = [round(statistics.median(peaks[way][count])) for count in sizes]
-        found.append({"way": way, "messages_per_s": round((sizes[1] - sizes[0]) / (large - small)), "peak_mb": memory})
-    found[1]["of_plain"] = round(found[1]["messages_per_s"] / found[0]["messages_per_s"], 3)
+    for teacher in ("linear", "network"):
+        runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+        for turn in range(turns):
+            for way in (PLAIN, OURS):
+                for count in sizes:
+                    folder = scratch / f"rate-{teacher}-{turn}-{way[:5]}-{count}"
+                    task = Task(way, broker.address, f"full-{count}", count, str(config_file(folder, teacher)))
+                    done = ended(begun(task, prism))
+                    runs.setdefault((way, count), []).append(done)
+                    took = f"{done['seconds']:7.2f} s {done['processor_s']:7.2f} s on the processor"
+                    print(f"  {teacher:8} {way:12} {count:9,} messages {took}", flush=True)
+        found.append({"teacher": teacher, **compared(runs, sizes)})
     return found
 
 
-def one(way: str, broker: Broker, topic: str, count: int, config: Path, prism: Path) -> dict[str, float]:
-    """Run one way over a full topic in a process of its own; its peak memory is the largest sum of all its processes."""
-    arguments = {"address": broker.address, "topic": topic, "count": count, "config": str(config), "prism": str(prism)}
+def compared(runs: dict[tuple[str, int], list[dict[str, float]]], sizes: tuple[int, int]) -> dict[str, Any]:
+    """Take medians; give microseconds a message between the two sizes, so that starts cost nothing on either side."""
+
+    def microseconds(way: str, what: str) -> float:
+        small, large = (statistics.median(run[what] for run in runs[way, count]) for count in sizes)
+        return 1e6 * (large - small) / (sizes[1] - sizes[0])
+
+    figures: dict[str, Any] = {"sizes": list(sizes), "turns": len(runs[PLAIN, sizes[0]])}
+    for way in (PLAIN, OURS):
+        clock = microseconds(way, "seconds")
+        figures[way] = {
+            "messages_per_s": round(1e6 / clock),
+            "us_a_message": round(clock, 2),
+            "processor_us_a_message": round(microseconds(way, "processor_s"), 2),
+        }
+    figures["rate_of_plain"] = round(microseconds(PLAIN, "seconds") / microseconds(OURS, "seconds"), 3)
+    return figures
+
+
+def fill(broker: Broker, topic: str, count: int) -> None:
+    """Fill a topic with messages whose times are spread over the last hour."""
+    from confluent_kafka import Producer
+
+    broker.make_topic(topic, PARTITIONS)
+    features = [json.dumps(row["x"]) for row in rows(1_000)]
+    producer = Producer({"bootstrap.servers": broker.address, "linger.ms": 20, "log_level": 0})
+    first_ms = int(time.time() * 1000) - 3_600_000
+    for i in range(count):
+        value = f'{{"key": "key{i}", "x": {features[i % 1_000]}}}'
+        while True:
+            try:
+                producer.produce(topic, value.encode(), timestamp=first_ms + 3_590_000 * i // count)
+                break
+            except BufferError:
+                producer.poll(0.1)
+        if not i % 1_000:
+            producer.poll(0)
+    assert producer.flush(60) == 0
+
+
+def begun(task: Task, prism: Path) -> subprocess.Popen[str]:
+    """Begin a task in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRISM": str(prism)}
-    command = [sys.executable, __file__, "--one", way, "--arguments", json.dumps(arguments)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    watched, peak = psutil.Process(process.pid), 0
+    command = [sys.executable, __file__, "--one", json.dumps(asdict(task))]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Wait for a task's end; return its figures."""
+    said, _ = process.communicate()
+    done: dict[str, float] = json.loads(said.splitlines()[-1])
+    return done
+
+
+def hour(broker: Broker, scratch: Path, prism: Path, count: int) -> dict[str, Any]:
+    """Replay an hour's worth of messages, and watch the memory of the job, its worker and its engine."""
+    fill(broker, "hour", count)
+    task = Task(OURS, broker.address, "hour", count, str(config_file(scratch / "hour")))
+    start, process = time.monotonic(), begun(task, prism)
+    watched, samples = psutil.Process(process.pid), []
     while process.poll() is None:
         try:
             family = [watched, *watched.children(recursive=True)]
-            peak = max(peak, sum(each.memory_info().rss for each in family))
-        except psutil.NoSuchProcess:
+            memory = [each.memory_info().rss / 1e6 for each in family]
+            samples.append((labelled(task.out), sum(memory[1:]), memory[0]))
+        except (psutil.NoSuchProcess, FileNotFoundError):
             pass
-        time.sleep(0.2)
-    assert process.stdout is not None
-    done: dict[str, float] = json.loads(process.stdout.read().splitlines()[-1])
-    return {**done, "peak_mb": peak / 1e6}
+        time.sleep(1)
+    done = ended(process)
+    print(f"  {time.monotonic() - start:.0f} s with imports", flush=True)
+    under_way = np.array([sample for sample in samples if 0.1 * count < sample[0] < count])
+    millions = under_way[:, 0] / 1e6
+    slopes = {
+        name: round(float(np.polyfit(millions, under_way[:, i], 1)[0]), 1) for i, name in ((1, "engine"), (2, "job"))
+    }
+    peaks = {name: round(max(sample[i] for sample in samples)) for i, name in ((1, "engine"), (2, "job"))}
+    return {
+        "messages": count,
+        "messages_per_s": round(count / done["seconds"]),
+        "samples_under_way": len(under_way),
+        "peak_mb": peaks,
+        "mb_more_for_each_million_messages": slopes,
+    }
 
 
-def plain_loop(address: str, topic: str, count: int, config: Path, window_s: float) -> None:
-    """Read, ask and write as one would by hand: a Parquet file a window, written when a later one has begun everywhere."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from confluent_kafka import Consumer
-
-    from distilbeam.pipelines.config import load_any_config
-    from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
-    from distilbeam.pipelines.streaming.pipeline import spec_of
-    from distilbeam.teacher.softlabels import encode
-
-    settings = load_any_config(config)
-    teacher = cached_teacher(teacher_text(settings.teacher, ()))
-    spec = spec_of(settings)
-    out = config.parent / "plain"
-    out.mkdir()
-    options_ = {"group.id": "plain", "auto.offset.reset": "earliest", "enable.auto.commit": False}
-    consumer = Consumer({"bootstrap.servers": address, **options_})
-    consumer.subscribe([topic])
-    windows: dict[float, list[Any]] = {}
-    newest: dict[int, float] = {}
-    done = 0
-    while done < count:
-        by_window: dict[float, list[dict[str, Any]]] = {}
-        messages = consumer.consume(256, 0.1)
-        for message in messages:
-            at = message.timestamp()[1] / 1000
-            newest[message.partition()] = max(newest.get(message.partition(), 0.0), at)
-            by_window.setdefault(at // window_s, []).append(json.loads(message.value()))
-        for window, group in by_window.items():
-            x = np.array([row["x"] for row in group], np.float32)
-            batch = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 4)})
-            labels = encode(np.asarray(teacher.logits(batch), np.float32), spec)
-            columns = {"example_id": pa.array([row["key"] for row in group]), "x": batch["x"]}
-            columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
-            windows.setdefault(window, []).append(pa.table(columns))
-            done += len(group)
-        complete = min(newest.values(), default=0.0) // window_s if len(newest) == PARTITIONS else 0.0
-        if not messages:  # all partitions are idle
-            complete = (time.time() - 2) // window_s
-        for window in [w for w in windows if w < complete or done >= count]:
-            pq.write_table(
-                pa.concat_tables(windows.pop(window)), out / f"{window:.0f}-{done}.parquet", compression="zstd"
-            )
-    consumer.close()
+def labelled(out: Path) -> int:
+    """Count labels that are committed, without reading what was read before."""
+    total = 0
+    for file in (out / "_manifest").iterdir():
+        if file.name not in _rows_of and file.suffix in (".json", ".jsonl"):
+            lines = file.read_text().splitlines()
+            _rows_of[file.name] = sum(json.loads(line).get("rows", 0) for line in lines if line.startswith("{"))
+        total += _rows_of.get(file.name, 0)
+    return total
 
 
-def run_one(way: str, arguments: dict[str, Any]) -> None:
-    """Do one way in this process and print its seconds."""
-    config = Path(arguments["config"])
-    if way == "plain loop":
-        start = time.perf_counter()
-        plain_loop(arguments["address"], arguments["topic"], arguments["count"], config, 60)
-    else:
-        from distilbeam.pipelines.config import load_any_config
-        from distilbeam.pipelines.streaming.job import StreamJob
-        from distilbeam.pipelines.streaming.settings import StreamSettings
-
-        source = f"kafka:{arguments['address']}:{arguments['topic']}"
-        settings = StreamSettings(source, str(config.parent / "labels"), SCHEMA, until="latest")
-        start = time.perf_counter()
-        state = StreamJob(load_any_config(config), settings).run()
-        assert state.labels == arguments["count"], f"{state.labels:,} labels of {arguments['count']:,} messages"
-    print(json.dumps({"seconds": time.perf_counter() - start}))
+_rows_of: dict[str, int] = {}
 
 
 def latency(broker: Broker, scratch: Path, prism: Path, rate: int, seconds: int) -> dict[str, Any]:
-    """Measure the time from a message to the entry that commits its label, once the job is under way."""
-    topic, config = f"steady-{rate}", config_file(scratch / f"latency-{rate}")
+    """Measure the time from a message to the file that commits its label, both ways beside each other on one topic."""
+    topic, config = f"steady-{rate}", config_file(scratch / f"latency-{rate}", carry=("x", "sent"))
     broker.make_topic(topic, PARTITIONS)
-    out = config.parent / "labels"
     warm, sent = rows(20, 2), rows(rate * seconds, 3)
-    more = ("--window-s", str(WINDOW_S))
+    out = config.parent / "labels"
+    task = Task(PLAIN, broker.address, topic, len(warm) + len(sent), str(config), WINDOW_S)
+    more = ("--window-s", str(WINDOW_S), "--schema", TIMED)
     with streaming(config, *options(broker, topic, config, *more), prism=prism) as process:
+        plain = begun(task, prism)
         send(broker.address, topic, warm)
-        wait_for(lambda: committed(out) >= len(warm), 120)
-        asked_before = len((config.parent / "asked.log").read_text().split())
+        wait_for(lambda: committed(out) >= len(warm) and list(task.out.glob("*.parquet")), 120)
+        first_s = time.time()
         produce(broker, topic, sent, rate)
+        last_s = time.time()
         wait_for(lambda: committed(out) >= len(warm) + len(sent), 120)
+        ended(plain)
         process.terminate()
         process.wait(60)
-    waits = []
-    for entry in read_manifest(out).entries:
-        at = (out / "_manifest" / f"{entry.key}.json").stat().st_mtime
-        end_s = _window_start_s(entry.extra["window"]) + WINDOW_S
-        waits += [at - end_s] * entry.rows
-    assert asked_before == len(warm)
+    entries = {f"{entry.key}.parquet": out / "_manifest" / f"{entry.key}.json" for entry in read_manifest(out).entries}
+    ours = {out / name: entry.stat().st_mtime for name, entry in entries.items()}
+    theirs = {file: file.stat().st_mtime for file in task.out.glob("*.parquet")}
+    # whole windows of the steady time alone: the last one is closed by the end of the messages
+    span = (-(-first_s // WINDOW_S) * WINDOW_S, last_s // WINDOW_S * WINDOW_S)
+    figures = {PLAIN: waits(theirs, span), OURS: waits(ours, span)}
+    return {"rate": rate, "window_s": WINDOW_S, "windows": round((span[1] - span[0]) / WINDOW_S), **figures}
+
+
+def waits(files: dict[Path, float], span: tuple[float, float]) -> dict[str, Any]:
+    """Give how long messages of a time waited for their commit, and the same from the end of their window on."""
+    sent, at = [], []
+    for file, committed_s in files.items():
+        column = pq.read_table(file, columns=["sent"])["sent"].to_numpy() / 1000
+        sent.append(column)
+        at.append(np.full(len(column), committed_s))
+    sent_s, committed_at = np.concatenate(sent), np.concatenate(at)
+    chosen = (sent_s >= span[0]) & (sent_s < span[1])
+    from_message = (committed_at - sent_s)[chosen]
+    from_window = (committed_at - (sent_s // WINDOW_S + 1) * WINDOW_S)[chosen]
     return {
-        "rate": rate,
-        "window_s": WINDOW_S,
-        "from_the_windows_end_to_its_commit_s": {
-            "median": round(statistics.median(waits), 2),
-            "p99": round(float(np.percentile(waits, 99)), 2),
+        "messages": int(chosen.sum()),
+        **{
+            name: {"median": round(float(np.median(values)), 2), "p99": round(float(np.percentile(values, 99)), 2)}
+            for name, values in (("from_the_message_s", from_message), ("from_the_windows_end_s", from_window))
         },
     }
 
 
-def _window_start_s(name: str) -> float:
-    from datetime import UTC, datetime
-
-    text = name.split("-")[0]
-    return datetime.strptime(text, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+def kept(path: Path | None, about: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Put parts over those that a file holds already, each with the call that measured it."""
+    before = json.loads(path.read_text())["results"] if path is not None and path.exists() else {}
+    call = {name: about[name] for name in ("date", "command", "load_before")}
+    return before | {part: {"call": call, "figures": figures} for part, figures in results.items()}
 
 
 def main() -> None:
     """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few messages")
-    parser.add_argument("--parts", nargs="+", default=["deaths", "rate", "latency"])
+    parser.add_argument("--parts", nargs="+", default=["deaths", "rate", "latency", "hour"])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     own = parser.parse_args()
     if own.one:
-        run_one(own.one, own.arguments)
+        print(json.dumps(do(Task(**own.one))))
         return
     prism, results = require_prism(), {}
     about = machine(["apache-beam", "confluent-kafka", "pyarrow", "torch"])
@@ -319,17 +344,20 @@ def main() -> None:
                 results["deaths"] = deaths(broker, scratch, prism, *((6_000, 300) if own.quick else (30_000, 500)))
                 print(json.dumps(results["deaths"]), flush=True)
             if "rate" in own.parts:
-                sizes = (10_000, 30_000) if own.quick else (100_000, 300_000)
+                sizes = (10_000, 60_000) if own.quick else (50_000, 400_000)
                 results["rate"] = rates(broker, scratch, prism, sizes, 1 if own.quick else 3)
-                print(json.dumps(results["rate"]), flush=True)
+                print(json.dumps(results["rate"], indent=1), flush=True)
             if "latency" in own.parts:
                 for rate in (10, 1_000):
-                    found = latency(broker, scratch, prism, rate, 10 if own.quick else 60)
+                    found = latency(broker, scratch, prism, rate, 15 if own.quick else 60)
                     results.setdefault("latency", []).append(found)
-                    print(json.dumps(found), flush=True)
+                    print(json.dumps(found, indent=1), flush=True)
+            if "hour" in own.parts:
+                results["hour"] = hour(broker, scratch, prism, 200_000 if own.quick else 3_600_000)
+                print(json.dumps(results["hour"], indent=1), flush=True)
         finally:
             broker.kill()
-    write(own.json, about, results)
+    write(own.json, about, kept(own.json, about, results))
 
 
 if __name__ == "__main__":

@@ -267,15 +267,6 @@ class RunConfig(Configuration):
                 raise ValueError("training.finetune must be left out with labels.pooled: no student chose its examples")
         return self
 
-    @model_validator(mode="after")
-    def _something_is_left_to_measure_on(self) -> Self:
-        if self.training.final_training == "all" and self.data.test is None:
-            raise ValueError(
-                "training.final_training = 'all' needs data.test: nothing would be left to measure the student on; give a test "
-                "set, or leave it out"
-            )
-        return self
-
 
 class WatchSection(Section):
     """How `distilbeam label --watch` gathers what arrives, chooses from it, and ends."""

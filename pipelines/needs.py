@@ -32,6 +32,9 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     for section, reading in inputs.items():
         if reading is not None and reading.tokenizer:
             yield Need(f"{section}.input.tokenizer", "hf", ("tokenizers",))
+    encoder = getattr(getattr(config, "student", None), "encoder", None)
+    if encoder is not None and encoder.folder:
+        yield Need("student.encoder.folder", "hf", ("transformers",))
     if getattr(getattr(config, "training", None), "tensorboard", False):
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     if (tracker := getattr(getattr(config, "training", None), "track", None)) is not None:

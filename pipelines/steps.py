@@ -1,6 +1,6 @@
 """The order of a run's steps, and the command that carries them out.
 
-train student 0 on the labelled set; ask the teacher about the validation (and the test) set
+regress embeddings on a sentence encoder, where there is one; train student 0; ask the teacher about the validation (and the test) set
 for each round:   select -> label -> train
 last training: an ensemble's pseudo-labels for what was not bought, and the validation rows
 compare with as many uniformly chosen labels; evaluate; report
@@ -18,9 +18,10 @@ from distilbeam.extras import require_extras
 from distilbeam.pipelines.config import RunConfig, load_config, parse_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.display import Display
+from distilbeam.pipelines.jobs.cross_fitting import last_training
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.distillation import Job
-from distilbeam.pipelines.jobs.final_training import FinalTraining, is_wanted, parts_of
+from distilbeam.pipelines.jobs.final_result import is_wanted
 from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
@@ -36,7 +37,7 @@ class Step:
     """One step of a run.
 
     Attributes:
-      name: the command that does it: "train", "ask", "select", "label", "compare", "evaluate" or "report".
+      name: what it belongs to: "encode", "train", "ask", "select", "label", "compare", "evaluate" or "report".
       round: number of the round, or None.
       title: what is shown.
       commit: the file or directory whose presence means that the step is done.
@@ -62,7 +63,7 @@ def steps_of(job: Job) -> list[Step]:
     where, config = job.directory, job.config
     budget, rounds = config.selection.budget, config.run.rounds
     trained = where.trained(rounds)
-    steps = [*_train(job, trained, 0), *(_ask(job, name) for name in _asked(config))]
+    steps = [*_encode(job), *_train(job, trained, 0), *(_ask(job, name) for name in _asked(config))]
     for r in range(rounds):
         steps += [
             Step("select", r, f"round {r + 1}: choose {budget:,} examples", where.picks(r), partial(job.select, r)),
@@ -70,7 +71,7 @@ def steps_of(job: Job) -> list[Step]:
             *_train(job, trained, r + 1),
         ]
     if is_wanted(job.run):
-        steps += [Step("train", None, *part) for part in parts_of(FinalTraining(job.run, job.phases))]
+        steps += [Step("train", None, *part) for part in last_training(job.run, job.phases).parts()]
     if config.selection.compare_uniform:
         title = f"compare with {budget * rounds:,} uniformly chosen labels"
         steps.append(Step("compare", None, title, job.run.comparison.student(1), job.compare))
@@ -87,6 +88,13 @@ def _train(job: Job, trained: Sequence[int], number: int) -> list[Step]:
         return []
     title = f"round {number}: train student {number}" if number else "train student 0 on the labelled set"
     return [Step("train", number, title, job.directory.student(number), partial(job.train, number))]
+
+
+def _encode(job: Job) -> list[Step]:
+    if job.config.student.init != "encoder":
+        return []
+    title = "regress embeddings on the sentence encoder"
+    return [Step("encode", None, title, job.run.encoder_start(job.config.student).table, job.encode)]
 
 
 def _asked(config: RunConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""A trained student on disk: `model.safetensors` and `student.json`, committed together by one rename.
+"""A trained student on disk: `model.safetensors`, `student.json` and a model card, committed together by one rename.
 
 `student.json` holds the configuration, the classes in the order of the logits, the shape of the input and what the
 training wants remembered; a tokenizer lies beside it. No pickle is read, and what the folder says is checked before a
@@ -26,6 +26,7 @@ from torch import nn
 
 from distilbeam.inputs.config import make_input, with_padding
 from distilbeam.storage.atomic import committed_directory
+from distilbeam.student.model_card import CARD, Card
 from distilbeam.student.networks.build import build_student, count_parameters
 from distilbeam.student.networks.config import KINDS, StudentConfig
 from distilbeam.student.networks.embedding import seen_by_head
@@ -72,7 +73,8 @@ class Student(Predictor):
       module: the network in evaluation mode.
       config: its configuration.
       classes: names of the classes in the order of the logits.
-      columns: names of the columns that it reads.
+      input: which columns are read, and how.
+      columns: their names.
       input_shape: shape of one example's input.
       num_parameters: how many numbers training adjusted.
       size_bytes: size of the weights on disk.
@@ -83,6 +85,7 @@ class Student(Predictor):
         self.module = module.eval().requires_grad_(requires_grad=False)
         self.config = config
         self.classes = description.classes
+        self.input = config.input
         self.columns = config.input.columns
         self.input_shape = description.input_shape
         self.num_parameters = description.num_parameters
@@ -211,6 +214,8 @@ def save_student(
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         if files is not None:
             files(temporary)
+        card = Card(config, list(classes), count_parameters(module), dict(extra or {}))
+        (temporary / CARD).write_text(card.text())
     return directory
 
 

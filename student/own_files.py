@@ -58,4 +58,9 @@ def content_of(config: InputConfig) -> str | None:
     """Identify the contents of an input's files, wherever they are; None where it has none."""
     if not config.tokenizer:
         return None
-    return hashlib.blake2b(Path(config.tokenizer).read_bytes(), digest_size=8).hexdigest()
+    return content_of_file(config.tokenizer)
+
+
+def content_of_file(path: str | Path) -> str:
+    """Identify the contents of a file, wherever it is."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy.special import softmax
 
+from distilbeam.inputs.config import InputConfig
 from distilbeam.student.data.bad_rows import ALONE
 from distilbeam.student.data.usable_rows import find_usable
 
@@ -28,13 +29,19 @@ class Predictor(ABC):
 
     Attributes:
       classes: names of the classes in the order of the logits.
+      input: which columns are read, and how.
       columns: names of the columns that it reads.
       input_shape: shape of one example's input.
     """
 
     classes: tuple[str, ...]
+    input: InputConfig
     columns: tuple[str, ...]
     input_shape: tuple[int, ...]
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identify the model by all that its answers depend on."""
 
     @abstractmethod
     def inputs(self, batch: pa.RecordBatch) -> Any:

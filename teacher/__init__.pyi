@@ -12,6 +12,6 @@ from .protocol import TeacherMisfit as TeacherMisfit
 from .protocol import TeacherUnavailable as TeacherUnavailable
 from .softlabels.inspect import inspect_labels as inspect_labels
 from .softlabels.verify import verify_labels as verify_labels
-from .tfserving.serve import ServeOptions as ServeOptions
 from .tfserving.serve import TeacherServer as TeacherServer
 from .tfserving.serve import serve as serve
+from .tfserving.serve_options import ServeOptions as ServeOptions

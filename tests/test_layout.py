@@ -45,7 +45,8 @@ FLOORS = {
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("experiments", "prediction", "steps", "transforms"),
+        ("prediction",),
+        ("experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
         ("cli",),
@@ -58,7 +59,7 @@ FLOORS = {
     ),
     "student": (
         ("data", "networks", "own_files"),
-        ("predictions", "trust"),
+        ("model_card", "predictions", "trust"),
         ("checkpoint",),
         ("export",),
         ("evaluation",),

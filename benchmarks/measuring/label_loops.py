@@ -17,6 +17,7 @@ import torch
 from distilbeam.pipelines.config import LabelConfig, parse_label_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.forkserver import local_runner
+from distilbeam.pipelines.engine.worker_pool import WorkerPool
 from distilbeam.pipelines.jobs.labelling import LabellingJob, opened_job
 from distilbeam.progress import Progress
 from distilbeam.teacher.softlabels import SoftLabelSpec, encode
@@ -25,6 +26,7 @@ from measuring.pools import Teacher
 
 BATCH = 16384  # rows that the teacher is asked about at a time
 READ = 65536  # rows that the plain loop reads and writes at a time, the best of several sizes: a whole row group
+PRISM, PRISM_2 = "distilbeam, Prism", "distilbeam, Prism, 2 workers"
 PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
 
 
@@ -120,6 +122,21 @@ def _cluster() -> Any:
     return _clusters[0]
 
 
+def distilbeam_on_prism(task: Task, *flags: str) -> None:
+    """Label by a labelling job on Prism, its start and its end included."""
+    distilbeam(task, "--runner=PrismRunner", *flags)
+
+
+def distilbeam_on_prism_workers(task: Task) -> None:
+    """Label on Prism with two worker processes of `distilbeam workers`, which a person would have running."""
+    (pool,) = _pools
+    external = ("--environment_type=EXTERNAL", f"--environment_config={pool.address}", "--sdk_worker_parallelism=2")
+    distilbeam_on_prism(task, *external)
+
+
+_pools: list[Any] = []
+
+
 def run_inference(task: Task, batched: bool) -> None:
     """Label by Beam's RunInference: rows as dictionaries, or Arrow batches on the way in and out."""
     import apache_beam as beam
@@ -157,6 +174,8 @@ WAYS: dict[str, Callable[[Task], None]] = {
         task, "--direct_running_mode=multi_threading", "--direct_num_workers=2"
     ),
     "distilbeam, 2 processes": lambda task: distilbeam(task, *PROCESSES),
+    PRISM: distilbeam_on_prism,
+    PRISM_2: distilbeam_on_prism_workers,
     "distilbeam, Dask with 2 processes": distilbeam_on_dask,
     "RunInference + WriteToParquet": lambda task: run_inference(task, batched=False),
     "RunInference + WriteToParquetBatched": lambda task: run_inference(task, batched=True),
@@ -165,9 +184,12 @@ WAYS: dict[str, Callable[[Task], None]] = {
 
 
 def prepare(way: str) -> None:
-    """Start what a person would have running already, a Dask or Ray cluster, and import what workers are forked with."""
+    """Start what a person would have running already: a Dask or Ray cluster, a pool of workers; import what workers are forked with."""
     if way == "distilbeam, 2 processes":
         local_runner(pipeline_options(PROCESSES))
+    if way == PRISM_2:
+        _pools.append(WorkerPool(2))
+        _pools[0].start()
     if "Dask" in way:
         _cluster().get_client().run(_imported)  # by every worker
     if "Ray" in way:
@@ -183,6 +205,9 @@ def clean_up(task: Task) -> None:
     for cluster in _clusters:
         cluster.close()
     _clusters.clear()
+    for pool in _pools:
+        pool.stop()
+    _pools.clear()
 
 
 def _imported() -> None:

@@ -62,10 +62,10 @@ def cifar10(data: Path, device: str) -> Dataset:
 
 
 @cache
-def read(data: Path) -> tuple[npt.NDArray[np.uint8], Indices]:
+def read(data: Path, train: int = TRAIN_ROWS, test: int = TEST_ROWS) -> tuple[npt.NDArray[np.uint8], Indices]:
     """Read the first images of the training file and of the test file, [n, 3, 32, 32], and their classes."""
     parts = []
-    for name, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
+    for name, rows in (("train", train), ("test", test)):
         table = pq.read_table(data / f"cifar10-{name}.parquet").slice(0, rows)
         images = [np.asarray(Image.open(io.BytesIO(coded)).convert("RGB")) for coded in table["image"].to_pylist()]
         parts.append((np.stack(images).transpose(0, 3, 1, 2), table["label"].to_numpy().astype(np.int64)))
@@ -124,7 +124,9 @@ def _make_small(data: Path, work: Path, teacher: dict[str, Any], seed: int) -> P
     logits = teacher_answers(HEAD, HEAD_TRAINING, HEAD_STEPS, features(data, work), truth, lesson, 10, seed)
     eighth = torch.from_numpy(images).float().reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).flatten(1)
     inputs = (eighth / 255 - 0.473) / 0.251
-    return Problem(SMALL_STUDENT, SMALL_TRAINING, SMALL_STEPS, inputs, truth, logits, **parts, test=test, seed=seed)
+    return Problem(
+        SMALL_STUDENT, SMALL_TRAINING, SMALL_STEPS, inputs, truth, logits, **parts, test=test, seed=seed, lesson=lesson
+    )
 
 
 def _make_large(data: Path, device: str, teacher: dict[str, Any], seed: int) -> Problem:
@@ -133,4 +135,6 @@ def _make_large(data: Path, device: str, teacher: dict[str, Any], seed: int) -> 
     inputs = (torch.from_numpy(images).float() / 255 - 0.473) / 0.251
     training = LARGE_TRAINING.model_copy(update={"device": device})
     logits = teacher_answers(LARGE_TEACHER, training, LARGE_TEACHER_STEPS, inputs, truth, lesson, 10, seed)
-    return Problem(LARGE_STUDENT, training, LARGE_STEPS, inputs, truth, logits, **parts, test=test, seed=seed)
+    return Problem(
+        LARGE_STUDENT, training, LARGE_STEPS, inputs, truth, logits, **parts, test=test, seed=seed, lesson=lesson
+    )

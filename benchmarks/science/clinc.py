@@ -71,7 +71,10 @@ def _make(data: Path, teacher: dict[str, Any], seed: int) -> Problem:
     seen = embeddings[:, : teacher["numbers"]]
     logits = teacher_answers(HEAD, HEAD_TRAINING, HEAD_STEPS, seen, known, lesson, 150, seed)
     test = np.flatnonzero(where == "test")
-    return Problem(STUDENT, TRAINING, STEPS, ids, truth, logits, **parts, test=test, seed=seed)
+    vectors = embeddings.numpy()
+    return Problem(
+        STUDENT, TRAINING, STEPS, ids, truth, logits, **parts, test=test, seed=seed, lesson=lesson, vectors=vectors
+    )
 
 
 def _per_class(rows: Indices, truth: Indices, count: int, rng: np.random.Generator) -> Indices:

@@ -44,4 +44,4 @@ def _make(teacher: dict[str, Any], seed: int) -> Problem:
     parts = split(np.arange(len(truth)), SIZES, rng)
     lesson = np.sort(rng.permutation(parts.pop("lesson"))[: teacher["labels"]])
     logits = teacher_answers(TEACHER, TRAINING, STEPS, inputs, truth, lesson, 10, seed)
-    return Problem(STUDENT, TRAINING, STEPS, inputs, truth, logits, **parts, seed=seed)
+    return Problem(STUDENT, TRAINING, STEPS, inputs, truth, logits, **parts, seed=seed, lesson=lesson)

@@ -46,6 +46,8 @@ class Problem:
       teacher_logits: float32 [n, C], uncalibrated.
       labelled, validation, pool, test: rows.
       seed: of the split, the teacher and the students.
+      lesson: rows that the teacher was trained on; None where it was not trained.
+      vectors: of a sentence encoder for all rows, float32 [n, m]; None where there is none.
     """
 
     student: StudentConfig
@@ -59,6 +61,8 @@ class Problem:
     pool: Indices
     test: Indices
     seed: int
+    lesson: Indices | None = None
+    vectors: Floats | None = None
 
     @property
     def classes(self) -> int:
@@ -144,6 +148,8 @@ def _plain(config: BaseModel) -> dict[str, Any]:
     augment = found.get("augment", {})
     if not augment.get("word_dropout", True):
         del augment["word_dropout"]
+    if found.get("init") == "random":
+        del found["init"], found["encoder"]
     return found
 
 

@@ -1,125 +1,137 @@
-"""Study 7: what a last training is worth that learns from everything: un-bought rows, validation rows, an ensemble.
+"""Study 7: what a last training is worth that learns from everything: un-bought rows, validation rows, a sentence encoder.
 
     python -m benchmarks.science.study7 --quick
     python -m benchmarks.science.study7 --data DIR --work DIR [--minutes M] [--seeds N] [--datasets NAME ...]
 
-The labels are those that a run buys (10 % of the pool in three rounds by herding), the same for every method:
+Of the synthetic family four settings are taken, one of each kind. The labels are those that a run buys (10 % of the pool in three
+rounds by herding), the same for every method; the parts `half` and `fifth` have 5 and 2 %.
 
 | name | what is learned in the last training |
 |---|---|
 | default | the human labels and what was bought |
-| longer | the same in as many steps as the methods with pseudo-labels take |
-| validation | the same as default and the true classes of the validation rows |
-| self | default and soft pseudo-labels, by an ensemble of five defaults, for the rows that were not bought |
-| self-noise | the same, with words of texts dropped, images shifted |
-| self-alone | the pseudo-labels of a single student instead of five |
-| all, all-noise | self, self-noise and the validation rows |
-| again, again-noise | the same with pseudo-labels of an ensemble that has learned the validation rows as well |
-| ensemble | no training: the mean of the five students' probabilities, from which `self` is distilled |
+| validation | the same and the true classes of the validation rows |
+| longer | validation, in as many steps as the methods with pseudo-labels take |
+| self | default and soft pseudo-labels, by an ensemble of five defaults, for the rows that were not bought; noise that suits the input |
+| both | validation, and pseudo-labels of five cross-fitted students, each of which has learned four fifths of the validation rows |
+| both-mixup | the same with mixup, where inputs are numbers |
+| last | what a run does: `both`, or `validation` where pseudo-labels are worse by cross-validation |
+| ensemble | no training: the mean of the cross-fitted students' probabilities |
+| encoder, encoder+validation, encoder+both | the same with embeddings that start from a sentence encoder, where there is one |
 | teacher | the teacher itself |
+
+Texts have a fifth of their words dropped wherever pseudo-labels are learned. The rows of `last` have what the comparison by folds
+found: validation rows won and lost by pseudo-labels, and the losses.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_softmax, logsumexp
+from torch import nn
 
-from benchmarks.science.buying import rounds, soft_rows
 from benchmarks.science.cells import Cell
 from benchmarks.science.command import Arguments, Place, arguments, collect, places
-from benchmarks.science.problems import Floats, Indices, Problem
-from benchmarks.science.training import accuracy, fit, logits_of
+from benchmarks.science.last_training import LONGER, MEMBERS, MIXUP, RIDGE, WORDS, Lesson, lesson, mean_logprobs
+from benchmarks.science.problems import Problem
+from benchmarks.science.training import accuracy, logits_of
 from distilbeam.selection.trust.calibration import fit_temperature
+from distilbeam.student.training.batches import TEXTS
 
 DATASETS = ("clinc150", "digits", "synthetic", "cifar10-patches")
+ENCODED = ("encoder", "encoder+validation", "encoder+both")
 METHODS = (
-    *("default", "longer", "validation", "self", "self-noise", "self-alone", "all", "all-noise"),
-    *("again", "again-noise", "ensemble", "teacher"),
+    *("default", "validation", "longer", "self", "both", "both-mixup", "last", "ensemble"),
+    *ENCODED,
+    "teacher",
 )
-MEMBERS, LONGER, WORDS = 5, 3, 0.2
-RECIPE = 1
+COMPARED = ("default", "validation", "last")
+PARTS = {"whole": (0.10, METHODS), "half": (0.05, COMPARED), "fifth": (0.02, COMPARED)}
+SYNTHETIC = (
+    "error 0.3, correlation 0, random, informative",
+    "error 0.3, correlation 1, runner-up, informative",
+    "error 0.1, correlation 0.5, runner-up, informative",
+    "error 0.5, correlation 0.5, runner-up, informative",
+)
+RECIPE = 2
+OPTIONS = {"members": MEMBERS, "longer": LONGER, "words": WORDS, "mixup": MIXUP, "ridge": RIDGE}
 
 
 def main() -> None:
     """Compute and report."""
-    given = arguments(__doc__, DATASETS, ("last",))
+    given = arguments(__doc__, DATASETS, tuple(PARTS))
     rows = collect(given, study_cells(given))
     from benchmarks.science.report_short import write_report
 
-    write_report(given, rows, "study7", "Study 7: the last training", METHODS, ("default", "longer"))
+    write_report(given, rows, "study7", "Study 7: the last training", METHODS, ("default", "validation"), ("share",))
 
 
 def study_cells(given: Arguments) -> list[Cell]:
-    """List the cells; words can be dropped of texts alone."""
+    """List the cells; mixup is for numbers, an encoder for texts."""
     return [
-        place.cell("study7", RECIPE, {"method": method, "members": MEMBERS, "longer": LONGER, "words": WORDS}, _compute)
+        place.cell("study7", RECIPE, {"method": method, "share": share, **OPTIONS}, _compute)
         for place in places(given)
-        for method in METHODS
-        if "noise" not in method or place.dataset.name == "clinc150"
+        if place.dataset.name != "synthetic" or place.teacher in SYNTHETIC
+        for share, methods in (PARTS[name] for name in given.parts)
+        for method in methods
+        if method not in (("both-mixup",) if place.dataset.name == "clinc150" else ENCODED)
     ]
-
-
-def _bought(problem: Problem) -> Indices:
-    """Buy 10 % of the pool; the same for all methods, and computed once."""
-    if (found := problem.__dict__.get("_bought")) is None:
-        figures = rounds(problem, "herding", "small", "calibrated")
-        found = problem.__dict__["_bought"] = np.concatenate([row["rows"] for row in figures])
-    return np.asarray(found)
-
-
-def _mean(problem: Problem, members: int, known: Indices, name: str) -> npt.NDArray[np.float64]:
-    """Train students of different seeds alike; give the logarithms of their mean probabilities for all rows."""
-    bought = _bought(problem)
-    soft = soft_rows(problem, bought, problem.teacher_logprobs()[bought])
-    said = problem.__dict__.setdefault(name, [])
-    every = np.arange(len(problem.inputs))
-    for number in range(len(said), members):
-        student = fit(replace(problem, seed=problem.seed + 1000 * number), soft, problem.human(known))
-        said.append(log_softmax(logits_of(student, problem, every).astype(float), axis=1))
-    return np.asarray(logsumexp(said[:members], axis=0) - np.log(members))
-
-
-def _ensemble(problem: Problem, members: int, again: bool = False) -> Floats:
-    """Give an ensemble's log-probabilities for all rows, at the temperature that suits the validation rows.
-
-    It is fitted on students that have not learned them, also for those (`again`) that have.
-    """
-    held_out = problem.validation
-    mean = _mean(problem, members, problem.labelled, "_members")
-    temperature = fit_temperature(mean[held_out], problem.truth[held_out]).temperature
-    if again:
-        mean = _mean(problem, members, np.concatenate([problem.labelled, held_out]), "_informed")
-    return np.asarray(log_softmax(mean / temperature, axis=1), np.float32)
 
 
 def _compute(place: Place, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     problem, method = place.problem(), chosen["method"]
     if method == "teacher":
         return [{"accuracy": problem.teacher_accuracy}]
+    noise = "mixup" if method == "both-mixup" else "words" if problem.student.input.kind in TEXTS else ""
+    taught = lesson(problem, chosen["share"], noise, encoder=method in ENCODED)
     if method == "ensemble":
-        named = _ensemble(problem, MEMBERS)[problem.test].argmax(axis=1)
+        named = taught.ensemble[problem.test].argmax(axis=1)
         return [{"accuracy": float((named == problem.truth[problem.test]).mean())}]
-    bought = _bought(problem)
-    rows, labels = bought, problem.teacher_logprobs()[bought]
-    known, training = problem.labelled, problem.training
-    learner: Problem = (
-        problem if method in ("default", "validation") else replace(problem, steps=LONGER * problem.steps)
-    )
-    if method.startswith(("self", "all", "again")):
-        left = np.setdiff1d(problem.pool, bought)
-        members = 1 if method == "self-alone" else MEMBERS
-        pseudo = _ensemble(problem, members, again=method.startswith("again"))[left]
-        rows, labels = np.concatenate([rows, left]), np.concatenate([labels, pseudo])
-    if method.startswith(("validation", "all", "again")):
-        known = np.concatenate([known, problem.validation])
-    if "noise" in method:
-        training = training.model_copy(update={"augment": training.augment.model_copy(update={"word_dropout": WORDS})})
-    student = fit(learner, soft_rows(problem, rows, labels), problem.human(known), training)
-    return [{"accuracy": accuracy(student, problem)}]
+    if method == "last":
+        return [_last(taught)]
+    return [{"accuracy": _accuracy(taught, method.removeprefix("encoder+"))}]
+
+
+def _accuracy(taught: Lesson, method: str) -> float:
+    """Train as a method does, once for everybody who asks, and measure on the test rows."""
+    known = taught.__dict__.setdefault("_accuracies", {})
+    if method not in known:
+        known[method] = accuracy(_student(taught, method), taught.problem)
+    return float(known[method])
+
+
+def _student(taught: Lesson, method: str) -> nn.Module:
+    if method in ("default", "encoder"):
+        return taught.plain(taught.problem.labelled)
+    if method == "validation":
+        return taught.plain(taught.all_human)
+    if method == "longer":
+        return taught.with_pseudo(None, taught.all_human)
+    if method == "self":
+        return taught.with_pseudo(_uninformed(taught), taught.problem.labelled)
+    return taught.with_pseudo(taught.ensemble, taught.all_human)
+
+
+def _uninformed(taught: Lesson) -> npt.NDArray[np.float64]:
+    """Log-probabilities of an ensemble that has not learned the validation rows, at the temperature that suits them."""
+    problem: Problem = taught.problem
+    every, held_out = np.arange(len(problem.inputs)), problem.validation
+    members = [taught.plain(problem.labelled, seed) for seed in range(MEMBERS)]
+    mean = mean_logprobs([logits_of(member, problem, every).astype(float) for member in members])
+    temperature = fit_temperature(mean[held_out], problem.truth[held_out]).temperature
+    return mean_logprobs([mean / temperature])
+
+
+def _last(taught: Lesson) -> dict[str, Any]:
+    found = taught.by_folds()
+    kept = keeps(found)
+    return {"accuracy": _accuracy(taught, "both" if kept else "validation"), "kept": kept, **found}
+
+
+def keeps(found: dict[str, Any]) -> bool:
+    """Tell by the comparison of folds whether pseudo-labels are learned."""
+    return bool((found["won"] - found["lost"], -found["nll_with"]) > (0, -found["nll_without"]))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from benchmarks.science.problems import Floats, Problem
 from distilbeam.inputs.config import padding_id
 from distilbeam.student.data.labelled import Examples
 from distilbeam.student.data.loader import Batch
+from distilbeam.student.networks.bag import start_from_table
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.networks.embedding import seen_by_head
+from distilbeam.student.training.augment import Mixture
 from distilbeam.student.training.batches import HARD, SOFT, StepRows, augmented, deal_out
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.loss import step_loss
@@ -63,6 +65,7 @@ def fit(
     hard: Examples | None,
     training: TrainConfig | None = None,
     init: nn.Module | None = None,
+    table: Floats | None = None,
 ) -> nn.Module:
     """Train a student from random weights.
 
@@ -72,8 +75,15 @@ def fit(
       hard: rows with human labels.
       training: instead of the problem's own.
       init: a student whose weights to start from.
+      table: embeddings to start from, [V, dim].
     """
     training = training or problem.training
+    if training.precision == "bf16":
+        from benchmarks.science.on_device import fit_on_device
+
+        return fit_on_device(
+            problem, None if soft is None else soft.columns, None if soft is None else soft.weight, hard, training
+        )
     count = (0 if soft is None else len(soft)) + (0 if hard is None else len(hard))
     per_epoch = math.ceil(count / training.batch_size)
     epochs = max(1, round(problem.steps / per_epoch))
@@ -82,6 +92,8 @@ def fit(
         module = build_student(problem.student, tuple(problem.inputs.shape[1:]), problem.classes)
         if init is not None:
             module.load_state_dict(init.state_dict())
+        if table is not None:
+            start_from_table(module, table)
         module.to(device)
         optimizer, parameters = make_optimizer(module, training), list(module.parameters())
         done, total = 0, epochs * per_epoch
@@ -93,7 +105,8 @@ def fit(
                 if soft is not None and soft.prepare is not None and rows.soft is not None:
                     rows = replace(rows, soft=soft.prepare(module, rows.soft))
                 set_lr(optimizer, training, done, total)
-                loss = step_loss(module, training, rows, spec, weight, None, device)
+                mixture = Mixture.draw(len(rows), training.augment, problem.seed, done, 0)
+                loss = step_loss(module, training, rows, spec, weight, mixture, device)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if training.clip is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class LowPrecisionReport:
     def converted(self) -> int:
         """How many layers run in 8 bits."""
         return sum(layer.converted for layer in self.layers)
+
+    def under_autocast(self, dtype: str) -> LowPrecisionReport:
+        """Say the same of a student that runs under autocast, which gives the other layers' products a dtype.
+
+        Args:
+          dtype: such as `bfloat16`.
+        """
+        return LowPrecisionReport(
+            self.backend, tuple(x if x.converted else replace(x, dtype=dtype) for x in self.layers)
+        )
 
     def __str__(self) -> str:
         rows = [

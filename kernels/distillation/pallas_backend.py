@@ -21,7 +21,9 @@ def total(logits_BC: Tensor, terms: Sequence[Term], reduced: bool) -> Tensor:
         losses_B = logits_BC.float().sum(dim=1)
     else:
         find = logit_buckets()
-        losses_B = torch.stack([scaled_losses(lambda c, tau: find(logits_BC, c, tau), term) for term in terms]).sum(0)
+        # gradients of several terms are added before they are rounded: what cancels would leave the rounding
+        wide_BC = logits_BC if len(terms) == 1 else logits_BC.float()
+        losses_B = torch.stack([scaled_losses(lambda c, tau: find(wide_BC, c, tau), term) for term in terms]).sum(0)
     return losses_B.sum() if reduced else losses_B
 
 

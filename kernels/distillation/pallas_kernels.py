@@ -68,7 +68,10 @@ def logit_gradient(
     rows, count = logits.shape
     columns = padded_rows(slope, 0), padded_rows(top, jnp.inf)
     spread = _spread(padded_rows(logits, 0), bits_of(classes, 0, count), *columns, tau, interpret)[:rows]
-    return spread.at[jnp.arange(rows)[:, None], classes].add(kept.astype(logits.dtype))
+    # entries of one class are added before they are rounded: what cancels would leave the rounding
+    same = classes[:, :, None] == classes[:, None, :]
+    total = jnp.where(same, kept[:, None, :], 0.0).sum(axis=2)
+    return spread.at[jnp.arange(rows)[:, None], classes].set(total.astype(logits.dtype))
 
 
 def _rest_kernel(logits, bits, top, total, *, classes: int, tau: float):

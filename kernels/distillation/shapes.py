@@ -25,3 +25,4 @@ EXTREME = (Shape(256, 300_000, 50),)
 # What GPU figures decide; 50,257 is GPT-2's vocabulary, whose rows begin anywhere.
 DECIDE = (Shape(4096, 128_256, 64), Shape(1024, 128_256, 64), Shape(4096, 50_257, 64))
 QUICK = (Shape(256, 100, 10),)
+DRY = (Shape(2, 45, 4),)  # for an interpreter: rows of a few octets and an edge

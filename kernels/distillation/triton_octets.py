@@ -13,7 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distilbeam.kernels.distillation.triton_buckets import OCTET, bucket_problem, together
+from distilbeam.kernels.distillation.triton_buckets import (
+    OCTET,
+    bucket_problem,
+    mark_row,
+    read_label,
+    row_counts,
+    together,
+)
 
 
 @triton.jit
@@ -32,6 +39,43 @@ def on_octet(start, head, SHIFTED: tl.constexpr):
     if SHIFTED:
         place = tl.multiple_of(start + head, 8)
     return place
+
+
+@triton.jit
+def row_at(logits, bits, C, row_stride, words, SHIFTED: tl.constexpr):
+    """A program's row, its head and its body, and where its whole octets and the words of its bits lie."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = row * row_stride
+    head, body = octets_of(begin, C, SHIFTED)
+    return row, head, body, logits + on_octet(begin, head, SHIFTED), bits + row * words
+
+
+@triton.jit
+def marked_label(
+    logits, words_row, classes, padding, logy, logy_rest, valid, row, head, C, row_stride, words, T, ignore,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    GIVEN: tl.constexpr, TAIL: tl.constexpr, BUCKET: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Read a row's label (`read_label`) and set the bits of the places that it keeps.
+
+    Gives whether the row counts, its kept classes, whether each is there, whether it repeats another, their logits and
+    targets, the rest's target, and NaN where a class does not exist, else 0.
+    """
+    counts = row_counts(valid, classes, ignore, row, MASKED, HARD)
+    ids, there, v, target, target_rest, poison = read_label(
+        logits + row * row_stride, logits, classes, padding, logy, logy_rest, row, C, counts, T,
+        K, KP, False, PADDED, True, GIVEN, TAIL, BUCKET, HARD,
+    )  # fmt: skip
+    repeated = mark_row(words_row, ids - head + OCTET, there, words, BLOCK // 8)
+    return counts, ids, there, repeated, v, target, target_rest, poison
+
+
+@triton.jit
+def nothing_summed(BLOCK: tl.constexpr):
+    """The octets and lanes of a block, and the maximum and the sum of every octet before it is read."""
+    octets, lane = tl.arange(0, BLOCK // OCTET)[:, None] * OCTET, tl.arange(0, OCTET)[None, :]
+    top = tl.full([BLOCK // OCTET], -float("inf"), tl.float32)
+    return octets, lane, top, tl.zeros([BLOCK // OCTET], tl.float32)
 
 
 @triton.jit

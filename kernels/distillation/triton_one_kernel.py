@@ -15,16 +15,15 @@ import triton.language as tl
 from distilbeam.kernels.distillation.triton_buckets import (
     LOG2_E,
     OCTET,
-    mark_row,
-    read_label,
-    row_counts,
     row_scale,
 )
 from distilbeam.kernels.distillation.triton_octets import (
     dirty,
-    octets_of,
+    marked_label,
+    nothing_summed,
     on_octet,
     places_at_edge,
+    row_at,
     row_solved,
     slope_of,
     sum_up,
@@ -51,21 +50,14 @@ def value_and_gradient(
     The gradient may take the logits' place. SHIFTED: rows may begin anywhere, those of the gradient where the logits' do.
     """
     kind = gradient.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    begin = row * row_stride
-    head, body = octets_of(begin, C, SHIFTED)
-    z_body, words_row = logits + on_octet(begin, head, SHIFTED), bits + row * words
+    row, head, body, z_body, words_row = row_at(logits, bits, C, row_stride, words, SHIFTED)
     g_body = gradient + on_octet(row * gradient_stride, head, SHIFTED)
-    counts = row_counts(valid, classes, ignore, row, MASKED, HARD)
-    ids, there, v, target, target_rest, poison = read_label(
-        logits + begin, logits, classes, padding, logy, logy_rest, row, C, counts, T,
-        K, KP, False, PADDED, True, GIVEN, TAIL, BUCKET, HARD,
+    counts, ids, there, repeated, v, target, target_rest, poison = marked_label(
+        logits, words_row, classes, padding, logy, logy_rest, valid, row, head, C, row_stride, words, T, ignore,
+        K, KP, BLOCK, PADDED, MASKED, GIVEN, TAIL, BUCKET, HARD,
     )  # fmt: skip
     by_tau = LOG2_E / tau
-    repeated = mark_row(words_row, ids - head + OCTET, there, words, BLOCK // 8)
-    octets, lane = tl.arange(0, BLOCK // OCTET)[:, None] * OCTET, tl.arange(0, OCTET)[None, :]
-    top = tl.full([BLOCK // OCTET], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK // OCTET], tl.float32)
+    octets, lane, top, total = nothing_summed(BLOCK)
     first = HELD * BLOCK
     last = first + (body - first) // BLOCK * BLOCK
     if last < body:

@@ -13,16 +13,16 @@ import triton.language as tl
 from distilbeam.kernels.distillation.triton_buckets import (
     LOG2_E,
     OCTET,
-    mark_row,
-    read_label,
-    row_counts,
     row_scale,
 )
 from distilbeam.kernels.distillation.triton_octets import (
     dirty,
+    marked_label,
+    nothing_summed,
     octets_of,
     on_octet,
     places_at_edge,
+    row_at,
     row_solved,
     slope_of,
     sum_up,
@@ -39,20 +39,13 @@ def solve_octets(
     TAIL: tl.constexpr, BUCKET: tl.constexpr, HARD: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Solve the problem of a row of [B, C] logits with a label as it was given, and a rest bucket."""
-    row = tl.program_id(0).to(tl.int64)
-    begin = row * row_stride
-    head, body = octets_of(begin, C, SHIFTED)
-    z_body, words_row = logits + on_octet(begin, head, SHIFTED), bits + row * words
-    counts = row_counts(valid, classes, ignore, row, MASKED, HARD)
-    ids, there, v, target, target_rest, poison = read_label(
-        logits + begin, logits, classes, classes, logy, logy_rest, row, C, counts, T,
-        K, KP, False, False, True, True, TAIL, BUCKET, HARD,
+    row, head, body, z_body, words_row = row_at(logits, bits, C, row_stride, words, SHIFTED)
+    counts, ids, there, repeated, v, target, target_rest, poison = marked_label(
+        logits, words_row, classes, classes, logy, logy_rest, valid, row, head, C, row_stride, words, T, ignore,
+        K, KP, BLOCK, False, MASKED, True, TAIL, BUCKET, HARD,
     )  # fmt: skip
     by_tau = LOG2_E / tau
-    repeated = mark_row(words_row, ids - head + OCTET, there, words, BLOCK // 8)
-    octets, lane = tl.arange(0, BLOCK // OCTET)[:, None] * OCTET, tl.arange(0, OCTET)[None, :]
-    top = tl.full([BLOCK // OCTET], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK // OCTET], tl.float32)
+    octets, lane, top, total = nothing_summed(BLOCK)
     for start in range(0, body, BLOCK):
         inside = start + octets < body
         z = tl.load(z_body + start + octets + lane, mask=inside, other=-float("inf")).to(tl.float32)

@@ -20,6 +20,7 @@ class Shape(NamedTuple):
 ODD = (Shape(1, 3, 1), Shape(37, 50, 4), Shape(5, 1, 0), Shape(3, 130, 7))
 
 QUICK = (Shape(256, 128, 4), Shape(1024, 512, 16))
+DRY = (Shape(16, 32, 2),)  # for an interpreter
 CPU = (Shape(64, 256, 16), Shape(1024, 256, 4), Shape(1024, 1024, 16), Shape(8192, 1024, 16), Shape(1024, 8192, 64))
 GPU = (
     *(Shape(rows, dim, 16) for dim in (1024, 4096, 8192, 256) for rows in (65_536, 8192)),

@@ -14,6 +14,7 @@ from torch import Tensor
 from distilbeam.kernels.distillation.sweep import replace_by_gradient
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.linear_distillation.gradients import Gradients
+from distilbeam.kernels.linear_distillation.products import times_transposed
 
 
 def sweep_rows(
@@ -38,21 +39,27 @@ def sweep_rows(
       The scaled losses, [B].
     """
     losses_B = torch.empty_like(terms[0].scale)
-    buffer_RC = hidden_BH.new_empty(min(rows_at_once, len(hidden_BH)), len(weight_CH))
     for start in range(0, len(hidden_BH), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        hidden_RH = hidden_BH[rows]
-        z_RC = torch.mm(hidden_RH, weight_CH.T, out=buffer_RC[: len(hidden_RH)])
-        if bias_C is not None:
-            z_RC += bias_C
-        losses_B[rows] = replace_by_gradient(z_RC, [term.rows(rows) for term in terms])
-        if sums.hidden is not None:
-            torch.mm(z_RC, weight_CH, out=sums.hidden[rows])
-        if sums.weight is not None:
-            _accumulate(sums.weight, z_RC.T, hidden_RH, first=start == 0)
-        if sums.bias is not None:
-            _accumulate(sums.bias[:, None], z_RC.T, z_RC.new_ones(len(z_RC), 1), first=start == 0)
+        operands = (hidden_BH[rows], weight_CH, bias_C)
+        losses_B[rows] = _sweep_some_rows(*operands, [term.rows(rows) for term in terms], sums, rows)
     return losses_B
+
+
+def _sweep_some_rows(
+    hidden_RH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, terms: Sequence[Term], sums: Gradients, rows: slice
+) -> Tensor:
+    """Compute the losses of some rows, whose logits are freed before the next ones' are made."""
+    z_RC = times_transposed(hidden_RH, weight_CH, bias_C)
+    losses_R = replace_by_gradient(z_RC, terms)
+    first = rows.start == 0
+    if sums.hidden is not None:
+        sums.hidden[rows] = times_transposed(z_RC, weight_CH.T)
+    if sums.weight is not None:
+        _accumulate(sums.weight, z_RC.T, hidden_RH, first=first)
+    if sums.bias is not None:
+        _accumulate(sums.bias[:, None], z_RC.T, z_RC.new_ones(len(z_RC), 1), first=first)
+    return losses_R
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

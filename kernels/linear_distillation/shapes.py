@@ -27,3 +27,4 @@ LANGUAGE = tuple(Shape(rows, 4096, 128_256, 64) for rows in (1024, 2048, 4096, 8
 DECIDE = (Shape(4096, 4096, 128_256, 64), Shape(4096, 256, 32_000, 64))
 EXTREME = (Shape(256, 128, 300_000, 50),)
 QUICK = (Shape(64, 32, 2_000, 16),)
+DRY = (Shape(2, 16, 48, 4),)  # for an interpreter

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
 
 
 QUICK = (Shape(256, 128, 128), Shape(512, 256, 256))
+DRY = (Shape(32, 32, 32),)  # for an interpreter
 CPU = (Shape(256, 512, 512), Shape(1024, 1024, 1024), Shape(4096, 1024, 1024))
 GPU = (
     *(Shape(rows, size, size) for rows in (4096, 16_384) for size in (4096, 2048, 1024)),

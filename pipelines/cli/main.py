@@ -41,10 +41,12 @@ from distilbeam.pipelines.cli.options import (
     with_weak_teacher,
 )
 from distilbeam.pipelines.cli.predict import predict
+from distilbeam.pipelines.cli.serve import serve_student, serve_teacher
 from distilbeam.pipelines.cli.settings import settings as print_settings
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
-from distilbeam.pipelines.cli.teacher import inspect, serve_teacher, verify
+from distilbeam.pipelines.cli.teacher import inspect, verify
+from distilbeam.pipelines.cli.workers import workers
 from distilbeam.pipelines.engine.display import Display, configure_logs
 from distilbeam.pipelines.engine.ending import Interrupted, end_given_up
 from distilbeam.quiet import keep_quiet, wants_everything
@@ -270,6 +272,21 @@ def _print_results(directory: Path) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
-for command in (plan, label, stream, ingest, launch, predict, export, tune, pareto, inspect, verify, serve_teacher):
+_OTHERS = (
+    plan,
+    label,
+    stream,
+    ingest,
+    launch,
+    predict,
+    export,
+    tune,
+    pareto,
+    inspect,
+    verify,
+    serve_teacher,
+    serve_student,
+)
+for command in (*_OTHERS, workers):
     app.command(command.__name__.replace("_", "-"))(command)
 app.command("settings")(print_settings)

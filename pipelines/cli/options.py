@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distilbeam.pipelines.engine.display import Display, configure_logs, plain_console
-from distilbeam.pipelines.engine.ending import interrupt
+from distilbeam.pipelines.engine.ending import end_running, interrupt
 from distilbeam.pipelines.engine.forkserver import begin
 from distilbeam.settings import SET_HELP, SET_METAVAR
 
@@ -56,6 +56,12 @@ CheckContentOption = Annotated[
 TrustOption = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="Module whose code a student's folder may call; may be repeated."),
+]
+InputColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the texts or images, for a Hugging Face folder, which does not say it; 'text' or 'image' without it."
+    ),
 ]
 RetryOption = Annotated[
     bool,
@@ -127,7 +133,8 @@ def stop_at_once(*_: object) -> None:
 
 
 def end_stopped(sentence: str) -> None:
-    """Say so and end."""
+    """Say so and end, and what is at work elsewhere with it."""
+    end_running()
     console.show_cursor(True)
     errors.print(sentence, highlight=False, soft_wrap=True)
     os._exit(130)

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from distilbeam.pipelines.cli.options import DebugOption, LogOption, TrustOption, console, errors, stop_at_once
+from distilbeam.pipelines.cli.options import (
+    DebugOption,
+    InputColumnOption,
+    LogOption,
+    TrustOption,
+    console,
+    errors,
+    stop_at_once,
+)
 from distilbeam.pipelines.engine.display import Display, configure_logs
 
 STREAM = "-"
@@ -21,7 +29,8 @@ def predict(
         Path,
         typer.Argument(
             metavar="STUDENT",
-            help="Directory of a student, of an export, or of a finished run, for the student that it has kept.",
+            help="Directory of a student, of an export, of a finished run, for the student that it has kept, or of a Hugging "
+            "Face classifier.",
             show_default=False,
         ),
     ],
@@ -51,6 +60,7 @@ def predict(
         str | None,
         typer.Option("--format", help="parquet, csv, jsonl or text, where the files' names do not say it."),
     ] = None,
+    input_column: InputColumnOption = None,
     trust: TrustOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -73,7 +83,7 @@ def predict(
         from distilbeam.student.trust import trust as trust_code
 
         trust_code(*(trust or ()))
-        directory, model = open_model(student)
+        directory, model = open_model(student, input_column)
     carried = tuple(dict.fromkeys(columns.split(","))) if columns else ()
     options = PredictOptions(top_k, logits, carried, batch_rows, file_rows, format_)
     if stream:

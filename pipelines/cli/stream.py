@@ -69,6 +69,15 @@ def stream(
     until: Annotated[
         str | None, typer.Option(help="Kafka: latest, for what the topic has now, or a time; then the job ends.")
     ] = None,
+    event_time: Annotated[
+        str | None,
+        _option(
+            "--event-time",
+            metavar="COLUMN",
+            help="Column that says when a message's event was: milliseconds (int64) or seconds (float64) since 1970, or ISO 8601 "
+            "text; the message's own time by default.",
+        ),
+    ] = None,
     allowed_lateness_s: Annotated[
         float | None,
         _option("--allowed-lateness-s", help="Seconds after its window's end that a message is still labelled; 60."),
@@ -90,6 +99,18 @@ def stream(
     ] = None,
     definition: Annotated[
         str | None, typer.Option(help="File of the Avro schema, or the Protobuf descriptor set.")
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Schema registry of Avro and Protobuf, instead of --definition."),
+    ] = None,
+    registry_client: Annotated[
+        list[str] | None,
+        _option(
+            "--registry-client",
+            metavar="KEY=VALUE",
+            help="Setting of the registry's client, or @FILE of them: basic.auth.user.info, bearer.auth.token, ssl.ca.location.",
+        ),
     ] = None,
     message: Annotated[str | None, typer.Option(help="Full name of the Protobuf message.")] = None,
     consumer: Annotated[
@@ -127,6 +148,9 @@ def stream(
         "max_rows": max_rows,
         "max_failures": max_failures,
         "definition": definition,
+        "registry": registry,
+        "registry_client": registry_client,
+        "event_time": event_time,
         "message": message,
         "consumer": consumer,
     }

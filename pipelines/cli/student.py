@@ -225,8 +225,9 @@ def _export_of_run(
     from distilbeam.pipelines.experiments.exports import write_exports
     from distilbeam.pipelines.experiments.further_students import judge_on_run, train_further
     from distilbeam.pipelines.experiments.model_metrics import pool_examples
-    from distilbeam.pipelines.jobs.final_training import final_student, learns_validation
+    from distilbeam.pipelines.jobs.final_result import final_student, learns_validation
     from distilbeam.pipelines.jobs.kept_student import kept_student
+    from distilbeam.pipelines.report.cards import run_facts
 
     final = final_student(run) if number is None else None
     student = final or kept_student(run, number)
@@ -244,6 +245,7 @@ def _export_of_run(
         run.provenance(None if final is not None else student),
         lambda config, init, directory, progress: train_further(run, config, short, directory, progress, init=init),
         ratio,
+        run_facts(run),
     )
     _print_exports(table, "validation" if run.config.data.test is None else "test")
     _redraw(run)

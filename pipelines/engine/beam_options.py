@@ -14,11 +14,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, _BeamArgumentParser
+from apache_beam.options.pipeline_options import (
+    DirectOptions,
+    PipelineOptions,
+    PortableOptions,
+    _BeamArgumentParser,
+)
 
 from distilbeam.pipelines.engine.forkserver import LOCAL_RUNNER
+from distilbeam.pipelines.engine.prism import prism_of, workers_of
 
 _TASKS_PER_THREAD = 8
+_ON_THIS_MACHINE = (None, "LOOPBACK", "EXTERNAL")  # of Prism's environments; a pool of workers is where Prism is
+DEFAULT_RUNNER = "DISTILBEAM_RUNNER"
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 
 
@@ -30,8 +38,8 @@ class _StrictParser(_BeamArgumentParser):
 def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     """Turn the flags that follow `--` into pipeline options.
 
-    The runner is `FnApiRunner` where none is named: Beam's default first tries to download another engine. `DaskRunner`
-    is accepted as a short name.
+    Where no runner is named it is the one of the environment variable `DISTILBEAM_RUNNER`, else `FnApiRunner`: Beam's default
+    first tries to download another engine. `DaskRunner` is accepted as a short name.
 
     Args:
       flags: words such as `--runner=DataflowRunner`.
@@ -40,11 +48,11 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
       The options.
 
     Raises:
-      ValueError: a flag that Beam does not know, or a value it does not accept.
+      ValueError: a flag that Beam does not know, a value it does not accept, or Prism is named where there is none.
     """
     flags = list(flags)
     if not any(flag == "--runner" or flag.startswith("--runner=") for flag in flags):
-        flags.append(f"--runner={LOCAL_RUNNER}")
+        flags.append(f"--runner={os.environ.get(DEFAULT_RUNNER) or LOCAL_RUNNER}")
     flags = [
         flag.replace("DaskRunner", DASK_RUNNER) if flag in ("DaskRunner", "--runner=DaskRunner") else flag
         for flag in flags
@@ -58,7 +66,12 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     _, unknown = parser.parse_known_args(flags)
     if unknown:
         raise ValueError(_unknown_flag_sentence(unknown[0], parser))
-    return PipelineOptions(flags)
+    options = PipelineOptions(flags)
+    if (
+        prism_of(options) is not None
+    ):  # what is wrong with PRISM or a number is said here, not when the first phase begins
+        workers_of(options)
+    return options
 
 
 @contextmanager
@@ -86,9 +99,11 @@ def spread_over_tasks(options: PipelineOptions, items: int) -> Iterator[None]:
 
 def spares_processor(options: PipelineOptions) -> bool:
     """Tell whether a pipeline's workers leave a processor of this machine idle; of other machines nothing is known."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if prism_of(options) is not None and options.view_as(PortableOptions).environment_type in _ON_THIS_MACHINE:
+        return workers_of(options) < processors
     if options.get_all_options().get("runner") != LOCAL_RUNNER:
         return False
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     direct = options.view_as(DirectOptions)
     several = direct.direct_running_mode != "in_memory"
     workers = (direct.direct_num_workers or processors) if several else 1  # 0 is as many as there are processors

@@ -7,6 +7,7 @@ picture, and ours are shown through rich, above the bar.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,16 @@ NOISY = (
 )
 
 
+_NO_EDGE = 100_000  # columns of a file: a table is as wide as what is in it, and nothing is cut
+
+
 def plain_console(stderr: bool = False) -> Console:
-    """Return a console that prints text as it is: no name of a file or a class is markup, an emoji or highlighted."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    """Return a console that prints text as it is: no name of a file or a class is markup, an emoji or highlighted.
+
+    Where the output is no terminal (a file, a pipe) it has no right edge.
+    """
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=None if terminal else _NO_EDGE)
 
 
 class _Bar(Progress):
@@ -87,6 +95,22 @@ class Display:
         self.console.print(Text(sentence), soft_wrap=True)
 
 
+class _Lines(logging.Handler):
+    """Writes each record as a line, where no terminal has a width for rich to fill."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%x %X"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, with its traceback if it has one."""
+        try:
+            self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
+        except Exception:  # noqa: BLE001  # logging must not end what it is about
+            self.handleError(record)
+
+
 def configure_logs(level: str, console: Console) -> None:
     """Show our log from `level` on, other libraries' only from one level above it (all of them at "debug").
 
@@ -100,7 +124,9 @@ def configure_logs(level: str, console: Console) -> None:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if level not in levels:
         raise ValueError(f"--log-level must be one of {', '.join(levels)}, got {level}")
-    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+    handler: logging.Handler = _Lines(console)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("distilbeam").setLevel(levels[level])
     for name in NOISY:

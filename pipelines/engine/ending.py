@@ -1,4 +1,4 @@
-"""Ending a command: Ctrl-C told to the phase that is at work, and a process that a pipeline which was given up would keep.
+"""Ending a command: Ctrl-C told to the phase that is at work and kept from its processes, and nothing left running.
 
 It imports nothing, so that the command line may ask before Beam is loaded.
 """
@@ -6,12 +6,15 @@ It imports nothing, so that the command line may ask before Beam is loaded.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+_END_S = 5.0  # for an engine to hear that its job is over
 _at_work: list[tuple[Callable[[], None], threading.Event]] = []
+_running: list[Callable[[], None]] = []
 _given_up = threading.Event()
 
 
@@ -44,6 +47,46 @@ def interrupt() -> bool:
     interrupted.set()
     stop()
     return True
+
+
+@contextmanager
+def interrupt_passed_over() -> Iterator[None]:
+    """Pass Ctrl-C over inside the block, and for good in the processes that it starts: a cluster of a runner's own, say.
+
+    They inherit that the signal is ignored. A blocked one would not do: Python's own start of a process unblocks it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others may not change it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended_with_process(end: Callable[[], None]) -> Iterator[None]:
+    """Have `end` called where the process ends inside the block, so that nothing is left running elsewhere."""
+    _running.append(end)
+    try:
+        yield
+    finally:
+        _running.remove(end)
+
+
+def end_running() -> None:
+    """End what runs elsewhere, as far as it can be reached within seconds."""
+
+    def end_all() -> None:
+        for end in reversed(list(_running)):
+            with suppress(Exception):  # of any runner; one that is gone cannot be told, and the process ends anyway
+                end()
+
+    if _running:
+        ending = threading.Thread(target=end_all, daemon=True)
+        ending.start()
+        ending.join(_END_S)
 
 
 def give_up() -> None:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.engine.stopping import STOP, Stopped, can_pass, cannot_be_written, is_stopped
+from distilbeam.pipelines.engine.stopping import Stopped, can_pass, cannot_be_written, is_stopped
 from distilbeam.storage.files import read_json, write_json
-from distilbeam.storage.paths import list_files, remove_folder
+from distilbeam.storage.paths import list_files, remove_files
 from distilbeam.storage.private_folders import is_private
 
 log = logging.getLogger("distilbeam.phases")
@@ -58,10 +58,9 @@ def _keep(record: dict[str, Any], errors: Path, private: Path) -> None:
 
 
 def clear_failures(errors: Path, private: Path) -> None:
-    """Remove the records of a former attempt."""
-    remove_folder(errors)
-    for path in (*private.glob("*.json"), private / STOP):
-        path.unlink(missing_ok=True)
+    """Remove the records of a former attempt; what its workers were told, to stop, stays."""
+    for place in (errors, private):
+        remove_files(list_files(place, "*.json"))
 
 
 def read_failures(errors: Path, private: Path) -> list[dict[str, Any]]:
@@ -89,7 +88,8 @@ def failure_sentence(phase: str, items: int, first_item: str, failed: Sequence[d
     """
     count = f"{phase}: {items} item(s) could not be done"
     if lost and not failed:
-        return f"{count}, the first {first_item}: {lost}; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
+        less = "; give workers less to hold (engine.batch_rows, engine.shard_rows) or more memory"
+        return f"{count}, the first {first_item}: {lost}{less if 'worker processes died' in lost else ''}"
     if not failed:
         return f"{count} although the runner reported success, the first {first_item}; run the same command again to repeat them"
     first = failed[0]

@@ -1,6 +1,6 @@
 """Worker processes that start at once, for Beam's local runner with `--direct_running_mode=multi_processing`.
 
-`begin` starts the process that workers are forked from (`worker_server`), early, so that it imports while the driver does;
+`begin` starts the process that workers are forked from (`forkserver_process`), early, so that it imports while the driver does;
 `local_runner` gives the runner that takes its workers from there. One such process serves all phases of this one.
 """
 
@@ -31,6 +31,7 @@ DEATH = "death-"  # a file of the server for each worker that did not end well, 
 CLIENT = "forkserver_client.py"  # in the command line of every process that stands for a worker
 _MODULES = (
     "apache_beam.runners.worker.sdk_worker_main",
+    "apache_beam.runners.worker.sdk_worker",
     "distilbeam.pipelines.engine.phase",
     "distilbeam.pipelines.labelling.phase",
     "distilbeam.pipelines.acquisition.score",
@@ -123,6 +124,17 @@ def begin(flags: Sequence[str]) -> None:
         _server()
 
 
+def server_folder() -> Path:
+    """Return the folder of the socket of the process that workers are forked from, once it has imported everything.
+
+    Raises:
+      RuntimeError: it does not start.
+    """
+    server = _server()
+    server.wait()
+    return Path(server.folder)
+
+
 def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
     """Return Beam's local runner with workers from the warm process, and the options to run it with.
 
@@ -136,11 +148,10 @@ def local_runner(options: PipelineOptions) -> tuple[Any, PipelineOptions]:
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     bind_to_loopback()
-    server = _server()
-    server.wait()
+    folder = server_folder()
     level = options.view_as(WorkerOptions).default_sdk_harness_log_level or "WARNING"
     command = "exec " + shlex.join(
-        [sys.executable, "-I", "-S", str(Path(forkserver_client.__file__)), server.folder, level]
+        [sys.executable, "-I", "-S", str(Path(forkserver_client.__file__)), str(folder), level]
     )
     given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
     copy = PipelineOptions.from_dictionary(given)

@@ -1,8 +1,8 @@
 """The process that worker processes are forked from, with everything a worker imports imported once.
 
 Beam starts a worker process as a fresh interpreter, which imports for seconds before it does anything, for every worker of
-every phase. Here one process imports, has no threads, and forks a worker whenever it is asked to; `warm_workers` starts it,
-`worker_client` asks it. It ends, and its workers with it, when the process that started it is gone.
+every phase. Here one process imports, has no threads, and forks a worker whenever it is asked to; `forkserver` starts it,
+`forkserver_client` and `worker_pool` ask it. It ends, and its workers with it, when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from distilbeam.pipelines.engine.forkserver_client import SOCKET
 
 FAILED = 1
+_PATIENCE_S = 30.0  # for a request in flight
 
 
 class Server:
     """Forks a worker for every connection, and tells the connection when the worker has ended.
 
-    A connection sends one line of JSON, the arguments of `run_worker`, and is sent one byte, zero if the worker ended well.
-    A connection that is closed before has its worker killed.
+    A connection sends one line of JSON, the arguments of `run_worker` or of `run_harness`, and is sent one byte, zero if the
+    worker ended well. A second line has the worker keep what it has and end; a connection that is closed before the worker has
+    ended has it killed.
 
     Args:
       listener: the socket that connections come to.
@@ -78,6 +81,8 @@ class Server:
         self._requests[connection] += received
         if not received:
             self._forget(connection)
+        elif connection in self._workers.values():
+            self._tell_to_end(connection)
         elif received.endswith(b"\n"):
             self._fork(connection, json.loads(self._requests[connection]))
 
@@ -89,9 +94,15 @@ class Server:
                 self._become_worker(request)
                 status = 0
             finally:
+                _keep_answers()
                 sys.stderr.flush()
                 os._exit(status)
         self._workers[worker] = connection
+
+    def _tell_to_end(self, connection: socket.socket) -> None:
+        for worker, owner in self._workers.items():
+            if owner is connection:
+                os.kill(worker, signal.SIGTERM)
 
     def _become_worker(self, request: dict[str, Any]) -> None:
         signal.set_wakeup_fd(-1)
@@ -99,7 +110,7 @@ class Server:
         self._selector.close()
         for inherited in (*self._inherited, *self._requests):
             inherited.close()
-        run_worker(**request)
+        (run_harness if "control" in request else run_worker)(**request)
 
     def _reap(self) -> None:
         while self._workers:
@@ -150,6 +161,36 @@ def run_worker(environment: dict[str, str], directory: str, log_level: str) -> N
         "ERROR"
     )  # it warns of missing folders that only containers have
     sdk_worker_main.main([])
+
+
+def run_harness(control: str, worker_id: str, log_level: str) -> None:
+    """Run Beam's worker in this process until its runner ends it, is gone, or SIGTERM comes.
+
+    Args:
+      control: address of the runner's control service.
+      worker_id: its name for the worker.
+      log_level: from which level on it logs.
+    """
+    from apache_beam.runners.worker.sdk_worker import SdkHarness
+
+    signal.signal(signal.SIGTERM, lambda *_: _end_with_answers())
+    logging.basicConfig(level=log_level, format="%(message)s", force=True)
+    SdkHarness(control, worker_id=worker_id).run()
+
+
+def _end_with_answers() -> None:
+    def end() -> None:
+        _keep_answers()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()  # the handler's own thread may hold what it waits for
+
+
+def _keep_answers() -> None:
+    """Keep what a teacher has answered to this worker, whose runner may be gone in the middle of its work."""
+    from distilbeam.pipelines.engine.item_fn import end_process_work
+
+    end_process_work(_PATIENCE_S)
 
 
 def main() -> None:

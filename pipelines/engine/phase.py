@@ -8,56 +8,46 @@ or duplicated item writes the same bytes again.
 
 An item that fails does not stop its neighbours: the worker writes what happened to the phase's error directory, and the
 driver, when the pipeline has ended, tries the missing ones once more before it gives up with the first error's sentence.
-An error that every item would meet stops all workers (see `stopping`). A worker process that dies does not hang the job
-(see `watchdog`): what it had not committed is tried again. Where work knows what a process died of (`in_danger`), it is done
-in worker processes from then on, and what is found out by dying is no attempt.
+An error that every item would meet stops all workers (see `stopping`). An engine or a worker process that dies does not hang
+the job (see `watchdog`): its workers keep what they were answered, and the phase is submitted again for what is left, as long as
+each time more of it is done. Where work knows what a process died of (`dangers`), it is done in worker processes from then on, and
+what is found out by dying is no attempt.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from threadpoolctl import ThreadpoolController
 
-from distilbeam.pipelines.engine.beam_options import spares_processor, spread_over_tasks
-from distilbeam.pipelines.engine.commit_queue import Settler
-from distilbeam.pipelines.engine.counters import count, totals
 from distilbeam.pipelines.engine.ending import Interrupted, interruptible
-from distilbeam.pipelines.engine.failures import (
-    are_hopeless,
-    clear_failures,
-    failure_sentence,
-    kept_error,
-    read_failures,
-)
-from distilbeam.pipelines.engine.forkserver import in_processes, local_runner, sheltered
-from distilbeam.pipelines.engine.malloc import keep_freed_memory
-from distilbeam.pipelines.engine.prefetch import sparing
-from distilbeam.pipelines.engine.stopping import (
-    is_stopped,
-    stoppable,
-    write_stop,
-)
-from distilbeam.pipelines.engine.watchdog import WorkerLostError, run_watched
+from distilbeam.pipelines.engine.engine_lines import engine_lines, lines_are_in
+from distilbeam.pipelines.engine.failures import are_hopeless, clear_failures, failure_sentence, read_failures
+from distilbeam.pipelines.engine.forkserver import LOCAL_RUNNER, in_processes, sheltered
+from distilbeam.pipelines.engine.item_fn import Submission, threads
+from distilbeam.pipelines.engine.stopping import write_stop
+from distilbeam.pipelines.engine.submission import give_up, submit
+from distilbeam.pipelines.engine.watchdog import EngineLostError, WorkerLostError
 from distilbeam.progress import Progress
-from distilbeam.storage.paths import StoreError, to_path
-from distilbeam.storage.private_folders import private_folder
+from distilbeam.storage.paths import StoreError, is_remote, remove_folder
+from distilbeam.storage.private_folders import PREFIX, private_folder
 
+__all__ = ["PhaseError", "PhaseReport", "Work", "run_phase", "threads"]
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+MOST_LOSSES = 10  # of engines or workers in one phase, though each time more of it was done
 _LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
 
@@ -109,86 +99,6 @@ class PhaseError(RuntimeError):
     """Items of a phase could not be done; the message is a sentence that names the first."""
 
 
-class _Run(beam.DoFn, Generic[Item]):
-    def __init__(self, phase: str, work: Work[Item], errors: str, private: str, *, spare: bool, models: bool) -> None:
-        self.phase, self.work, self.errors, self.private = phase, work, errors, private
-        self.spare, self.models = spare, models
-
-    def setup(self) -> None:
-        keep_freed_memory()
-
-    def start_bundle(self) -> None:
-        self.settler = Settler(self.work.settle)
-        self.begun: tuple[Item, Iterable[Any]] | None = None
-
-    # One item behind: what is left of an item (`begun`) is done after the next one has been started, whose reading ahead then
-    # fills the time in which this one is worked on. A bundle's last item is finished by `finish_bundle`, and Beam counts the
-    # elements of a bundle as done only after that.
-
-    def process(self, item: Item) -> None:
-        rest: Iterable[Any] | None = None
-        with threads(1, models=self.models), self._stoppable():
-            if is_stopped():  # what was begun finds out by itself, and keeps what it has
-                self._do_begun()
-                return
-            with self._kept_error(lambda: self.work.name(item)), sparing(self.spare):
-                rest = self.work(item) or ()
-            self._do_begun()
-        self.begun = None if rest is None else (item, rest)
-
-    def finish_bundle(self) -> None:
-        with threads(1, models=self.models), self._stoppable():
-            self._do_begun()
-            with self._kept_error(lambda: "of those that were being flushed to the disk"):
-                self.settler.finish()
-
-    def _do_begun(self) -> None:
-        if self.begun is None:
-            return
-        item, rest = self.begun
-        self.begun = None  # before the work: what fails must not be begun again by the next item
-        with self._kept_error(lambda: self.work.name(item)):
-            for end in rest:  # committed by another thread while the next item is worked on: fsync waits for the disk
-                self.settler.add(end)
-            count(f"{self.phase}_items")
-
-    def _stoppable(self) -> AbstractContextManager[None]:
-        return stoppable(to_path(self.errors), Path(self.private))
-
-    def _kept_error(self, name: Callable[[], str]) -> AbstractContextManager[None]:
-        return kept_error(name, to_path(self.errors), Path(self.private))
-
-
-@contextmanager
-def threads(count: int, *, models: bool = True) -> Iterator[None]:
-    """Keep BLAS and torch to `count` threads inside the block.
-
-    Runners give each worker a core; a pool of BLAS threads in each would make them wait for one another. One thread also
-    makes sums, and so gains and labels, the same on every runner.
-
-    Args:
-      count: the number of threads.
-      models: whether models may run there; without them torch, which takes seconds to import, is left alone.
-    """
-    # libraries are looked for anew, which takes 2 ms: a model that was loaded in between may have brought one of its own
-    with _torch_threads(count) if models else nullcontext(), ThreadpoolController().limit(limits=count):
-        yield
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    if before != count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if before != count:
-            torch.set_num_threads(before)
-
-
 def run_phase(
     phase: str,
     work: Work[Item],
@@ -200,6 +110,7 @@ def run_phase(
     attempts: int = 2,
     poll_s: float = 0.2,
     models: bool = True,
+    engine_log: Path | None = None,
 ) -> PhaseReport:
     """Do `work` for every item whose file is missing, as one Beam pipeline.
 
@@ -210,53 +121,118 @@ def run_phase(
       errors: directory for the records of items that failed.
       options: Beam's options; they name the runner.
       progress: told the rows done and all rows, about every `poll_s` seconds.
-      attempts: pipelines to submit before an item that fails ends the phase.
+      attempts: pipelines that are submitted and do nothing more of it before the phase ends with an error.
       poll_s: seconds between two looks at the committed files.
       models: whether the work runs models, see `threads`.
+      engine_log: file for the lines of a runner elsewhere and of Beam about it; a temporary one by default.
 
     Returns:
       What it cost.
 
     Raises:
-      PhaseError: an item failed in every attempt.
+      PhaseError: an item failed in every attempt, or engine or workers died again and again.
       Interrupted: `ending.interrupt` was called.
     """
-    start, counts, retried, attempt = time.perf_counter(), Counter[str](), 0, 0
-    todo = planned = work.remaining(items)
-    with (
-        private_folder("errors") as private,
-        interruptible(partial(write_stop, (errors, private))) as interrupted,
-    ):
-        worker = partial(_Run, phase, work, str(errors), str(private), models=models)
-        while todo:
-            attempt += 1
-            clear_failures(errors, private)
-            lost, known = "", _dangers(work)
-            if known:
-                log.warning(
-                    "%s: a process died while it asked about rows; a process apart asks about them again", phase
-                )
-            with _Watch(work, items, progress, poll_s):
-                try:
-                    counts += _submit(worker, todo, private, sheltered(options) if known else options)
-                except WorkerLostError as e:
-                    lost = str(e)
-                    log.warning("%s: %s", phase, lost)
-            todo = work.remaining(todo)  # the files decide what is done, whatever the runner reported
-            if interrupted.is_set():
-                _tidy(work, finished=False)
-                raise Interrupted("stopped; the same command goes on from here")
-            failed = read_failures(errors, private)
-            if lost and _dangers(work) - known:
-                attempt -= 1  # it is known better what the process dies of
-            elif todo and (attempt >= attempts or are_hopeless(failed)):
-                _tidy(work, finished=False)
-                raise PhaseError(failure_sentence(phase, len(todo), work.name(todo[0]), failed, lost))
-            if todo:
-                log.warning("%s: %d of %d items failed, trying them again", phase, len(todo), len(planned))
-                retried += len(todo)
+    start, todo = time.perf_counter(), work.remaining(items)
+    planned = todo
+    remove_folder(errors)
+    with private_folder("errors") as private:
+        if options.get_all_options().get("runner") == LOCAL_RUNNER and not in_processes(options):
+            engine_log = None  # there is nobody but this process
+        elif engine_log is None or is_remote(engine_log):
+            engine_log = Path(tempfile.gettempdir()) / f"{PREFIX}engine-{os.getpid()}.log"
+        tries = _Tries(phase, work, options, (errors, private), attempts, engine_log, models)
+        with engine_lines(engine_log), interruptible(tries.stop) as interrupted:
+            while todo:
+                with _Watch(work, items, progress, poll_s):
+                    tries.submit(todo, interrupted)
+                before, todo = todo, work.remaining(todo)  # the files decide what is done, whatever the runner reported
+                if interrupted.is_set():
+                    _tidy(work, finished=False)
+                    raise Interrupted(f"stopped; the same command goes on from here{lines_are_in(engine_log)}")
+                if todo:
+                    tries.require_another(before, todo, planned)
     _tidy(work, finished=True)
-    return PhaseReport(len(planned), time.perf_counter() - start, retried, counts)
+    if tries.retried:
+        remove_folder(errors)
+    return PhaseReport(len(planned), time.perf_counter() - start, tries.retried, tries.counts)
+
+
+class _Tries(Generic[Item]):
+    """The submissions of a phase: what they cost, and whether there is another one."""
+
+    def __init__(
+        self,
+        phase: str,
+        work: Work[Item],
+        options: PipelineOptions,
+        places: tuple[Path, Path],
+        attempts: int,
+        engine_log: Path | None,
+        models: bool,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.retried = 0
+        self._phase, self._work, self._options, self._places = phase, work, options, places
+        self._left, self._attempts, self._losses = attempts, attempts, 0
+        self._engine_log, self._models = engine_log, models
+        self._current = self._next()
+
+    def stop(self) -> None:
+        """Tell the workers to keep what they have, and to stop."""
+        write_stop(self._current.stop_files)
+
+    def submit(self, todo: Sequence[Item], interrupted: threading.Event) -> None:
+        """Submit what is to be done, and wait for the end."""
+        self._lost, self._dangers, work = "", _dangers(self._work), self._work
+        options = self._options
+        if self._dangers:
+            log.warning(
+                "%s: a process died while it asked about rows; a process apart asks about them again", self._phase
+            )
+            options = sheltered(options)
+        self._current = self._next()
+        if interrupted.is_set():  # between two submissions: the former one was told
+            return
+        engine_log = self._engine_log or self._places[1] / "engine.log"
+        try:
+            self.counts += submit(self._current, work, todo, options, engine_log, models=self._models)
+        except (WorkerLostError, EngineLostError) as e:
+            self._lost = str(e)
+            give_up(self._current, work)
+
+    def require_another(self, before: Sequence[Item], todo: Sequence[Item], planned: Sequence[Item]) -> None:
+        """Prepare another submission, for what is left.
+
+        Raises:
+          PhaseError: there is none.
+        """
+        work, failed = self._work, read_failures(*self._places)
+        left, lines = _rows(work, todo), lines_are_in(self._engine_log)
+        self._losses += bool(self._lost)
+        if not (self._lost and (_dangers(work) - self._dangers or left < _rows(work, before))):
+            self._left -= 1  # nothing is known better, nothing was done
+        if not self._left or self._losses > MOST_LOSSES or are_hopeless(failed):
+            _tidy(work, finished=False)
+            sentence = failure_sentence(self._phase, len(todo), work.name(todo[0]), failed, self._lost)
+            if self._lost:
+                done = _rows(work, planned) - left
+                sentence += f"; {done:,} rows are done and {left:,} are left, the same command goes on with them{lines}"
+            raise PhaseError(sentence)
+        if self._lost:
+            log.warning("%s: %s; it is submitted again for what is left%s", self._phase, self._lost, lines)
+        else:
+            log.warning("%s: %d of %d items failed, trying them again", self._phase, len(todo), len(planned))
+        self.retried += len(todo)
+        clear_failures(*self._places)
+
+    def _next(self) -> Submission:
+        errors, private = map(str, self._places)
+        return Submission(self._phase, errors, private, secrets.token_hex(4))
+
+
+def _rows(work: Work[Item], items: Sequence[Item]) -> int:
+    return sum(work.rows(item) for item in items)
 
 
 def _dangers(work: Work[Item]) -> frozenset[Any]:
@@ -273,37 +249,12 @@ def _tidy(work: Work[Item], *, finished: bool) -> None:
             tidy(finished)
 
 
-def _submit(
-    worker: Callable[..., _Run[Item]], todo: Sequence[Item], private: Path, options: PipelineOptions
-) -> Counter[str]:
-    with spread_over_tasks(options, len(todo)):
-        runner, local = local_runner(options) if in_processes(options) else (None, options)
-        pipeline = beam.Pipeline(runner, local)
-        _keep_inside(pipeline, private)
-        run: Any = worker(spare=spares_processor(options))
-        # Create would reshuffle, too: a tenth of a second for a second time
-        _ = (
-            pipeline
-            | "Items" >> beam.Create(list(todo), reshuffle=False)
-            | beam.Reshuffle()
-            | run.phase.capitalize() >> beam.ParDo(run)
-        )
-        return totals(run_watched(pipeline, options))
-
-
-def _keep_inside(pipeline: Any, private: Path) -> None:
-    """Let Beam's temporary folder be one of ours, which is removed when this process is killed, too."""
-    with suppress(OSError):
-        Path(pipeline.local_tempdir).rmdir()
-    pipeline.local_tempdir = tempfile.mkdtemp(prefix="beam-", dir=private)
-
-
 class _Watch(Generic[Item]):
     """Report progress from the committed files while a pipeline runs, on any runner that shares the file system."""
 
     def __init__(self, work: Work[Item], items: Sequence[Item], progress: Progress | None, poll_s: float) -> None:
         self._pending: Sequence[Item] = items
-        self._total = sum(work.rows(item) for item in items) if progress is not None else 0
+        self._total = _rows(work, items) if progress is not None else 0
         self._work, self._progress, self._poll_s = work, progress, poll_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -330,4 +281,4 @@ class _Watch(Generic[Item]):
 
     def _report(self, progress: Progress) -> None:
         self._pending = self._work.remaining(self._pending)
-        progress.step(self._total - sum(self._work.rows(item) for item in self._pending), self._total)
+        progress.step(self._total - _rows(self._work, self._pending), self._total)

@@ -18,8 +18,9 @@ def bind_to_loopback() -> None:
     """Let Beam's modules for local worker processes bind to the loopback; a second call does nothing."""
     from apache_beam.runners.portability import local_job_service
     from apache_beam.runners.portability.fn_api_runner import worker_handlers
+    from apache_beam.runners.worker import worker_pool_main
 
-    for module in (local_job_service, worker_handlers):
+    for module in (local_job_service, worker_handlers, worker_pool_main):
         if not isinstance(module.grpc, _Grpc):
             module.grpc = _Grpc(module.grpc)
 

@@ -81,7 +81,12 @@ def judge_of(data: Path | None, label: str) -> Callable[[Path], dict[str, Any]]:
         figures: dict[str, Any] = dict(cost(directory, model))
         if data is not None:
             table, labels = _read(model, data, label)
-            figures["data"] = evaluate(logits_of(model, table), labels)
+            logits = logits_of(model, table)
+            figures |= {
+                "data": evaluate(logits, labels),
+                "classes": per_class(logits, labels, model.classes),
+                "classes_on": "data",
+            }
         return figures
 
     return judge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy.typing as npt
 from distilbeam.extras import require_extras
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.needs import needs_of_formats
+from distilbeam.pipelines.report.cards import write_card
 from distilbeam.progress import Progress
 from distilbeam.storage.files import read_json, sweep, write_json
 from distilbeam.storage.stores import store_of
 from distilbeam.student.checkpoint import Student, load_student
-from distilbeam.student.export.export import FORMATS, export_student
+from distilbeam.student.export.export import FORMATS, card_of, export_student
 from distilbeam.student.export.prune import prune_student, require_prunable
 from distilbeam.student.networks.config import StudentConfig
 
@@ -45,6 +47,7 @@ def write_exports(
     provenance: Mapping[str, Any] | None = None,
     retrain: Retrain | None = None,
     ratio: float = 0.5,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Export a student in several formats and judge each beside it; what is there already is judged again.
 
@@ -59,6 +62,7 @@ def write_exports(
       provenance: what the student was made from.
       retrain: trains a pruned network: its configuration, the directory to start from, the directory to write, progress.
       ratio: share of the channels that `pruned` takes away.
+      facts: what the model cards say besides of data, teacher and labels.
 
     Returns:
       The rows of the table: the student, then every export in `output`, also those of earlier calls.
@@ -73,9 +77,31 @@ def write_exports(
         _require_pruning(loaded, ratio, retrain)
     with store_of(output).hold(output, "--output", "--output"):
         sweep(output)  # what was left by one that was killed
-        return _exported(
+        table = _exported(
             student, fingerprint, formats, output, judge, display, examples, origin, provenance, retrain, ratio
         )
+        for row in table[1:]:
+            _write_card(loaded, output / row["name"], row, provenance, facts)
+        return table
+
+
+def _write_card(
+    student: Student,
+    directory: Path,
+    row: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None,
+    facts: Mapping[str, Any] | None,
+) -> None:
+    """Put the figures of an export, or of a pruned student, into its model card."""
+    if row["name"] == PRUNED:
+        card = card_of(load_student(directory), provenance=provenance)
+    else:
+        card = card_of(student, read_json(directory / "export.json"), provenance)
+    figures = {name: row[name] for name in ("validation", "test", "data") if name in row}
+    card = replace(card, facts={**card.facts, **(facts or {})}, figures=figures)
+    if "classes" in row:
+        card = replace(card, per_class=row["classes"], on=f"the {row['classes_on']} set")
+    write_card(directory, card)
 
 
 def _exported(

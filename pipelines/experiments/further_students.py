@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.experiments.model_metrics import cost, quality
+from distilbeam.pipelines.experiments.model_metrics import cost, logits_of
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.progress import Progress
 from distilbeam.student.checkpoint import load_student
+from distilbeam.student.evaluation.metrics import evaluate, per_class
 from distilbeam.student.export.load import load_model
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import AugmentConfig, TrainConfig
@@ -61,12 +62,18 @@ def judge_on_run(run: Run, directory: Path, *, learned_validation: bool = False)
       learned_validation: whether the student has learned the validation set, whose figures are left out then.
 
     Returns:
-      `validation` and, where there is a test set, `test`, as `student.evaluate.evaluate` gives them; and the footprint.
+      `validation` and, where there is a test set, `test`, as `student.evaluate.evaluate` gives them; `classes`, as `per_class`
+      gives them of the last of these sets, whose name is `classes_on`; and the footprint.
     """
     model = load_model(directory)
     figures: dict[str, Any] = {}
     sets = ("validation",) if run.config.data.test is None else ("validation", "test")
     for name in sets[learned_validation:]:
         answers = run.answers(name) if run.was_asked(name) else None
-        figures[name] = quality(model, run.labelled_set(name).table, run.truth(name), answers)
+        logits, truth = logits_of(model, run.labelled_set(name).table), run.truth(name)
+        figures |= {
+            name: evaluate(logits, truth, answers),
+            "classes": per_class(logits, truth, model.classes),
+            "classes_on": name,
+        }
     return {**figures, **cost(directory, model)}

@@ -16,7 +16,6 @@ from distilbeam.student.checkpoint import Student
 from distilbeam.student.data.class_labels import INTEGERS, Integers
 from distilbeam.student.data.usable_rows import find_usable
 from distilbeam.student.evaluation.footprint import measure
-from distilbeam.student.evaluation.metrics import evaluate
 from distilbeam.student.export.load import ExportedStudent, input_of
 
 BATCH_ROWS = 1024
@@ -45,13 +44,6 @@ def logits_of(model: Model, table: pa.Table) -> npt.NDArray[np.float32]:
     """
     columns = table.select(list(input_of(model).columns))
     return np.concatenate([model.logits(batch) for batch in columns.to_batches(max_chunksize=BATCH_ROWS)])
-
-
-def quality(
-    model: Model, table: pa.Table, labels: npt.NDArray[np.int64], teacher: npt.NDArray[np.float32] | None
-) -> dict[str, float]:
-    """Evaluate a model on labelled examples; see `student.evaluate.evaluate`."""
-    return evaluate(logits_of(model, table), labels, teacher)
 
 
 def cost(directory: Path, model: Model) -> dict[str, float]:

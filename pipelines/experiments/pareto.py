@@ -103,7 +103,9 @@ def _widened(run: Run, factor: float) -> StudentConfig:
 def _point(stage: Stage, figures: dict[str, Any]) -> dict[str, Any]:
     validation = {name: figures["validation"][name] for name in SHOWN_METRICS if name in figures["validation"]}
     test = {f"test_{name}": figures["test"][name] for name in SHOWN_METRICS if name in figures.get("test", {})}
-    footprint = {name: value for name, value in figures.items() if name not in ("validation", "test")}
+    footprint = {
+        name: value for name, value in figures.items() if name not in ("validation", "test", "classes", "classes_on")
+    }
     about = {"name": stage.name, "strategy": stage.strategy, "width": stage.width, "form": stage.form}
     return {**about, **validation, **test, **footprint}
 

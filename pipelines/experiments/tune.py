@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -104,8 +105,14 @@ def _require_valid(config: RunConfig, space: Mapping[str, SearchRange]) -> None:
 
 def _section(config: RunConfig, name: str, space: Mapping[str, SearchRange]) -> dict[str, Any]:
     """Return the settings of a section that are not searched."""
-    data = config.dump()[name]
-    return {key: value for key, value in data.items() if f"{name}.{key}" not in space}
+    data: dict[str, Any] = copy.deepcopy(config.dump()[name])
+    for setting in space:
+        section, *path, key = setting.split(".")
+        inner: Any = data if section == name else {}
+        for part in path:
+            inner = inner.get(part, {})
+        inner.pop(key, None)
+    return data
 
 
 def _overlay(best: Trial, metric: str) -> str:

@@ -55,6 +55,11 @@ class RunDirectory:
         return self.root / "work.json"
 
     @property
+    def engine_log(self) -> Path:
+        """What Beam and a runner that is not this process have said of themselves."""
+        return self.root / "engine.log"
+
+    @property
     def top(self) -> Path:
         """The directory of the whole run: this one, but for students beside the run's own."""
         return self.root

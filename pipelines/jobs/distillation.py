@@ -76,6 +76,12 @@ class Job:
             if failed and not any(path.exists() for path in made):
                 where.summary(dataset).unlink()
 
+    def encode(self, progress: Progress) -> None:
+        """Ask the sentence encoder about rows of the pool, and regress the embeddings that students start from."""
+        start = self.run.encoder_start(self.config.student)
+        self.phases.carry_out("encode", start.work, self.run.inputs.pool.units, progress)
+        start.fit()
+
     def train(self, number: int, progress: Progress) -> None:
         """Train the student on the labelled set and the soft labels of the first `number` rounds."""
         where = self.directory

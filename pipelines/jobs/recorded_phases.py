@@ -37,7 +37,7 @@ class RecordedPhases:
         """Do the work for every item whose file is missing.
 
         Args:
-          name: the phase, "label", "score" or "check".
+          name: the phase, "label", "score", "check", "pseudo" or "encode".
           work: what to do with an item.
           items: all items of the phase.
           progress: told the rows done and all rows.
@@ -58,6 +58,7 @@ class RecordedPhases:
             progress=progress,
             attempts=self.engine.attempts,
             poll_s=store_of(self.directory.root).look_s,
+            engine_log=self.directory.engine_log,
         )
         add_work(self.directory.work, name, done if labels is None else with_counts_of(done, labels, items))
         return done

@@ -23,6 +23,7 @@ from distilbeam.pipelines.config import RunConfig, RunLabelsSection
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.pipelines.jobs.encoder_start import EncoderStart
 from distilbeam.pipelines.jobs.weak_teacher import learns_pooled
 from distilbeam.pipelines.labelling.pooled_labels import is_pooled
 from distilbeam.pipelines.labelling.teacher_answers import calibrated, read_answers
@@ -248,6 +249,15 @@ class Run:
         student = self.config.student
         return student.model_copy(update=changes)
 
+    def encoder_start(self, student: StudentConfig) -> EncoderStart:
+        """What students of a configuration with `init` encoder start from."""
+        engine = self.config.engine
+        return EncoderStart(self.directory, lambda: self.inputs, student, self.config.run.seed, engine.batch_rows)
+
+    def embedding(self, student: StudentConfig) -> Path | None:
+        """Give the table that a student's embeddings start from, fitted where it is not there; None for random ones."""
+        return self.encoder_start(student).fit() if student.init == "encoder" else None
+
     def train(
         self,
         directory: Path,
@@ -259,6 +269,7 @@ class Run:
         init: Path | None = None,
         labelled: pa.Table | None = None,
         held_out: bool = True,
+        validation: pa.Table | None = None,
         pseudo_labels: Sequence[Path] = (),
         last_epoch: int | None = None,
         seed: int | None = None,
@@ -274,6 +285,7 @@ class Run:
           init: student to start from.
           labelled: human-labelled rows; the labelled set by default.
           held_out: whether the validation set chooses the epoch.
+          validation: rows that choose it instead.
           pseudo_labels: datasets of students' own labels.
           last_epoch: epoch after which training stops; see `student.training.train`.
           seed: the run's by default.
@@ -286,7 +298,7 @@ class Run:
             "classes": self.inputs.classes,
             "labelled": self.inputs.labelled.table if labelled is None else labelled,
             "label_column": self.config.data.label,
-            "validation": self.inputs.validation.table if held_out else None,
+            "validation": (self.inputs.validation.table if validation is None else validation) if held_out else None,
             "directory": directory,
             "seed": self.config.run.seed if seed is None else seed,
             "progress": progress,
@@ -294,13 +306,14 @@ class Run:
         with threads(self.config.engine.threads or torch.get_num_threads()):
             if training.finetune is not None and soft_labels:
                 answers = [self.directory.asked("labelled")]
+                common |= {"embedding": self.embedding(student)}
                 return train_blind(student, training, pool_labels=soft_labels, labelled_answers=answers, **common)
-            if (
-                pseudo_labels or not held_out
-            ):  # weights are estimated of the teacher's labels, on rows that are held out
+            # weights are estimated of the teacher's labels, on rows that are held out
+            if pseudo_labels or not held_out or validation is not None:
                 training = training.model_copy(update={"reestimate_epochs": None})
             again = training.reestimate_epochs is not None and soft_labels
             teacher = self.calibrated_answers("validation") if again else None
             training = training.model_copy(update={"finetune": None})
             common |= {"pseudo_labels": pseudo_labels, "last_epoch": last_epoch, "init": init}
+            common |= {"embedding": None if init is not None else self.embedding(student)}
             return train(student, training, soft_labels=soft_labels, validation_teacher=teacher, **common)

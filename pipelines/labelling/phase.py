@@ -103,6 +103,10 @@ class Label:
         found = read_flights(self._flights) if self._flights is not None else ()
         return frozenset((flight.shard, flight.start, flight.stop) for flight in found if flight.suspect)
 
+    def at_work(self) -> bool:
+        """Tell whether a process that this machine sees still asks about rows."""
+        return any(flight.alive for flight in read_flights(self._flights)) if self._flights is not None else False
+
     def tidy(self, finished: bool) -> None:
         """Remove what is left over of shards that are committed; of all where everything is finished."""
         flights = read_flights(self._flights) if self._flights is not None else ()

@@ -3,7 +3,8 @@
     log y(x) = log mean_k softmax(z_k(x)) / T - log Z(x)
 
 with z_k the logits of the members, which differ in their seeds, and T the temperature that suits the validation set, which none
-of them has learned. They are a dataset of their own, whose specification names the ensemble where another names the teacher;
+of them has learned; or, of members that have each learned another part of it, the mean of
+softmax(z_k(x) / T). They are a dataset of their own, whose specification names the ensemble where another names the teacher;
 nobody is asked. A unit of the pool becomes one shard, or an empty file where none of its rows is drawn and can be read.
 
 References:
@@ -75,6 +76,7 @@ class PseudoLabel:
       columns: pool columns that the students read.
       id_column: column with the user's ids, or None for the hash of the carried columns.
       batch_rows: most rows that are answered at a time.
+      each: whether the temperature divides each member's logits; else those of their mean.
       trust: modules whose code the students may call; see `student.trust`.
     """
 
@@ -87,6 +89,7 @@ class PseudoLabel:
     columns: tuple[str, ...]
     id_column: str | None
     batch_rows: int
+    each: bool = False
     trust: tuple[str, ...] = ()
 
     def __call__(self, unit: Unit) -> Iterator[ManifestEntry]:
@@ -139,7 +142,9 @@ class PseudoLabel:
         with timed("score"):
             said = [ask_student(student, batch) for student in _members(self.students, self.trust)]
         usable = _common(said)
-        logits = mean_logprobs([one.logits[np.isin(one.rows, usable)] for one in said])
+        each = self.spec.temperature if self.each else 1.0
+        # `encode` divides by the temperature, which the mean of tempered members has behind it
+        logits = each * mean_logprobs([one.logits[np.isin(one.rows, usable)] / each for one in said])
         rows = pa.Table.from_batches([batch]).take(pa.array(usable))
         seeds = (pool_rows[usable] + self.seed).astype(np.uint64) if self.spec.kind == "sampled" else None
         labels = encode(logits.astype(np.float32), self.spec, seeds=seeds)

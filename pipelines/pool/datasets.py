@@ -85,11 +85,18 @@ def load_inputs(config: RunConfig, former: tuple[str, ...] = ()) -> Inputs:
     teacher_columns = tuple(config.teacher.input.columns)
     _require_names(config)
     carried = tuple(dict.fromkeys([*student_columns, *data.carry]))
-    wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *([data.id] if data.id else [])]))
+    vectors = [] if config.student.encoder is None else [config.student.encoder.column]
+    read_too = [name for name in (data.id, *vectors) if name]
+    wanted = tuple(dict.fromkeys([*carried, *teacher_columns, *read_too]))
     pool = plan_pool(to_path(data.pool), config.engine.unit_rows, "data.pool", wanted)
     require_columns(pool.columns, wanted, "data.pool")
     read = tuple(dict.fromkeys([*student_columns, *teacher_columns]))
     schema = pa.schema(pool.types)
+    for name in vectors:
+        if name and not _holds_vectors(schema.field(name).type):
+            raise ValueError(
+                f"student.encoder.column: {name} must hold lists of numbers, got {schema.field(name).type}"
+            )
     raw = [_read(Path(path), name, config, read) for name, path in _sets(config).items()]
     for one in raw:
         _require_types(schema, one.table.schema, read, one.name)
@@ -117,6 +124,11 @@ def _require_names(config: RunConfig) -> None:
             raise ValueError(
                 f"{setting}.input.columns must not hold {data.label}, which is data.label: it would be given the truth"
             )
+
+
+def _holds_vectors(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
 
 
 def _sets(config: RunConfig) -> dict[str, str]:

@@ -1,35 +1,66 @@
-"""The model that predicts: a student, an export of one, or the student that a run has kept."""
+"""The model that predicts: a student, an export of one, the student that a run has kept, or a Hugging Face classifier."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+from distilbeam.pipelines.prediction.huggingface import HuggingFaceClassifier, kind_of
 from distilbeam.storage.files import read_json
-from distilbeam.student.checkpoint import Student
-from distilbeam.student.export.load import ExportedStudent, load_model
+from distilbeam.student.checkpoint import DESCRIPTION
+from distilbeam.student.export.load import load_model
+from distilbeam.student.predictions import Predictor
+from distilbeam.student.trust import trust as trust_code
 
-Model = Student | ExportedStudent
+Model = Predictor
+_lock = threading.Lock()
+_models: dict[tuple[str, str | None], Model] = {}
 
 
-def open_model(directory: Path) -> tuple[Path, Model]:
+def open_model(directory: Path, column: str | None = None) -> tuple[Path, Model]:
     """Load the model of a directory.
 
     Args:
-      directory: of a student, an export or a run.
+      directory: of a student, an export, a run, or a Hugging Face classifier.
+      column: of the texts or images, for a Hugging Face classifier, which does not say it.
 
     Returns:
       The directory of the model itself, and the model.
 
     Raises:
-      ValueError: it holds none, or a run without figures, which say what student is kept.
+      ValueError: it holds none, or a run without figures, which say what student is kept; or a column for a student.
     """
     if not directory.is_dir():
         raise ValueError(
-            f"STUDENT must be the directory of a student, an export or a run, got {directory}: none is there"
+            f"STUDENT must be the directory of a student, an export, a run or a Hugging Face classifier, got {directory}: none is "
+            "there"
+        )
+    own = (directory / DESCRIPTION).exists() or (directory / "export.json").exists()
+    if not own and kind_of(directory) is not None:
+        return directory, HuggingFaceClassifier(directory, column)
+    if column is not None:
+        raise ValueError(
+            f"--input-column is for a Hugging Face folder, a student knows its columns; leave {column} out"
         )
     if (directory / "students").is_dir() and (directory / "config.toml").exists():
         directory = kept_in(directory)
     return directory, load_model(directory)
+
+
+def cached_model(directory: str, column: str | None = None, trust: Sequence[str] = ()) -> Model:
+    """Return this process's copy of the model of a directory, which its threads share; a process keeps the last one.
+
+    Args:
+      directory, column: see `open_model`.
+      trust: modules whose code it may call besides what this process trusts; see `student.trust`.
+    """
+    with _lock:
+        if (directory, column) not in _models:
+            trust_code(*trust)
+            _models.clear()
+            _models[directory, column] = open_model(Path(directory), column)[1]
+        return _models[directory, column]
 
 
 def kept_in(run: Path) -> Path:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 
 from distilbeam.pipelines.jobs.directory import RunDirectory
-from distilbeam.pipelines.jobs.final_training import final_sentence
+from distilbeam.pipelines.jobs.final_result import final_sentence
 from distilbeam.pipelines.jobs.kept_student import worse_sentence
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,
@@ -103,12 +103,13 @@ def results_table(results: dict[str, Any]) -> PlainTable:
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Format a row for the teacher, each student, the uniform comparison and, beside another student, the run's own."""
+    """Format a row for the teacher, each student, the uniform comparison, beside another student the run's own, and the baseline."""
     rows = [
         results["teacher"],
         *results["students"],
         *([results["final"]["row"]] if "row" in results.get("final", {}) else []),
         *(results[name] for name in ("uniform", "own") if name in results),
+        *([results["baseline"]] if "accuracy" in results.get("baseline", {}) else []),
     ]
     return [
         (
@@ -158,6 +159,13 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
             f"before; {learned}."
         )
     sentences += [f"{worse_sentence(found)}." for found in results.get("kept", {}).get("worse", [])]
+    if (baseline := results.get("baseline")) is not None and "why" in baseline:
+        sentences.append(f"There is no baseline ({baseline['name']}): {baseline['why']}.")
+    elif baseline is not None and baseline["accuracy"] >= (best := _last_accuracy(results)):
+        sentences.append(
+            f"{baseline['name']} on the same labels is right on {baseline['accuracy']:.1%}, the last student on {best:.1%}: this "
+            "student is not worth its trouble yet; 'distilbeam tune CONFIG' looks for better settings."
+        )
     if said := final_sentence(results["final"]) if "final" in results else "":
         sentences.append(f"{said}.")
     if unusable := results.get("unusable", {}).get("rows"):
@@ -166,6 +174,12 @@ def calls_sentences(results: dict[str, Any]) -> list[str]:
             f"The student cannot read {unusable:,} row(s) of the pool, which were left out; they are in {lists}."
         )
     return sentences
+
+
+def _last_accuracy(results: dict[str, Any]) -> float:
+    """Return the accuracy of the student that is kept."""
+    kept = results["final"]["row"] if "row" in results.get("final", {}) else None
+    return float((kept or results["students"][-1])["accuracy"])
 
 
 def _count(number: int | None) -> str:

@@ -12,9 +12,18 @@ import pyarrow.parquet as pq
 
 from distilbeam.pipelines.acquisition.unusable_rows import read_unusable, unusable_list
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher
-from distilbeam.pipelines.jobs.final_training import final_directory, final_result, final_student, is_wanted
+from distilbeam.pipelines.jobs.cross_fitting import CrossFittedTraining
+from distilbeam.pipelines.jobs.final_result import (
+    final_directory,
+    final_result,
+    final_student,
+    is_wanted,
+    learns_validation,
+)
 from distilbeam.pipelines.jobs.kept_student import kept_round
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.report.baseline import baseline_row
+from distilbeam.pipelines.report.cards import write_cards
 from distilbeam.pipelines.report.tables import LATENCIES
 from distilbeam.progress import Progress
 from distilbeam.selection.gains import gain_named
@@ -23,6 +32,7 @@ from distilbeam.student.evaluation.metrics import evaluate, footprint, per_class
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels import read_manifest
 
+Logits = npt.NDArray[np.float32]
 _BINS = 20
 MAY_BE_PAID = ("tfserving", "beam")  # kinds of teachers of which a call may cost money
 
@@ -53,9 +63,10 @@ def write_results(run: Run, progress: Progress) -> None:
         "calls": _calls(run, bought),
         "unusable": _unusable(run),
         "work": read_json(where.work),
-        **_classes(run, final_student(run) or where.student(kept), name),
+        **_classes(run, final_student(run) or where.student(kept), name, _unseen(run, name)),
         "kept": {"round": kept, "worse": worse},
         "standing": read_json(where.standing) if where.standing.exists() else None,
+        "baseline": baseline_row(run, name),
     }
     if config.selection.compare_uniform:
         uniform = run.comparison
@@ -64,8 +75,9 @@ def write_results(run: Run, progress: Progress) -> None:
     if (found := final_result(run)) is not None:
         results["final"] = {"directory": str(final_directory(run).relative_to(where.root)), **found}
         if (student := final_student(run)) is not None:
-            row = _student_row(run, student, name, "student, final", sum(b["rows"] for b in bought))
-            results["final"]["row"] = row
+            unseen = _unseen(run, name)
+            title = "student, final" if unseen is None else "student, final, by folds"
+            results["final"]["row"] = _student_row(run, student, name, title, sum(b["rows"] for b in bought), unseen)
     if (ran := cached_student(str(final_student(run) or where.student(kept))).extra.get("precision")) is not None:
         results["ran"] = ran
     if (sentence := where.sentence(config.run.rounds)) is not None:
@@ -73,6 +85,7 @@ def write_results(run: Run, progress: Progress) -> None:
     if (own := where.beside(config.run.rounds)) is not None:
         labels = sum(b["rows"] for b in bought)
         results["own"] = _student_row(run, own, name, "the run's own student", labels)
+    write_cards(run, results)
     (where.report / "report.html").unlink(missing_ok=True)  # it shows former figures
     write_json(where.metrics, results)
 
@@ -97,14 +110,26 @@ def are_current(run: Run) -> bool:
     return len(found["rounds"]) == config.run.rounds and ("uniform" in found) == config.selection.compare_uniform
 
 
-def _classes(run: Run, student: Path, name: str) -> dict[str, Any]:
+def _unseen(run: Run, name: str) -> Logits | None:
+    """Give what stands for the final student on rows that it has learned: what students of its kind say that have not."""
+    found = final_result(run)
+    if found is None or name == "test" or not learns_validation(run):
+        return None
+    return CrossFittedTraining(run).unseen_logits(found["pseudo_labels"])
+
+
+def _classes(run: Run, student: Path, name: str, unseen: Logits | None) -> dict[str, Any]:
     """Measure the last student class by class."""
-    logits, truth, classes = run.student_logits(student, name), run.truth(name), run.inputs.classes
+    logits = run.student_logits(student, name) if unseen is None else unseen
+    truth, classes = run.truth(name), run.inputs.classes
     return {"classes": per_class(logits, truth, classes), "worst": worst_classes(logits, truth, classes)}
 
 
-def _student_row(run: Run, directory: Path, name: str, title: str, labels: int) -> dict[str, Any]:
-    metrics = evaluate(run.student_logits(directory, name), run.truth(name), run.answers(name))
+def _student_row(
+    run: Run, directory: Path, name: str, title: str, labels: int, unseen: Logits | None = None
+) -> dict[str, Any]:
+    logits = run.student_logits(directory, name) if unseen is None else unseen
+    metrics = evaluate(logits, run.truth(name), run.answers(name))
     return {"name": title, "labels": labels, **metrics, **footprint(cached_student(str(directory)))}
 
 

@@ -6,6 +6,7 @@ from distilbeam.extras import Need, require_extras
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.streaming.decode import Decoder, make_decoder, parse_columns
+from distilbeam.pipelines.streaming.registry import Registry
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.storage.paths import to_path
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -34,7 +35,7 @@ def decoder_of(settings: StreamSettings, config: LabelConfig) -> Decoder:
     Raises:
       ValueError: a column is missing, or the schema, the format or its definition is not valid.
     """
-    schema = settings.schema
+    schema = settings.columns
     id_column = config.data.id
     if settings.id == "key":
         if id_column is None:
@@ -51,7 +52,8 @@ def decoder_of(settings: StreamSettings, config: LabelConfig) -> Decoder:
     definition = settings.definition_path()
     if definition is not None and not definition.is_file():
         raise ValueError(f"--definition: there is no file {definition}")
-    return make_decoder(schema, settings.format, definition, settings.message)
+    registry = Registry.of(settings.registry, settings.registry_client) if settings.registry else None
+    return make_decoder(schema, settings.format, definition, settings.message, settings.event_time, registry)
 
 
 def require_same_dataset(out: str, spec: SoftLabelSpec) -> None:

@@ -6,9 +6,7 @@ A column of the schema is a field of the value unless an origin says otherwise: 
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +15,15 @@ from typing import Any
 import pyarrow as pa
 
 from distilbeam.pipelines.ingest.columns import ColumnType
+from distilbeam.pipelines.streaming.event_time import refusal, require_time, seconds_of
 from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, Message
+from distilbeam.pipelines.streaming.registry import Registry
+from distilbeam.pipelines.streaming.schemas import Parse, avro, avro_by_registry, protobuf, protobuf_by_registry
 from distilbeam.pipelines.transforms.messages import parse_message, parse_schema, rows_to_batch
 
 FORMATS = ("json", "bytes", "avro", "protobuf")
 _BESIDE = {"key": ("string", "binary"), "value": ("string", "binary"), "header": ("string", "binary")}
 _NUMBERS = {"timestamp": "timestamp_ms", "partition": "partition", "offset": "offset"}
-_FRAMED = 5  # bytes of the frame that schema registries put before a value: a zero and the schema's number
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,25 @@ class Decoder:
       format: of the value: "json", "bytes", "avro" or "protobuf".
       definition: text of the Avro schema, or the Protobuf descriptor set in hexadecimal digits.
       message: full name of the Protobuf message.
+      event_time: column that says when a message's event was, or "".
+      registry: the schema registry that describes each message, or None.
     """
 
     schema: str
     format: str = "json"
     definition: str = ""
     message: str = ""
+    event_time: str = ""
+    registry: Registry | None = None
 
     def __call__(self, messages: Sequence[Message]) -> Decoded:
-        """Decode messages; what is no row is refused with a reason, whatever it is."""
+        """Decode messages; what is no row is refused with a reason, whatever it is.
+
+        Raises:
+          OSError: the schema registry does not answer.
+        """
         types, origins = parse_columns(self.schema)
-        parse = _parser(self.format, self.definition, self.message)
+        parse = self._parse
         refused: dict[int, str] = {}
         rows, numbers = [], []
         for i, message in enumerate(messages):
@@ -70,15 +78,32 @@ class Decoder:
                 continue
             for name, origin in origins:
                 row[name] = _beside(message, origin, types[name])
+            if self.event_time and seconds_of(row.get(self.event_time), types[self.event_time]) is None:
+                refused[i] = refusal(self.event_time, types[self.event_time], row.get(self.event_time))
+                continue
             rows.append(row)
             numbers.append(i)
         batch, wrong = rows_to_batch(rows, types)
         refused |= {numbers[i]: reason for i, reason in wrong.items()}
-        good = tuple(i for i in numbers if i not in refused)
-        for name, kind in ((PARTITION, pa.int32()), (OFFSET, pa.int64())):
-            places = [messages[i].partition if name == PARTITION else messages[i].offset for i in good]
-            batch = batch.append_column(name, pa.array(places, kind))
+        good = tuple(i for i in numbers if i not in refused) if refused else tuple(numbers)
+        kept = messages if len(good) == len(messages) else [messages[i] for i in good]
+        batch = batch.append_column(PARTITION, pa.array([message.partition for message in kept], pa.int32()))
+        batch = batch.append_column(OFFSET, pa.array([message.offset for message in kept], pa.int64()))
         return Decoded(batch, good, refused)
+
+    @property
+    def _parse(self) -> Parse:
+        return _parser(self.format, self.definition, self.message, self.registry)
+
+    def time_s(self, message: Message) -> float | None:
+        """Return when a message's event was, in seconds since 1970, as its column says; None where there is no such time."""
+        types, origins = parse_columns(self.schema)
+        name = self.event_time
+        origin = dict(origins).get(name)
+        if origin is not None:
+            return seconds_of(_beside(message, origin, types[name]), types[name])
+        row, _ = self._parse(message.value)
+        return None if row is None else seconds_of(row.get(name), types[name])
 
 
 @lru_cache(maxsize=16)
@@ -116,7 +141,14 @@ def parse_columns(text: str) -> tuple[dict[str, ColumnType], tuple[tuple[str, st
     return types, tuple(origins)
 
 
-def make_decoder(schema: str, format_: str, definition: Path | None, message: str) -> Decoder:
+def make_decoder(
+    schema: str,
+    format_: str,
+    definition: Path | None,
+    message: str,
+    event_time: str = "",
+    registry: Registry | None = None,
+) -> Decoder:
     """Check what describes the messages and gather it as plain text that travels to workers.
 
     Args:
@@ -124,6 +156,8 @@ def make_decoder(schema: str, format_: str, definition: Path | None, message: st
       format_: of the values.
       definition: file of the Avro schema (JSON) or the Protobuf descriptor set (`protoc --descriptor_set_out`).
       message: full name of the Protobuf message.
+      event_time: column that says when a message's event was, or "".
+      registry: the schema registry that describes them instead of a file.
 
     Raises:
       ValueError: an unknown format, a file that is missing or not of its kind, or columns that the format does not have.
@@ -131,26 +165,36 @@ def make_decoder(schema: str, format_: str, definition: Path | None, message: st
     if format_ not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got '{format_}'")
     types, origins = parse_columns(schema)
+    if event_time:
+        require_time(event_time, types)
     fields = sorted(set(types) - {name for name, _ in origins})
     if format_ == "bytes" and fields:
         raise ValueError(
             f"--format bytes has no fields: {fields[0]} needs an origin in --schema, such as {fields[0]}:{types[fields[0]].kind}=value"
         )
-    needs = format_ in ("avro", "protobuf")
-    if needs != (definition is not None):
-        rule = "must be given for" if needs else "is for avro and protobuf alone, got"
-        raise ValueError(f"--definition {rule} --format {format_}")
-    if (format_ == "protobuf") != bool(message):
+    _require_description(format_, definition, registry)
+    if (message and format_ != "protobuf") or (format_ == "protobuf" and not message and registry is None):
         raise ValueError("--message names the Protobuf message and is given with --format protobuf, and only with it")
     text = ""
     if definition is not None:
         content = definition.read_bytes()
         text = content.hex() if format_ == "protobuf" else content.decode()
     try:
-        _parser(format_, text, message)
+        _parser(format_, text, message, registry)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"--definition: {definition} cannot be read as {format_}: {e}") from e
-    return Decoder(schema, format_, text, message)
+    return Decoder(schema, format_, text, message, event_time, registry)
+
+
+def _require_description(format_: str, definition: Path | None, registry: Registry | None) -> None:
+    given = [name for name, value in (("--definition", definition), ("--registry", registry)) if value is not None]
+    if format_ not in ("avro", "protobuf"):
+        if given:
+            raise ValueError(f"{given[0]} is for avro and protobuf alone, got --format {format_}")
+    elif len(given) != 1:
+        raise ValueError(f"--definition or --registry must be given for --format {format_}, and not both")
+    if registry is not None:
+        registry.require_answer(format_.upper())
 
 
 def _split(text: str) -> list[str]:
@@ -180,65 +224,16 @@ def _beside(message: Message, origin: str, type_: ColumnType) -> Any:
         return None
 
 
-_Parse = Callable[[bytes | None], tuple[dict[str, Any] | None, str]]
-
-
 @lru_cache(maxsize=16)
-def _parser(format_: str, definition: str, message: str) -> _Parse:
+def _parser(format_: str, definition: str, message: str, registry: Registry | None) -> Parse:
     if format_ == "json":
         return parse_message
     if format_ == "bytes":
         return _nothing
-    return _avro(definition) if format_ == "avro" else _protobuf(definition, message)
+    if registry is not None:
+        return avro_by_registry(registry) if format_ == "avro" else protobuf_by_registry(registry, message)
+    return avro(definition) if format_ == "avro" else protobuf(definition, message)
 
 
 def _nothing(_: bytes | None) -> tuple[dict[str, Any] | None, str]:
     return {}, ""
-
-
-def _avro(definition: str) -> _Parse:
-    import fastavro
-
-    schema = fastavro.parse_schema(json.loads(definition))
-    if not isinstance(schema, Mapping) or schema.get("type") != "record":
-        raise ValueError("the schema must be a record")
-
-    def parse(value: bytes | None) -> tuple[dict[str, Any] | None, str]:
-        if value is None:
-            return None, "the message has no value (a tombstone)"
-        for start in (_FRAMED, 0) if value[:1] == b"\0" else (0,):
-            stream = io.BytesIO(value[start:])
-            try:
-                row = fastavro.schemaless_reader(stream, schema)
-            except (ValueError, KeyError, IndexError, EOFError, OverflowError, StopIteration, TypeError) as e:
-                error = f"{type(e).__name__} {e}".strip()
-                continue
-            if stream.read(1) == b"":
-                return row, ""
-            error = "bytes are left over"
-        return None, f"not Avro of the schema: {error}"
-
-    return parse
-
-
-def _protobuf(definition: str, message: str) -> _Parse:
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-    from google.protobuf.message import DecodeError
-
-    pool = descriptor_pool.DescriptorPool()
-    for file in descriptor_pb2.FileDescriptorSet.FromString(bytes.fromhex(definition)).file:
-        pool.Add(file)
-    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName(message))
-    names = [field.name for field in kind.DESCRIPTOR.fields]
-    repeated = {field.name for field in kind.DESCRIPTOR.fields if field.is_repeated}
-
-    def parse(value: bytes | None) -> tuple[dict[str, Any] | None, str]:
-        if value is None:
-            return None, "the message has no value (a tombstone)"
-        try:
-            read = kind.FromString(value)
-        except DecodeError as e:
-            return None, f"not a Protobuf {message}: {e}"
-        return {name: list(getattr(read, name)) if name in repeated else getattr(read, name) for name in names}, ""
-
-    return parse

@@ -22,17 +22,17 @@ from apache_beam.options.pipeline_options import StandardOptions
 
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.beam_options import pipeline_options
+from distilbeam.pipelines.engine.engine_lines import engine_lines, first_line
+from distilbeam.pipelines.engine.prism import Runner, choose_runner, running
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
 from distilbeam.pipelines.streaming.checks import decoder_of, require_installed, require_same_dataset
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
 from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
 from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.pipeline import build, has_budget, spec_of
-from distilbeam.pipelines.streaming.prism import Runner, choose_runner, running
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
 from distilbeam.pipelines.streaming.stop_file import ask_to_stop, clear_stop
@@ -77,7 +77,7 @@ class StreamJob:
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
             raise ValueError(
-                "--shards and --max_rows must be left out with a budget: a window's choice is written and settled as one"
+                "--shards and --max-rows must be left out with a budget: a window's choice is written and settled as one"
             )
         self.decoder: Decoder | None = None
         self.topic: Topic | None = None
@@ -188,6 +188,8 @@ class StreamJob:
             self.config.engine.teacher_batch,
             settings.max_wait_s,
             settings.out,
+            self.decoder if settings.event_time else None,
+            settled.closed_s,
         )
 
     def _until_done(self, journal: Journal) -> None:
@@ -225,7 +227,8 @@ class StreamJob:
         known = journal.settled.offsets
         start = tuple((p, known.first_missing(p, offset)) for p, offset in reading.start)
         firsts = dict(start)
-        return replace(reading, start=start, settled=tuple(item for item in known if item[2] >= firsts.get(item[0], 0)))
+        settled = tuple(item for item in known if item[2] >= firsts.get(item[0], 0))
+        return replace(reading, start=start, settled=settled, closed_s=journal.settled.closed_s)
 
     def _submit(self, journal: Journal, attempt: str) -> str | None:
         """Run the pipeline once; return why it ended before its work was done."""

@@ -1,7 +1,8 @@
 """What a stream's dataset has settled: the offsets in its manifest entries and in the records of what has no labels.
 
 A shard's manifest entry says which offsets are settled with it; a pane without a label (refused messages alone) leaves a
-record in the folder `_stream` instead, as do offsets that the user passed over (`--start latest`). Nothing else is kept: where
+record in the folder `_stream` instead, as do windows without a message and offsets that the user passed over (`--start
+latest`). Nothing else is kept: where
 the next job begins follows from what is committed.
 """
 
@@ -12,6 +13,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ class Settled:
       skipped: those of them that the user passed over.
       labels: labelled messages.
       dead: dead letters, by their stage.
-      last: the end of the latest window with a label, as in its name; "" without one.
+      closed_s: the end of the latest window that has an entry or a record, in seconds since 1970; 0 without one.
     """
 
     offsets: Offsets = field(default_factory=Offsets)
     skipped: Offsets = field(default_factory=Offsets)
     labels: int = 0
     dead: dict[str, int] = field(default_factory=dict)
-    last: str = ""
+    closed_s: float = 0.0
 
     def add(self, facts: Mapping[str, Any], rows: int) -> None:
         """Add what an entry or a record says."""
@@ -52,8 +54,9 @@ class Settled:
         self.labels += rows
         for stage, count in facts.get("dead", {}).items():
             self.dead[stage] = self.dead.get(stage, 0) + count
-        if rows:
-            self.last = max(self.last, str(facts.get("window", "")).rpartition("-")[2])
+        _, bounded, end = str(facts.get("window", "")).rpartition("-")
+        if bounded:
+            self.closed_s = max(self.closed_s, datetime.fromisoformat(end).timestamp())
 
 
 class Journal:

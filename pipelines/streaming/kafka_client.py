@@ -6,7 +6,7 @@ All errors of the client become one sentence; settings are librdkafka's own and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import Any
 from distilbeam.pipelines.streaming.offsets import Offsets
 
 ANSWER_S = 15.0  # how long a cluster may take to answer at the start
+_END_ANSWER_S = 2.0
+_AFTER_ERROR_S = 1.0
 _OURS = {"enable.auto.commit": "false", "enable.auto.offset.store": "false", "enable.partition.eof": "true"}
 _DEFAULTS = {
     "isolation.level": "read_committed",
     "auto.offset.reset": "earliest",  # of a position that the topic has deleted
     "queued.max.messages.kbytes": "65536",  # bounds what is fetched ahead
+    "fetch.queue.backoff.ms": "20",  # the client's second of rest after its queue was full is longer than the queue lasts
     "log_level": "2",
 }
 
@@ -43,6 +46,11 @@ class Topic:
         group = {"group.id": "distilbeam"}  # the client wants a name even where nobody joins a group
         return {**group, **_DEFAULTS, **dict(self.settings), **_OURS, "bootstrap.servers": self.brokers}
 
+    def client_settings(self) -> dict[str, str]:
+        """Return the settings of a client that reads nothing, which knows none of a consumer's."""
+        consumers = {*_OURS, *_DEFAULTS, "group.id"} - {"log_level"}
+        return {name: value for name, value in self.consumer_settings().items() if name not in consumers}
+
     @property
     def group(self) -> str | None:
         """The consumer group that is told what is settled, where one is named."""
@@ -58,24 +66,39 @@ def parse_place(place: str, settings: Sequence[str]) -> Topic:
     brokers, _, topic = place.rpartition(":")
     if not topic or not brokers or (topic.isdecimal() and ":" not in brokers):
         raise ValueError(f"--source takes kafka:HOST:PORT,...:TOPIC, got 'kafka:{place}'")
-    pairs = dict(_pair(line) for text in settings for line in _lines(text))
+    pairs = parse_pairs("--consumer", settings)
     for key in pairs:
         if key in _OURS or key == "bootstrap.servers":
             raise ValueError(f"--consumer: {key} is set by the job itself, leave it out")
     return Topic(brokers, topic, tuple(sorted(pairs.items())))
 
 
-def _lines(text: str) -> list[str]:
+def parse_pairs(option: str, settings: Sequence[str]) -> dict[str, str]:
+    """Read settings of a client, each `KEY=VALUE` or `@FILE`, a file of such lines.
+
+    Args:
+      option: where they were given, for errors.
+      settings: the settings.
+
+    Raises:
+      ValueError: one of another form, or a file that is not there.
+    """
+    return dict(_pair(option, line) for text in settings for line in _lines(option, text))
+
+
+def _lines(option: str, text: str) -> list[str]:
     if not text.startswith("@"):
         return [text]
+    if not Path(text[1:]).is_file():
+        raise ValueError(f"{option}: there is no file {text[1:]}")
     lines = (line.strip() for line in Path(text[1:]).read_text().splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(option: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--consumer takes KEY=VALUE or @FILE, got '{key}'")  # not its value, which may be a secret
+        raise ValueError(f"{option} takes KEY=VALUE or @FILE, got '{key}'")  # not its value, which may be a secret
     return key.strip(), value.strip()
 
 
@@ -144,6 +167,48 @@ def offsets_at(topic: Topic, time_ms: int, ends: Mapping[int, tuple[int, int]]) 
         except KafkaException as e:
             raise ValueError(f"topic {topic.name} cannot be searched for a time: {e.args[0].str()}") from e
         return {part.partition: part.offset if part.offset >= 0 else ends[part.partition][1] for part in found}
+
+
+class Ends:
+    """Asks the brokers where partitions end, without waiting: a consumer's own question would wait behind its fetches.
+
+    Args:
+      topic: the topic.
+    """
+
+    def __init__(self, topic: Topic) -> None:
+        self.topic = topic
+        self._admin: Any = None
+        self._not_before = -float("inf")
+        self._asked_s = 0.0
+        self._pending: dict[int, Any] = {}
+
+    def ask(self, partitions: Iterable[int]) -> bool:
+        """Ask; nothing where an answer is outstanding, or the brokers did not answer a moment ago."""
+        from confluent_kafka import IsolationLevel, TopicPartition
+        from confluent_kafka.admin import AdminClient, OffsetSpec
+
+        if self._pending or time.monotonic() < self._not_before:
+            return False
+        if self._admin is None:
+            self._admin = AdminClient(self.topic.client_settings())
+        wanted = {TopicPartition(self.topic.name, number): OffsetSpec.latest() for number in partitions}
+        committed = self.topic.consumer_settings()["isolation.level"] == "read_committed"
+        level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+        self._asked_s = time.time()
+        found = self._admin.list_offsets(wanted, isolation_level=level, request_timeout=_END_ANSWER_S)
+        self._pending = {place.partition: answer for place, answer in found.items()}
+        return True
+
+    def answers(self) -> dict[int, tuple[int, float]]:
+        """Return, by partition, its end and when it was asked for; those that did not answer are left out."""
+        if not all(answer.done() for answer in self._pending.values()):
+            return {}
+        done, self._pending = self._pending, {}
+        if any(answer.exception() is not None for answer in done.values()):
+            # the client keeps the leader epochs of before, with which a broker that has come back refuses it for ever
+            self._admin, self._not_before = None, time.monotonic() + _AFTER_ERROR_S
+        return {p: (answer.result().offset, self._asked_s) for p, answer in done.items() if answer.exception() is None}
 
 
 class Lag:

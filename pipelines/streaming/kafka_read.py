@@ -24,11 +24,10 @@ from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
 
-from distilbeam.pipelines.streaming.kafka_reader import POLL_S, Reader, Reading, event_time_s, put_back, take_reader
+from distilbeam.pipelines.streaming.kafka_reader import POLL_S, Reader, Reading, put_back, take_reader
 from distilbeam.pipelines.streaming.message import Message, MessageBatch
-from distilbeam.pipelines.streaming.offsets import Offsets
 
-_DEFER_S = 0.1
+_DEFER_S = 0.05
 _END = "end"
 
 
@@ -75,9 +74,8 @@ class _Tracker(RestrictionTracker):
             return False
         if position == _END:
             self.ended = True
-        else:
-            partition, following = position
-            self.at[partition] = following
+        else:  # the next offsets, by partition
+            self.at.update(position)
         return True
 
     def try_split(self, fraction_of_remainder: float) -> Any:
@@ -128,9 +126,12 @@ class _Read(beam.DoFn):
                 return
             mark = reader.new_watermark()
             if mark > reader.watermark_s:
+                if reading.until is None:
+                    for span in reader.empty_windows(mark):
+                        yield _empty(span, mark // reading.window_s * reading.window_s)
                 watermark.set_watermark(Timestamp(mark))
                 reader.watermark_s = mark
-            tracker.defer_remainder(Duration(_DEFER_S))
+            tracker.defer_remainder(Duration(0 if reader.behind else _DEFER_S))
         except BaseException:
             reader.close()
             raise
@@ -145,24 +146,31 @@ class _Read(beam.DoFn):
             if reader.told_to_stop():
                 reader.ended = True
                 break
-            for message, since in reader.poll():
-                if not tracker.try_claim((message.partition, message.offset + 1)):
-                    reader.forget()  # what it has fetched belongs to whoever goes on
-                    end = 0.0
-                    break
-                self.read.inc()
-                full = gather.add(message, since, reader.watermark_s)
+            messages = reader.poll()
+            if messages and not tracker.try_claim(dict(reader.positions)):
+                reader.forget()  # what it has fetched belongs to whoever goes on
+                break
+            self.read.inc(len(messages))
+            for message, since, time_s in messages:
+                full = gather.add(message, since, time_s, reader.watermark_s)
                 if full is not None:
-                    yield self._stamped(full, reader)
+                    yield self._stamped(*full, reader)
             reader.check_ends()
+            if not reader.behind and reader.a_window_closes():
+                break  # what follows sees the watermark only when this bundle has ended
         for batch in gather.rest():
-            yield self._stamped(batch, reader)
+            yield self._stamped(*batch, reader)
 
-    def _stamped(self, batch: MessageBatch, reader: Reader) -> TimestampedValue:
+    def _stamped(self, batch: MessageBatch, time_s: float, reader: Reader) -> TimestampedValue:
         if batch.late:  # in the window that is open now: its own takes nothing any more
             self.late.inc(len(batch.messages))
             return TimestampedValue(batch, Timestamp(reader.watermark_s))
-        return TimestampedValue(batch, Timestamp(min(event_time_s(m) for m in batch.messages)))
+        return TimestampedValue(batch, Timestamp(time_s))
+
+
+def _empty(span: tuple[float, float], closing_s: float) -> TimestampedValue:
+    """Tell that windows are empty, in the window that closes now."""
+    return TimestampedValue(MessageBatch((), (), empty=span), Timestamp(closing_s) - Duration(micros=1))
 
 
 class _ReadUnbounded(_Read):
@@ -191,26 +199,49 @@ class _Gather:
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        self._open: dict[float | None, list[tuple[Message, int]]] = {}
+        self._open: dict[float | None, _Open] = {}
 
-    def add(self, message: Message, since: int, watermark_s: float) -> MessageBatch | None:
-        """Add a message and the first offset that is settled with it; give the batch that it fills."""
+    def add(self, message: Message, since: int, time_s: float, watermark_s: float) -> tuple[MessageBatch, float] | None:
+        """Add a message; give the batch that it fills, with a time in its window."""
         window_s = self.reading.window_s
-        start = event_time_s(message) // window_s * window_s
-        late = start + window_s + self.reading.lateness_s <= watermark_s
-        key = None if late else start
-        waiting = self._open.setdefault(key, [])
-        waiting.append((message, since))
-        return self._batch(key) if len(waiting) >= self.reading.batch_rows else None
+        start = time_s // window_s * window_s
+        key = None if start + window_s + self.reading.lateness_s <= watermark_s else start
+        waiting = self._open.get(key)
+        if waiting is None:
+            waiting = self._open[key] = _Open(time_s)
+        waiting.add(message, since)
+        return self._batch(key) if len(waiting.messages) >= self.reading.batch_rows else None
 
-    def rest(self) -> Iterator[MessageBatch]:
+    def rest(self) -> Iterator[tuple[MessageBatch, float]]:
         """Give what is left."""
         for key in list(self._open):
             yield self._batch(key)
 
-    def _batch(self, key: float | None) -> MessageBatch:
+    def _batch(self, key: float | None) -> tuple[MessageBatch, float]:
         waiting = self._open.pop(key)
-        covers = Offsets()
-        for message, since in waiting:
-            covers.add(message.partition, since, message.offset)
-        return MessageBatch(tuple(message for message, _ in waiting), tuple(covers), key is None)
+        covers = ((p, first, last) for p, pairs in sorted(waiting.covers.items()) for first, last in pairs)
+        return MessageBatch(tuple(waiting.messages), tuple(covers), key is None), waiting.time_s
+
+
+class _Open:
+    """A batch that is not full yet.
+
+    Args:
+      time_s: a time in its window.
+    """
+
+    def __init__(self, time_s: float) -> None:
+        self.time_s = time_s
+        self.messages: list[Message] = []
+        self.covers: dict[int, list[list[int]]] = {}
+
+    def add(self, message: Message, since: int) -> None:
+        """Add a message behind those of its partition, with the first offset that is settled with it."""
+        self.messages.append(message)
+        covers = self.covers.get(message.partition)
+        if covers is None:
+            self.covers[message.partition] = [[since, message.offset]]
+        elif covers[-1][1] == since - 1:
+            covers[-1][1] = message.offset
+        else:
+            covers.append([since, message.offset])

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.kafka_client import Ends, Topic
 from distilbeam.pipelines.streaming.message import Message
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.stop_file import stop_wanted
@@ -21,8 +21,9 @@ log = logging.getLogger("distilbeam.stream")
 
 POLL_S = 0.1
 _REFRESH_S = 10.0  # between two looks for new partitions
-_IDLE_CHECK_S = 0.5  # between two questions about the end of a partition that seems idle
-_AHEAD_WINDOWS = 4  # windows that a partition may be ahead of the slowest one: what is open is held in memory
+_IDLE_CHECK_S = 0.25  # between two questions about the ends of partitions that seem idle
+_AHEAD_BYTES = 2**26  # that partitions may be ahead of the slowest one: windows that are open are held in memory
+_QUIET_S = 60.0  # of windows without a message are told at once
 _readers: dict[str, Reader] = {}
 _lock = threading.Lock()
 
@@ -42,6 +43,8 @@ class Reading:
       batch_rows: most messages of a batch.
       max_wait_s: seconds that messages wait for their batch to fill.
       stop_folder: folder whose file `stop` ends the reading.
+      clock: says when a message's event was; None for the message's own time.
+      closed_s: end of the latest window that is committed, from where on empty windows are told; 0 for none.
     """
 
     topic: Topic
@@ -54,12 +57,22 @@ class Reading:
     batch_rows: int = 256
     max_wait_s: float = 1.0
     stop_folder: str | None = None
+    clock: Decoder | None = None
+    closed_s: float = 0.0
 
 
-def event_time_s(message: Message) -> float:
-    """Return a message's time in seconds since 1970, the clock's where it has none or one that is yet to come."""
-    now = time.time()
-    return min(message.timestamp_ms / 1000, now) if message.timestamp_ms >= 0 else now
+def event_time_s(message: Message, clock: Decoder | None, now_s: float) -> float:
+    """Return when a message's event was, in seconds since 1970.
+
+    Args:
+      message: the message.
+      clock: reads it in the message's content; None, or where it is not there, takes the message's own time.
+      now_s: the present, for messages without a time and for those whose time is yet to come.
+    """
+    said = None if clock is None else clock.time_s(message)
+    if said is None:
+        said = message.timestamp_ms / 1000 if message.timestamp_ms >= 0 else now_s
+    return min(said, now_s)
 
 
 class Reader:
@@ -78,6 +91,7 @@ class Reader:
         self.settled = Offsets()
         for partition, first, last in reading.settled:
             self.settled.add(partition, first, last)
+        self._settled_last = {partition: last for partition, _, last in self.settled}
         self.until = None if reading.until is None else dict(reading.until)
         self.watermark_s = -float("inf")
         self.ended = False
@@ -86,7 +100,12 @@ class Reader:
         self._idle: dict[int, float] = {}  # when the broker said that there is no more
         self._at_end: set[int] = set()
         self._paused: set[int] = set()
+        self._open_bytes: dict[float, int] = {}  # by the start of a window that time has not come to
+        self._filled: set[int] = set()  # windows that have messages, by their number since 1970
+        self._closed: int | None = None  # the first window of which nothing was told
+        self.behind = False  # whether more messages lie ready than one poll gives
         self._refreshed = self._asked = time.monotonic()
+        self._ends = Ends(self.topic)
         self._stop_looked = 0.0
         self.consumer: Any = Consumer(self.topic.consumer_settings(), logger=log)
         self._assign()
@@ -102,10 +121,20 @@ class Reader:
             return TopicPartition(self.topic.name, partition)
         return TopicPartition(self.topic.name, partition, offset)
 
-    def poll(self) -> Iterator[tuple[Message, int]]:
-        """Fetch messages; give those to label, each with the first offset that is settled with it."""
+    def poll(self) -> list[tuple[Message, int, float]]:
+        """Fetch messages; return those to label, `positions` stand behind them.
+
+        Returns:
+          Messages; with each the first offset that is settled with it (between the two lies what is settled, or nothing, as
+          compaction and transactions leave it) and its event time in seconds since 1970, the clock's where it has none or one
+          that is yet to come.
+        """
         self._look_for_partitions()
-        for raw in self.consumer.consume(self.reading.batch_rows, POLL_S):
+        found = self.consumer.consume(self.reading.batch_rows, POLL_S)
+        self.behind = len(found) == self.reading.batch_rows
+        now, window_s, clock, read = time.time(), self.reading.window_s, self.reading.clock, []
+        fetched, positions, newest, settled_last = self._fetched, self.positions, self._newest, self._settled_last
+        for raw in found:
             if raw.error() is not None:
                 self._heard(raw)
                 continue
@@ -114,18 +143,25 @@ class Reader:
                 self._pause({partition})
                 self._at_end.add(partition)
                 continue
-            if offset < self._fetched[partition]:  # of a fetch that began before a seek
+            if offset < fetched[partition]:  # of a fetch that began before a seek
                 continue
-            self._fetched[partition] = offset + 1
-            self._at_end.discard(partition)
-            self._idle.pop(partition, None)
-            message = Message(partition, offset, raw.timestamp()[1], raw.key(), raw.value(), tuple(raw.headers() or ()))
-            self._newest[partition] = max(self._newest.get(partition, 0.0), event_time_s(message))
-            if (partition, offset) in self.settled:
+            fetched[partition] = offset + 1
+            if partition in self._at_end:
+                self._at_end.discard(partition)
+                self._idle.pop(partition, None)
+            sent_ms = raw.timestamp()[1]
+            message = Message(partition, offset, sent_ms, raw.key(), raw.value(), tuple(raw.headers() or ()))
+            time_s = event_time_s(message, clock, now)
+            if time_s > newest.get(partition, 0.0):
+                newest[partition] = time_s
+            if offset <= settled_last.get(partition, -1) and (partition, offset) in self.settled:
                 continue
-            since = self.positions[partition]  # between them lies what is settled, or nothing: compaction, transactions
-            self.positions[partition] = offset + 1
-            yield message, since
+            window = time_s // window_s
+            self._filled.add(int(window))
+            self._open_bytes[window] = self._open_bytes.get(window, 0) + len(message.value or b"")
+            read.append((message, positions[partition], time_s))
+            positions[partition] = offset + 1
+        return read
 
     def _heard(self, raw: Any) -> None:
         from confluent_kafka import KafkaError
@@ -162,25 +198,15 @@ class Reader:
         """Find out which partitions have nothing left to read, by asking their brokers; end where all are read."""
         if self.until is not None:
             self.ended = all(p in self._at_end or self._fetched.get(p, 0) >= end for p, end in self.until.items())
-        if self.consumer is None or time.monotonic() - self._asked < _IDLE_CHECK_S:
+        if self.consumer is None:
             return
-        self._asked = time.monotonic()
-        for partition in self._at_end - self._paused:
-            now = time.time()
-            end = self._end_of(partition)
-            if end is not None and self._fetched[partition] >= end:
-                self._idle[partition] = now
+        for partition, (end, asked_s) in self._ends.answers().items():
+            if partition in self._at_end and self._fetched[partition] >= end:
+                self._idle[partition] = asked_s
+        idle = self._at_end - self._paused
+        if idle and time.monotonic() - self._asked >= _IDLE_CHECK_S and self._ends.ask(idle):
+            self._asked = time.monotonic()
         self._keep_together()
-
-    def _end_of(self, partition: int) -> int | None:
-        """Ask for a partition's end, what a transaction holds back left out; None where nobody answers."""
-        from confluent_kafka import KafkaException
-
-        try:
-            _, end = self.consumer.get_watermark_offsets(self._place(partition), timeout=1.0, cached=False)
-        except KafkaException:
-            return None
-        return int(end)
 
     def new_watermark(self) -> float:
         """Return the time, in seconds, before which no partition has a message left; -inf where one is not known yet."""
@@ -193,14 +219,55 @@ class Reader:
             marks.append(max(newest, idle))
         return min(marks, default=-float("inf"))
 
+    def a_window_closes(self) -> bool:
+        """Tell whether time has come to the end of a window since the watermark was told."""
+        window_s, mark = self.reading.window_s, self.new_watermark()
+        return mark > self.watermark_s > 0 and mark // window_s > self.watermark_s // window_s
+
+    def empty_windows(self, mark_s: float) -> list[tuple[float, float]]:
+        """Return start and end of windows that have passed without a message when time comes to `mark_s`, each once.
+
+        Those of a quiet stream are told together, a minute of them at a time, and those of a long pause as one.
+        """
+        window_s = self.reading.window_s
+        now = int(mark_s // window_s)
+        if self._closed is None:
+            if self.watermark_s > 0:  # another reader was here and has told of what came before
+                self._closed = now + 1
+            else:
+                known_s = self.reading.closed_s
+                self._closed = int(known_s // window_s) if known_s else min((*self._filled, now))
+        passed = sorted(window for window in self._filled if self._closed <= window < now)
+        if not passed and now - self._closed < _QUIET_S / window_s:
+            return []
+        spans, start = [], self._closed
+        for window in (*passed, now):
+            if window > start:
+                spans.append((start * window_s, window * window_s))
+            start = window + 1
+        self._filled = {window for window in self._filled if window >= now}
+        self._closed = max(self._closed, now)
+        return spans
+
     def _keep_together(self) -> None:
-        """Let partitions that are far ahead of the slowest one wait: their windows cannot close before it has come."""
-        known = {p: t for p, t in self._newest.items() if p not in self._at_end}
-        slowest = min((self._newest.get(p, -float("inf")) for p in self._fetched if p not in self._at_end), default=0.0)
-        ahead = {p for p, t in known.items() if t > slowest + _AHEAD_WINDOWS * self.reading.window_s}
-        if len(self._fetched) > 1:
-            self._pause(ahead - self._paused)
-            self._resume({p for p in self._paused - ahead if p not in self._at_end})
+        """Let partitions that are far ahead of the slowest one wait: their windows cannot close before it has come.
+
+        The client forgets what it has fetched of a partition that waits, so that this is for partitions that lie far apart and
+        not for those that are fetched in turns.
+        """
+        if len(self._fetched) == 1:
+            return
+        mark = self.new_watermark()
+        now = mark // self.reading.window_s if mark > 0 else 0.0
+        for window in [window for window in self._open_bytes if window <= now]:
+            del self._open_bytes[window]
+        held = sum(self._open_bytes.values())
+        if held > _AHEAD_BYTES:
+            self._pause(
+                {p for p, t in self._newest.items() if t // self.reading.window_s > now and p not in self._at_end}
+            )
+        elif held < _AHEAD_BYTES / 2:
+            self._resume({p for p in self._paused if p not in self._at_end})
 
     def _pause(self, partitions: set[int]) -> None:
         if partitions - self._paused:

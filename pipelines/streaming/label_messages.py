@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import apache_beam as beam
@@ -16,10 +17,25 @@ from distilbeam.pipelines.labelling.label_rows import Labelled, Labelling, plain
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
 
-_LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed_lateness_s"
+_LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed-lateness-s"
 
 
-class LabelMessages(beam.DoFn):
+class _OneThread(beam.DoFn):
+    """Keeps models to one thread for as long as a bundle takes: to look for their libraries takes as long as to ask a small one."""
+
+    _limit: AbstractContextManager[None] | None = None
+
+    def start_bundle(self) -> None:
+        self._limit = threads(1)
+        self._limit.__enter__()
+
+    def finish_bundle(self) -> None:
+        limit, self._limit = self._limit, None
+        if limit is not None:
+            limit.__exit__(None, None, None)
+
+
+class LabelMessages(_OneThread):
     """Decode a batch, ask the teacher, and account for every message.
 
     Args:
@@ -33,6 +49,9 @@ class LabelMessages(beam.DoFn):
         self.counters = {name: Metrics.counter("LabelMessages", name) for name in ("asked", "labelled", "dead")}
 
     def process(self, batch: MessageBatch) -> Iterator[Outcome]:
+        if batch.empty is not None:
+            yield nothing(batch.empty)
+            return
         if batch.late:
             letters = [letter(self.topic, message, "late", _LATE) for message in batch.messages]
             self.counters["dead"].inc(len(letters))
@@ -43,10 +62,9 @@ class LabelMessages(beam.DoFn):
         labels = None
         if decoded.rows.num_rows:
             rows = pa.Table.from_batches([decoded.rows])
-            with threads(1):
-                labelled = self.labelling(rows)
+            labelled = self.labelling(rows)
             letters += failures_to_letters(self.topic, labelled, [batch.messages[i] for i in decoded.good])
-            labels = with_source(labelled.table, rows.take(labelled.good)) if len(labelled.good) else None
+            labels = labels_of(labelled, rows)
             self.counters["asked"].inc(labelled.calls)
             self.counters["labelled"].inc(len(labelled.good))
         self.counters["dead"].inc(len(letters))
@@ -60,6 +78,9 @@ class DecodeMessages(beam.DoFn):
         self.decoder, self.topic = decoder, topic
 
     def process(self, batch: MessageBatch) -> Iterator[Any]:
+        if batch.empty is not None:
+            yield beam.pvalue.TaggedOutput("receipts", nothing(batch.empty))
+            return
         refused = dict.fromkeys(range(len(batch.messages)), _LATE) if batch.late else {}
         if not batch.late:
             decoded = self.decoder(batch.messages)
@@ -71,7 +92,7 @@ class DecodeMessages(beam.DoFn):
         yield beam.pvalue.TaggedOutput("receipts", outcome(None, letters, batch.covers))
 
 
-class LabelChosen(beam.DoFn):
+class LabelChosen(_OneThread):
     """Label the rows that `SelectExamples` has chosen; `DecodeMessages` has accounted for their messages."""
 
     def __init__(self, labelling: Labelling, topic: str) -> None:
@@ -79,13 +100,11 @@ class LabelChosen(beam.DoFn):
 
     def process(self, batch: pa.RecordBatch) -> Iterator[Outcome]:
         rows = pa.Table.from_batches([batch])
-        with threads(1):
-            labelled = self.labelling(rows)
+        labelled = self.labelling(rows)
         places = zip(rows[PARTITION].to_pylist(), rows[OFFSET].to_pylist(), strict=True)
         messages = [Message(partition, offset, UNKNOWN, None, None) for partition, offset in places]
         letters = failures_to_letters(self.topic, labelled, messages)
-        labels = with_source(labelled.table, rows.take(labelled.good)) if len(labelled.good) else None
-        yield outcome(labels, letters, ())
+        yield outcome(labels_of(labelled, rows), letters, ())
 
 
 def outcome(
@@ -93,9 +112,14 @@ def outcome(
 ) -> Outcome:
     """Make an outcome, with the hash of what it accounts for."""
     told: list[object] = [covers, [(item["partition"], item["offset"], item["key"]) for item in letters]]
-    if labels is not None:
+    if labels is not None and not covers:  # nothing else tells its rows from others
         told.append(row_names(labels))
     return Outcome(labels, tuple(letters), covers, hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest())
+
+
+def nothing(empty: tuple[float, float]) -> Outcome:
+    """Make the outcome of windows that have passed without a message."""
+    return Outcome(None, (), (), hashlib.blake2b(repr(empty).encode(), digest_size=16).hexdigest(), empty)
 
 
 def row_names(labels: pa.Table) -> list[str]:
@@ -104,10 +128,15 @@ def row_names(labels: pa.Table) -> list[str]:
     return [repr(values) for values in zip(*columns, strict=True)]
 
 
-def with_source(labels: pa.Table, rows: pa.Table) -> pa.Table:
-    """Add to labels the places of their messages; nothing where the source has none."""
-    if not rows.num_rows or rows[PARTITION][0].as_py() == UNKNOWN:
+def labels_of(labelled: Labelled, rows: pa.Table) -> pa.Table | None:
+    """Return the labels of rows with the places of their messages, where the source has places; None without a label."""
+    if not len(labelled.good):
+        return None
+    labels = labelled.table
+    if rows[PARTITION][0].as_py() == UNKNOWN:
         return labels
+    if labelled.bad:
+        rows = rows.take(labelled.good)
     for name in (PARTITION, OFFSET):
         labels = labels.append_column(rows.schema.field(name), rows[name])
     return labels

@@ -8,6 +8,7 @@ asks about none that was labelled.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,8 @@ import apache_beam as beam
 import pyarrow.parquet as pq
 from apache_beam.transforms.window import TimestampedValue
 
+from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.kafka_reader import event_time_s
 from distilbeam.pipelines.streaming.message import AGAIN, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch
 from distilbeam.storage.paths import joined, list_files, readable, remove_files, to_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
@@ -53,15 +56,17 @@ class Letters:
         one_each = {_name(row): row for row in found}
         self.rows = [row for row in one_each.values() if (row["partition"], row["offset"]) not in labelled]
 
-    def batches(self, window_s: float, rows: int) -> Iterator[tuple[float, MessageBatch]]:
+    def batches(self, window_s: float, rows: int, clock: Decoder | None) -> Iterator[tuple[float, MessageBatch]]:
         """Give batches of up to `rows` messages of one window each, with the window's start in seconds."""
-        ordered = sorted(
-            self.rows, key=lambda row: (row["timestamp_ms"] // 1000 // window_s, row["partition"], row["offset"])
+        now = time.time()
+        placed = sorted(
+            (event_time_s(message, clock, now) // window_s, message.partition, message.offset, i, message)
+            for i, message in enumerate(map(_message, self.rows))
         )
-        for window, group in groupby(ordered, key=lambda row: row["timestamp_ms"] // 1000 // window_s):
-            same = list(group)
+        for window, group in groupby(placed, key=lambda item: item[0]):
+            same = [item[-1] for item in group]
             for start in range(0, len(same), rows):
-                messages = tuple(_message(row) for row in same[start : start + rows])
+                messages = tuple(same[start : start + rows])
                 covers = tuple((m.partition, m.offset, m.offset) for m in messages if m.partition != UNKNOWN)
                 yield max(0.0, window * window_s), MessageBatch(messages, covers)
 

@@ -41,11 +41,13 @@ class MessageBatch:
       covers: intervals (partition, first, last) of the offsets that are settled when these messages are: their own and those
         before them that hold nothing to read, as compaction and transactions leave them.
       late: whether they came after their window was closed, so that nobody is to be asked.
+      empty: start and end, in seconds since 1970, of windows that have passed without a message; the batch has none then.
     """
 
     messages: tuple[Message, ...]
     covers: tuple[tuple[int, int, int], ...] = ()
     late: bool = False
+    empty: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Outcome:
       letters: a mapping for each message without a label; see `LETTERS`.
       covers: the offsets that are settled once this is committed.
       digest: hash that puts outcomes in an order of their own.
+      empty: start and end of windows that have passed without a message.
     """
 
     labels: pa.Table | None
     letters: tuple[dict[str, Any], ...]
     covers: tuple[tuple[int, int, int], ...]
     digest: str = field(default="")
+    empty: tuple[float, float] | None = None
 
 
 LETTERS = pa.schema(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from apache_beam.utils.timestamp import Duration
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
 from distilbeam.pipelines.labelling.label_rows import Labelling
+from distilbeam.pipelines.streaming.beam_sources import StampMessages, gathered, read_messages, runners_lateness_s
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.kafka_client import Topic
 from distilbeam.pipelines.streaming.kafka_read import ReadKafka
 from distilbeam.pipelines.streaming.kafka_reader import Reading
 from distilbeam.pipelines.streaming.label_messages import DecodeMessages, LabelChosen, LabelMessages
 from distilbeam.pipelines.streaming.letters import Letters, read_letters
-from distilbeam.pipelines.streaming.message import UNKNOWN, Message, MessageBatch
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.write_panes import WritePanes
 from distilbeam.pipelines.transforms.label_examples import LabelExamples
@@ -138,14 +136,19 @@ def build(
             config, Path(), settings.out, shards=settings.shards, dead_letters=settings.letters
         )
     assert decoder is not None
+    clock = decoder if settings.event_time else None
     again = ""
     if letters is not None:
-        items = list(letters.batches(settings.window_s, config.engine.teacher_batch))
+        items = list(letters.batches(settings.window_s, config.engine.teacher_batch, clock))
         batches = read_letters(pipeline, items) | "Window" >> beam.WindowInto(FixedWindows(settings.window_s))
         topic, again = letters.topic, letters.mark
     elif reading is not None:
         # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
-        batches = pipeline | "ReadMessages" >> ReadKafka(reading) | "Window" >> _windows(settings, config)
+        batches = (
+            pipeline
+            | "ReadMessages" >> ReadKafka(reading)
+            | "Window" >> _windows(settings, config, settings.allowed_lateness_s)
+        )
         topic = reading.topic.name
     else:
         messages, topic = read_messages(pipeline, settings)
@@ -154,26 +157,11 @@ def build(
             max_batch_size=config.engine.teacher_batch,
             max_batch_duration_secs=settings.max_wait_s or None,
         )
-        windowed = messages | "Window" >> _windows(settings, config) | "Batch" >> gather
-        batches = windowed | "Gathered" >> beam.Map(_gathered)
+        stamp = StampMessages(settings.window_s, settings.allowed_lateness_s, clock)
+        windows = _windows(settings, config, runners_lateness_s(settings))
+        stamped = messages | "AtTheirTime" >> beam.ParDo(stamp) | "Window" >> windows
+        batches = stamped | "Batch" >> gather | "Gathered" >> beam.FlatMap(gathered)
     return batches | LabelMessageStream(config, settings, decoder, topic, attempt, again)
-
-
-def read_messages(pipeline: Any, settings: StreamSettings) -> tuple[Any, str]:
-    """Read messages with Beam's own connectors; return them and what they come from."""
-    if settings.kind == "pubsub":
-        from apache_beam.io.gcp.pubsub import ReadFromPubSub
-
-        read = ReadFromPubSub(subscription=settings.place, with_attributes=True)
-        return pipeline | "ReadMessages" >> read | "Messages" >> beam.Map(_of_pubsub), settings.place
-    from apache_beam.io.kafka import ReadFromKafka
-
-    from distilbeam.pipelines.streaming.kafka_client import parse_place
-
-    topic: Topic = parse_place(settings.place, settings.consumer)
-    consumer = {"bootstrap.servers": topic.brokers, "isolation.level": "read_committed", **dict(topic.settings)}
-    read = ReadFromKafka(consumer, [topic.name], with_metadata=True)
-    return pipeline | "ReadMessages" >> read | "Messages" >> beam.Map(_of_java), topic.name
 
 
 def spec_of(config: LabelConfig) -> SoftLabelSpec:
@@ -204,34 +192,16 @@ def _select(config: LabelConfig) -> SelectExamples:
     return SelectExamples(watch.student, watch.budget, wrong_share=watch.wrong_share, gain=watch.gain, seed=watch.seed)
 
 
-def _windows(settings: StreamSettings, config: LabelConfig) -> Any:
+def _windows(settings: StreamSettings, config: LabelConfig, lateness_s: float) -> Any:
     windows = FixedWindows(settings.window_s)
     if has_budget(config):  # its examples are chosen once, so that nothing can come after
         return beam.WindowInto(windows)
     if not settings.max_rows:
-        return beam.WindowInto(windows, allowed_lateness=Duration(settings.allowed_lateness_s))
+        return beam.WindowInto(windows, allowed_lateness=Duration(lateness_s))
     batches = max(1, settings.max_rows // config.engine.teacher_batch)
     return beam.WindowInto(
         windows,
         trigger=AfterWatermark(early=AfterCount(batches), late=AfterCount(1)),
         accumulation_mode=AccumulationMode.DISCARDING,
-        allowed_lateness=Duration(settings.allowed_lateness_s),
+        allowed_lateness=Duration(lateness_s),
     )
-
-
-def _gathered(messages: Sequence[Message]) -> MessageBatch:
-    covers = tuple((m.partition, m.offset, m.offset) for m in messages if m.partition != UNKNOWN)
-    return MessageBatch(tuple(messages), covers)
-
-
-def _of_pubsub(message: Any) -> Message:
-    sent = message.publish_time
-    time_ms = UNKNOWN if sent is None else int(sent.timestamp() * 1000)
-    headers = tuple((name, value.encode()) for name, value in (message.attributes or {}).items())
-    key = message.ordering_key.encode() if message.ordering_key else None
-    return Message(UNKNOWN, UNKNOWN, time_ms, key, message.data, headers)
-
-
-def _of_java(record: Any) -> Message:
-    headers = tuple((header.key, header.value) for header in record.headers or ())
-    return Message(record.partition, record.offset, record.timestamp, record.key, record.value, headers)

@@ -2,86 +2,77 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from distilbeam.settings import Section, validated
 
 SOURCES = ("kafka", "kafka-java", "pubsub", "parquet", "letters")
-STARTS = ("resume", "earliest", "latest")
 
 
-@dataclass(frozen=True)
-class StreamSettings:
-    """What a streaming job is to do, besides the configuration of the labelling job.
+class StreamSettings(Section):
+    """What a streaming job is to do, besides the configuration of the labelling job."""
 
-    Attributes:
-      source: `kind:place`.
-      out: the soft-label dataset.
-      schema: columns of a message; Parquet files bring their own.
-      id: "key" where the message's key is the id, else "".
-      dead_letters: folder of what has no label; beside the dataset where it is not given.
-      window_s: length of a window in seconds.
-      shards: shards of a window.
-      start: where reading begins: behind what is settled, at the topic's beginning or at its end.
-      until: "latest", for what the topic has now, or a time in ISO 8601, at which reading ends; "" goes on for ever.
-      allowed_lateness_s: how long after its window's end a message is still labelled, in event time.
-      idle_s: how far behind the clock the time of an idle partition is.
-      max_wait_s: seconds that messages wait for a batch to fill.
-      max_rows: rows at which a window is written before it closes; 0 never does.
-      max_failures: dead letters at which the job ends: a number, or a share of the messages such as 5%; "" never does.
-      format: of a message's value.
-      definition: file that describes it.
-      message: name of the Protobuf message.
-      consumer: settings of the Kafka client, KEY=VALUE or @FILE.
-    """
+    model_config = ConfigDict(populate_by_name=True)  # `schema` is a method of pydantic's
 
-    source: str
-    out: str
-    schema: str = ""
-    id: str = ""
-    dead_letters: str = ""
-    window_s: float = 60.0
-    shards: int = 1
-    start: str = "resume"
-    until: str = ""
-    allowed_lateness_s: float = 60.0
-    idle_s: float = 2.0
-    max_wait_s: float = 1.0
-    max_rows: int = 0
-    max_failures: str = ""
-    format: str = "json"
-    definition: str = ""
-    message: str = ""
-    consumer: tuple[str, ...] = ()
+    source: str = Field(description="kind:place")
+    out: str = Field(min_length=1, description="the soft-label dataset")
+    columns: str = Field("", alias="schema", description="columns of a message; Parquet files bring their own")
+    id: Literal["key"] | None = Field(
+        None, description="key: the message's key is the id; any other column is named in --schema"
+    )
+    dead_letters: str = Field("", description="folder of what has no label; beside the dataset where it is not given")
+    window_s: float = Field(60.0, ge=0.1, description="length of a window in seconds")
+    shards: int = Field(1, ge=1, description="shards of a window")
+    start: Literal["resume", "earliest", "latest"] = Field(
+        "resume", description="where reading begins: behind what is settled, at the topic's beginning or at its end"
+    )
+    until: str = Field(
+        "",
+        description="latest, for what the topic has now, or a time in ISO 8601, at which reading ends; without one it never does",
+    )
+    event_time: str = Field(
+        "", description="column that says when a message's event was; without one it is the message's own time"
+    )
+    allowed_lateness_s: float = Field(
+        60.0, ge=0, description="how long after its window's end a message is still labelled, in event time"
+    )
+    idle_s: float = Field(2.0, ge=0, description="how far behind the clock the time of an idle partition is")
+    max_wait_s: float = Field(1.0, ge=0, description="seconds that messages wait for a batch to fill")
+    max_rows: int = Field(0, ge=0, description="rows at which a window is written before it closes; 0 never does")
+    max_failures: str = Field(
+        "", description="dead letters at which the job ends: a number, or a share of the messages such as 5%"
+    )
+    format: Literal["json", "bytes", "avro", "protobuf"] = Field("json", description="of a message's value")
+    definition: str = Field("", description="file that describes it")
+    registry: str = Field("", description="address of the schema registry that describes it")
+    registry_client: tuple[str, ...] = Field((), description="settings of the registry's client, KEY=VALUE or @FILE")
+    message: str = Field("", description="name of the Protobuf message")
+    consumer: tuple[str, ...] = Field((), description="settings of the Kafka client, KEY=VALUE or @FILE")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _fits_source(self) -> Self:
         if self.kind not in SOURCES or not self.place:
-            raise ValueError(f"--source takes {', '.join(f'{name}:PLACE' for name in SOURCES)}, got '{self.source}'")
-        for name, least in (("window_s", 0.1), ("shards", 1), ("idle_s", 0), ("max_wait_s", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("allowed_lateness_s", "max_rows"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if self.start not in STARTS:
-            raise ValueError(f"--start must be one of {', '.join(STARTS)}, got '{self.start}'")
-        if self.id not in ("", "key"):
+            raise ValueError(f"source takes {', '.join(f'{name}:PLACE' for name in SOURCES)}, got '{self.source}'")
+        if self.messages and not self.columns and self.id != "key":
             raise ValueError(
-                f"--id takes key, for the messages' keys; any other column is named in --schema, got '{self.id}'"
-            )
-        if self.messages and not self.schema and self.id != "key":
-            raise ValueError(
-                f"--schema must be given for messages from {self.kind}, such as --schema='key:string,x:float32[64]'"
+                f"schema must be given for messages from {self.kind}, such as --schema='key:string,x:float32[64]'"
             )
         if self.kind != "kafka":
             for name, value in (("start", self.start != "resume"), ("until", self.until), ("consumer", self.consumer)):
                 if value and not (name == "consumer" and self.kind == "kafka-java"):
-                    raise ValueError(f"--{name} is for kafka: alone, leave it out for {self.kind}:")
+                    raise ValueError(f"{name} is for kafka: alone, leave it out for {self.kind}:")
+        if self.event_time and not self.messages:
+            raise ValueError(f"event_time is for messages, leave it out for {self.kind}:")
         self.until_ms()
         self.failures_allowed(0)
+        return self
 
     @property
     def kind(self) -> str:
@@ -123,7 +114,7 @@ class StreamSettings:
             moment = datetime.fromisoformat(self.until)
         except ValueError as e:
             raise ValueError(
-                f"--until takes latest or a time such as 2026-01-31T02:00:00+00:00, got '{self.until}'"
+                f"until takes latest or a time such as 2026-01-31T02:00:00+00:00, got '{self.until}'"
             ) from e
         return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
@@ -143,16 +134,25 @@ class StreamSettings:
         except ValueError:
             number = -1.0
         if not number >= 0 or (share and number > 100):
-            raise ValueError(f"--max-failures takes a number or a share such as 5%, got '{self.max_failures}'")
+            raise ValueError(f"max_failures takes a number or a share such as 5%, got '{self.max_failures}'")
         return number / 100 * max(messages, 100) if share else number
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> StreamSettings:
-        """Make settings of options by their names; what is None keeps its default."""
-        known = {field.name for field in fields(cls)}
-        given = {name: value for name, value in options.items() if name in known and value is not None}
-        return cls(**{**given, "consumer": tuple(given.get("consumer", ()))})
+        """Make settings of options by their names; what is None keeps its default.
+
+        Raises:
+          ValueError: options that are not valid; a sentence for each, which begins with the option.
+        """
+        try:
+            return validated(cls, {name: value for name, value in options.items() if value is not None})
+        except ValueError as e:
+            raise ValueError(re.sub(r"^\w+|(?<=did you mean )\w+", _option, str(e), flags=re.MULTILINE)) from e
 
     def definition_path(self) -> Path | None:
         """Return the file that describes the messages."""
         return Path(self.definition) if self.definition else None
+
+
+def _option(name: re.Match[str]) -> str:
+    return f"--{name.group().replace('_', '-')}"

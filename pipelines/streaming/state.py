@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,6 +25,7 @@ class StreamState:
       panes: panes committed by this job.
       lag: by partition, messages that are not settled.
       window: end of the latest window with a label.
+      watermark: end of the latest window that is committed, with labels or without.
       restarts: times the pipeline was submitted again.
     """
 
@@ -33,6 +35,7 @@ class StreamState:
     panes: int = 0
     lag: dict[int, int] = field(default_factory=dict)
     window: str = ""
+    watermark: str = ""
     restarts: int = 0
     _committed_at: float | None = None
     _history: list[tuple[float, int]] = field(default_factory=list)
@@ -44,8 +47,10 @@ class StreamState:
         for stage, count in facts.get("dead", {}).items():
             self.dead[stage] = self.dead.get(stage, 0) + count
         self.settled += sum(last - first + 1 for pairs in facts["offsets"].values() for first, last in pairs)
+        end = str(facts["window"]).rpartition("-")[2]
+        self.watermark = max(self.watermark, end)
         if facts["rows"]:
-            self.window = max(self.window, str(facts["window"]).rpartition("-")[2])
+            self.window = max(self.window, end)
         self._committed_at = time.time()
         self._history.append((time.monotonic(), facts["rows"]))
 
@@ -70,6 +75,7 @@ class StreamState:
             "panes": self.panes,
             "lag": {str(partition): lag for partition, lag in sorted(self.lag.items())},
             "window": self.window,
+            "watermark": self.watermark,
             "labels_per_s": round(self.rate(), 1),
             "last_commit_s": since,
             "restarts": self.restarts,
@@ -100,6 +106,9 @@ class StreamState:
             ),
             *_metric("restarts_total", "counter", "Times the pipeline was submitted again.", {"": self.restarts}),
         ]
+        if self.watermark[:1].isdigit():
+            seconds = datetime.fromisoformat(self.watermark).timestamp()
+            lines += _metric("watermark_seconds", "gauge", "Time up to which windows are committed.", {"": seconds})
         if self._committed_at is not None:
             lines += _metric(
                 "last_commit_seconds", "gauge", "When the last pane was committed.", {"": self._committed_at}
@@ -138,7 +147,7 @@ def serve_state(state: StreamState, port: int) -> int:
     try:
         server = ThreadingHTTPServer(("", port), Handler)
     except OSError as e:
-        raise ValueError(f"--metrics_port: {port} cannot be listened at ({e.strerror}); choose another") from e
+        raise ValueError(f"--metrics-port: {port} cannot be listened at ({e.strerror}); choose another") from e
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return int(server.server_address[1])

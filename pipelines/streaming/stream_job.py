@@ -16,7 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
 from distilbeam.pipelines.config import LabelConfig, load_any_config
+from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.streaming.job import StreamJob
 from distilbeam.pipelines.streaming.pipeline import LabelStream as LabelStream  # its documented place
 from distilbeam.pipelines.streaming.settings import StreamSettings
@@ -48,8 +51,28 @@ def parser() -> argparse.ArgumentParser:
     add("--max_failures", help="dead letters at which the job ends: a number or a share such as 5%%")
     add("--format", help="json, bytes, avro or protobuf (json)")
     add("--definition", help="file of the Avro schema or the Protobuf descriptor set")
+    add("--registry", help="address of the schema registry of Avro and Protobuf, instead of --definition")
+    add(
+        "--registry_client",
+        action="append",
+        help="setting of the registry's client, KEY=VALUE or @FILE; may be repeated",
+    )
+    add("--event_time", help="column that says when a message's event was; its own time without one")
     add("--message", help="full name of the Protobuf message")
     add("--consumer", action="append", help="kafka: setting of the client, KEY=VALUE or @FILE; may be repeated")
+    return options
+
+
+def stream_options(flags: Sequence[str], source: str) -> PipelineOptions:
+    """Turn Beam's flags into options, checked, for a pipeline of one's own around `LabelStream`.
+
+    Args:
+      flags: Beam's options.
+      source: `kind:place`; messages mean streaming.
+    """
+    options = pipeline_options(flags)
+    if not source.startswith("parquet:"):
+        options.view_as(StandardOptions).streaming = True
     return options
 
 
@@ -59,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_any_config(Path(own.config), own.set)
     if not isinstance(config, LabelConfig):
         raise ValueError(f"--config must describe a labelling job, {own.config} describes a run")
-    settings = StreamSettings.of(vars(own))
+    settings = StreamSettings.of({name: value for name, value in vars(own).items() if name not in ("config", "set")})
     state = StreamJob(config, settings, flags).run()
     print(json.dumps(state.to_json()), file=sys.stderr)
 

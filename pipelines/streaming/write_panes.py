@@ -15,6 +15,7 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
+from apache_beam.transforms.window import IntervalWindow
 
 from distilbeam.pipelines.streaming.journal import FOLDER
 from distilbeam.pipelines.streaming.label_messages import row_names, sorted_by_place
@@ -31,6 +32,7 @@ from distilbeam.pipelines.transforms.write_soft_labels import rows_digest
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import FOLDER as MANIFEST
 
+_GIVEN_UP = "this pipeline was given up and submitted again"
 _ended: set[str] = set()
 _committing = threading.Lock()
 
@@ -102,6 +104,10 @@ class _WritePane(beam.DoFn):
     ) -> Iterator[dict[str, Any]]:
         shard, outcomes = element
         ordered = sorted(outcomes, key=lambda outcome: outcome.digest)
+        yield from (self._record_of_empty(outcome.empty) for outcome in ordered if outcome.empty is not None)
+        ordered = [outcome for outcome in ordered if outcome.empty is None]
+        if not ordered:
+            return
         tables = [outcome.labels for outcome in ordered if outcome.labels is not None]
         letters = [letter for outcome in ordered for letter in outcome.letters]
         labels = sorted_by_place(pa.concat_tables(tables)) if tables else None
@@ -121,12 +127,24 @@ class _WritePane(beam.DoFn):
             facts[AGAIN] = True
         with _committing:
             if self.attempt in _ended:
-                raise RuntimeError("this pipeline was given up and submitted again")
+                raise RuntimeError(_GIVEN_UP)
             if not any(exists_anywhere(self.dataset, folder, f"{key}.json") for folder in (MANIFEST, FOLDER)):
                 self._commit(key, labels, letters, facts)
         rows = 0 if labels is None else labels.num_rows
         self.written.inc(rows)
         yield {"key": key, "rows": rows, **facts}
+
+    def _record_of_empty(self, span: tuple[float, float]) -> dict[str, Any]:
+        """Commit that windows have passed without a message: who reads labels waits for nothing more of them."""
+        name = window_name(IntervalWindow(*span))
+        facts = {"window": name, "topic": self.topic, "offsets": {}, "empty": True}
+        key = f"empty={name}"
+        with _committing:
+            if self.attempt in _ended:
+                raise RuntimeError(_GIVEN_UP)
+            if not exists_anywhere(self.dataset, FOLDER, f"{key}.json"):
+                write_text_anywhere(self.dataset, FOLDER, f"{key}.json", json.dumps(facts, sort_keys=True))
+        return {"key": key, "rows": 0, **facts}
 
     def _settled(self, outcomes: list[Outcome]) -> Offsets:
         offsets = Offsets()
@@ -134,7 +152,7 @@ class _WritePane(beam.DoFn):
             for partition, first, last in outcome.covers:
                 offsets.add(partition, first, last)
             # with a budget what is read and what is labelled come apart; a pane settles at least what it holds
-            if outcome.labels is not None and PARTITION in outcome.labels.column_names:
+            if not outcome.covers and outcome.labels is not None and PARTITION in outcome.labels.column_names:
                 places = (outcome.labels[name].to_pylist() for name in (PARTITION, OFFSET))
                 for partition, offset in zip(*places, strict=True):
                     offsets.add(partition, offset, offset)

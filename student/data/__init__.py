@@ -1,7 +1,7 @@
 """A student's data: soft labels and labelled examples become batches of tensors.
 
 Read in this order: loader, sampler, row_groups, shuffle, prefetch, columns, column_types, input_maker, batch_rng; labelled,
-class_labels; bad_rows, usable_rows (what cannot be learned from).
+class_labels; sentence_encoder; bad_rows, usable_rows (what cannot be learned from).
 Imports: distilbeam.teacher.softlabels, distilbeam.inputs.
 """
 

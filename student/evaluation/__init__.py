@@ -1,5 +1,5 @@
 """Evaluation: accuracy, likelihood, calibration, latency and size of a student.
 
-Read in this order: metrics, paired, footprint.
+Read in this order: metrics, paired, cross_validation, footprint.
 Imports: data.
 """

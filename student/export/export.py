@@ -1,8 +1,14 @@
 """Exports of a student: files that a server or a device runs without distilbeam.
 
-An export is a directory that appears by one rename: `model.pt2` or `model.onnx`, and `export.json` with what the file
-cannot say itself: classes, input, the student that it came from, what it was calibrated on, how far its answers lie
-from the student's, and the section `[teacher]` with which distilbeam asks it.
+An export is a directory that appears by one rename, and nothing else is needed to use it:
+
+* `model.pt2` or `model.onnx`: the network behind as much of its preprocessing as a graph holds (`preprocessing`), with classes,
+  input and versions in the file's own metadata (`metadata`);
+* `export.json`: what callers make of an example before, the student that it came from, what it was calibrated on, how far its
+  answers lie from the student's, and the section `[teacher]` with which distilbeam asks it;
+* `tokenizer.json` of a student that has one;
+* `reader.py`: makes the input and predicts, with numpy and the file's runtime alone;
+* `README.md`: the model card.
 
 | format         | file                                                                       | needs            |
 |----------------|----------------------------------------------------------------------------|------------------|
@@ -17,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +39,11 @@ from distilbeam.extras import Need, require_extras
 from distilbeam.inputs.config import InputConfig
 from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.checkpoint import Student, load_student
+from distilbeam.student.export.metadata import EXTRA_FILE, annotate_onnx
+from distilbeam.student.export.preprocessing import LONGEST, GraphInput, graph_input
 from distilbeam.student.export.quantise import quantise_static, quantise_weights
 from distilbeam.student.export.runtimes import open_runner
+from distilbeam.student.model_card import CARD, Card
 from distilbeam.student.own_files import with_own_files
 
 FORMATS = ("pt2", "onnx", "int8", "int8-weights")
@@ -41,6 +51,7 @@ EXPORT_VERSION = 1
 OPSET = 20
 CHECKED_ROWS = 64
 TOLERANCE = 1e-4
+READER = Path(__file__).with_name("reader.py")
 PACKAGES = ("distilbeam", "torch", "onnx", "onnxruntime")
 
 
@@ -58,7 +69,7 @@ def export_student(
       student: directory of a trained student.
       format: `pt2`, `onnx`, `int8` or `int8-weights`.
       directory: where; it must not exist, or be empty.
-      examples: inputs [rows, *input_shape] that the export is compared with the student on, and that `int8` is calibrated
+      examples: the student's inputs [rows, *input_shape] that the export is compared with it on, and that `int8` is calibrated
         on: out of the pool, never the test set. Without them the comparison is made on random numbers.
       origin: where the examples come from, to remember.
       provenance: what else to remember of the student: its soft labels' specification and the like, plain data.
@@ -81,37 +92,44 @@ def export_student(
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} already holds something; choose another directory or remove it")
     loaded = load_student(student)
+    graph = graph_input(loaded, np.float32 if format == "pt2" else np.uint8)
+    raw = None if examples is None else graph.raw(examples, loaded.config.input)
     with committed_directory(directory) as temporary:
         file = temporary / ("model.pt2" if format == "pt2" else "model.onnx")
-        _write(loaded, format, file, examples)
-        check = _compared(loaded, file, examples, exact=format in ("pt2", "onnx"))
+        inputs = with_own_files(graph.config, temporary)
+        about = _about(loaded, graph, inputs)
+        _write(graph, format, file, raw, about)
+        check = _compared(loaded, graph, file, raw, exact=format in ("pt2", "onnx"))
         calibration = None if examples is None else {"rows": len(examples), **(origin or {})}
-        inputs = with_own_files(loaded.config.input, temporary)
-        description = _description(loaded, inputs, format, file, check, calibration, provenance or {})
+        description = _description(loaded, graph, inputs, about, format, file, check, calibration, provenance or {})
+        shutil.copyfile(READER, temporary / READER.name)
         (temporary / "export.json").write_text(json.dumps(description, indent=1) + "\n")
+        (temporary / CARD).write_text(card_of(loaded, description, provenance or {}).text())
     return directory
 
 
-def _write(student: Student, format_: str, file: Path, examples: npt.NDArray[Any] | None) -> None:
-    program = _program(student)
+def _write(graph: GraphInput, format_: str, file: Path, raw: npt.NDArray[Any] | None, about: Mapping[str, Any]) -> None:
+    program = _program(graph)
     if format_ == "pt2":
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(dict(about))})
         return
     float_file = file if format_ == "onnx" else file.with_name("float.onnx")
     _write_onnx(program, float_file)
     if format_ == "int8":
-        assert examples is not None
-        quantise_static(float_file, file, examples)
+        assert raw is not None
+        quantise_static(float_file, file, raw)
     elif format_ == "int8-weights":
         quantise_weights(float_file, file)
     if float_file != file:
         float_file.unlink()
+    annotate_onnx(file, about, graph.dimensions)
 
 
-def _program(student: Student) -> torch.export.ExportedProgram:
-    rows = torch.export.Dim("batch", min=1, max=2**20)
+def _program(graph: GraphInput) -> torch.export.ExportedProgram:
+    most = {"batch": 2**20, "height": LONGEST, "width": LONGEST}
+    sizes = {place: torch.export.Dim(name, min=1, max=most[name]) for place, name in graph.dimensions.items()}
     # an example of two rows: torch takes a dimension of one to be one for ever
-    return torch.export.export(student.module, (student.zeros(2),), dynamic_shapes=({0: rows},))
+    return torch.export.export(graph.module.eval(), (graph.zeros(2),), dynamic_shapes=(sizes,))
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -153,11 +171,13 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _compared(student: Student, file: Path, examples: npt.NDArray[Any] | None, exact: bool) -> dict[str, float]:
+def _compared(
+    student: Student, graph: GraphInput, file: Path, raw: npt.NDArray[Any] | None, exact: bool
+) -> dict[str, float]:
     """Compare the file's logits with the student's; a float export must have the same."""
-    inputs = _checked_inputs(student, examples)
-    expected = student.logits_of_inputs(inputs)
-    found = open_runner(file)(inputs)
+    given = _checked_inputs(graph, raw)
+    expected = student.logits_of_inputs(graph.inputs_of(given, student.config.input))
+    found = open_runner(file)(given)
     difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
     if exact and not difference <= TOLERANCE * max(1.0, largest):
         raise RuntimeError(
@@ -166,55 +186,104 @@ def _compared(student: Student, file: Path, examples: npt.NDArray[Any] | None, e
         )
     agreement = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
     return {
-        "rows": len(inputs),
+        "rows": len(given),
         "largest_difference": difference,
         "largest_logit": largest,
         "same_class": agreement,
     }
 
 
-def _checked_inputs(student: Student, examples: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-    if examples is not None and len(examples):
-        return np.array(examples[:CHECKED_ROWS], order="C")  # a copy: Arrow's memory is read-only
-    zeros = student.zeros(CHECKED_ROWS).numpy()
+def _checked_inputs(graph: GraphInput, raw: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    if raw is not None and len(raw):
+        return raw[:CHECKED_ROWS]
+    zeros = graph.zeros(CHECKED_ROWS).numpy()
+    rng = np.random.default_rng(0)
+    if graph.config.kind == "image":
+        return rng.integers(0, 256, zeros.shape).astype(zeros.dtype)
     if zeros.dtype != np.float32:
         return zeros  # token ids: only the padding is known to exist
-    return np.random.default_rng(0).standard_normal(zeros.shape, np.float32)
+    return rng.standard_normal(zeros.shape, np.float32)
+
+
+def card_of(
+    student: Student, description: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None
+) -> Card:
+    """Begin the model card of a student or an export of it.
+
+    Args:
+      student: the student.
+      description: `export.json`; None for the student itself.
+      provenance: what it was made from, as `export_student` is told.
+    """
+    spec = ((provenance or {}).get("soft_labels") or {}).get("spec")
+    facts = {"teacher": f"{spec['teacher']}, labels at temperature {spec['temperature']:.3g}"} if spec else {}
+    return Card(
+        student.config,
+        student.classes,
+        student.num_parameters,
+        student.extra,
+        student.fingerprint(),
+        description,
+        facts,
+    )
+
+
+def _about(student: Student, graph: GraphInput, own_input: InputConfig) -> dict[str, Any]:
+    """Say what the file is, for its own metadata and for what lies beside it."""
+    inputs = own_input.model_dump(mode="json", exclude_defaults=True)
+    if not own_input.gives_ids:
+        inputs.pop("pad_id", None)  # which validation fills in
+    return {
+        "classes": list(student.classes),
+        "input": inputs,
+        "input_dtype": graph.dtype.name,
+        "graph": list(graph.does),
+        "dimensions": list(graph.dimensions.values()),
+        "student": student.fingerprint(),
+        "parameters": student.num_parameters,
+        "weights_bytes": student.size_bytes,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
 
 
 def _description(
     student: Student,
+    graph: GraphInput,
     own_input: InputConfig,
+    about: Mapping[str, Any],
     format_: str,
     file: Path,
     check: Mapping[str, float],
     calibration: Mapping[str, Any] | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    inputs = own_input.model_dump(mode="json", exclude_defaults=True)
-    if not own_input.gives_ids:
-        inputs.pop("pad_id", None)  # which validation fills in
+    config = student.config.model_copy(
+        update={"input": student.config.input.model_copy(update={"tokenizer": own_input.tokenizer})}
+    )
     return {
         "format_version": EXPORT_VERSION,
         "format": format_,
         "file": file.name,
         "size_bytes": file.stat().st_size,
         "digest": hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest(),
-        "classes": list(student.classes),
-        "input": inputs,
-        "input_shape": list(student.input_shape),
-        "input_dtype": str(student.zeros(1).numpy().dtype),
+        **{name: about[name] for name in ("classes", "input", "input_dtype", "graph", "dimensions", "packages")},
+        "input_shape": list(graph.shape),
         "student": {
             "fingerprint": student.fingerprint(),
-            "config": student.config.model_copy(update={"input": own_input}).model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
             "parameters": student.num_parameters,
+            "weights_bytes": student.size_bytes,
             **student.extra,
         },
         "provenance": dict(provenance),
         "examples": calibration,
         "compared_with_student": dict(check),
-        "teacher": {"kind": "torch" if file.suffix == ".pt2" else "onnx", "model": file.name, "input": inputs},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "teacher": {
+            "kind": "torch" if file.suffix == ".pt2" else "onnx",
+            "model": file.name,
+            "input": about["input"],
+            "classes": list(student.classes),
+        },
     }
 
 

@@ -68,7 +68,9 @@ class ExportedStudent(Predictor):
                 f"inputs must have the shape {list(self.input_shape)} that the student was trained on, "
                 f"got {list(inputs.shape[1:])}"
             )
-        dtype = self.description["input_dtype"]
+        dtype = np.dtype(self.description["input_dtype"])
+        if dtype.kind in "iu" and inputs.dtype.kind == "f":
+            inputs = np.rint(inputs)  # pixels of images deeper than 8 bits
         parts = [self._run(np.array(inputs[i : i + ROWS], dtype)) for i in range(0, len(inputs), ROWS)]
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
@@ -123,9 +125,9 @@ def load_model(directory: Path) -> Student | ExportedStudent:
     )
 
 
-def input_of(model: Student | ExportedStudent) -> InputConfig:
+def input_of(model: Predictor) -> InputConfig:
     """Return which columns a model reads, and how."""
-    return model.input if isinstance(model, ExportedStudent) else model.config.input
+    return model.input
 
 
 def _opened(directory: Path, description: dict[str, Any], threads: int | None, trust: Sequence[str]) -> ExportedStudent:

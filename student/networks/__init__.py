@@ -1,5 +1,5 @@
 """Students' networks.
 
-Read in this order: config, build, mlp, cnn, resnet, bag, transformer, laurel, residual, embedding, last_layer.
+Read in this order: config, build, mlp, cnn, resnet, bag, encoder_table, transformer, laurel, residual, embedding, last_layer.
 Imports: distilbeam.kernels.
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from distilbeam.inputs.config import padding_id, vocabulary_size
@@ -63,3 +66,29 @@ def text_network(input_shape: tuple[int, ...], config: StudentConfig, num_classe
             f"a text network needs ids or vectors of one dimension, got inputs of shape {list(input_shape)}"
         )
     return VectorBag(input_shape[0], config, num_classes)
+
+
+def start_from_table(module: nn.Module, table: npt.NDArray[np.floating]) -> None:
+    """Give a text network's embeddings the values of a table, whose numbers count in standard deviations of the random ones.
+
+    Args:
+      module: an untrained `EmbeddingBag` or `VectorBag`.
+      table: [V, dim]; see `encoder_table.scaled`.
+
+    Raises:
+      ValueError: the network has no such table, or one of another size.
+    """
+    if not isinstance(module, EmbeddingBag | VectorBag):
+        raise ValueError(
+            f"an embedding table is for students of kind 'text', got {type(module).__name__}; leave student.init out"
+        )
+    weights = torch.from_numpy(np.ascontiguousarray(table, np.float32))
+    own = module.embedding.weight
+    if isinstance(module, VectorBag):  # drawn between -1 and 1 over the root of the buckets
+        weights = weights.T / (3 * own.shape[1]) ** 0.5
+    if weights.shape != own.shape:
+        raise ValueError(f"the embedding table must be of {list(own.shape)}, got {list(weights.shape)}")
+    with torch.no_grad():
+        own.copy_(weights)
+        if isinstance(module, EmbeddingBag):
+            own[module.pad_id] = 0

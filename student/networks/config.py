@@ -12,6 +12,9 @@ from distilbeam.settings import Section
 KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
 NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
 NORM_KINDS = ("mlp", "text", "transformer")
+TEXT_HIDDEN: tuple[int, ...] = ()
+# of hashed n-grams as a vector; benchmarks/text_students.py measured what they are worth
+TEXT_INPUT: dict[str, Any] = {"analyzer": "char_wb", "ngrams": (2, 4), "buckets": 8192}
 RESIDUAL_KINDS = ("resnet", "transformer")  # networks that are known by their residuals
 Residual = Literal[
     "none",
@@ -26,6 +29,32 @@ Residual = Literal[
 ]
 
 
+class EncoderConfig(Section):
+    """A sentence encoder, which the embeddings of a text student are regressed on before it is trained."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    folder: str | None = Field(
+        None, description="folder of a Hugging Face encoder: config.json, tokenizer, safetensors"
+    )
+    column: str | None = Field(None, description="instead of a folder: column of the pool with the encoder's vectors")
+    rows: int = Field(
+        65_536, ge=1, description="most rows of the pool that are encoded; of more they are drawn by chance"
+    )
+    ridge: float = Field(3.0, gt=0, description="rows in which an n-gram must stand to be believed by half")
+    max_length: int = Field(128, ge=1, description="folder: tokens of a text that the encoder reads")
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("folder",)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.folder is None) == (self.column is None):
+            raise ValueError("encoder must have folder or column, one of them")
+        return self
+
+
 class StudentConfig(Section):
     """What the student is and which columns it reads."""
 
@@ -37,7 +66,9 @@ class StudentConfig(Section):
         description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), or module:factory "
         "for a network of one's own",
     )
-    hidden: tuple[int, ...] = Field((64, 64), description="mlp, text: widths of the hidden layers")
+    hidden: tuple[int, ...] = Field(
+        (64, 64), description="mlp, text: widths of the hidden layers; none for text by default"
+    )
     width: float = Field(1.0, gt=0, le=16, description="multiplier of all channels, hidden layers and embeddings")
     depth: int = Field(20, ge=8, le=2**14, description="resnet: layers, 6n + 2")
     separable: bool = Field(False, description="resnet: depthwise-separable instead of dense convolutions")
@@ -61,6 +92,11 @@ class StudentConfig(Section):
     history: Literal["identity", "low-rank"] = Field(
         "identity", description="laurel-pa: earlier residuals as they are, or through a low-rank map each"
     )
+    init: Literal["random", "encoder"] = Field(
+        "random",
+        description="text: initial embeddings: random, or so that bags of n-grams lie where a sentence encoder puts their texts",
+    )
+    encoder: EncoderConfig | None = Field(None, description="text: the sentence encoder of init = 'encoder'")
     options: dict[str, Any] = Field({}, description="module:factory: further keyword arguments of the factory")
     input: InputConfig = Field(description="which columns become the student's input, and how")
 
@@ -79,6 +115,20 @@ class StudentConfig(Section):
             return {**data, "residual": "plain"}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_have_defaults_of_their_own(cls, data: Any) -> Any:
+        """Fill in what is not said of a text student; folders of students say everything, and stay what they are."""
+        if not (isinstance(data, dict) and data.get("kind") == "text"):
+            return data
+        data = {"hidden": TEXT_HIDDEN, **data}
+        inputs = data.get("input")
+        if isinstance(inputs, dict) and inputs.get("kind") == "text" and not inputs.get("tokenizer"):
+            own = set(TEXT_INPUT) if inputs.get("ngram_form", "vector") != "vector" else set(inputs)
+            own |= {"analyzer", "ngrams"} if own & {"analyzer", "ngrams"} else set()  # they belong together
+            data["input"] = {**{name: value for name, value in TEXT_INPUT.items() if name not in own}, **inputs}
+        return data
+
     @field_validator("hidden")
     @classmethod
     def _positive_widths(cls, hidden: tuple[int, ...]) -> tuple[int, ...]:
@@ -90,6 +140,17 @@ class StudentConfig(Section):
     def _options_belong_to_a_factory(self) -> Self:
         if self.options and self.kind in KINDS:
             raise ValueError(f"options are arguments of a module:factory, kind {self.kind!r} takes none")
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_is_for_bags(self) -> Self:
+        if (self.init == "encoder") != (self.encoder is not None):
+            raise ValueError("encoder must be given with init = 'encoder', and only with it")
+        if self.encoder is not None and (self.kind != "text" or self.input.kind not in ("text", "tokens")):
+            raise ValueError(
+                f"init = 'encoder' is for students of kind 'text' that read text, got kind {self.kind!r} and input of kind "
+                f"{self.input.kind!r}; leave init and encoder out"
+            )
         return self
 
     @model_validator(mode="after")

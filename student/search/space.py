@@ -86,7 +86,8 @@ def default_space(student: StudentConfig) -> dict[str, SearchRange]:
       student: the student's configuration.
 
     Returns:
-      Ranges of the learning rate, weight decay and batch size, and of the dropout where the network has any.
+      Ranges of the learning rate, weight decay and batch size, and of the dropout where the network has any; of a text
+      student's hidden layers, and where it hashes n-grams of which and into how many buckets.
     """
     space = {
         "training.lr": SearchRange(low=3e-4, high=3e-2, log=True),
@@ -95,6 +96,13 @@ def default_space(student: StudentConfig) -> dict[str, SearchRange]:
     }
     if student.kind in ("mlp", "cnn", "text", "transformer"):
         space["student.dropout"] = SearchRange(low=0.0, high=0.5)
+    if student.kind == "text":
+        space["student.hidden"] = SearchRange(choices=([], [64]))
+        space["training.lr"] = SearchRange(low=1e-3, high=1e-1, log=True)  # of embeddings
+        if student.input.kind == "text" and student.input.tokenizer is None:
+            space["student.input.analyzer"] = SearchRange(choices=("word", "char_wb"))
+            space["student.input.ngrams"] = SearchRange(choices=([1, 1], [1, 2], [1, 4], [2, 5]))
+            space["student.input.buckets"] = SearchRange(choices=(2**12, 2**15, 2**17))
     return space
 
 

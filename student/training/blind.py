@@ -38,6 +38,7 @@ def train_blind(
     directory: str | Path,
     seed: int,
     mixing_weights: Sequence[float] | None = None,
+    embedding: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a student in two phases.
@@ -54,6 +55,7 @@ def train_blind(
       directory: where the student appears; the first phase's stays beside it, with `.blind` after the name.
       seed: as for `train`.
       mixing_weights: share of each of the pool's datasets in an epoch, as for `train`.
+      embedding: table that the first phase's embeddings start from, as for `train`.
       progress: told the steps and epochs of either phase, as by `train`.
 
     Returns:
@@ -80,6 +82,7 @@ def train_blind(
             directory=blind,
             seed=seed,
             mixing_weights=mixing_weights,
+            embedding=embedding,
             progress=progress,
         )
     return train(

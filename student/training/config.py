@@ -72,16 +72,18 @@ class TrainConfig(Section):
     self_training: bool = Field(
         True,
         description="runs: learn an ensemble's soft pseudo-labels for rows that were not bought, in a last training, where that "
-        "is better on the validation set",
+        "is better on validation rows that nobody has learned who judges them",
     )
-    ensemble: int = Field(5, ge=1, le=1_000, description="runs: students of the ensemble, of different seeds")
+    ensemble: int = Field(
+        5, ge=1, le=1_000, description="runs: students of the ensemble, and folds of the validation set"
+    )
     pseudo_rows: int = Field(
         32_768, ge=1, description="runs: most rows that get pseudo-labels; of more they are drawn by chance"
     )
     final_training: Literal["auto", "all", "apart"] = Field(
         "auto",
-        description="runs: all: the last training learns the validation rows too, when nothing is left to be measured on them; "
-        "needs data.test; apart: it does not; auto: all where there is a test set",
+        description="runs: all: the last training learns the validation rows too; without data.test its figures are then those of "
+        "cross-fitted students, each on the fold that it has not learned; apart: it does not; auto: all where there is a test set",
     )
     finetune: FinetuneConfig | None = Field(None, description="blind distillation: settings of the second phase")
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of inputs and labels")

@@ -47,6 +47,8 @@ def identity(
 def _without_places(student: StudentConfig) -> dict[str, Any]:
     """Give the student's configuration with the contents of its files in the place of their paths, which may change."""
     data: dict[str, Any] = student.model_dump(mode="json")
+    for name in ("init", "encoder"):  # the table that came of them is what counts
+        del data[name]
     return data | {"input": data["input"] | {"tokenizer": content_of(student.input)}}
 
 

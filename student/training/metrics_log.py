@@ -97,6 +97,12 @@ class Observer:
             tracker.log(figures, int(figures["step"]))
 
 
+def read_epochs(student: Path) -> list[dict[str, float]]:
+    """Read the figures of every epoch of a student's training, in their order."""
+    lines = [json.loads(line) for line in (student / METRICS).read_text().splitlines()]
+    return [line for line in lines if "epoch" in line]
+
+
 def _opened(path: Path, done: int) -> TextIO:
     """Open the lines for more of them, without those of steps that will be done again."""
     kept = []

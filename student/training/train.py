@@ -29,10 +29,13 @@ from distilbeam.student.data.class_labels import INTEGERS
 from distilbeam.student.data.labelled import Examples, integers_meant
 from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.student.evaluation.metrics import evaluate
+from distilbeam.student.networks.bag import start_from_table
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.encoder_table import read_table
+from distilbeam.student.own_files import content_of_file
 from distilbeam.student.training.augment import Mixture
-from distilbeam.student.training.batches import Sources, StepRows, open_sources
+from distilbeam.student.training.batches import Sources, open_sources
 from distilbeam.student.training.checkpoints import TrainingDirectory
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import end_step, joined_processes
@@ -44,6 +47,7 @@ from distilbeam.student.training.rng import own_generators
 from distilbeam.student.training.sample_weights import Reestimation, RowWeights, forward
 from distilbeam.student.training.single_rows import require_room_for_norms
 from distilbeam.student.training.state import TrainingState
+from distilbeam.student.training.taken import TakenStep, TakenSteps
 from distilbeam.student.training.wrap import last_layer_together, make_network, precisions
 from distilbeam.student.trust import trust_config
 
@@ -76,6 +80,7 @@ def train(
     directory: str | Path,
     seed: int,
     init: str | Path | None = None,
+    embedding: str | Path | None = None,
     validation_teacher: npt.NDArray[np.float32] | None = None,
     mixing_weights: Sequence[float] | None = None,
     pseudo_labels: Sequence[str | Path] = (),
@@ -96,6 +101,7 @@ def train(
         keeps its checkpoints and figures in the directory of this name with `.training` after it.
       seed: decides the initial weights, the order of the rows, the augmentation and the dropout.
       init: directory of a student to start from instead of random weights.
+      embedding: file with a table that a text student's embeddings start from; see `encoder_table.write_table`.
       validation_teacher: the teacher's log-probabilities for `validation`, float32 [rows, C], NaN in rows that it did
         not answer; needed for `reestimate_epochs`.
       mixing_weights: share of each soft-label dataset in an epoch, up to a common factor; None for their numbers of
@@ -148,6 +154,8 @@ def train(
         require_room_for_norms(module, sources, student)
         if init is not None:
             _start_from(module, init, student)
+        elif embedding is not None:
+            start_from_table(module, read_table(embedding))
         module.to(device)
         network = make_network(module, student, training, processes, spec)
         parameters = list(module.parameters())
@@ -160,6 +168,7 @@ def train(
         state = TrainingState(module, optimizer, average, sources.soft, weights)
         about = identity(student, training, classes, sources, init, validation_teacher)
         about |= {} if last_epoch is None else {"last_epoch": last_epoch}
+        about |= {} if embedding is None else {"embedding": content_of_file(embedding)}
         epochs = min(training.epochs, last_epoch or training.epochs)
         with TrainingDirectory(directory, training, about, processes) as work:
             work.resume(state)
@@ -167,6 +176,14 @@ def train(
             for figures in state.history:  # of the training that goes on
                 progress.epoch(int(figures["epoch"]), figures)
             with Observer(work.path, training, total, state.done, state.seconds, progress, silent) as observer:
+
+                def look(taken: TakenStep, value: float, norm: float | None) -> None:
+                    if not math.isfinite(value + (norm or 0.0)):
+                        raise ValueError(_not_finite(value, norm or 0.0, taken, total, training, work, sources))
+                    state.loss_sum += value
+                    observer.step(taken.number + 1, value, taken.lr, norm, taken.rows.count)
+
+                taken_steps = TakenSteps(device, look)
                 for epoch in range(state.done // steps, epochs):
                     first = state.done % steps
                     if reestimation is not None and first == 0 and reestimation.due(epoch):
@@ -186,18 +203,14 @@ def train(
                             average.update_parameters(module)
                         end_step(device)
 
-                        value, length = float(loss.detach()), 0.0 if norm is None else float(norm)
-                        if not math.isfinite(value + length):
-                            raise ValueError(
-                                _not_finite(value, length, state.done, total, training, work, rows, sources)
-                            )
+                        taken_steps.add(TakenStep(state.done, loss.detach(), norm, rows, lr))
                         state.done += 1
-                        state.loss_sum += value
-                        observer.step(state.done, value, lr, None if norm is None else length, rows.count)
                         if step + 1 < steps and work.due(state.done):
+                            taken_steps.finish()
                             state.seconds = observer.seconds
                             work.save(state)
 
+                    taken_steps.finish()
                     processes.align(module, state.shown)
                     figures = {"epoch": epoch + 1, "train_loss": processes.sum(state.loss_sum) / processes.size / steps}
                     measured = _validate(state.shown, sources.held_out, device, training.lr) if processes.first else {}
@@ -264,17 +277,16 @@ def _validate(module: nn.Module, held_out: Examples | None, device: torch.device
 def _not_finite(
     loss: float,
     norm: float,
-    done: int,
+    taken: TakenStep,
     total: int,
     training: TrainConfig,
     work: TrainingDirectory,
-    rows: StepRows,
     sources: Sources,
 ) -> str:
     what = f"training loss became {loss}" if not math.isfinite(loss) else f"norm of the gradient became {norm}"
-    bad = rows.unusable(sources)
+    bad = taken.rows.unusable(sources)
     way_out = f"{bad}; correct it or leave it out" if bad else f"lower training.lr ({training.lr})"
-    return f"the {what} in step {done + 1} of {total}; {way_out}. The step's rows are in {work.keep_batch(rows)}"
+    return f"the {what} in step {taken.number + 1} of {total}; {way_out}. The step's rows are in {work.keep_batch(taken.rows)}"
 
 
 def _start_from(module: nn.Module, init: str | Path, config: StudentConfig) -> None:

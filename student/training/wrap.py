@@ -128,7 +128,7 @@ def _lower_precision(module: nn.Module, training: TrainConfig, processes: Proces
 
     rows = -(-training.batch_size // processes.size)
     policy = LowPrecisionPolicy(dtype=training.precision, gate=training.precision_gate, rows=rows)
-    report = to_low_precision(module, policy)
+    report = to_low_precision(module, policy).under_autocast("bfloat16")
     if processes.first:  # at the level that is shown by default: nobody is to believe in 8 bits where there are none
         log.warning("precision %s: %s", training.precision, report)
 

@@ -1,21 +1,19 @@
-"""Serving a teacher: one machine that has it answers many workers that do not.
+"""Serving a model: one machine that has a teacher answers many workers that do not; a student answers its users.
 
-Any teacher of the configuration is put behind TensorFlow Serving's PredictionService and ModelService and the standard
-gRPC health service, so that the same client asks this server, TensorFlow Serving, or anything else that speaks the
-protocol.
+`ModelServer` puts anything that answers as a teacher does behind TensorFlow Serving's PredictionService and ModelService and
+the standard gRPC health service, `TeacherServer` any teacher of a configuration; the same client asks this server, TensorFlow
+Serving, or anything else that speaks the protocol.
 """
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,74 +21,16 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2
 
+from distilbeam.inputs.config import InputConfig
 from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
 from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.tfserving.channels import read_secret
 from distilbeam.teacher.tfserving.receiving import Code, Limits, Refused
+from distilbeam.teacher.tfserving.serve_options import ServeOptions
 from distilbeam.teacher.tfserving.service import ModelService
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a teacher is served.
-
-    Attributes:
-      host: address to listen on; the default is reached from this machine only.
-      name: name of the model.
-      version: version of the model. Without one it is made from the teacher's fingerprint, so that another teacher is
-        another version and clients notice.
-      top_k: send the k most probable classes instead of all logits.
-      threads: requests that are read and written at once; the teacher itself is asked by one thread at a time.
-      max_queued: requests that may wait besides; a client that is turned away asks again later.
-      max_rows: most rows in a request.
-      receive_s: seconds in which a request must have arrived once a thread waits for it.
-      max_message_bytes: largest message received or sent.
-      cert_file: certificate of the server; together with `key_file` it turns encryption on.
-      key_file: key of the certificate.
-      client_ca_file: authority whose certificates clients must show.
-      insecure: serve other machines without encryption.
-      grace_s: seconds that requests in progress have when the server is stopped.
-    """
-
-    host: str = "127.0.0.1"
-    name: str = "teacher"
-    version: int | None = None
-    top_k: int | None = None
-    threads: int = 8
-    max_queued: int = 512
-    max_rows: int = 16384
-    receive_s: float = 20.0
-    max_message_bytes: int = 64 * 2**20
-    cert_file: str | None = None
-    key_file: str | None = None
-    client_ca_file: str | None = None
-    insecure: bool = False
-    grace_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file must be given together")
-        if self.client_ca_file is not None and self.cert_file is None:
-            raise ValueError("client_ca_file needs cert_file and key_file")
-        if self.cert_file is None and not self.insecure and not _is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} is reached from other machines, and nothing would be encrypted: give cert_file and key_file "
-                "(--cert-file, --key-file), or insecure (--insecure) where everybody on the network is trusted"
-            )
-        least_values = {
-            "top_k": 1,
-            "threads": 1,
-            "max_queued": 0,
-            "max_rows": 1,
-            "max_message_bytes": 1024,
-            "version": 0,
-        }
-        for name, least in {**least_values, "receive_s": 0, "grace_s": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # Half-open and idle connections are closed, a machine that is gone is noticed, and no client takes all streams.
@@ -106,42 +46,41 @@ _CONNECTIONS = (
 _RECEIVERS = 88  # threads besides those that answer, for requests that arrive slowly or never
 
 
-class TeacherServer:
+class ModelServer:
     """A running server; as a context manager it stops at the end of the block.
 
     Args:
-      config: the teacher.
+      model: what is served; the server closes it.
+      inputs: what it reads.
       port: port to listen on; 0 for any free one.
       options: how it is served.
-      base: folder that the teacher's relative paths start at.
+      classes: names of its classes in the order of the logits, to answer with the class of each row too.
 
     Attributes:
       port: the port.
       version: version of the model.
-      fingerprint: fingerprint of the teacher.
+      fingerprint: fingerprint of the model.
 
     Raises:
-      ValueError: the teacher cannot be loaded or served, or the port is taken.
+      ValueError: the model cannot be served, or the port is taken.
     """
 
     def __init__(
         self,
-        config: TeacherConfig | Mapping[str, Any],
+        model: Teacher,
+        inputs: InputConfig,
         port: int = 0,
         options: ServeOptions | None = None,
-        *,
-        base: str | Path | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
-        self.options = options or ServeOptions()
-        parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
-        self._teacher = load_teacher(parsed, base=base)
-        self.fingerprint = self._teacher.fingerprint()
-        self.version = _version(self.fingerprint) if self.options.version is None else self.options.version
-        options = self.options
+        self.options = options = options or ServeOptions()
+        self._teacher = model
+        self.fingerprint = model.fingerprint()
+        self.version = _version(self.fingerprint) if options.version is None else options.version
         limits = Limits(options.max_rows, options.receive_s, 8 * options.max_message_bytes, options.threads)
-        service = ModelService(self._teacher, parsed.input, options.name, self.version, options.top_k, limits)
+        service = ModelService(model, inputs, options.name, self.version, options.top_k, limits, classes)
         self._serving = threading.Event()
-        self._threads = ThreadPoolExecutor(options.threads + _RECEIVERS, thread_name_prefix="serve-teacher")
+        self._threads = ThreadPoolExecutor(options.threads + _RECEIVERS, thread_name_prefix="serve-model")
         self._server = self._started(service, port)
         self.port: int = self._port
 
@@ -151,7 +90,7 @@ class TeacherServer:
         return _address(self.options.host, self.port)
 
     def stop(self) -> None:
-        """Refuse new requests, let those in progress end, and close the teacher; a second call does nothing."""
+        """Refuse new requests, let those in progress end, and close the model; a second call does nothing."""
         self._serving.clear()
         self._server.stop(self.options.grace_s).wait()
         self._threads.shutdown()
@@ -202,6 +141,31 @@ class TeacherServer:
         return states(status=states.SERVING if self._serving.is_set() else states.NOT_SERVING)
 
 
+class TeacherServer(ModelServer):
+    """A running server of a teacher; see `ModelServer`.
+
+    Args:
+      config: the teacher.
+      port: port to listen on; 0 for any free one.
+      options: how it is served.
+      base: folder that the teacher's relative paths start at.
+
+    Raises:
+      ValueError: the teacher cannot be loaded or served, or the port is taken.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig | Mapping[str, Any],
+        port: int = 0,
+        options: ServeOptions | None = None,
+        *,
+        base: str | Path | None = None,
+    ) -> None:
+        parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
+        super().__init__(load_teacher(parsed, base=base), parsed.input, port, options)
+
+
 _SERVICES = ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 
 
@@ -211,7 +175,7 @@ def serve(
     options: ServeOptions | None = None,
     *,
     base: str | Path | None = None,
-    ready: Callable[[TeacherServer], None] | None = None,
+    ready: Callable[[ModelServer], None] | None = None,
 ) -> None:
     """Serve a teacher until the process gets SIGINT or SIGTERM.
 
@@ -225,8 +189,20 @@ def serve(
     Raises:
       ValueError: the teacher cannot be loaded or served, or the port is taken.
     """
-    with _signals() as stopping, TeacherServer(config, port, options, base=base) as server:
-        _log.info("teacher %s is served at %s as '%s'", server.fingerprint, server.address, server.options.name)
+    serve_until_stopped(lambda: TeacherServer(config, port, options, base=base), ready)
+
+
+def serve_until_stopped(
+    open_server: Callable[[], ModelServer], ready: Callable[[ModelServer], None] | None = None
+) -> None:
+    """Serve a model until the process gets SIGINT or SIGTERM.
+
+    Args:
+      open_server: loads the model and begins to serve it.
+      ready: called once with the running server.
+    """
+    with _signals() as stopping, open_server() as server:
+        _log.info("%s is served at %s as '%s'", server.fingerprint, server.address, server.options.name)
         if ready is not None:
             ready(server)
         while not stopping.wait(1.0):  # short waits, so that signals are seen
@@ -243,16 +219,6 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _is_loopback(host: str) -> bool:
-    name = host.strip("[]")
-    if name == "localhost" or host.startswith("unix:"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _address(host: str, port: int) -> str:

@@ -1,23 +1,24 @@
-"""The services of TensorFlow Serving in front of any teacher.
+"""The services of TensorFlow Serving in front of any teacher or student.
 
 Each input of the signature is a column that the teacher reads: arrays of numbers arrive as fixed-size bytes with their
 shape and type, strings as binary, so that the teacher's own preprocessing applies. The output is `logits`, or, with
 `top_k`, the k largest log-probabilities, their classes, the log-mass of the others and the number of classes, so that
-big label spaces do not travel.
+big label spaces do not travel. A model whose classes are known by name gives the `prediction` of each row and its `confidence`
+too, each to be asked for by `output_filter`.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from distilbeam.inputs.config import InputConfig, InputError
 from distilbeam.teacher.answers import labels
@@ -46,6 +47,7 @@ class ModelService:
       version: version of the model.
       top_k: classes to send, or None for the logits of all.
       limits: what is taken from clients.
+      classes: names of the classes in the order of the logits, to give the `prediction` and `confidence` of each row too.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class ModelService:
         version: int,
         top_k: int | None,
         limits: Limits | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self._teacher, self._inputs = teacher, inputs
         self.gate = Gate(limits or Limits())
         self._name, self._version, self._top_k = name, version, top_k
+        self._names = None if classes is None else np.array(classes, object)
         self._lock = threading.Lock()
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -162,7 +166,8 @@ class ModelService:
             raise Refused(Code.FAILED_PRECONDITION, f"{MISFIT}{e}") from e
         except Exception as e:  # a model may raise anything; the client asks again with fewer rows
             raise Refused(Code.INTERNAL, f"{type(e).__name__}: {e}") from e
-        return {"logits": logits} if self._top_k is None else _largest(logits, self._top_k)
+        named = {} if self._names is None else _named(logits, self._names)
+        return ({"logits": logits} if self._top_k is None else _largest(logits, self._top_k)) | named
 
     def _input_type(self) -> tuple[int, list[int] | None]:
         if self._inputs.kind in ("image", "text", "raw"):
@@ -174,10 +179,12 @@ class ModelService:
         return FLOAT, None
 
     def _output_types(self) -> dict[str, tuple[int, list[int] | None]]:
+        named = {} if self._names is None else {"prediction": (STRING, [-1]), "confidence": (FLOAT, [-1])}
         if self._top_k is None:
-            return {"logits": (FLOAT, [-1, -1])}
+            return {"logits": (FLOAT, [-1, -1]), **named}
         k = self._top_k
-        return dict(zip(TOP_K, [(FLOAT, [-1, k]), (INT32, [-1, k]), (FLOAT, [-1]), (INT32, [])], strict=True))
+        sparse = zip(TOP_K, [(FLOAT, [-1, k]), (INT32, [-1, k]), (FLOAT, [-1]), (INT32, [])], strict=True)
+        return {**dict(sparse), **named}
 
 
 def _tensor_info(info: Any, name: str, dtype: int, shape: list[int] | None) -> None:
@@ -205,6 +212,14 @@ def _column(name: str, array: npt.NDArray[Any], inputs: InputConfig) -> tuple[pa
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, data])
     metadata = {"dtype": array.dtype.name, "shape": json.dumps(array.shape[1:] or (1,))}
     return column, pa.field(name, column.type, metadata=metadata)
+
+
+def _named(logits: npt.NDArray[np.float32], names: npt.NDArray[np.object_]) -> dict[str, npt.NDArray[Any]]:
+    """Give the class of each row and its probability; of rows that have no distribution no name, and NaN."""
+    finite = labels(logits)
+    best = np.where(finite[:, None], logits, np.float32(0)).argmax(axis=1)
+    probability = softmax(np.where(finite[:, None], logits, np.float64(np.nan)), axis=1)[np.arange(len(best)), best]
+    return {"prediction": np.where(finite, names[best], ""), "confidence": probability.astype(np.float32)}
 
 
 def _largest(logits: npt.NDArray[np.float32], k: int) -> dict[str, npt.NDArray[Any]]:

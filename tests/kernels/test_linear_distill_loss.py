@@ -168,6 +168,15 @@ def test_the_logits_of_the_whole_batch_are_never_held(monkeypatch):
     assert largest < 4 * rows * classes / 20
 
 
+@pytest.mark.parametrize(
+    ("classes", "rows"), [(1, 1 << 22), (100, 41_920), (32_000, 128), (65_536, 64), (128_256, 64), (262_144, 32)]
+)
+def test_the_buffer_holds_rows_enough_for_a_product(classes, rows):
+    """16 MiB of logits; where that are few rows, up to 64 in 32 MiB, and never fewer than a sweep by rows needs."""
+    assert chunked.rows_at_once(classes) == rows >= chunked.FEWEST_ROWS
+    assert chunked.rows_at_once(262_145) < chunked.FEWEST_ROWS
+
+
 def test_each_mistake_is_named(make_labels):
     labels = make_labels("top_k", 2, CLASSES)
     hidden, weight = torch.zeros(2, 3), torch.zeros(CLASSES, 3)

@@ -70,6 +70,8 @@ def test_quantisation_moves_sixteen_bytes_at_a_time(capability, form, dim):
     assert found.count("LDG.E.128") >= 2
     assert found.count("STG.E.128") >= 1
     assert (found.count("F2FP.SATFINITE.E4M3") > 0) == (form == "fp8")
+    assert found.count("BAR.SYNC") <= 5
+    assert sum(found.instructions.values()) <= 1024
     if dim <= 8192:  # a row is read once
         assert found.count("LDG") == found.count("LDG.E.128") == max(2, dim // 2048)
 
@@ -109,6 +111,8 @@ def test_matrices_are_quantised_both_ways_sixteen_bytes_at_a_time(name):
     assert found.shared <= 64 * 1024
     assert found.count("LDG.E.128") >= 1
     assert (found.count("F2FP.SATFINITE.E4M3") > 0) == (name != "slope_sizes")
+    assert found.count("BAR.SYNC") <= 12
+    assert sum(found.instructions.values()) <= 1280
     if name != "slope_sizes":  # rows, and columns through shared memory
         assert found.count("STG.E.128") + found.count("STG.E.64") >= 2
         assert found.count("BAR.SYNC") >= 1
@@ -131,6 +135,8 @@ def test_layers_multiply_eight_bits_on_the_tensor_cores(capability, product, siz
     assert found.count(product) >= 4
     assert found.count("LDGSTS.E.BYPASS.128") >= 12  # operands reach shared memory 16 bytes at a time, ahead of use
     assert found.count("STG.E.128") >= 2
+    assert found.count("BAR.SYNC") <= 6
+    assert sum(found.instructions.values()) <= 960
 
 
 A100, H100 = (
@@ -187,4 +193,8 @@ def test_residuals_fit_their_registers(capability, shape, form, rows, ahead):
         assert one.shared <= (64 if ahead is None else 96) * 1024 < SHARED[capability], name
         assert one.count("LDG.E.128") + one.count("LDGSTS.E.BYPASS.128") >= 2, name
         assert (one.count("HMMA") + one.count("HGMMA") > 0) == (rank > 0), name
+        assert one.count("BAR.SYNC") <= (48 if ahead is None else 32 if name == "sums" else 24), name
+        assert sum(one.instructions.values()) <= 2640, name
+        # tiles that nobody waits for
+        assert ahead is None or name == "sums" or one.count("LDGSTS") >= 14, name
     assert found["forward"].count("STG.E.128") >= 1

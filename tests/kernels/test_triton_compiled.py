@@ -52,6 +52,8 @@ def test_rows_are_solved_sixteen_bytes_at_a_time_without_spills(capability, slam
     assert found.shared <= 4096 < SHARED[capability]
     assert found.instructions["LDG.E.128"] >= 1
     assert found.instructions["LDG.E.U16"] <= 1  # the kept logits alone are gathered one by one
+    assert found.count("BAR.SYNC") <= 44
+    assert sum(found.instructions.values()) <= 1344
 
 
 GIVEN = {
@@ -149,6 +151,24 @@ def test_the_kernel_that_prepares_dense_labels_reads_both_in_octets_and_spills_n
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+def test_gradients_are_multiplied_sixteen_bytes_at_a_time(capability):
+    from triton_ahead_of_time import compile_for
+
+    from distilbeam.kernels.distillation.triton_octets import rescale
+
+    kinds = {
+        "gradient": "*bf16",
+        "upstream": "*fp32",
+        **dict.fromkeys(("C", "gradient_stride", "upstream_stride"), "i32"),
+    }
+    found = compile_for(capability, rescale, kinds, {"BLOCK": 4096}, num_warps=4)
+    assert found.spills == 0
+    assert found.registers <= 64
+    assert found.count("LDG.E.128") == found.count("STG.E.128") == 4  # 4,096 numbers of 128 threads
+    assert found.count("BAR.SYNC") == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["backward", "in place"])
 def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability, kind):
     from triton_ahead_of_time import compile_for
@@ -168,6 +188,8 @@ def test_gradients_are_spread_sixteen_bytes_at_a_time_without_spills(capability,
     assert found.instructions["LDG.E.128"] >= 1
     assert found.instructions["STG.E.128"] >= 1
     assert found.instructions["STG.E.U16"] <= 1  # the kept classes
+    assert found.count("BAR.SYNC") <= 3
+    assert sum(found.instructions.values()) <= 448
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -186,6 +208,8 @@ def test_the_dense_kernel_keeps_its_row_in_registers(capability, classes, slam):
     assert found.spills == 0
     assert found.registers <= 112
     assert found.shared <= 4096
+    assert found.count("BAR.SYNC") <= 24
+    assert sum(found.instructions.values()) <= 1344
     if classes > 100:
         assert found.count("LDG.E.128") >= 2
         assert found.count("STG.E.128") >= 1
@@ -202,6 +226,9 @@ def test_the_kernel_of_long_dense_rows_moves_sixteen_bytes_at_a_time_and_spills_
     constants = {"BLOCK": block.pop("BLOCK"), "ENTROPY": True, "ADD": False}
     found = compile_for(capability, dense_sweeps, for_kernel(dense_sweeps), constants, **block)
     assert found.spills == 0
+    assert found.registers <= 64
+    assert found.count("BAR.SYNC") <= 12
+    assert sum(found.instructions.values()) <= 720
     assert found.instructions["LDG.E.EL.128"] >= 2  # logits and targets
     assert found.instructions["LDG.E.EF.128"] >= 2
     assert found.instructions["STG.E.EF.128"] >= 1

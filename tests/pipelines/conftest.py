@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import require_prism
 from labelling import Command, command_in
 from problem import write_problem
+
+ON_PRISM = os.environ.get("DISTILBEAM_RUNNER") == "PrismRunner"  # `make test-prism`
+
+
+@pytest.fixture(autouse=True)
+def _on_prism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of these tests are to run on Prism, find it; leave out those that are about the local runner."""
+    if ON_PRISM:
+        if (marker := request.node.get_closest_marker("local_runner")) is not None:
+            pytest.skip(f"about the local runner: {marker.kwargs['reason']}")
+        monkeypatch.setenv("PRISM", str(require_prism()))
 
 
 @pytest.fixture(autouse=True)

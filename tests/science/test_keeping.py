@@ -8,12 +8,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.science import command, digits, keeping, study1, study2, study5
+from benchmarks.science import command, digits, keeping, problems, study1, study2, study5
 from benchmarks.science.cells import Store
 from benchmarks.science.command import Arguments, collect
 from benchmarks.science.keeping import basis, beside_former
 from benchmarks.science.report import write_parquet
 from benchmarks.science.report1 import write_report as report1
+from distilbeam.student.networks.config import StudentConfig
 
 NAMES = ("dataset", "teacher", "method")
 KEY = {"recipe": 1, "dataset_recipe": 1, "about": {"steps": 9}, "settings": {"labels": 5}}
@@ -139,3 +140,11 @@ def test_methods_that_a_report_renames_are_kept_once(given, monkeypatch):
     study5.main()
     assert pq.read_table(given.out / "study5.parquet").to_pylist() == once
     assert {one["method"] for one in once} >= {"human, float32", "human, int8"}
+
+
+def test_settings_that_are_off_leave_cells_of_before_them_as_they_are():
+    plain = problems.about({}, 1, student=StudentConfig(input={"columns": ["x"]}))["student"]
+    assert not {"init", "encoder"} & plain.keys()
+    reads = {"kind": "text", "columns": ["t"]}
+    started = StudentConfig(kind="text", input=reads, init="encoder", encoder={"column": "v"})
+    assert problems.about({}, 1, student=started)["student"]["encoder"]["column"] == "v"

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks.science import buying, digits, study1, study2, study3, study4, study7, synthetic
+from benchmarks.science import buying, digits, last_training, study1, study2, study3, study4, study7, synthetic
 from benchmarks.science.cells import Store
 from benchmarks.science.command import Arguments, collect, places
 from benchmarks.science.losses import LOSSES, learn
 from benchmarks.science.report1 import write_report as report1
 from benchmarks.science.report2 import write_report as report2
 from benchmarks.science.report_short import write_report as short_report
-from benchmarks.science.training import fit
+from benchmarks.science.training import accuracy, fit
 from distilbeam.selection.strategies.registry import names
 from distilbeam.selection.strategies.selectors import Selector
 from distilbeam.student.checkpoint import load_student
@@ -102,16 +102,47 @@ def test_studies_2_to_4_report(given):
 
 
 def test_study_7_gives_every_last_training_the_same_labels(given):
-    rows = {row["method"]: row["accuracy"] for row in collect(given, study7.study_cells(given))}
-    assert set(rows) == {name for name in study7.METHODS if "noise" not in name}  # digits have no words to drop
+    given = replace(given, parts=("whole", "fifth"))
+    found = collect(given, study7.study_cells(given))
+    rows = {row["method"]: row["accuracy"] for row in found if row["share"] == 0.1}
+    assert set(rows) == set(study7.METHODS) - set(study7.ENCODED)  # digits have no words
+    assert {row["method"] for row in found if row["share"] == 0.02} == set(study7.COMPARED)
+    (last,) = [row for row in found if (row["method"], row["share"]) == ("last", 0.1)]
+    assert last["accuracy"] == rows["both" if last["kept"] else "validation"]
     place = next(iter(places(given)))
     problem = place.problem()
     assert rows["teacher"] == problem.teacher_accuracy
-    bought = study7._bought(problem)
+    bought = last_training.lesson(problem, 0.1, "", encoder=False).bought
     assert len(set(bought.tolist())) == len(bought) == round(0.1 * len(problem.pool))
     assert set(bought.tolist()) <= set(problem.pool.tolist())
     # the default is what a run's last round gives
     assert rows["default"] == buying.rounds(problem, "herding", "small", "calibrated")[-1]["accuracy"]
+
+
+def test_whoever_is_judged_on_a_fold_knows_nothing_of_it(problem):
+    taught = last_training.Lesson(problem, problem.pool[:30])
+    assert sorted(np.concatenate(taught.parts).tolist()) == list(range(60))
+    other = replace(problem, truth=problem.truth.copy())
+    rows = problem.validation[taught.parts[2]]
+    other.truth[rows] = (other.truth[rows] + 1) % 10  # nobody who is judged on fold 2 may notice
+    other.__dict__["calibration"] = problem.calibration  # of the teacher, which learns from every validation row
+    again = last_training.Lesson(other, taught.bought)
+    np.testing.assert_array_equal(taught.said[2], again.said[2])
+    assert not np.array_equal(taught.said[1], again.said[1])
+
+
+def test_study_2_shares_the_teachers_labels_and_the_whole_pool(given, problem):
+    papers = replace(given, parts=("everything",), methods=("nothing", "hard", "pooled"))
+    rows = {row["method"]: row for row in collect(papers, study2.study_cells(papers))}
+    assert rows.keys() == {"nothing", "hard", "pooled"}
+    assert all(row["bought"] == len(problem.pool) for row in rows.values())
+    regime = study2.shared(problem)
+    assert len(regime.labelled) == 50  # what this teacher has seen
+    assert not set(regime.labelled) & {*problem.pool, *problem.validation, *problem.test}
+    student = fit(regime, None, regime.human(regime.labelled))
+    assert rows["nothing"]["accuracy"] == accuracy(student, regime)
+    report2(papers, [*rows.values()])
+    assert "everything" in (given.out / "study2.md").read_text()
 
 
 def test_study_2_compares_by_what_a_wrong_label_names(given):

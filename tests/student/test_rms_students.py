@@ -1,4 +1,4 @@
-"""Students with RMS norms in front: against the same network in plain torch, in every precision, with their 8-bit rows."""
+"""Students with RMS norms in front: against the same network in plain torch, with their 8-bit rows, exported."""
 
 from __future__ import annotations
 
@@ -87,31 +87,6 @@ def test_networks_are_what_plain_torch_makes_of_them(student, shape):
     slopes, true = (torch.autograd.grad(y, parameters, above, allow_unused=True) for y in (found, expected))
     for slope, best in zip(slopes, true, strict=True):
         torch.testing.assert_close(slope, best)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
-@pytest.mark.parametrize("last_layer", ["apart", "together"])
-@pytest.mark.parametrize("student", [MLP, TRANSFORMER], ids=lambda student: student["kind"])
-def test_each_trains_in_each_precision(student, last_layer, precision):
-    torch.manual_seed(0)
-    shape = (5,) if student["kind"] == "mlp" else (8,)
-    config = config_of({**student, "residual": "laurel-rw+lr"})
-    module, (rows, spec) = build_student(config, shape, CLASSES), rows_of(shape, "top_k")
-    training = TrainConfig(precision=precision, precision_gate="sizes", last_layer=last_layer)
-    network = make_network(module, config, training, Processes(CPU), spec)
-    converted = [layer for layer in module.modules() if isinstance(layer, LowPrecisionLinear)]
-    assert bool(converted) == (precision in ("fp8", "int8"))
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    losses = []
-    for _ in range(40):
-        loss = step_loss(network, training, rows, spec, None, None, CPU)
-        assert loss.dtype == torch.float32
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])

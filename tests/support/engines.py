@@ -27,14 +27,20 @@ ENGINES = Path(__file__).resolve().parents[3] / "shared" / "engines"  # beside t
 SCHEMA = "key:string,x:float32[4]"
 
 
-def require_prism() -> Path:
-    """Return the program, or skip the test with the reason."""
+def find_prism() -> Path | None:
+    """Return the program that `PRISM` names, that is beside the repository or on the PATH; None where there is none."""
     named = os.environ.get("PRISM") or shutil.which("prism")
     if named is None and (ENGINES / "prism").exists():
         named = subprocess.run([ENGINES / "prism"], capture_output=True, text=True, check=True).stdout.strip()
-    if named is None:
+    return None if named is None else Path(named)
+
+
+def require_prism() -> Path:
+    """Return the program, or skip the test with the reason."""
+    found = find_prism()
+    if found is None:
         pytest.skip("Prism is not here: name it with PRISM, or put it on the PATH")
-    return Path(named)
+    return found
 
 
 class Broker:
@@ -201,9 +207,10 @@ def right_logprobs(x: Any) -> np.ndarray[Any, Any]:
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
-def wait_for(condition: Any, timeout: float = 60.0) -> None:
-    """Wait until something is so."""
+def wait_for(condition: Any, timeout: float = 300.0, process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until something is so, for as long as a slow machine may take, and no longer than a process lives."""
     end = time.monotonic() + timeout
     while not condition():
+        assert process is None or process.poll() is None, "the process has ended before"
         assert time.monotonic() < end, "it never came to be"
         time.sleep(0.1)

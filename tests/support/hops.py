@@ -2,7 +2,7 @@
 
     python tests/support/hops.py
 
-A small labelling job runs in this process. While a worker is at an item (`_Run` in the phase's module), in whatever thread,
+A small labelling job runs in this process. While a worker is at an item (`DoItems` of the engine's module), in whatever thread,
 every function of ours is counted that is called with rows or gives rows back: an Arrow batch or table, an array, a tensor, an
 object that holds one, or a list of such.
 """
@@ -28,7 +28,7 @@ import pyarrow as pa
 import torch
 
 ROWS = (pa.RecordBatch, pa.Table, np.ndarray, torch.Tensor)
-WORKER = ("_Run.process", "_Run.finish_bundle")
+WORKER = ("DoItems.process", "DoItems.finish_bundle")
 seen: dict[tuple[str, str], None] = {}
 at_work = 0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,23 @@ def start(directory: Path, *arguments: str, command: str = "label") -> subproces
         cwd=directory,
         start_new_session=True,
     )
+
+
+@contextmanager
+def started(directory: Path, *arguments: str, command: str = "label") -> Iterator[subprocess.Popen[str]]:
+    """Start it for a block that disturbs it; what is left of it then is killed."""
+    process = start(directory, *arguments, command=command)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def committed(directory: Path) -> int:
+    """Count the shards that are committed, while the job is at work."""
+    return len(list((dataset(directory) / "_manifest").glob("*.json")))
 
 
 def finish(directory: Path, *arguments: str, status: int = 0, command: str = "label") -> str:

@@ -179,13 +179,20 @@ def exact(case: LossCase, logits: Tensor) -> Tensor:
         known = hard is not None and int(hard[i]) != -100
         share = options["hard_share"] if known else 0.0
         if counts[i]:
-            loss = loss + (1 - share) * row_loss(logits[i], case.labels, i, options)
+            z = _from_largest(logits[i])
+            loss = loss + (1 - share) * row_loss(z, case.labels, i, options)
             if known:
-                loss = loss + share * _true_class(logits[i], int(hard[i]))
+                loss = loss + share * _true_class(z, int(hard[i]))
             loss = loss * float(scale[i])
         losses.append(loss)
     total = torch.stack(losses) if losses else logits.new_zeros(0)
     return total if options["reduction"] == "none" else total.sum()
+
+
+def _from_largest(z: Tensor) -> Tensor:
+    """Count logits from their largest: of an offset of 10,000 float64 would keep twelve digits behind the point."""
+    there = z.detach()[~torch.isneginf(z)]
+    return z - there.max() if len(there) else z
 
 
 def _true_class(z: Tensor, one: int) -> Tensor:

@@ -50,6 +50,22 @@ def write_problem(directory: Path, pool_rows: int = 240, files: int = 4) -> dict
     }
 
 
+WORDS = ("card lost stolen", "money transfer abroad", "limit raise more")
+
+
+def add_texts(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Give the rows of `write_problem` a text of three words, mostly of their likely class; return settings of a text student."""
+    sets = [directory / f"{name}.parquet" for name in ("labelled", "validation", "test")]
+    for file in [*sorted((directory / "pool").glob("*.parquet")), *sets]:
+        table = pq.read_table(file)
+        rng = np.random.default_rng(table.num_rows)
+        likely = np.array(table["x"].to_pylist())[:, :CLASSES].argmax(axis=1)
+        texts = [" ".join(rng.permutation((WORDS[c] + " please now").split())[:3]) for c in likely]
+        pq.write_table(table.append_column("text", pa.array(texts)), file, row_group_size=20)
+    inputs = {"kind": "text", "columns": ["text"], "buckets": 64}
+    return {**settings, "student": {"kind": "text", "dim": 4, "input": inputs}}
+
+
 def asked(directory: Path) -> list[str]:
     """The rows that the teacher was asked about, in order."""
     log = directory / "asked.log"

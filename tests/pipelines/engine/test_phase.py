@@ -64,7 +64,7 @@ def test_attempts_are_bounded(tmp_path: Path) -> None:
 
 
 def test_a_runner_that_loses_work_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distilbeam.pipelines.engine.phase._submit", lambda *_: Counter())
+    monkeypatch.setattr("distilbeam.pipelines.engine.phase.submit", lambda *_, **__: Counter())
     with pytest.raises(
         PhaseError, match=r"1 item\(s\) could not be done although the runner reported success, the first number 5"
     ):

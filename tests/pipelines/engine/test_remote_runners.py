@@ -186,13 +186,11 @@ def test_dataflow_job_without_submitting_it(tmp_path: Path, wheel: Path, monkeyp
     pytest.importorskip("apitools", reason="needs the extra gcp")
     jobs: list[Any] = []
 
-    def run_only(pipeline: Any, _options: Any) -> Any:
-        result = pipeline.run()
-        jobs.append(result.job)
-        return None
+    def run_only(pipelines: list[Any], _options: Any) -> list[Any]:
+        jobs.extend(pipeline.run().job for pipeline in pipelines)
+        return []
 
-    monkeypatch.setattr("distilbeam.pipelines.engine.phase.run_watched", run_only)
-    monkeypatch.setattr("distilbeam.pipelines.engine.phase.totals", lambda _: {})
+    monkeypatch.setattr("distilbeam.pipelines.engine.submission.run_watched", run_only)
     flags = [
         "--runner=DataflowRunner",
         "--project=project",

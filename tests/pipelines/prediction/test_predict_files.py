@@ -256,7 +256,9 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(student: Path, text_studen
     assert "differ in model, classes; name another" in refusal(text_student, data, out)
     assert "--out" in refusal(student, data, data / "out")
     assert "must not hold predictions" in refusal(student, [*out.glob("*.parquet")], out)
-    assert "holds other files (model.safetensors, student.json); name a new" in refusal(student, data, text_student)
+    assert "holds other files (README.md, model.safetensors, student.json); name a new" in refusal(
+        student, data, text_student
+    )
     assert "nothing is there" in refusal(student, tmp_path / "none", tmp_path / "o1")
     assert "--data must be files of this machine, got s3://b/x" in refusal(student, "s3://b/x", tmp_path / "o2")
     assert "--out must be a folder of this machine" in refusal(student, data, "s3://b/x")  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ def test_formats_that_are_refused(tmp_path: Path) -> None:
             (SCHEMA, "bytes", None, ""),
             "--format bytes has no fields: key needs an origin in --schema, such as key:string=value",
         ),
-        ((SCHEMA, "avro", None, ""), "--definition must be given for --format avro"),
+        ((SCHEMA, "avro", None, ""), "--definition or --registry must be given for --format avro, and not both"),
         ((SCHEMA, "json", tmp_path / "x", ""), "--definition is for avro and protobuf alone, got --format json"),
         ((SCHEMA, "json", None, "Row"), "--message names the Protobuf message"),
     ):

@@ -128,6 +128,10 @@ BAD = {
     "deep": (b"[" * 100_000, "not JSON that can be read: it is nested too deep"),
     "surrogate": (b'{"key": "\\ud800", "x": [1, 2, 3, 4]}', "key must be string, got '\\ud800'"),
     "no key": (b'{"x": [1, 2, 3, 4]}', "key is missing"),
+    "digits": (b'{"key": "a", "x": [1' + b"0" * 400 + b", 2, 3, 4]}", "x must be float32 [4], got [1000"),
+    "list": (b'[{"key": "a", "x": [1, 2, 3, 4]}]', "must be a JSON object, got list"),
+    "msgpack": (b"\x82\xa3key\xa1a\xa1x\x94\x01\x02\x03\x04", "not JSON: "),
+    "avro": (b"\x00\x00\x00\x00\x07\x02a", "not JSON: "),
     "shape": (b'{"key": "a", "x": [[1, 2], [3, 4]]}', "x must be float32 [4], got [[1, 2], [3, 4]]"),
     "nan": (b'{"key": "nan", "x": [NaN, 1, 2, 3]}', "the teacher's logits must be finite, 1 of 3 are NaN or infinite"),
 }
@@ -166,7 +170,9 @@ def test_dead_letters_are_asked_again_by_command(broker: str, config: Path) -> N
     def again() -> StreamState:
         settings = load_any_config(config)
         assert isinstance(settings, LabelConfig)
-        given = StreamSettings(f"letters:{folder}", str(out), f"{SCHEMA},f:string=header.f", window_s=1.0)
+        given = StreamSettings(
+            source=f"letters:{folder}", out=str(out), schema=f"{SCHEMA},f:string=header.f", window_s=1.0
+        )
         return StreamJob(settings, given, FLAGS).run()
 
     state = again()
@@ -228,6 +234,24 @@ def test_the_messages_key_is_the_id_and_bytes_are_a_column(broker: str, tmp_path
     assert (table["example_id"].to_pylist(), table["kind"].to_pylist()) == (["k1"], ["cat"])
 
 
+def test_event_time_is_a_columns_and_a_message_without_one_is_a_dead_letter(broker: str, config: Path) -> None:
+    at = datetime(2026, 1, 31, 2, tzinfo=UTC).timestamp()
+    sent = [{**row, "at": int((at + 10 * (i // 20)) * 1000)} for i, row in enumerate(rows(40))]
+    send(broker, TOPIC, sent)
+    send(broker, TOPIC, [{**rows(1, 2)[0], "at": "yesterday"}, rows(1, 3)[0], {**rows(1, 4)[0], "at": 10**400}])
+    state = label(broker, config, schema=f"{SCHEMA},at:int64", event_time="at", window_s=10.0)
+    entries = read_manifest(config.parent / "labels").entries
+    assert {entry.extra["window"]: entry.rows for entry in entries} == {
+        "20260131T020000Z-20260131T020010Z": 20,
+        "20260131T020010Z-20260131T020020Z": 20,
+    }
+    assert state.dead_letters == 3
+    assert {letter["error"][:40] for letter in letters_in(config.parent / "labels-deadletter")} == {
+        "at must be milliseconds since 1970 (--ev"
+    }
+    assert settled(config).count == 43
+
+
 def test_a_budget_is_spent_once_per_window_and_what_is_not_chosen_is_settled(broker: str, tmp_path: Path) -> None:
     problem = write_problem(tmp_path)
     student = run(problem, base=tmp_path, until=("train", 0)) / "students" / "round=000"
@@ -255,6 +279,9 @@ def test_a_budget_is_spent_once_per_window_and_what_is_not_chosen_is_settled(bro
     [
         ({"schema": "x:float32[4]"}, "--schema must have the column key of data.id, it has x"),
         ({"schema": "key:string"}, "--schema must have the column x of data.carry, it has key"),
+        ({"event_time": "at"}, r"--event-time must be a column of --schema \(key, x\), got 'at'"),
+        ({"format": "avro"}, "--definition or --registry must be given for --format avro, and not both"),
+        ({"format": "avro", "definition": "nowhere.avsc"}, "--definition: there is no file nowhere.avsc"),
         ({"shards": 2}, None),
     ],
 )
@@ -315,11 +342,15 @@ def test_what_was_read_and_is_not_settled_is_found() -> None:
 
 def test_the_state_in_the_text_of_prometheus() -> None:
     state = StreamState()
-    facts = {"rows": 3, "window": "a-b", "dead": {"late": 2}, "offsets": {"0": [[0, 4]]}, "topic": TOPIC}
+    window = "20260131T020000Z-20260131T020010Z"
+    facts = {"rows": 3, "window": window, "dead": {"late": 2}, "offsets": {"0": [[0, 4]]}, "topic": TOPIC}
     state.add(facts)
+    state.add({"rows": 0, "window": "20260131T020010Z-20260131T020030Z", "offsets": {}, "empty": True, "topic": TOPIC})
     state.lag = {0: 5}
     lines = state.exposition().splitlines()
     assert "distilbeam_stream_labels_total 3" in lines
     assert 'distilbeam_stream_dead_letters_total{stage="late"} 2' in lines
     assert 'distilbeam_stream_lag_messages{partition="0"} 5' in lines
+    assert "distilbeam_stream_watermark_seconds 1769824830.0" in lines
+    assert (state.to_json()["window"], state.to_json()["watermark"]) == ("20260131T020010Z", "20260131T020030Z")
     assert json.loads(json.dumps(state.to_json()))["settled"] == 5

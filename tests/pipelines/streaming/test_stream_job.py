@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from apache_beam.io.localfilesystem import LocalFileSystem
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.testing import test_stream as beam_test_stream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 from problem import CLASSES, make_table, write_problem
@@ -25,7 +25,7 @@ from distilbeam.pipelines.ingest.columns import ColumnType
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.pipeline import build
 from distilbeam.pipelines.streaming.settings import StreamSettings
-from distilbeam.pipelines.streaming.stream_job import LabelStream, main
+from distilbeam.pipelines.streaming.stream_job import LabelStream, main, stream_options
 from distilbeam.pipelines.transforms.messages import MessagesToBatches, parse_schema
 from distilbeam.teacher.softlabels import read_manifest
 
@@ -164,10 +164,22 @@ def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path) -> No
     ]
 
 
+def test_options_for_a_pipeline_of_ones_own() -> None:
+    def streaming(source: str) -> bool:
+        options = stream_options(["--runner=FnApiRunner"], source)
+        return bool(options.view_as(StandardOptions).streaming)
+
+    assert streaming("kafka:broker:9092:topic")
+    assert not streaming("parquet:pool/*.parquet")
+    with pytest.raises(ValueError, match="--nonsense"):
+        stream_options(["--nonsense=1"], "kafka:")
+
+
 def test_pubsub_is_read_in_windows_by_beams_own_connector(tmp_path: Path) -> None:
     pytest.importorskip("apitools", reason="needs the extra gcp")
     config = parse_label_config(config_of(tmp_path))
-    settings = StreamSettings("pubsub:projects/project/subscriptions/name", str(tmp_path / "out"), SCHEMA, window_s=30)
+    source = "pubsub:projects/project/subscriptions/name"
+    settings = StreamSettings(source=source, out=str(tmp_path / "out"), schema=SCHEMA, window_s=30)
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", "--streaming"]))
     committed = build(pipeline, config.relative_to(tmp_path), settings, Decoder(SCHEMA), None)
     assert not committed.is_bounded

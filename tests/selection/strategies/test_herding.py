@@ -107,7 +107,7 @@ def test_the_choice_does_not_know_which_rows_are_references(seed):
 @pytest.mark.parametrize("references", [20, 399])
 @pytest.mark.parametrize("seed", range(3))
 def test_when_bounds_are_generous_a_few_references_choose_as_all_do(seed, references, monkeypatch):
-    monkeypatch.setattr(facility_location, "_DEVIATIONS", 100.0)  # whoever could be the best is summed over the pool
+    monkeypatch.setattr(facility_location, "DEVIATIONS", 100.0)  # whoever could be the best is summed over the pool
     points, gains, labelled = groups(seed, 400)
     whole = herd(points, gains, labelled, 50, np.random.default_rng(0), references=400)
     part = herd(points, gains, labelled, 50, np.random.default_rng(0), references)
@@ -136,7 +136,7 @@ def test_bounds_are_exact_with_all_rows_and_right_in_the_mean_with_some():
     np.testing.assert_allclose(objective().added(np.arange(300)), exact, rtol=1e-4)
     rng, draws = np.random.default_rng(0), 300
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facility_location, "_DEVIATIONS", 0.0)
+        patch.setattr(facility_location, "DEVIATIONS", 0.0)
         found = np.stack([objective().bounds(np.sort(rng.choice(300, 60, replace=False))) for _ in range(draws)])
     error = found.std(axis=0, ddof=1) / np.sqrt(draws)
     # 300 means, each within its own 4.5 errors but for one in 500 sets of this size

@@ -85,7 +85,8 @@ def test_what_lies_beside_an_export(cnn, exports, format_):
     assert description["student"]["seed"] == 4
     assert description["examples"] == {"rows": 256, "pool": "pool.parquet"}
     assert description["compared_with_student"]["rows"] == 64
-    assert sorted(path.name for path in exports[format_].iterdir()) == sorted(["export.json", description["file"]])
+    there = ["README.md", "export.json", description["file"], "reader.py"]
+    assert sorted(path.name for path in exports[format_].iterdir()) == there
 
 
 @pytest.mark.parametrize("format_", ["pt2", "onnx", "int8"])
@@ -151,14 +152,14 @@ def test_an_export_is_flushed_before_it_has_its_name(cnn, pool, tmp_path, format
     target = tmp_path / "exports" / format_
     before, after = flushes_of(lambda: export_student(cnn, format_, target, pool), target)
     assert before == {"", *(path.name for path in target.iterdir())}
-    assert len(before) == 3
+    assert len(before) == 5
     assert after == [target.parent]
 
 
 def test_an_export_killed_before_its_rename_is_not_there(cnn, pool, tmp_path):
     arguments = str(cnn), "pt2", str(tmp_path / "e")
     code = "import sys; from flushes import die_at_flush; from distilbeam.student.export.export import export_student;"
-    code += f"die_at_flush(3); export_student(*{arguments})"  # the last flush before the rename
+    code += f"die_at_flush(5); export_student(*{arguments})"  # the last flush before the rename
     support = {"PYTHONPATH": str(Path(flushes.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **support}, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

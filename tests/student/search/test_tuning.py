@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import SearchRange, TuneConfig, default_space, nested
 from distilbeam.student.search.tuning import search
 
@@ -141,6 +142,16 @@ def test_default_space_and_sections(student_config):
         "training.batch_size",
         "student.dropout",
     ]
+    texts = StudentConfig(kind="text", input={"kind": "text", "columns": ["t"]})
+    assert set(default_space(texts)) - set(default_space(student_config)) == {
+        "student.hidden",
+        "student.input.analyzer",
+        "student.input.ngrams",
+        "student.input.buckets",
+    }
+    assert "student.input.ngrams" not in default_space(
+        StudentConfig(kind="text", input={"kind": "tokens", "columns": ["t"], "vocabulary": 9})
+    )
     assert "student.dropout" not in default_space(student_config.model_copy(update={"kind": "linear"}))
     assert nested({"training.lr": 1, "training.augment.crop": 2, "student.kind": "mlp"}) == {
         "training": {"lr": 1, "augment": {"crop": 2}},

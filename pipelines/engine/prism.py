@@ -1,7 +1,8 @@
 """Prism, Beam's portable runner for one machine: found, started for a job, and gone with it.
 
-It is started here and not by Beam, so that it dies with this process however that ends, on a port of its own, and writes its
-lines into a file of the job.
+It is started here and not by Beam, so that it dies with this process however that ends, on a port of its own, out of reach of
+Ctrl-C, and writes its lines into a file of the job. That is quicker, too: Beam looks for it every tenth of a second, and runs
+pip before each pipeline.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from distilbeam.pipelines.engine.worker_ports import bind_to_loopback
+
+if TYPE_CHECKING:  # Beam takes seconds to import
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+PRISM_RUNNER = "PrismRunner"
 _START_S = 30.0
+_LOOK_S = 0.005  # it listens after 20 ms
 _PR_SET_PDEATHSIG = 1
-_NO_FREEZE = "--experiments=disable_logging_submission_environment"  # Beam would run pip for seconds at every start
+_NO_FREEZE = "disable_logging_submission_environment"  # Beam would run pip for seconds at every start
 BATCH_ONLY = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
 
@@ -63,12 +72,12 @@ def choose_runner(flags: Sequence[str], *, unbounded: bool) -> Runner:
     named = _value(flags, "--runner")
     location = _value(flags, "--prism_location")
     name = "" if named is None else named.rsplit(".", 1)[-1]
-    if name in ("", "PrismRunner"):
+    if name in ("", PRISM_RUNNER):
         prism = find_prism() if location is None else _program(location)
         if prism is not None:
             rest = _without(flags, ("--runner", "--prism_location"))
-            return Runner((*rest, "--runner=PortableRunner", _NO_FREEZE, *_loopback(rest)), prism)
-        if name == "PrismRunner" or not unbounded:
+            return Runner((*rest, "--runner=PortableRunner", f"--experiments={_NO_FREEZE}", *_loopback(rest)), prism)
+        if name == PRISM_RUNNER or not unbounded:
             return Runner(tuple(flags))  # Beam fetches its own, or the local runner does it
     elif not (unbounded and name in BATCH_ONLY):
         return Runner(tuple(flags))
@@ -78,6 +87,59 @@ def choose_runner(flags: Sequence[str], *, unbounded: bool) -> Runner:
         "it on the PATH as prism (https://github.com/apache/beam/releases has it for every version), or name a cluster with "
         "-- --runner=FlinkRunner or --runner=DataflowRunner; --until=latest labels what a Kafka topic has now and ends"
     )
+
+
+def prism_of(options: PipelineOptions) -> Path | None:
+    """Return the program where options ask for Prism and this process is to start it.
+
+    None for every other runner, for a Prism that runs elsewhere (`--job_endpoint`), and where no program is found, so that
+    Beam fetches its own.
+
+    Raises:
+      ValueError: `PRISM` names something that cannot be run.
+    """
+    from apache_beam.options.pipeline_options import PortableOptions, PrismRunnerOptions
+
+    if options.get_all_options().get("runner") != PRISM_RUNNER or options.view_as(PortableOptions).job_endpoint:
+        return None
+    location = options.view_as(PrismRunnerOptions).prism_location
+    return find_prism() if location is None else _program(location)
+
+
+def workers_of(options: PipelineOptions) -> int:
+    """Return how many workers options ask for on Prism, 0 for one for each processor; Beam keeps the number as text.
+
+    Raises:
+      ValueError: that is no number.
+    """
+    from apache_beam.options.pipeline_options import PortableOptions
+
+    given = str(options.view_as(PortableOptions).sdk_worker_parallelism)
+    if not given.isdecimal():
+        raise ValueError(f"--sdk_worker_parallelism must be a number, got '{given}'")
+    return int(given) or os.cpu_count() or 1
+
+
+def on_prism(options: PipelineOptions, address: str) -> PipelineOptions:
+    """Return the options with which a pipeline is submitted to the Prism at an address.
+
+    Its workers are threads of this process where the options name no others.
+    """
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    bind_to_loopback()
+    given = {name: value for name, value in options.get_all_options(drop_default=True).items() if value is not None}
+    given.pop("prism_location", None)
+    environment = given.get("environment_type", "LOOPBACK")
+    experiments = [*given.pop("experiments", []), _NO_FREEZE]
+    changed = {
+        "runner": "PortableRunner",
+        "job_endpoint": address,
+        "environment_type": environment,
+        "experiments": experiments,
+        "sdk_worker_parallelism": 1,  # of each job; see `submission`
+    }
+    return PipelineOptions.from_dictionary({**given, **changed})
 
 
 @contextmanager
@@ -96,6 +158,7 @@ def running(program: Path, log: Path) -> Iterator[str]:
     """
     port = _free_port()
     command = [str(program), f"-job_port={port}", "-serve_http=false", "-log_level=warn", "-log_kind=text"]
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as lines:
         process = subprocess.Popen(  # a session of its own: Ctrl-C is for the job, which ends it
             command,
@@ -123,7 +186,7 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:
-            time.sleep(0.05)
+            time.sleep(_LOOK_S)
         else:
             return
     raise RuntimeError(f"Prism did not start; its lines are in {log}")

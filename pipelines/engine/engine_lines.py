@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_ENGINES = ("apache_beam", "grpc")
+_ENGINES = ("apache_beam", "grpc", "dask", "distributed")
 _LONGEST = 400  # characters of a sentence
 
 
@@ -26,7 +26,7 @@ def engine_lines(file: Path | None) -> Iterator[None]:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler = logging.FileHandler(file, mode="a", encoding="utf-8", delay=True)  # no file where nothing is said
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root = logging.getLogger()  # Beam logs what a job service says there
     shown = list(root.handlers)
@@ -57,6 +57,12 @@ def engine_lines(file: Path | None) -> Iterator[None]:
             logger.setLevel(level)
         threading.excepthook = said_before
         handler.close()
+
+
+def lines_are_in(file: Path | None) -> str:
+    """Return the end of a sentence that names the file, where anything was said."""
+    said = file is not None and file.exists() and file.stat().st_size > 0
+    return f"; the engine's lines are in {file}" if said else ""
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
