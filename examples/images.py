@@ -48,7 +48,8 @@ input = { kind = "image", columns = ["image"], mode = "L", size = [16, 16] }
 
 [training]
 epochs = 15
-ensemble = 2
+self_training = false     # without the last training, which takes most of the time
+final_training = "apart"
 lr = 0.01
 augment = { crop = 1 }
 """

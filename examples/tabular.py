@@ -46,7 +46,7 @@ def main(directory: Path) -> None:
             "teacher": {"kind": "torch", "model": "teacher.pt2", "input": {"columns": ["features"]}},
             "selection": {"budget": 100},
             "student": {"kind": "mlp", "hidden": [32], "input": {"columns": ["features"]}},
-            "training": {"epochs": 30, "lr": 0.01, "ensemble": 2},
+            "training": {"epochs": 20, "batch_size": 128, "lr": 0.01, "ensemble": 2},
         },
         base=directory,
     )
