@@ -30,8 +30,10 @@ DOCUMENTS = {  # in the repository -> in the manual
     "kernels/README.md": "reference/kernels-measured.md",
     "selection/README.md": "reference/selection-methods.md",
 }
-_LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-_FENCE = re.compile(r"(^ *```.*?^ *```\s*?$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+_CODE_OR_LINK = re.compile(
+    r"^ *```.*?^ *```\s*?$|`[^`\n]+`|(?<!\\)(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def on_config(config: Any) -> Any:
@@ -83,7 +85,7 @@ def pictures() -> set[str]:
     sources = [ROOT / source for source in DOCUMENTS] + sorted((ROOT / "docs").rglob("*.md"))
     for path in sources:
         if path.exists():
-            for _, _, target in _LINK.findall(path.read_text()):
+            for target in (match["target"] for match in _CODE_OR_LINK.finditer(path.read_text()) if match["target"]):
                 place = _place(path.relative_to(ROOT).as_posix(), target)
                 if place.endswith((".png", ".svg")) and not place.startswith("docs/"):
                     found.add(place)
@@ -105,7 +107,7 @@ def with_links(markdown: str, name: str) -> str:
         origin = next((source for source, page in DOCUMENTS.items() if page == name), origin)
 
     def change(match: re.Match[str]) -> str:
-        image, text, target = match.groups()
+        image, text, target = match["image"], match["text"], match["target"]
         if re.match(r"[a-z+]+:|#", target):
             return match.group()
         path, hash_, anchor = target.partition("#")
@@ -125,8 +127,8 @@ def with_links(markdown: str, name: str) -> str:
         relative = posixpath.relpath(page, posixpath.dirname(name) or ".")
         return f"{image}[{text}]({relative}{hash_}{anchor})"
 
-    parts = _FENCE.split(markdown)
-    return "".join(part if place % 2 else _LINK.sub(change, part) for place, part in enumerate(parts))
+    # code is passed over, but not the code that is the text of a link
+    return _CODE_OR_LINK.sub(lambda match: match.group() if match["target"] is None else change(match), markdown)
 
 
 def _place(origin: str, target: str) -> str:

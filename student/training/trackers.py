@@ -45,9 +45,13 @@ def open_tracker(name: str, directory: Path, done: int, settings: Mapping[str, A
     Raises:
       ValueError: its package is not installed.
     """
-    make = {"tensorboard": _TensorBoard, "mlflow": _Mlflow, "wandb": _Wandb}[name]
+    makers: dict[str, type[_TensorBoard] | type[_Mlflow] | type[_Wandb]] = {
+        "tensorboard": _TensorBoard,
+        "mlflow": _Mlflow,
+        "wandb": _Wandb,
+    }
     try:
-        return make(directory / name, done, settings)
+        return makers[name](directory / name, done, settings)
     except ImportError as e:
         raise ValueError(
             f"training.track = '{name}' needs its package; pip install 'distilbeam[{name}]' or leave it out"
