@@ -1,6 +1,6 @@
 """CIFAR-10 in the papers' regime: all 50,000 images, convolutional networks, a teacher that has learned the student's own labels.
 
-    python -m benchmarks.science.cifar_whole --data DIR --work WORK --device cuda      # two seeds in nine minutes on one GPU
+    python -m benchmarks.science.cifar_whole --data DIR --work WORK --device cuda      # for one GPU; nine minutes for two seeds, by estimate
     python -m benchmarks.science.cifar_whole --data DIR --dry                           # anywhere: 2,000 images, a few steps
 
 |A| = 1,000, 2,500 and 5,000 human labels that teacher and student share; 1,000 labels to validate; the pool is the rest. First study
