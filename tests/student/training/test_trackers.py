@@ -41,6 +41,7 @@ def test_which_trackers_are_meant() -> None:
     assert "track" in FREE  # what is told does not change what is learned
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of MLflow and what it stands on
 def test_mlflow_has_the_figures_of_both_halves_in_one_run(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
