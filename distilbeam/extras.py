@@ -18,7 +18,6 @@ MODULES = {
     "tensorboard": ("tensorboard",),
     "tfrecord": ("google_crc32c",),
     "tune": ("optuna",),
-    "wandb": ("wandb",),
 }
 
 

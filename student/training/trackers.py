@@ -1,20 +1,19 @@
-"""Experiment trackers: TensorBoard, MLflow and Weights & Biases, by their own packages, into a folder and without a network.
+"""Experiment trackers: TensorBoard and MLflow, by their own packages, into a folder and without a network.
 
 A tracker writes into a folder of its name beside the checkpoints, which goes with the student: `tensorboard --logdir`, `mlflow ui
---backend-store-uri sqlite:///student/mlflow/mlflow.db`, `wandb sync student/wandb/offline-run-*`.
+--backend-store-uri sqlite:///student/mlflow/mlflow.db`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from distilbeam.student.training.config import TrainConfig
 
-TRACKERS = ("tensorboard", "mlflow", "wandb")
+TRACKERS = ("tensorboard", "mlflow")
 
 
 class Tracker(Protocol):
@@ -45,10 +44,9 @@ def open_tracker(name: str, directory: Path, done: int, settings: Mapping[str, A
     Raises:
       ValueError: its package is not installed.
     """
-    makers: dict[str, type[_TensorBoard] | type[_Mlflow] | type[_Wandb]] = {
+    makers: dict[str, type[_TensorBoard] | type[_Mlflow]] = {
         "tensorboard": _TensorBoard,
         "mlflow": _Mlflow,
-        "wandb": _Wandb,
     }
     try:
         return makers[name](directory / name, done, settings)
@@ -97,25 +95,3 @@ class _Mlflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
-
-
-class _Wandb:
-    def __init__(self, folder: Path, _: int, settings: Mapping[str, Any]) -> None:
-        import wandb
-
-        folder.mkdir(exist_ok=True)
-        # wandb puts a folder wandb below `dir`; offline it asks for no account and sends nothing
-        self._run = wandb.init(
-            project="distilbeam",
-            dir=os.fspath(folder.parent),
-            mode="offline",
-            config=dict(settings),
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
