@@ -328,6 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few messages")
     parser.add_argument("--parts", nargs="+", default=["deaths", "rate", "latency", "hour"])
+    parser.add_argument("--turns", type=int, default=3, help="turns of part rate (3)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     own = parser.parse_args()
@@ -345,7 +346,7 @@ def main() -> None:
                 print(json.dumps(results["deaths"]), flush=True)
             if "rate" in own.parts:
                 sizes = (10_000, 60_000) if own.quick else (50_000, 400_000)
-                results["rate"] = rates(broker, scratch, prism, sizes, 1 if own.quick else 3)
+                results["rate"] = rates(broker, scratch, prism, sizes, 1 if own.quick else own.turns)
                 print(json.dumps(results["rate"], indent=1), flush=True)
             if "latency" in own.parts:
                 for rate in (10, 1_000):

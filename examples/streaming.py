@@ -23,6 +23,7 @@ from distilbeam.teacher.softlabels import decode, read_manifest
 CONFIG = """
 [data]
 pool = "messages"
+id = "key"
 carry = ["x"]
 classes = ["ham", "spam"]
 
@@ -47,11 +48,11 @@ def main(directory: Path, topic: str | None) -> None:
     torch.export.save(program, directory / "teacher.pt2")
     (directory / "job.toml").write_text(CONFIG)
 
-    words = ["stream", str(directory / "job.toml"), "--out", str(directory / "labels"), "--id", "key"]
+    words = ["stream", str(directory / "job.toml"), "--out", str(directory / "labels")]
     if topic is None:
         words += ["--source", f"parquet:{directory}/messages/*.parquet"]
     else:
-        words += ["--source", f"kafka:{topic}", "--schema", "key:string,x:float32[8]", "--until", "latest"]
+        words += ["--source", f"kafka:{topic}", "--schema", "key:string=key,x:float32[8]", "--until", "latest"]
     subprocess.run([sys.executable, "-m", "distilbeam", *words], check=True)
 
     manifest = read_manifest(directory / "labels")

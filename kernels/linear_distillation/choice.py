@@ -2,8 +2,8 @@
 
 Apart are a linear layer and `distill_loss`, which holds the logits and their gradient; together is `linear_distill_loss`.
 On a CPU (EPYC, one thread, float32, processor time of a whole step, `benchmarks/results/last_layer-cpu.json`) together takes
-.52 to 1.01 of the time from 512 x 8,000 sparse logits on, and .32 to 1.0 of the memory, the less the fewer features; below,
-its bookkeeping costs 100 to 500 microseconds; with dense labels, which have as many columns, it gains nothing. In bfloat16
+.52 to .91 of the time from 512 x 8,000 sparse logits on, and .20 to .8 of the memory, the less the fewer features; below,
+its bookkeeping costs 100 to 800 microseconds; with dense labels, which have as many columns, it gains nothing. In bfloat16
 a CPU that multiplies it is three times as fast apart, because together all sums are float32. On an H200 (`distill_loss-h200.json`) three products
 and the loss of 4096 x 128,256 logits take 17 ms, together 20: there it is memory alone that decides.
 """

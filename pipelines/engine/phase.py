@@ -47,6 +47,7 @@ __all__ = ["PhaseError", "PhaseReport", "Work", "run_phase", "threads"]
 log = logging.getLogger("distilbeam.phases")
 
 Item = TypeVar("Item")
+_PAUSE_S = 0.5  # after a loss: what ended the engine may end the next one, too, if it comes at once
 MOST_LOSSES = 10  # of engines or workers in one phase, though each time more of it was done
 _LOOKS = 50  # times as long as a look at the committed files takes pass until the next
 
@@ -135,7 +136,8 @@ def run_phase(
     """
     start, todo = time.perf_counter(), work.remaining(items)
     planned = todo
-    remove_folder(errors)
+    if todo:  # a look into a store is a request
+        remove_folder(errors)
     with private_folder("errors") as private:
         if options.get_all_options().get("runner") == LOCAL_RUNNER and not in_processes(options):
             engine_log = None  # there is nobody but this process
@@ -221,6 +223,7 @@ class _Tries(Generic[Item]):
             raise PhaseError(sentence)
         if self._lost:
             log.warning("%s: %s; it is submitted again for what is left%s", self._phase, self._lost, lines)
+            time.sleep(_PAUSE_S)
         else:
             log.warning("%s: %d of %d items failed, trying them again", self._phase, len(todo), len(planned))
         self.retried += len(todo)

@@ -7,14 +7,13 @@ pip before each pipeline.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,9 @@ if TYPE_CHECKING:  # Beam takes seconds to import
 PRISM_RUNNER = "PrismRunner"
 _START_S = 30.0
 _LOOK_S = 0.005  # it listens after 20 ms
-_PR_SET_PDEATHSIG = 1
+_DIE_WITH_PARENT = (  # 1 is PR_SET_PDEATHSIG
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 _NO_FREEZE = "disable_logging_submission_environment"  # Beam would run pip for seconds at every start
 BATCH_ONLY = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner")
 
@@ -44,6 +45,19 @@ class Runner:
 
     flags: tuple[str, ...]
     prism: Path | None = None
+
+
+class PrismNotStartedError(RuntimeError):
+    """Prism ended at once, or does not listen.
+
+    Args:
+      status: how it ended, as `Popen.poll` says it.
+      log: file of its lines.
+    """
+
+    def __init__(self, status: int | None, log: Path) -> None:
+        super().__init__(f"Prism did not start; its lines are in {log}")
+        self.how = "it does not listen" if status is None else f"it ended with status {status}"
 
 
 def find_prism() -> Path | None:
@@ -154,10 +168,11 @@ def running(program: Path, log: Path) -> Iterator[str]:
       The address of its job service.
 
     Raises:
-      RuntimeError: it does not start.
+      PrismNotStartedError: it does not start.
     """
     port = _free_port()
     command = [str(program), f"-job_port={port}", "-serve_http=false", "-log_level=warn", "-log_kind=text"]
+    command = _dying_with_us(command)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as lines:
         process = subprocess.Popen(  # a session of its own: Ctrl-C is for the job, which ends it
@@ -166,7 +181,6 @@ def running(program: Path, log: Path) -> Iterator[str]:
             stderr=lines,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with(),
         )
     try:
         _await(process, port, log)
@@ -189,16 +203,21 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             time.sleep(_LOOK_S)
         else:
             return
-    raise RuntimeError(f"Prism did not start; its lines are in {log}")
+    raise PrismNotStartedError(process.poll(), log)
 
 
-def _die_with() -> Callable[[], None] | None:
-    """Have the system end a child with this process, where it can: a killed job leaves nothing running."""
-    try:
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-    except (OSError, AttributeError):  # not Linux
-        return None
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) and None
+def _dying_with_us(command: list[str]) -> list[str]:
+    """Have the system end a program with this process, where it can: a killed job leaves nothing running.
+
+    A program does that before it becomes this one. Code of ours between fork and exec (`preexec_fn`) would run beside gRPC's
+    threads, of which the fork has the locks and not the threads: now and then the child dies there.
+    """
+    if not sys.platform.startswith("linux"):
+        return command
+    setpriv = shutil.which("setpriv")
+    if setpriv is not None and Path(setpriv).resolve().name != "busybox":  # whose setpriv cannot
+        return [setpriv, "--pdeathsig", "KILL", "--", *command]
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, *command]
 
 
 def _free_port() -> int:

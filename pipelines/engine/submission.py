@@ -25,7 +25,7 @@ from distilbeam.pipelines.engine.beam_options import spares_processor, spread_ov
 from distilbeam.pipelines.engine.counters import totals
 from distilbeam.pipelines.engine.forkserver import in_processes, local_runner
 from distilbeam.pipelines.engine.item_fn import DoItems, Submission, end_open_bundles
-from distilbeam.pipelines.engine.prism import on_prism, prism_of, running, workers_of
+from distilbeam.pipelines.engine.prism import PrismNotStartedError, on_prism, prism_of, running, workers_of
 from distilbeam.pipelines.engine.stopping import write_stop
 from distilbeam.pipelines.engine.watchdog import EngineLostError, run_watched
 
@@ -103,8 +103,8 @@ def _started(options: PipelineOptions, log: Path) -> Iterator[tuple[Any, Pipelin
         with ExitStack() as stack:
             try:
                 address = stack.enter_context(running(program, log))
-            except RuntimeError as e:
-                raise EngineLostError("Prism did not start") from e
+            except PrismNotStartedError as e:
+                raise EngineLostError(f"Prism did not start: {e.how}") from e
             _require_pool(options.view_as(PortableOptions))
             yield None, on_prism(options, address)
 

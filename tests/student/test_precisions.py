@@ -29,7 +29,7 @@ STEPS = 40
 
 
 def trained(name, precision, last_layer):
-    """Train on a few rows and give the loss of every step."""
+    """Train on a few rows and give the loss of every step, and what plain layers gave their numbers in."""
     torch.manual_seed(0)
     student, shape, _ = STUDENTS[name]
     config, (rows, spec) = config_of(student), rows_of(shape, "top_k")
@@ -38,7 +38,10 @@ def trained(name, precision, last_layer):
     network = make_network(module, config, training, Processes(CPU), spec)
     assert isinstance(network, UpToLastLayer) == (last_layer == "together")
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    losses = []
+    losses, dtypes = [], set()
+    for layer in module.modules():
+        if type(layer) in (torch.nn.Linear, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda _, __, made: dtypes.add(made.dtype))
     for _ in range(STEPS):
         loss = step_loss(network, training, rows, spec, None, None, CPU)
         assert loss.dtype == torch.float32
@@ -47,14 +50,14 @@ def trained(name, precision, last_layer):
         optimizer.step()
         losses.append(loss.item())
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
-    return losses
+    return losses, dtypes
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("last_layer", ["apart", "together"])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_each_trains_in_each_precision_as_in_float32(name, last_layer, precision, monkeypatch, caplog):
-    plain = trained(name, "fp32", "apart")
+    plain, _ = trained(name, "fp32", "apart")
     ran = set()
     forward = LowPrecisionLinear.forward
 
@@ -64,12 +67,14 @@ def test_each_trains_in_each_precision_as_in_float32(name, last_layer, precision
 
     monkeypatch.setattr(LowPrecisionLinear, "forward", watched)
     with caplog.at_level(logging.INFO, "distilbeam"):
-        losses = trained(name, precision, last_layer)
+        losses, dtypes = trained(name, precision, last_layer)
     learned = plain[0] - plain[-1]
     assert learned > 0.1 * plain[0]
     assert abs(losses[0] - plain[0]) < 0.1 * plain[0]
     assert abs(losses[-1] - plain[-1]) < 0.15 * learned
     # what is said is what ran
+    assert dtypes <= {torch.bfloat16}
+    assert dtypes or last_layer == "together"
     narrow = STUDENTS[name][2] if precision in ("fp8", "int8") else 0
     assert len(ran) == narrow
     line = next(m for m in reversed(caplog.messages) if m.startswith(f"precision {precision}: "))

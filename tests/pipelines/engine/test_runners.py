@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from engines import require_prism
 from labelling import write_job
 from problem import SUPPORT
 
@@ -21,6 +22,7 @@ RUNNERS = {
     "threads": ["--direct_running_mode=multi_threading", "--direct_num_workers=2"],
     "processes": ["--direct_running_mode=multi_processing", "--direct_num_workers=2"],
     "dask": None,
+    "prism": ["--runner=PrismRunner"],
 }
 
 
@@ -71,9 +73,13 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_every_runner_gives_the_same_bytes(tmp_path: Path, in_process: dict[str, Any], runner: str) -> None:
+def test_every_runner_gives_the_same_bytes(
+    tmp_path: Path, in_process: dict[str, Any], runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if runner == "dask":
         pytest.importorskip("dask.distributed", reason="the Dask runner needs its packages")
+    if runner == "prism":
+        monkeypatch.setenv("PRISM", str(require_prism()))
     found = carried_out(tmp_path / "d", RUNNERS[runner])
     for name in in_process:
         assert found[name] == in_process[name], name

@@ -117,8 +117,10 @@ def test_numbers_and_tokens_answer_as_the_student(tmp_path):
     npt.assert_allclose(
         export.logits([{"t": np.array(rows[1]["t"]), "v": stored}])[0], export.logits(rows)[1], atol=1e-5
     )
+    student = save(tmp_path / "p", StudentConfig(kind="mlp", hidden=(4,), input={"columns": ["v"]}), (3,))
+    export = reader.Export(export_student(student, "onnx", tmp_path / "pe"))
     with pytest.raises(ValueError, match=r"an example must have the shape \[3\], got \[6\]"):
-        export.logits([{"t": 0.0, "v": [0.0] * 5}])  # of 6 numbers, which are no two examples
+        export.logits([{"v": [0.0] * 6}])  # which are no two examples
 
 
 def test_a_tokenizer_answers_as_the_student(tmp_path):
