@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
+DOCS := $(VENV)/.ready-docs
 EXTRAS := dev,dask,hf,onnx,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
 NUMERIC := tests/selection tests/kernels tests/student tests/science
@@ -12,7 +13,7 @@ DEMO ?= demo
 # On every processor, where pip uses one; packages hold files of other Pythons, which do not compile and need not.
 COMPILE = @$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: demo test test-base test-processors test-all test-fast test-prism lint types dist bench clean
+.PHONY: demo docs test test-base test-processors test-all test-fast test-prism lint types dist bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -28,6 +29,11 @@ $(DEV): $(READY)
 	@echo "Adding what the tests need to $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	$(COMPILE)
+	@touch $@
+
+$(DOCS): $(READY)
+	@echo "Adding what the manual needs to $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits
@@ -63,7 +69,11 @@ lint: $(DEV)
 types: $(DEV)  # the parts are installed as distilbeam.<part>; these links show mypy the same layout
 	@rm -rf .mypy/distilbeam && mkdir -p .mypy/distilbeam
 	@ln -s $(addprefix ../../,$(PARTS) $(wildcard distilbeam/[a-z]*) distilbeam/__init__.py) .mypy/distilbeam/
-	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS) storage inputs settings.py __init__.py)
+	@$(BIN)/mypy $(addprefix .mypy/distilbeam/,$(PARTS) storage inputs settings.py setting_docs.py __init__.py)
+
+docs: $(DOCS)  ## the manual in site/, built strictly: a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	@echo "The manual: site/index.html"
 
 dist: $(DEV)  ## wheel and source distribution in dist/
 	@rm -rf build dist
@@ -74,4 +84,4 @@ bench: $(DEV)  ## every benchmark in its short form; each takes --help
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean:
-	@rm -rf build dist .mypy .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf build dist site .mypy .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -6,7 +6,7 @@ folders stand at the root of the repository without an `__init__.py`, because a 
 in `__init__.pyi`, where type checkers and editors look. This module gives those names to the running program: the first
 access imports the module that defines the name, and nothing is imported before.
 
-What all parts stand on lies in this folder, and uses none of them: settings, inputs, storage, progress, extras, quiet.
+What all parts stand on lies in this folder, and uses none of them: settings, setting_docs, inputs, storage, progress, extras, quiet.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ MODULES = {
     "gcp": ("gcsfs", "upath"),
     "hf": ("transformers",),
     "kafka": ("confluent_kafka",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "s3": ("s3fs", "upath"),
     "tensorboard": ("tensorboard",),

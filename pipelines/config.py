@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from distilbeam.selection.gains import gain_named
-from distilbeam.selection.strategies.registry import gain_read, strategy_class
+from distilbeam.selection.gains import GAINS, gain_named
+from distilbeam.selection.strategies.registry import gain_read, names, strategy_class
 from distilbeam.settings import Configuration, Section, folder_of, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
@@ -31,6 +31,7 @@ def _known_gain(name: str) -> str:
 
 GainName = Annotated[str, AfterValidator(_known_gain)]
 _KNOWN_OF_POOL = ("gains", "logits", "embeddings")  # what a run can tell a strategy of each example
+_READ_MORE = ("rad-capped", "correct-gain")  # named without importing them, which would bring scikit-learn
 
 
 class RunSection(Section):
@@ -166,11 +167,14 @@ class SelectionSection(Section):
 
     method: str = Field(
         "herding",
+        examples=[name for name in names() if name not in _READ_MORE],
         description="herding: what covers best what the student is unsure of (`gain`); greedy: the largest gains; rad: the "
         "game against the teacher's mistakes (Robust Active Distillation); uniform: chance; another strategy of "
         "`distilbeam.selection`; or module:Class, a strategy of your own",
     )
-    gain: GainName = Field("margin", description="what the student would learn from an example's label")
+    gain: GainName = Field(
+        "margin", examples=[*GAINS], description="what the student would learn from an example's label"
+    )
     budget: int = Field(description="labels to buy in each round", ge=1)
     floor: float = Field(0.5, ge=0, le=1, description="lower bound of the teacher's estimated accuracy")
     coverage: float = Field(
@@ -279,7 +283,9 @@ class WatchSection(Section):
         None, description="with a budget: the student that scores, such as run/students/round=003"
     )
     wrong_share: float | None = Field(None, ge=0, le=1, description="with a budget: expected share of wrong labels")
-    gain: GainName = Field("margin", description="with a budget: what the student would learn from an example's label")
+    gain: GainName = Field(
+        "margin", examples=[*GAINS], description="with a budget: what the student would learn from an example's label"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="with a budget: seed of the choice")
 
     @model_validator(mode="after")

@@ -37,6 +37,8 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
         yield Need("student.encoder.folder", "hf", ("transformers",))
     if getattr(getattr(config, "training", None), "tensorboard", False):
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
+    if (tracker := getattr(getattr(config, "training", None), "track", None)) is not None:
+        yield Need(f"training.track = '{tracker}'", tracker, way_round="leave it out")
     for name, place in (("data.pool", config.data.pool), ("run.directory", config.run.directory)):
         store = STORES.get(place.partition("://")[0]) if "://" in place else None
         if store is not None:

@@ -25,7 +25,7 @@ from distilbeam.pipelines.jobs.final_result import is_wanted
 from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
-from distilbeam.pipelines.jobs.set_notes import notes_on
+from distilbeam.pipelines.jobs.set_notes import notes_on, require_different_sets
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report.html import write_report
 from distilbeam.pipelines.report.metrics import are_current, write_results
@@ -174,6 +174,7 @@ def run(
         with display.step("read the data and load the teacher"):
             freeze(job.run, check_content)
         if todo[0] is steps[0]:
+            require_different_sets(job.run.inputs)
             for note in notes_on(job.run.inputs):
                 display.say(f"note: {note}")
         for step in todo:

@@ -89,7 +89,7 @@ class _TeacherConfig(_Config):
 class TorchConfig(_TeacherConfig):
     """A PyTorch model: an exported program, or a function that makes a module and a file with its weights."""
 
-    kind: Literal["torch"] = "torch"
+    kind: Literal["torch"] = Field("torch", description="a PyTorch model in this process")
     model: PathText = Field(description="a torch.export program (.pt2), or 'module:factory'")
     weights: PathText | None = Field(
         None, description="weights for a factory: .safetensors, or a state dict of tensors only"
@@ -139,7 +139,7 @@ class HeaderConfig(_Config):
 class TfServingConfig(_TeacherConfig):
     """A model behind TensorFlow Serving's gRPC PredictionService, or behind `distilbeam serve-teacher`."""
 
-    kind: Literal["tfserving"] = "tfserving"
+    kind: Literal["tfserving"] = Field("tfserving", description="a model behind a gRPC server")
     addresses: tuple[str, ...] = Field(
         description="host:port of the servers, asked in turn; `address` may name one", min_length=1
     )
@@ -232,7 +232,7 @@ class TfServingConfig(_TeacherConfig):
 class OnnxConfig(_TeacherConfig):
     """An ONNX model, run by ONNX Runtime."""
 
-    kind: Literal["onnx"] = "onnx"
+    kind: Literal["onnx"] = Field("onnx", description="an ONNX model in this process (extra: onnx)")
     model: PathText = Field(description="the .onnx file")
     input: InputConfig = Field(description="what the model reads")
     output: str | None = Field(None, description="name of the output with the logits, when there are several")
@@ -248,7 +248,7 @@ class OnnxConfig(_TeacherConfig):
 class SavedModelConfig(_TeacherConfig):
     """A TensorFlow SavedModel in this process."""
 
-    kind: Literal["savedmodel"] = "savedmodel"
+    kind: Literal["savedmodel"] = Field("savedmodel", description="a TensorFlow SavedModel in this process")
     model: PathText = Field(description="folder of the SavedModel")
     signature: str = Field("serving_default", description="name of the signature")
     input: InputConfig = Field(description="what the model reads; kind raw passes text and bytes on")
@@ -264,7 +264,7 @@ class SavedModelConfig(_TeacherConfig):
 class HuggingFaceConfig(_TeacherConfig):
     """A sequence or image classification model of transformers in a local folder."""
 
-    kind: Literal["huggingface"] = "huggingface"
+    kind: Literal["huggingface"] = Field("huggingface", description="a classifier of transformers (extra: hf)")
     model: PathText = Field(description="folder with config.json, safetensors and the tokenizer or image processor")
     input: InputConfig = Field(description="the column; of kind text or image, prepared by the model's own files")
     max_length: int | None = Field(None, ge=1, description="most tokens of a text; the tokenizer's own limit")
@@ -286,7 +286,7 @@ class HuggingFaceConfig(_TeacherConfig):
 class BeamConfig(_TeacherConfig):
     """Any Apache Beam ModelHandler."""
 
-    kind: Literal["beam"] = "beam"
+    kind: Literal["beam"] = Field("beam", description="a ModelHandler of Apache Beam")
     handler: PathText = Field(description="'module:factory' of the ModelHandler")
     arguments: Arguments = Field({}, description="keyword arguments of the factory")
     input: InputConfig = Field(description="what the handler's examples are made of")

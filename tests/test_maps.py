@@ -11,8 +11,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("distilbeam", "pipelines", "selection", "student", "teacher", "kernels")
-OTHERS = ("benchmarks", "deploy", "docs", "tests")
-LISTED = ("distilbeam", "pipelines", "selection", "student", "teacher", "benchmarks")  # kernels' rooms share one layout
+OTHERS = ("benchmarks", "deploy", "docs", "examples", "tests")
+LISTED = (
+    "distilbeam",
+    "pipelines",
+    "selection",
+    "student",
+    "teacher",
+    "benchmarks",
+    "examples",
+)  # kernels' rooms share one layout
 
 
 def folders(*tops: str) -> Iterator[Path]:

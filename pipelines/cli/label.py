@@ -17,6 +17,7 @@ from distilbeam.pipelines.cli.options import (
     CheckContentOption,
     ConfigArgument,
     DebugOption,
+    DryRunOption,
     LogOption,
     MaxFailuresOption,
     RetryOption,
@@ -50,12 +51,20 @@ def label(
     max_failures: MaxFailuresOption = None,
     trust: TrustOption = None,
     retry: RetryOption = True,
+    dry_run: DryRunOption = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Label what has no label: the whole pool of a labelling job, or a run's choice of a round."""
     configure_logs(log_level, console)
+    if dry_run:
+        if watch is not None:
+            raise ValueError(
+                "--dry-run is for what is there already, --watch labels what arrives: leave one of them out"
+            )
+        plan(config, beam_options, check_content=check_content, overrides=overrides, log_level=log_level)
+        return
     begin(beam_options or [])
     overrides = with_max_failures(overrides, max_failures, retry)
     settings = _settings(config, overrides)
@@ -125,9 +134,9 @@ def plan(
     else:
         with _run_directory(settings, held=sample > 0) as directory:
             forecast = forecast_run(Job(Run(settings, directory), options), sample)
-    _print_forecast(forecast)
-    if json_file is not None:
+    if json_file is not None:  # before the tables: whoever reads these may have had enough
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
+    _print_forecast(forecast)
 
 
 def plan_sentences(plan: Any) -> list[str]:

@@ -25,6 +25,7 @@ from distilbeam.pipelines.cli.options import (
     CheckContentOption,
     ConfigArgument,
     DebugOption,
+    DryRunOption,
     LogOption,
     MaxFailuresOption,
     RetryOption,
@@ -41,6 +42,7 @@ from distilbeam.pipelines.cli.options import (
 )
 from distilbeam.pipelines.cli.predict import predict
 from distilbeam.pipelines.cli.serve import serve_student, serve_teacher
+from distilbeam.pipelines.cli.settings import settings as print_settings
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
 from distilbeam.pipelines.cli.teacher import inspect, verify
@@ -53,7 +55,7 @@ app = typer.Typer(
     name="distilbeam",
     help="Distil a large teacher into a small student, spending the teacher's time only where it pays.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # [teacher] in a help text is a section, no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -140,7 +142,10 @@ def init(
             shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
     else:
         raise ValueError(f"--example must be digits, got {example}")
-    console.print(f"Wrote {target}. Next: distilbeam run {target}", highlight=False, soft_wrap=True)
+    following = f"distilbeam run {target}"
+    if example is None:
+        following = f"edit it (where your files are, which columns, which teacher), then distilbeam plan {target}"
+    console.print(f"Wrote {target}. Next: {following}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -151,11 +156,15 @@ def run(
     check_content: CheckContentOption = False,
     retry: RetryOption = True,
     weak_teacher: WeakTeacherOption = False,
+    dry_run: DryRunOption = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Do the whole run: rounds of select, label, train; then evaluate and report."""
+    if dry_run:
+        plan(config, beam_options, check_content=check_content, overrides=overrides, log_level=log_level)
+        return
     settings = with_weak_teacher(with_max_failures(overrides, max_failures, retry), weak_teacher)
     directory = run_steps(config, beam_options, settings, log_level, None, check_content)
     _print_results(directory)
@@ -280,3 +289,4 @@ _OTHERS = (
 )
 for command in (*_OTHERS, workers):
     app.command(command.__name__.replace("_", "-"))(command)
+app.command("settings")(print_settings)

@@ -67,6 +67,9 @@ RetryOption = Annotated[
     bool,
     typer.Option("--retry/--no-retry", help="Ask again about the rows that had no answer before (engine.retry)."),
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what is left and what it will cost, as plan does; do nothing.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 

@@ -180,12 +180,12 @@ def evaluate_student(
     trust_code(*trust)
     with Display(console).step(f"evaluate {directory}"):
         found = evaluate_directory(directory, data, label, teacher, answers)
+    if json_file is not None:  # before the tables: whoever reads these may have had enough
+        write_json(json_file, found)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))
     console.print(
         console_table("Classes, the lowest recall first", CLASS_COLUMNS, class_rows(found["classes"], found["worst"]))
     )
-    if json_file is not None:
-        write_json(json_file, found)
 
 
 def _is_config(target: Path) -> bool:

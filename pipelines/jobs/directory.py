@@ -19,7 +19,7 @@ VARIANTS = "variants"  # the folder of students of other settings
 
 
 class RunDirectory:
-    """The paths of a run; see the design of the run in the README."""
+    """The paths of a run; see "What a run leaves" in docs/guides/run.md."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -28,6 +28,21 @@ def notes_on(inputs: Inputs) -> list[str]:
     return [*_few_rows(inputs), *_missing_classes(inputs), *_shared_rows(inputs), *_shared_with_pool(inputs)]
 
 
+def require_different_sets(inputs: Inputs) -> None:
+    """Refuse sets that are one: rows that are in both are a note, all of them a mistake.
+
+    Raises:
+      ValueError: the validation or the test set is the labelled set.
+    """
+    learned = set(inputs.labelled.ids)
+    for name, one in (("data.validation", inputs.validation), ("data.test", inputs.test)):
+        if set(one.ids) == learned:
+            raise ValueError(
+                f"{name} must not be data.labelled: all of its {len(one.ids):,} rows are there and no others, so that a student would "
+                "be judged by what it learned; divide your labelled rows into sets"
+            )
+
+
 def _few_rows(inputs: Inputs) -> Iterator[str]:
     rows = len(inputs.validation.truth)
     if rows < _FEW:

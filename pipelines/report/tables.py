@@ -16,6 +16,7 @@ EXPORT_COLUMNS = (
 PARETO_COLUMNS = ("", "strategy", "width", "form", "validation", "test", "weights", "size", "ms", "ms/64", "front")
 CLASS_COLUMNS = ("class", "examples", "recall", "precision", "F1", "mistaken for")
 _LEFT_OUT = {"ECE", "p95", "p95/64", "runtime", "strategy", "width", "form"}  # a console has 80 columns
+_WORDS = {"class", "mistaken for"}
 DASH = "–"
 
 
@@ -26,7 +27,13 @@ def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     )
     shown = [i for i, column in enumerate(columns) if column not in _LEFT_OUT]
     for i in shown:
-        table.add_column(columns[i], justify="right" if i else "left", no_wrap=True)
+        words = columns[i] in _WORDS  # names of classes, which may be long: they take more lines, figures never do
+        table.add_column(
+            columns[i],
+            justify="right" if i and not words else "left",
+            no_wrap=not words,
+            overflow="fold" if words else "ellipsis",
+        )
     for row in rows:
         table.add_row(*(row[i] for i in shown))
     return table

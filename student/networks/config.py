@@ -62,6 +62,7 @@ class StudentConfig(Section):
 
     kind: str = Field(
         "mlp",
+        examples=[*KINDS],
         description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), or module:factory "
         "for a network of one's own",
     )

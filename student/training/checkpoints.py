@@ -2,7 +2,7 @@
 
     step-000001200.safetensors   all that the training is after so many steps; the last few of them
     metrics.jsonl                its figures so far
-    tensorboard/                 the same for TensorBoard
+    tensorboard/, mlflow/, ...   the same for a tracker
     stopped-at.safetensors       the batch whose loss was not a number
     launcher.json                the folder of the torchrun that started it
 
@@ -33,9 +33,10 @@ from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import Processes
 from distilbeam.student.training.state import Tensors, TrainingState
 from distilbeam.student.training.torchrun_folders import note_folder, remove_noted
+from distilbeam.student.training.trackers import TRACKERS
 
 FORMAT_VERSION = 1
-SUFFIX, STOPPED_AT, METRICS, EVENTS = ".training", "stopped-at.safetensors", "metrics.jsonl", "tensorboard"
+SUFFIX, STOPPED_AT, METRICS = ".training", "stopped-at.safetensors", "metrics.jsonl"
 LOCK = ".lock"
 ASK_EVERY = 32  # steps after which several processes agree on whether a checkpoint is due
 
@@ -146,8 +147,9 @@ class TrainingDirectory:
     def hand_over(self, student: Path) -> None:
         """Copy the figures into the directory of the student."""
         shutil.copyfile(self.path / METRICS, student / METRICS)
-        if (self.path / EVENTS).exists():
-            shutil.copytree(self.path / EVENTS, student / EVENTS)
+        for name in TRACKERS:
+            if (self.path / name).exists():
+                shutil.copytree(self.path / name, student / name, symlinks=True)
 
     def remove(self) -> None:
         """Remove the directory, when the student is there."""

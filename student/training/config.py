@@ -11,7 +11,7 @@ from distilbeam.settings import Section
 Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
 
 # settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
-FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard")
+FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard", "track")
 # settings of a run's last training, which `train` itself has no use for
 LAST = ("self_training", "ensemble", "pseudo_rows", "final_training")
 
@@ -114,6 +114,11 @@ class TrainConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
     log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
     tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
+    track: Literal["tensorboard", "mlflow"] | None = Field(
+        None,
+        description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
+        "and without a network",
+    )
 
     @model_validator(mode="after")
     def _reestimated_weights_are_used(self) -> Self:

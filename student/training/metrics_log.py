@@ -1,4 +1,4 @@
-"""The metrics log of a training: lines of metrics.jsonl, TensorBoard events, and what its progress is told.
+"""The metrics log of a training: lines of metrics.jsonl, experiment trackers, and what its progress is told.
 
 metrics.jsonl has a line for every epoch (`epoch`, `step`, `train_loss`, `validation_...`) and, if asked for, one every n
 steps (`step`, `loss`, `gradient_norm`); all with `lr`, `examples_per_s` since the last line of the kind, and `seconds` in all.
@@ -12,12 +12,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
-from distilbeam.student.training.checkpoints import EVENTS, METRICS
+from distilbeam.student.training.checkpoints import METRICS
 from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.trackers import Tracker, open_tracker, trackers_of
 
 
 class Observer:
@@ -33,7 +34,7 @@ class Observer:
       silent: write nothing: another process does.
 
     Raises:
-      ValueError: TensorBoard is asked for and not installed.
+      ValueError: a tracker is asked for and not installed.
     """
 
     def __init__(
@@ -52,18 +53,20 @@ class Observer:
         self._since = {"step": (now, 0), "epoch": (now, 0)}  # time and examples at the last line of each kind
         self._examples, self._lr = 0, 0.0
         self._lines: TextIO | None = None
-        self._events: Any = None
+        self._trackers: list[Tracker] = []
         if not silent:
-            self._events = _events(directory / EVENTS, done) if training.tensorboard else None
+            settings = training.model_dump(mode="json", exclude_none=True)
+            self._trackers = [open_tracker(name, directory, done, settings) for name in trackers_of(training)]
             self._lines = _opened(directory / METRICS, done)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for writer in (self._lines, self._events):
-            if writer is not None:
-                writer.close()
+        if self._lines is not None:
+            self._lines.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @property
     def seconds(self) -> float:
@@ -90,9 +93,8 @@ class Observer:
         figures |= {"lr": self._lr, "examples_per_s": round(rate, 1), "seconds": round(self.seconds, 3)}
         self._since[kind] = now, self._examples
         self._lines.write(json.dumps(figures) + "\n")
-        if self._events is not None:
-            for name, value in figures.items():
-                self._events.add_scalar(name, value, int(figures["step"]))
+        for tracker in self._trackers:
+            tracker.log(figures, int(figures["step"]))
 
 
 def read_epochs(student: Path) -> list[dict[str, float]]:
@@ -111,13 +113,3 @@ def _opened(path: Path, done: int) -> TextIO:
     with replacing(path) as temporary:
         temporary.write_text("".join(kept))
     return path.open("a", buffering=1)
-
-
-def _events(directory: Path, done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ValueError(
-            "training.tensorboard needs the package tensorboard; pip install 'distilbeam[tensorboard]' or leave it out"
-        ) from e
-    return SummaryWriter(directory, purge_step=done + 1)

@@ -253,6 +253,8 @@ def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
         yield Need("student.input.tokenizer", "hf", ("tokenizers",))
     if training.tensorboard:
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
+    if training.track is not None:
+        yield Need(f"training.track = '{training.track}'", training.track, way_round="leave it out")
 
 
 def _validate(module: nn.Module, held_out: Examples | None, device: torch.device, lr: float) -> dict[str, float]:

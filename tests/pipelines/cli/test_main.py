@@ -34,7 +34,7 @@ def config(problem: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_help_names_every_command() -> None:
     out = distilbeam("--help").stdout
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs/guides/commands.md").read_text()
     for command in (
         "init",
         "run",
@@ -53,9 +53,11 @@ def test_help_names_every_command() -> None:
         "tune",
         "pareto",
         "launch",
+        "predict",
+        "settings",
     ):
         assert f" {command} " in out
-        assert command in readme, f"README does not mention {command}"
+        assert command in page, f"docs/guides/commands.md does not mention {command}"
         assert distilbeam(command, "--help").returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""The README's nightly example, its two halves together: a teacher that is served, and a pool that is labelled by it."""
+"""The manual's nightly example, its two halves together: a teacher that is served, and a pool that is labelled by it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ WIDTH = 8
 
 
 def example() -> str:
-    """The configuration as it stands in the README."""
-    section = (ROOT / "README.md").read_text().split("### Labelling everything, every night")[1]
+    """The configuration as it stands in the manual."""
+    section = (ROOT / "docs/guides/labelling.md").read_text()
     return section.split("```toml\n")[1].split("```")[0]
 
 

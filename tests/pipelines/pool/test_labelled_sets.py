@@ -21,7 +21,7 @@ from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.experiments.evaluate import evaluate_directory
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.labelling import LabellingJob
-from distilbeam.pipelines.jobs.set_notes import notes_on
+from distilbeam.pipelines.jobs.set_notes import notes_on, require_different_sets
 from distilbeam.pipelines.pool.datasets import load_inputs
 from distilbeam.pipelines.steps import run
 from distilbeam.pipelines.transforms.label_examples import LabelExamples
@@ -240,6 +240,15 @@ def test_what_is_said_of_the_sets(tmp_path: Path) -> None:
     out = io.StringIO()
     run(problem, base=tmp_path, until=("train", 0), display=Display(Console(file=out, width=300)))
     assert all(f"note: {note}" in out.getvalue() for note in notes)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_set_that_is_the_labelled_set_is_refused(problem: dict[str, Any], tmp_path: Path, name: str) -> None:
+    require_different_sets(load_inputs(parse_config(problem).relative_to(tmp_path)))
+    problem["data"][name] = problem["data"]["labelled"]
+    rows = pq.read_metadata(tmp_path / problem["data"]["labelled"]).num_rows
+    with pytest.raises(ValueError, match=rf"^data.{name} must not be data.labelled: all of its {rows} rows are there"):
+        require_different_sets(load_inputs(parse_config(problem).relative_to(tmp_path)))
 
 
 def test_numbers_that_could_be_names_and_indices_need_a_word(problem: dict[str, Any], tmp_path: Path) -> None:
