@@ -142,6 +142,8 @@ class StreamJob:
     def _name(self) -> str:
         if self._letters is not None:
             return self._letters.topic
+        if not self.settings.messages:  # the rows of files have no offsets, and their entries name no topic
+            return ""
         return self.settings.place if self.topic is None else self.topic.name
 
     def _begin(self, topic: Topic, journal: Journal) -> None:

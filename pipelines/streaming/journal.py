@@ -47,7 +47,7 @@ class Settled:
 
     def add(self, facts: Mapping[str, Any], rows: int) -> None:
         """Add what an entry or a record says."""
-        offsets = Offsets.from_json(facts["offsets"])
+        offsets = Offsets.from_json(facts.get("offsets", {}))
         self.offsets.update(offsets)
         if facts.get("skipped"):
             self.skipped.update(offsets)
@@ -64,7 +64,7 @@ class Journal:
 
     Args:
       dataset: the dataset.
-      topic: the topic.
+      topic: the topic; "" for files.
     """
 
     def __init__(self, dataset: str, topic: str) -> None:
@@ -84,7 +84,7 @@ class Journal:
             return []
         found = []
         for key, rows, facts in [*self._entries(), *self._records()]:
-            if key not in self._read and facts.get("topic") == self.topic:
+            if key not in self._read and facts.get("topic", "") == self.topic:
                 self.settled.add(facts, rows)
                 found.append({**facts, "rows": rows})
             self._read.add(key)

@@ -46,8 +46,8 @@ class StreamState:
         self.labels += facts["rows"]
         for stage, count in facts.get("dead", {}).items():
             self.dead[stage] = self.dead.get(stage, 0) + count
-        self.settled += sum(last - first + 1 for pairs in facts["offsets"].values() for first, last in pairs)
-        end = str(facts["window"]).rpartition("-")[2]
+        self.settled += sum(last - first + 1 for pairs in facts.get("offsets", {}).values() for first, last in pairs)
+        end = str(facts.get("window", "")).rpartition("-")[2]
         self.watermark = max(self.watermark, end)
         if facts["rows"]:
             self.window = max(self.window, end)

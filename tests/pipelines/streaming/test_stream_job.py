@@ -150,7 +150,7 @@ def test_rows_without_an_answer_go_to_the_object_store_too(tmp_path: Path, monke
     assert labelled + dead == 20
 
 
-def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path) -> None:
+def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_problem(tmp_path)
     (tmp_path / "job.toml").write_text(tomli_w.dumps(config_of(tmp_path)))
     out = tmp_path / "labels"
@@ -162,6 +162,8 @@ def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path) -> No
         "window=global-00000",
         "window=global-00001",
     ]
+    said = capsys.readouterr()
+    assert json.loads(said.err.splitlines()[-1])["labels"] == 240
 
 
 def test_options_for_a_pipeline_of_ones_own() -> None:
