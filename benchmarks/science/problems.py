@@ -144,7 +144,7 @@ def about(sizes: dict[str, int], steps: int, **configs: BaseModel) -> dict[str, 
 
 def _plain(config: BaseModel) -> dict[str, Any]:
     """Dump a configuration without what no cell depends on, so that cells of before a setting was added stay what they are."""
-    found: dict[str, Any] = config.model_dump(mode="json", exclude=set(LAST))
+    found: dict[str, Any] = config.model_dump(mode="json", exclude={*LAST, "track"})
     augment = found.get("augment", {})
     if not augment.get("word_dropout", True):
         del augment["word_dropout"]
