@@ -184,7 +184,7 @@ def test_interrupted_it_says_how_to_go_on(problem: dict[str, Any], tmp_path: Pat
 def test_init(tmp_path: Path) -> None:
     out = distilbeam("init", str(tmp_path / "mine"))
     assert out.returncode == 0
-    assert "Next: distilbeam run" in out.stdout
+    assert "Next: edit it (where your files are" in out.stdout
     again = distilbeam("init", str(tmp_path / "mine"))
     assert again.returncode == 2
     assert "is there already" in again.stderr

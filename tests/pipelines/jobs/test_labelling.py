@@ -56,7 +56,7 @@ def test_answers_bound_what_is_asked_at_a_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distilbeam.pipelines.pool.splits.ANSWER_BYTES", answer_bytes)
+    monkeypatch.setattr("distilbeam.pipelines.pool.read_splits.ANSWER_BYTES", answer_bytes)
     write_job(
         tmp_path, engine={"unit_rows": 40, "shard_rows": 30, "batch_rows": batch_rows, "teacher_batch": teacher_batch}
     )

@@ -351,10 +351,10 @@ def require_urls(pipeline: Any, bucket: Path) -> None:
         if transform.spec.urn == "beam:transform:pardo:v1"
     ]
     functions = [found[0] if isinstance(found := pickler.loads(payload), tuple) else found for payload in payloads]
-    (run,) = (function for function in functions if hasattr(function, "errors"))
+    (run,) = (function for function in functions if hasattr(function, "submission"))
     job = f"{bucket}job"
     assert (run.work.output, run.work.dead_letters) == (f"{job}/labels", f"{job}/deadletter/labels")
-    assert run.errors == f"{job}/errors/label"
+    assert run.submission.errors == f"{job}/errors/label"
     plain = b"".join(bz2.decompress(base64.b64decode(payload)) for payload in payloads)
     for number in range(4):
         assert f"{bucket}pool/{number}.parquet".encode() in plain

@@ -195,7 +195,7 @@ def test_low_precision_says_which_layers_have_it(precision, most, tmp_path, vect
     training = TrainConfig(epochs=6, precision=precision, precision_gate="sizes")
     result = fit(tmp_path, vectors, training, student)
     assert f"precision {precision}: 1 of 3 linear layers run in 8 bits" in caplog.text
-    shapes = {"4 -> 32": "float32", "32 -> 32": precision, "32 -> 3 ": "float32"}
+    shapes = {"4 -> 32": "bfloat16", "32 -> 32": precision, "32 -> 3 ": "bfloat16"}  # everything else is under autocast
     for shape, runs_in in shapes.items():
         [line] = [line for line in caplog.text.splitlines() if f" {shape}" in line]
         assert f" {runs_in} " in line
