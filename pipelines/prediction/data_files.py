@@ -80,7 +80,8 @@ def _files(place: str, format_: str | None) -> list[Path]:
         files = [p for name in glob.glob(place, recursive=True) if (p := Path(name)).is_file()]  # noqa: PTH207 - absolute patterns
     if not files:
         endings = ", ".join(e for name, group in ENDINGS.items() if format_ in (None, name) for e in group)
-        why = f"no file in it ends in {endings}" if path.is_dir() else "nothing is there"
+        images = "; 'distilbeam ingest DIR --format images --out POOL' makes Parquet of a folder of images"
+        why = f"no file in it ends in {endings}{images}" if path.is_dir() else "nothing is there"
         raise ValueError(f"--data must name files, directories or glob patterns, got {place}: {why}")
     return files
 
