@@ -139,7 +139,8 @@ def quiet_transformers(setting: str) -> Any:
     Args:
       setting: what needs it, for the message.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it names each of its libraries that is for other hardware
+    for noisy in ("torchao", "torch.utils._pytree"):  # they name libraries that are for other hardware, or of before
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     require_extras([Need(setting, "hf", ("transformers",))])
     import transformers
 
