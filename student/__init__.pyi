@@ -6,6 +6,10 @@ from .evaluation.metrics import footprint as footprint
 from .export.export import export_student as export_student
 from .export.load import load_export as load_export
 from .export.prune import prune_student as prune_student
+from .language.config import LanguageModelConfig as LanguageModelConfig
+from .language.config import TokenTrainConfig as TokenTrainConfig
+from .language.folder import load_language_model as load_language_model
+from .language.train import train_language_model as train_language_model
 from .networks.build import build_student as build_student
 from .networks.config import StudentConfig as StudentConfig
 from .networks.laurel import LaurelResidual as LaurelResidual

@@ -269,6 +269,11 @@ def _read(directory: Path) -> Description:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from e
     version = said.get("format_version") if isinstance(said, dict) else None
+    if isinstance(said, dict) and said.get("unit") == "token":
+        raise ValueError(
+            f"{directory} holds a language model, which classifies nothing: 'distilbeam evaluate' measures it, and in Python "
+            "load_language_model or AutoModelForCausalLM opens it"
+        )
     if version != FORMAT_VERSION:
         raise ValueError(f"{directory} has format version {version!r}, this release reads {FORMAT_VERSION}")
     try:

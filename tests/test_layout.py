@@ -64,7 +64,7 @@ FLOORS = {
         ("export",),
         ("evaluation",),
         ("training",),
-        ("search",),
+        ("language", "search"),
     ),
     "teacher": (
         ("class_order", "oom_backoff", "programs", "protobuf_fields", "protocol", "sources"),

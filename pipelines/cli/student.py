@@ -166,6 +166,11 @@ def evaluate_student(
     """Evaluate a student's or an export's directory on labelled Parquet, class by class."""
     if data is None:
         raise ValueError(f"--data must name labelled Parquet to evaluate {directory} on; a configuration has its own")
+    from distilbeam.student.language.folder import is_language_model
+
+    if is_language_model(directory):
+        _evaluate_language_model(directory, data, json_file, trust)
+        return
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.experiments.evaluate import evaluate_directory
         from distilbeam.pipelines.report.tables import (
@@ -186,6 +191,24 @@ def evaluate_student(
     console.print(
         console_table("Classes, the lowest recall first", CLASS_COLUMNS, class_rows(found["classes"], found["worst"]))
     )
+
+
+def _evaluate_language_model(directory: Path, data: Path, json_file: Path | None, trust: Sequence[str]) -> None:
+    """Measure a language model on token labels: a line for each figure."""
+    with Display(console).step(f"evaluate {directory}"):
+        from distilbeam.storage.files import write_json
+        from distilbeam.student.language.evaluate import evaluate_language_model
+
+        found = evaluate_language_model(directory, data, trust)
+    if json_file is not None:
+        write_json(json_file, found)
+    from distilbeam.pipelines.report.tables import console_table
+
+    rows = [
+        (name.replace("_", " "), f"{value:,.0f}" if value == int(value) else f"{value:.4f}")
+        for name, value in found.items()
+    ]
+    console.print(console_table(f"On {data}", ("figure", "value"), rows))
 
 
 def _is_config(target: Path) -> bool:

@@ -115,6 +115,11 @@ class StudentConfig(Section):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, kind: str) -> str:
+        if kind == "causal_lm":
+            raise ValueError(
+                "kind 'causal_lm' is a student of token labels, which 'distilbeam launch TRAINING.toml' trains: data.soft_labels, "
+                "data.directory, [student] and [training] (docs/guides/students.md)"
+            )
         module, _, factory = kind.partition(":")
         if kind not in KINDS and not (factory.isidentifier() and all(p.isidentifier() for p in module.split("."))):
             raise ValueError(f"kind must be one of {', '.join(KINDS)} or module:factory, got {kind!r}")

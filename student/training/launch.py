@@ -30,7 +30,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,15 +152,24 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     return validated(LaunchConfig, read_settings(path, overrides)).relative_to(folder_of(path))
 
 
-def launch_file(config: Path, overrides: Sequence[str] = ()) -> None:
+def train_file(config: Path, overrides: Sequence[str], progress: Progress) -> TrainResult:
+    """Train what a file says; see `launch` and `read_config`."""
+    return launch(read_config(config, overrides), progress=progress)
+
+
+TrainFile = Callable[[Path, Sequence[str], Progress], TrainResult]
+
+
+def launch_file(config: Path, overrides: Sequence[str] = (), train_it: TrainFile = train_file) -> None:
     """Train what a file says, as one of the processes that torchrun started or alone; the first shows how it goes.
 
     Args:
       config: the TOML file.
       overrides: as for `read_config`.
+      train_it: trains what a file of the kind says.
 
     Raises:
-      ValueError, OSError: as for `read_config` and `launch`.
+      ValueError, OSError: as for `train_it`.
     """
     signal.signal(signal.SIGINT, _stop_at_once)
     first = os.environ.get("RANK", "0") == "0"
@@ -173,7 +182,7 @@ def launch_file(config: Path, overrides: Sequence[str] = ()) -> None:
         TimeRemainingColumn(),
     )
     with Bars(*columns, transient=True, disable=not (first and sys.stdout.isatty())) as bars:
-        result = launch(read_config(config, overrides), progress=_Bar(bars))
+        result = train_it(config, overrides, _Bar(bars))
     if first:
         remove_own()
         figures = {name: round(value, 4) for name, value in result.metrics.items()}
