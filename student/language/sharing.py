@@ -45,8 +45,8 @@ def share_out(step: TokenStep, training: TokenTrainConfig, processes: Processes)
 
 def _repeated_blocks(network: CausalLm) -> list[nn.Module]:
     """Give the layers of the backbone: the longest list of modules in it."""
-    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
-    return list(max(lists, key=lambda part: len(part))) if lists else []
+    lists = [list(part) for part in network.modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 @contextlib.contextmanager

@@ -116,14 +116,14 @@ class TokenStep(nn.Module):
             hidden_NH = hidden_bLH.flatten(0, 1)[positions.places]
             classes = self._spec.num_classes  # a head may have more rows, which no label knows
             bias = getattr(head, "bias", None)
-            layer = (hidden_NH, head.weight[:classes], None if bias is None else bias[:classes])
+            weight, bias = head.weight[:classes], None if bias is None else bias[:classes]
             if self._hard_share == 1:
-                return linear_distill_loss(*layer, HardLabels(positions.tokens), normalizer=normalizer)
+                return linear_distill_loss(hidden_NH, weight, bias, HardLabels(positions.tokens), normalizer=normalizer)
             mixed: dict[str, Any] = (
                 {"hard": positions.tokens, "hard_share": self._hard_share} if self._hard_share else {}
             )
             labels = labels_of(batch, self._spec, positions)
-            return linear_distill_loss(*layer, labels, normalizer=normalizer, **mixed, **self._options)
+            return linear_distill_loss(hidden_NH, weight, bias, labels, normalizer=normalizer, **mixed, **self._options)
 
 
 def micro_batches(batch: Batch, parts: int, device: torch.device) -> list[Batch]:

@@ -196,7 +196,7 @@ class _Trained:
         network = self.network
         if self.training.shard == "fsdp" and self.processes.size > 1:
             network = self._whole_network()
-        found = measure(network, self.held_out, self.spec, lengths, self.processes.device)
+        found = measure(network, self.held_out, self.held_out.spec, lengths, self.processes.device)
         self.network.train()
         if average is not None:
             average.swap(self.network)

@@ -43,7 +43,10 @@ def in_child(rank: int, size: int, directory: Path, job: dict[str, Any], attempt
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
         changes = {**job.get("changes", {}), **(job.get("then_changes", {}) if attempt else {})}
         configs = small.settings(directory / "tokenizer", job.get("config"), **changes)
-        data = {"soft_labels": [directory / "labels"], "validation": job.get("validation") and directory / job["validation"]}
+        data = {
+            "soft_labels": [directory / "labels"],
+            "validation": job.get("validation") and directory / job["validation"],
+        }
         train_language_model(*configs, **data, directory=directory / job["name"], seed=7, progress=OnStep(step))
     except BaseException:  # noqa: BLE001 - the child ends here, whatever it was
         traceback.print_exc()
