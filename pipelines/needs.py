@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from distilbeam.student.search.space import ParetoConfig
 
 STORES = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
-TEACHERS = {"onnx": ("onnx", ("onnxruntime",)), "huggingface": ("hf", ("transformers",))}
+TEACHERS = {
+    "causal_lm": ("hf", ("transformers", "tokenizers")),
+    "huggingface": ("hf", ("transformers",)),
+    "onnx": ("onnx", ("onnxruntime",)),
+}
 ONNX_FORMATS = ("onnx", "int8", "int8-weights")
 
 

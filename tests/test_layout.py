@@ -71,7 +71,7 @@ FLOORS = {
         ("answers", "fingerprint"),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
-        ("tfserving",),
+        ("tfserving", "tokens"),
     ),
 }
 
