@@ -45,7 +45,7 @@ FLOORS = {
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("prediction",),
+        ("corpus", "prediction"),
         ("experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),

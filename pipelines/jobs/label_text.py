@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distilbeam.inputs.tokenizer import load_tokenizer
-from distilbeam.pipelines.config import load_any_config
+from distilbeam.pipelines.config import describes_labelling, parse_label_config
 from distilbeam.pipelines.jobs.directory import RunDirectory
+from distilbeam.settings import read_toml
 from distilbeam.storage.paths import to_path
 from distilbeam.teacher.config import CausalLMConfig
 from distilbeam.teacher.softlabels import read_manifest
@@ -28,11 +29,21 @@ def decoder_of(dataset: str, tokenizer: Path | None) -> Callable[[Sequence[int]]
     """
     folder, setting = tokenizer, "--tokenizer"
     if folder is None:
-        config = RunDirectory(to_path(dataset).resolve().parent).config
-        teacher = load_any_config(config).teacher if config.exists() else None
-        if not isinstance(teacher, CausalLMConfig) or not Path(teacher.model).is_dir():
+        folder, setting = _folder_of_teacher(RunDirectory(to_path(dataset).resolve().parent)), "teacher.model"
+        if folder is None:
             return None
-        folder, setting = Path(teacher.model), "teacher.model"
     spec, found = read_manifest(dataset).spec, load_tokenizer(folder, setting)
     found.require_same(spec.tokenizer, spec.num_classes, dataset)
     return lambda ids: repr(found.tokenizer.decode(list(ids)))[1:-1]
+
+
+def _folder_of_teacher(job: RunDirectory) -> Path | None:
+    """Find the teacher's folder in the configuration of a job, whose paths are as somebody wrote them."""
+    if not job.config.exists() or not describes_labelling(data := read_toml(job.config)):
+        return None
+    config = parse_label_config(data)
+    written = Path(config.run.directory)
+    base = job.root if written.is_absolute() else job.root.joinpath(*[".."] * len(written.parts)).resolve()
+    teacher = config.relative_to(base).teacher
+    found = Path(teacher.model) if isinstance(teacher, CausalLMConfig) else None
+    return found if found is not None and found.is_dir() else None
