@@ -133,7 +133,7 @@ def plan(
     if isinstance(settings, LabelConfig):
         with _job(settings, held=sample > 0) as job:
             label_plan = job.plan(check_content=check_content)
-            for sentence in plan_sentences(label_plan):
+            for sentence in [*plan_sentences(label_plan), *job.token_sentences(label_plan.rows_wanted)]:
                 console.print(sentence, highlight=False, soft_wrap=True, markup=False)
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:

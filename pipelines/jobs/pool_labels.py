@@ -141,6 +141,16 @@ class PoolLabels:
         """Column with the ids; that of blocks is `example_id`."""
         return self.config.data.id or ("example_id" if self.blocks is not None else None)
 
+    def token_sentences(self, blocks: int) -> list[str]:
+        """Say what some rows are where they are blocks of tokens; nothing of other rows."""
+        if self.blocks is None:
+            return []
+        length = self.spec.sequence_length or 0
+        return [
+            f"The blocks without a label have {blocks * length:,} tokens; their context of {length:,} tokens is fixed by labelling. "
+            f"A block's labels take at most {self.spec.label_bytes:,} bytes."
+        ]
+
     def entries(self, dataset: Path) -> tuple[ManifestEntry, ...]:
         """List the shards that are committed, and those that will be when the directory is held: a killed process placed them."""
         there = read_manifest(dataset).entries if manifest_files(dataset) else ()
