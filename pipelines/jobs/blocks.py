@@ -76,8 +76,9 @@ class Blocks:
 
     def rows_at_once(self, spec: SoftLabelSpec) -> int:
         """Return the blocks of one request: what the teacher takes in one forward pass, so that little is asked twice."""
-        tokens: int = getattr(self._config.teacher, "batch_tokens", spec.sequence_length)
-        return max(1, tokens // (spec.sequence_length or 1))
+        length = spec.sequence_length or 1
+        tokens: int = getattr(self._config.teacher, "batch_tokens", length)
+        return max(1, tokens // length)
 
 
 def tokenizers_of(pool: Pool) -> dict[str, dict[str, Any]]:

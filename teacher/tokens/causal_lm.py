@@ -208,4 +208,5 @@ def _uniforms(seeds: npt.NDArray[np.uint64], spec: SoftLabelSpec) -> npt.NDArray
 
 def _all_logits(halves: Halves, ids: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     hidden = halves.hidden(ids, places, mask)
-    return halves.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+    logits = halves.logits(hidden.flatten(0, 1))
+    return logits.view(*hidden.shape[:2], -1)

@@ -159,11 +159,11 @@ def test_another_tokenizer_is_refused_before_anything_is_paid(place: Path, model
         ValueError, match=r"were made with another tokenizer \(280 ids, .*\) than the teacher's \(300 ids"
     ):
         call("label", "label.toml")
+    call("ingest", "text", "--format", "lm", "--tokenizer", str(model), "--sequence-length", "129", "--out", "long")
+    write_job(place, model, data={"pool": "long"}, run={"directory": "long-job"})
     with pytest.raises(
         ValueError, match=r"teacher reads at most 128; ingest the text again with --sequence-length 128"
     ):
-        call("ingest", "text", "--format", "lm", "--tokenizer", str(model), "--sequence-length", "129", "--out", "long")
-        write_job(place, model, data={"pool": "long"})
         call("label", "label.toml")
 
 
@@ -222,7 +222,7 @@ def test_a_pool_that_holds_no_blocks_is_refused(place: Path, model: Path) -> Non
     (place / "pool").mkdir()
     pq.write_table(pa.table({"example_id": ["a"], "input_ids": [[1, 2]]}), place / "pool" / "a.parquet")
     write_job(place, model)
-    with pytest.raises(ValueError, match="data.pool has no column segment_ids"):
+    with pytest.raises(ValueError, match=r"data.pool has no column segment_ids"):
         call("plan", "label.toml")
 
 

@@ -240,7 +240,7 @@ def test_longer_blocks_smaller_heads_and_other_models_are_refused(model: Path, t
     write_model(tmp_path / "small", vocabulary=200)
     with pytest.raises(ValueError, match="has 200 outputs, fewer than the 300 ids of its tokenizer"):
         teacher_of(tmp_path / "small")
-    with pytest.raises(ValueError, match="must be a folder with config.json and safetensors on this disk"):
+    with pytest.raises(ValueError, match=r"must be a folder with config.json and safetensors on this disk"):
         teacher_of(tmp_path / "nowhere")
     write_tokenizer(tmp_path / "empty")
     with pytest.raises(ValueError, match="holds no causal language model with safetensors"):
@@ -250,7 +250,7 @@ def test_longer_blocks_smaller_heads_and_other_models_are_refused(model: Path, t
         teacher.token_labels(batch_of(blocks_of(SEGMENTS, vocabulary=400)), spec_of(teacher))
 
 
-def test_a_model_that_sees_what_follows_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_model_that_sees_what_follows_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
