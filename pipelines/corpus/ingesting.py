@@ -78,7 +78,7 @@ def ingest_corpus(
         other options, or nothing of the sources is a block.
     """
     display = display or Display.silent()
-    found = find_sources(sources, options.format)
+    found = [source for source in find_sources(sources, options.format) if not _is_of_pool(source, out)]
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     if options.format == "chat":
         require_template(tokenizer)
@@ -186,6 +186,11 @@ class _Corpus:
             raise ValueError(f"SOURCE must hold at least one document with tokens to predict{why}")
         files = sum(len(source["files"]) for source in all_made)
         return CorpusSummary(len(all_made), made, first_bad=first, pool_files=files, **totals)
+
+
+def _is_of_pool(source: Source, out: Path) -> bool:
+    """Tell whether a file is the pool's own: a pool may be made in the folder that it is made of."""
+    return not is_remote(out) and Path(source.path).is_relative_to(out.resolve())
 
 
 def _letters(path: Path) -> Iterator[dict[str, Any]]:
