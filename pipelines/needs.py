@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from distilbeam.student.search.space import ParetoConfig
 
 STORES = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
-TEACHERS = {"onnx": ("onnx", ("onnxruntime",)), "huggingface": ("hf", ("transformers",))}
+TEACHERS = {
+    "causal_lm": ("hf", ("transformers", "tokenizers")),
+    "huggingface": ("hf", ("transformers",)),
+    "onnx": ("onnx", ("onnxruntime",)),
+}
 ONNX_FORMATS = ("onnx", "int8", "int8-weights")
 
 
@@ -77,6 +81,8 @@ def needs_of_search() -> Iterator[Need]:
 
 def needs_of_ingest(format_: str, out: str) -> Iterator[Need]:
     """List what it takes to read a format and to write where the pool goes."""
+    if format_ in ("lm", "chat"):
+        yield Need(f"--format {format_}", "hf", ("transformers", "tokenizers"))
     if format_ == "tfrecord":
         yield Need("--format tfrecord", "tfrecord")
     if (extra := STORES.get(out.partition("://")[0])) and "://" in out:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 INPUT_IDS, SEGMENT_IDS, COMPLETION_MASK = "input_ids", "segment_ids", "completion_mask"
 BLOCK_COLUMNS = (INPUT_IDS, SEGMENT_IDS, COMPLETION_MASK)
+TOKENIZER_KEY = b"distilbeam.tokenizer"  # of a pool file's metadata: fingerprint, num_classes and chat_template as JSON
 MAX_SEGMENTS = 2**15 - 1  # in a block; the column is int16
 _TYPES = {INPUT_IDS: pa.int32(), SEGMENT_IDS: pa.int16(), COMPLETION_MASK: pa.uint8()}
 

@@ -1,7 +1,7 @@
 """Soft labels: what a teacher answered, stored so that it says what it is.
 
 Read in this order: spec, codec (selecting: k classes of many rows), token_labels (blocks of tokens), columns, shards, placing,
-manifest, gathering; inspect, plain_table and verify for people.
+manifest, gathering; for people inspect and verify (inspect_tokens, verify_tokens), comparison, plain_table.
 Imports: inputs, storage.
 """
 

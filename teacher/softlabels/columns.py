@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distilbeam.inputs.blocks import INPUT_IDS
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 LOGPROBS, CLASSES, TAIL, MARGIN = "teacher_logprobs", "teacher_classes", "teacher_tail_logmass", "teacher_margin"
@@ -105,6 +106,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     encodings = {path: encoding for path, type_ in leaves.items() if (encoding := _encoding(path, type_))}
+    if TOKEN_LOGPROB in schema.names:  # the high bytes of ids vanish when they stand together
+        encodings |= {path: "BYTE_STREAM_SPLIT" for path in leaves if path.startswith(f"{INPUT_IDS}.")}
     if CLASSES in schema.names and TAIL not in schema.names:  # sampled labels
         encodings = {path: encoding for path, encoding in encodings.items() if not path.startswith(f"{LOGPROBS}.")}
     return {
