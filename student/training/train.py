@@ -31,7 +31,7 @@ from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.student.evaluation.metrics import evaluate
 from distilbeam.student.networks.bag import start_from_table
 from distilbeam.student.networks.build import build_student
-from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.config import HUGGINGFACE, StudentConfig
 from distilbeam.student.networks.encoder_table import read_table
 from distilbeam.student.own_files import content_of_file
 from distilbeam.student.training.augment import Mixture
@@ -255,6 +255,8 @@ def train(
 def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
     if student.input.tokenizer:
         yield Need("student.input.tokenizer", "hf", ("tokenizers",))
+    if student.kind == HUGGINGFACE:
+        yield Need(f"student.kind = '{HUGGINGFACE}'", "hf", ("transformers",))
     if training.tensorboard:
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     if training.track is not None:
