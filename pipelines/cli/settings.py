@@ -55,6 +55,7 @@ def setting_files() -> dict[str, type[BaseModel]]:
         "run": RunConfig,
         "labelling job": LabelConfig,
         "training": LaunchConfig,
+        "language model training": TokenLaunchConfig,
         "ingest": ingest,
         "ingest of lm and chat": corpus,
     }
