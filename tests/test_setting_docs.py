@@ -119,7 +119,11 @@ def test_the_strategies_of_a_run_are_those_that_are_printed() -> None:
 def test_one_section_or_one_setting_is_chosen() -> None:
     every = together(setting_files())
     assert {s.section for s in chosen(every, "training")} == {"training", "training.finetune", "training.augment"}
-    assert [s.dotted for s in chosen(every, "training.lr")] == ["training.lr"]
+    rates = chosen(every, "training.lr")  # a language model has a default of its own
+    assert [(s.dotted, s.files) for s in rates] == [
+        ("training.lr", ("run", "training")),
+        ("training.lr", ("language model training",)),
+    ]
     with pytest.raises(ValueError, match=r"^trainning is no section and no setting; did you mean training\?$"):
         chosen(every, "trainning")
     with pytest.raises(
