@@ -46,7 +46,7 @@ FLOORS = {
         ("jobs",),
         ("ingest", "report"),
         ("corpus", "prediction"),
-        ("experiments", "steps", "transforms"),
+        ("example_lm", "experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
         ("cli",),

@@ -120,7 +120,9 @@ def options(
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
-    example: Annotated[str | None, typer.Option(help="Write an example with its data and teacher: digits.")] = None,
+    example: Annotated[
+        str | None, typer.Option(help="Write an example with its data and teacher: digits, or lm for language models.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the example.")] = 0,
     debug: DebugOption = False,  # noqa: ARG001  # read from the arguments, where an error finds it
 ) -> None:
@@ -140,12 +142,38 @@ def init(
             with Display(console).step("make the digits example: data and teacher") as progress:
                 write_digits(Path(temporary) / "example", seed, progress)
             shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
+    elif example == "lm":
+        _init_lm(directory, seed)
+        return
     else:
-        raise ValueError(f"--example must be digits, got {example}")
+        raise ValueError(f"--example must be digits or lm, got {example}")
     following = f"distilbeam run {target}"
     if example is None:
         following = f"edit it (where your files are, which columns, which teacher), then distilbeam plan {target}"
     console.print(f"Wrote {target}. Next: {following}", highlight=False, soft_wrap=True)
+
+
+def _init_lm(directory: Path, seed: int) -> None:
+    """Write the example of language models, and say what to call."""
+    if (directory / "label.toml").exists():
+        raise ValueError(f"{directory / 'label.toml'} is there already; name another directory or remove it")
+    from distilbeam.pipelines.example_lm import write_lm
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
+        with Display(console).step("make the language model example: text, tokenizer and teacher") as progress:
+            write_lm(Path(temporary) / "example", seed, progress)
+        shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
+    console.print(f"Wrote {directory}. Next:", highlight=False, soft_wrap=True)
+    for command in (
+        f"distilbeam label {directory / 'label.toml'}        # 32 draws of the teacher for each token of the pool, once",
+        f"distilbeam label {directory / 'held-out.toml'}     # its 20 best for text that nobody learns",
+        f"distilbeam launch {directory / 'student.toml'}     # a student of the stored labels",
+        f"distilbeam launch {directory / 'plain.toml'}       # the same student of the text alone",
+        f"distilbeam evaluate {directory / 'student'} --data {directory / 'held-out-job' / 'labels'}",
+        f"distilbeam evaluate {directory / 'plain'} --data {directory / 'held-out-job' / 'labels'}",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
 @app.command()

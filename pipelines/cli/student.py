@@ -207,8 +207,11 @@ def _evaluate_language_model(directory: Path, data: Path, json_file: Path | None
     rows = [
         (name.replace("_", " "), f"{value:,.0f}" if value == int(value) else f"{value:.4f}")
         for name, value in found.items()
+        if not isinstance(value, str)
     ]
     console.print(console_table(f"On {data}", ("figure", "value"), rows))
+    added = found["continued"].removeprefix(found["given"])
+    console.print(f"Given {found['given']!r}, it goes on {added!r}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_config(target: Path) -> bool:

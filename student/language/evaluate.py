@@ -29,16 +29,20 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 
 CHUNK = 1024  # positions whose logits are held
 BLOCKS = 8  # in a forward pass
+GIVEN = 24  # tokens of a text that are given to be continued, and that are added at most
 _BYTE_LEVEL = "ByteLevel"
 
 
-def evaluate_language_model(directory: Path, labels: Path, trust: Sequence[str] = ()) -> dict[str, float]:
-    """Measure a trained student on labelled blocks; see `measure`.
+def evaluate_language_model(directory: Path, labels: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a trained student on labelled blocks, and let it continue the beginning of one.
 
     Args:
       directory: of the student.
       labels: directory of token labels, of blocks that it has not learned.
       trust: see `load_language_model`.
+
+    Returns:
+      What `measure` gives, and `given` and `continued`: the beginning of a text, and the same with what the student adds.
 
     Raises:
       ValueError: the directory holds no language model, or the labels are of examples or of another tokenizer.
@@ -48,7 +52,11 @@ def evaluate_language_model(directory: Path, labels: Path, trust: Sequence[str] 
     spec = blocks.spec
     model.tokenizer.require_same(spec.tokenizer, spec.num_classes, f"the labels in {labels}")
     require_suits(model.network, spec.num_classes, spec.sequence_length or 0)
-    return measure(model.network, blocks, spec, token_bytes(model.tokenizer, spec.num_classes), torch.device("cpu"))
+    first = next(iter(TokenLabelDataset(labels, 1, 0, columns=())))
+    ids = first["input_ids"][0][first["segment_ids"][0] == first["segment_ids"][0, 0]]
+    given = str(model.tokenizer.tokenizer.decode(ids[: max(1, min(GIVEN, len(ids) // 2))].tolist()))
+    found = measure(model.network, blocks, spec, token_bytes(model.tokenizer, spec.num_classes), torch.device("cpu"))
+    return {**found, "given": given, "continued": model.complete(given, GIVEN)}
 
 
 def token_bytes(tokenizer: TokenizerFolder, num_classes: int) -> npt.NDArray[np.int64]:
