@@ -1,10 +1,11 @@
 """Soft labels: what a teacher answered, stored so that it says what it is.
 
-Read in this order: spec, codec (selecting: k classes of many rows), columns, shards, placing, manifest, gathering; inspect,
+Read in this order: spec, codec (selecting: k classes of many rows), columns, shards, placing, manifest, gathering; class_columns, inspect,
 plain_table and verify for people.
 Imports: storage.
 """
 
+from distilbeam.teacher.softlabels.class_columns import to_dataset, with_classes, write_dataset
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode, encode
 from distilbeam.teacher.softlabels.columns import label_schema
 from distilbeam.teacher.softlabels.gathering import compact_manifest, merge_manifests, remove_shards
@@ -28,5 +29,8 @@ __all__ = [
     "merge_manifests",
     "read_manifest",
     "remove_shards",
+    "to_dataset",
+    "with_classes",
+    "write_dataset",
     "write_shard",
 ]
