@@ -18,6 +18,7 @@ MODULES = {
     "tensorboard": ("tensorboard",),
     "tfrecord": ("google_crc32c",),
     "tune": ("optuna",),
+    "wandb": ("wandb",),
 }
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.distillation.targets import check_labels
+from distilbeam.kernels.distillation.divergences import FORWARD, Divergence, divergence_of
+from distilbeam.kernels.distillation.targets import BUCKETED, check_labels
 from distilbeam.kernels.distillation.terms import Options, check_call, denominator, vector
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, TopKLabels
 
@@ -23,6 +24,7 @@ class Given:
     Attributes:
       labels: the teacher's, or true classes.
       objective: see `distill_loss`; without a meaning for true classes.
+      divergence: that the objective is; forward for true classes.
       temperature: T, 1 for true classes.
       weight: factor of each row's loss, floating [B]; None for 1.
       mask: rows that count, bool [B]; None for all.
@@ -32,6 +34,7 @@ class Given:
 
     labels: Labels
     objective: str
+    divergence: Divergence
     temperature: float
     weight: Tensor | None
     mask: Tensor | None
@@ -46,14 +49,14 @@ class Given:
     @property
     def rest_temperature(self) -> float:
         """The temperature at which the rest of a sparse label is brought together; see `targets.py`."""
-        return 1.0 if self.objective == "tail" or isinstance(self.labels, HardLabels) else self.temperature
+        return 1.0 if self.objective in BUCKETED or isinstance(self.labels, HardLabels) else self.temperature
 
     def flags(self) -> dict[str, int]:
         """Give what the kernels of sparse labels are compiled for."""
         labels = self.labels
         hard = isinstance(labels, HardLabels)
         tail = (1 if labels.tail_logmass is not None else 2) if isinstance(labels, TopKLabels) else 0
-        return {"TAIL": tail, "BUCKET": tail > 0 and self.objective == "tail", "HARD": hard, **self.of_rows()}
+        return {"TAIL": tail, "BUCKET": tail > 0 and self.objective in BUCKETED, "HARD": hard, **self.of_rows()}
 
     def of_rows(self) -> dict[str, int]:
         """Give which of the rows' numbers there are."""
@@ -69,6 +72,11 @@ def reasons(labels: Labels, options: Options) -> list[str]:
     found = []
     if options.objective in ("slam", "renormalised") and not isinstance(labels, HardLabels):
         found.append(f"it prepares no label of objective {options.objective!r}")
+    other = (
+        not isinstance(labels, HardLabels) and divergence_of(options.objective, options.beta, options.alpha) != FORWARD
+    )
+    if other and isinstance(labels, DenseLabels):
+        found.append(f"it prepares dense labels for forward KL, not for objective {options.objective!r}")
     if options.hard is not None:
         found.append("it takes no true classes beside the label")
     return found
@@ -107,6 +115,7 @@ def given(labels: Labels, num_rows: int, num_classes: int, options: Options) -> 
     return Given(
         _dense_rows(labels),
         options.objective,
+        FORWARD if hard else divergence_of(options.objective, options.beta, options.alpha),
         1.0 if hard else options.temperature,
         weight,
         mask,

@@ -19,7 +19,7 @@ from distilbeam.kernels.resolve import has_torch_tpu, pallas_reasons
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 ROWS, FEATURES, CLASSES = 37, 24, 300
 OBJECTIVES = [
-    ("kl", "top_k"),
+    ("truncated_kl", "top_k"),
     ("tail", "top_k"),
     ("renormalised", "top_k"),
     ("sampled", "sampled"),

@@ -279,7 +279,7 @@ def _in_parts(monkeypatch):
 
 
 SPARSE = [
-    ("kl", "top_k"),
+    ("truncated_kl", "top_k"),
     ("tail", "top_k"),
     ("renormalised", "top_k"),
     ("sampled", "sampled"),
@@ -306,7 +306,7 @@ def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8"])
-@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("kl", "none")])
+@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("truncated_kl", "none")])
 @pytest.mark.parametrize("rows", [ROWS, 40])
 @pytest.mark.usefixtures("_in_parts")
 def test_the_fused_layer_in_fewer_bits(form, objective, reduction, rows, make_labels, rng):

@@ -65,7 +65,7 @@ def check(operands, labels, upstream=None, leaf_dtype=None, autocast=False, **op
     ("objective", "kind", "dtype", "classes"),
     [
         ("tail", "top_k", torch.bfloat16, 300),
-        ("kl", "top_k", torch.float16, 301),
+        ("truncated_kl", "top_k", torch.float16, 301),
         ("ce", "top_k", torch.bfloat16, 16),
         ("sampled", "sampled", torch.bfloat16, 45),
         ("ce", "hard", torch.float16, 45),

@@ -75,7 +75,7 @@ def test_rows_that_begin_anywhere(classes, implementation, rng, monkeypatch):
     wide = torch.full((9, classes + 9), torch.nan, dtype=torch.bfloat16)
     for first in (0, 3):  # rows at other distances, and behind something else
         wide[:, first : first + classes] = logits
-        prepared_by(implementation, wide[:, first : first + classes], labels, objective="kl", temperature=1.7)
+        prepared_by(implementation, wide[:, first : first + classes], labels, objective="truncated_kl", temperature=1.7)
     prepared_by(implementation, logits, HardLabels(marks[torch.arange(9) % len(marks)]))
 
 
@@ -87,7 +87,7 @@ def test_a_row_that_keeps_every_class_has_no_tail(implementation, rng):
     kept = torch.stack([torch.randperm(5, generator=rng) for _ in range(4)])
     kept[2, 3] = -1
     for tail in (torch.full((4,), -1.7, dtype=torch.float64), None):
-        for objective in ("tail", "kl"):
+        for objective in ("tail", "truncated_kl"):
             prepared_by(implementation, logits, TopKLabels(values, kept, tail), objective=objective)
 
 
