@@ -45,7 +45,7 @@ FLOORS = {
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("prediction",),
+        ("corpus", "prediction"),
         ("experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
@@ -71,7 +71,7 @@ FLOORS = {
         ("answers", "fingerprint"),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
-        ("tfserving",),
+        ("tfserving", "tokens"),
     ),
 }
 

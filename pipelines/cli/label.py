@@ -85,6 +85,11 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if watch is not None and settings.labels_tokens:
+        raise ValueError(
+            f"--watch is for teachers of classes, got teacher.kind = '{settings.teacher.kind}'; ingest what has arrived into the pool and "
+            "label that, which asks for nothing twice"
+        )
     if watch is not None and (prune or check_content):
         raise ValueError("--prune and --check-content are for a pool, --watch labels what arrives: leave them out")
     if trust:
@@ -128,7 +133,7 @@ def plan(
     if isinstance(settings, LabelConfig):
         with _job(settings, held=sample > 0) as job:
             label_plan = job.plan(check_content=check_content)
-            for sentence in plan_sentences(label_plan):
+            for sentence in [*plan_sentences(label_plan), *job.token_sentences(label_plan.rows_wanted)]:
                 console.print(sentence, highlight=False, soft_wrap=True, markup=False)
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:

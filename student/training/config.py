@@ -40,8 +40,8 @@ class FinetuneConfig(Section):
     hard_weight: float = Field(1.0, ge=0, description="weight of the true class beside the teacher's answer's 1")
 
 
-class TrainConfig(Section):
-    """How a student is trained; the seed is an argument of the training itself."""
+class LoopConfig(Section):
+    """What every training has: passes, steps, optimizer, checkpoints, logs."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -53,6 +53,31 @@ class TrainConfig(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="the learning rate after the warm-up")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+    temperature: float = Field(1.0, gt=0, description="softens teacher and student")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the weights, which is then validated and kept"
+    )
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
+    loader_workers: int = Field(
+        1, ge=1, description="threads that make batches of soft-labelled rows; as many, two at least, read"
+    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
+    keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
+    log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
+    tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
+    track: Literal["tensorboard", "mlflow"] | None = Field(
+        None,
+        description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
+        "and without a network",
+    )
+
+
+class TrainConfig(LoopConfig):
+    """How a student is trained; the seed is an argument of the training itself."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     objective: Objective = Field(
         "distill",
         description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
@@ -62,7 +87,6 @@ class TrainConfig(Section):
         "forward",
         description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not",
     )
-    temperature: float = Field(1.0, gt=0, description="softens teacher and student")
     hard_weight: float = Field(
         1.0, ge=0, description="weight of a human-labelled example beside a soft-labelled one's 1"
     )
@@ -87,9 +111,6 @@ class TrainConfig(Section):
     )
     finetune: FinetuneConfig | None = Field(None, description="blind distillation: settings of the second phase")
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of inputs and labels")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the moving average of the weights, which is then validated and kept"
-    )
     patience: int | None = Field(
         None, ge=1, description="epochs without a better validation loss before training stops"
     )
@@ -105,20 +126,6 @@ class TrainConfig(Section):
         "that it pays, always, or never",
     )
     compile: bool = Field(False, description="run the student through torch.compile")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
-    loader_workers: int = Field(
-        1, ge=1, description="threads that make batches of soft-labelled rows; as many, two at least, read"
-    )
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
-    keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
-    log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
-    tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
-    track: Literal["tensorboard", "mlflow"] | None = Field(
-        None,
-        description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
-        "and without a network",
-    )
 
     @model_validator(mode="after")
     def _reestimated_weights_are_used(self) -> Self:
