@@ -111,6 +111,12 @@ class PubsubServer:
             for kept in self.subscriptions[name].kept.values():
                 kept.due_s, kept.acknowledged = 0.0, False
 
+    def end_leases(self, name: str) -> None:
+        """Let time pass: what is on lease at a subscription is to be delivered again."""
+        with self._lock:
+            for kept in self.subscriptions[name].kept.values():
+                kept.due_s = 0.0
+
     def _publish(self, request: Any, context: Any) -> Any:  # noqa: ARG002
         with self._lock:
             ids = []

@@ -99,8 +99,9 @@ def test_a_killed_job_goes_on_with_what_was_not_committed(server: PubsubServer, 
         publish(TOPIC, encoded(sent[80:160]))
         wait_for(lambda: len(asked(config.parent)) == 160, process=process)
         assert len(labels(config)) == 80, "their window is open"
+        assert acknowledged(server) <= 80
         process.kill()
-    server.deliver_again(NAME)
+    server.end_leases(NAME)
     publish(TOPIC, encoded(sent[160:]))
     with streaming(config, *options(config), prism=prism) as process:
         wait_for(lambda: acknowledged(server) == 240, process=process)
