@@ -55,7 +55,8 @@ input = {{ columns = ["pixels"], shape = [1, 8, 8], scale = 0.0625 }}
 
 [training]
 epochs = 24
-batch_size = 64
+batch_size = 32
+ensemble = 3
 lr = 0.01
 weight_decay = 0.1
 """

@@ -1,7 +1,8 @@
 """Soft labels: what a teacher answered, stored so that it says what it is.
 
 Read in this order: spec, codec (selecting: k classes of many rows), token_labels (blocks of tokens), columns, shards, placing,
-manifest, gathering; for people class_columns, inspect and verify (inspect_tokens, verify_tokens), comparison, plain_table.
+manifest, gathering; for people inspect and verify (inspect_tokens, verify_tokens), comparison, plain_table,
+class_columns (columns that `datasets` knows).
 Imports: inputs, storage.
 """
 
