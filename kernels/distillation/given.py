@@ -24,22 +24,22 @@ class Given:
     Attributes:
       labels: the teacher's, or true classes.
       objective: see `distill_loss`; without a meaning for true classes.
-      divergence: that the objective is; forward for true classes.
       temperature: T, 1 for true classes.
       weight: factor of each row's loss, floating [B]; None for 1.
       mask: rows that count, bool [B]; None for all.
       normalizer: of one number, which divides the losses; None for 1.
       share: a number that multiplies them.
+      divergence: that the objective is; forward for true classes.
     """
 
     labels: Labels
     objective: str
-    divergence: Divergence
     temperature: float
     weight: Tensor | None
     mask: Tensor | None
     normalizer: Tensor | None
     share: float
+    divergence: Divergence = FORWARD
 
     @property
     def entropy(self) -> bool:
@@ -115,12 +115,12 @@ def given(labels: Labels, num_rows: int, num_classes: int, options: Options) -> 
     return Given(
         _dense_rows(labels),
         options.objective,
-        FORWARD if hard else divergence_of(options.objective, options.beta, options.alpha),
         1.0 if hard else options.temperature,
         weight,
         mask,
         divided,
         1.0 if isinstance(share, Tensor) else 1 / share,
+        FORWARD if hard else divergence_of(options.objective, options.beta, options.alpha),
     )
 
 

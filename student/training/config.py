@@ -8,7 +8,12 @@ from pydantic import ConfigDict, Field, model_validator
 
 from distilbeam.settings import Section
 
-Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
+Objective = Literal[
+    "distill", "weighted", "slam", "slam+weighted",
+    "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl",
+]  # fmt: skip
+# objectives of the kernels' own names, which see the whole distribution or what a top-k label keeps of it
+DIVERGENCES: tuple[Objective, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl")
 
 # settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
 FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard", "track")
@@ -66,7 +71,7 @@ class LoopConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
     log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
     tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
-    track: Literal["tensorboard", "mlflow"] | None = Field(
+    track: Literal["tensorboard", "mlflow", "wandb"] | None = Field(
         None,
         description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
         "and without a network",
@@ -80,8 +85,24 @@ class TrainConfig(LoopConfig):
 
     objective: Objective = Field(
         "distill",
-        description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
-        "candidates; or both, slam+weighted",
+        description="distill: forward KL; weighted: debiased by the column weight; slam: student-label mixing, by the columns "
+        "alpha and candidates; or both, slam+weighted; reverse_kl, jsd, skew_kl, skew_reverse_kl or tv, which is total "
+        "variation: other divergences, of dense or top_k labels; truncated_kl: the classes that top_k labels keep alone",
+    )
+    beta: float | None = Field(
+        None, ge=0, le=1, description="jsd: 0 is forward KL, 1 reverse KL; unset means 0.5, in the middle"
+    )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="skew_kl, skew_reverse_kl: share of the first distribution in what it is compared with; unset means 0.1",
+    )
+    hard_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the cross-entropy to the teacher's likeliest class in the loss of a soft-labelled example",
     )
     mixing: Literal["plain", "normalised", "forward"] = Field(
         "forward",
@@ -134,3 +155,33 @@ class TrainConfig(LoopConfig):
                 f"reestimate_epochs is for the objectives weighted and slam+weighted, got objective {self.objective!r}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_objective_has_what_it_is_given(self) -> Self:
+        for name, needed in (("beta", ("jsd",)), ("alpha", ("skew_kl", "skew_reverse_kl"))):
+            if getattr(self, name) is not None and self.objective not in needed:
+                plural = "s" if len(needed) > 1 else ""
+                raise ValueError(f"{name} is for the objective{plural} {' and '.join(needed)}, got {self.objective!r}")
+        if self.hard_share and self.objective.startswith("slam"):
+            raise ValueError(
+                f"hard_share must be 0 with objective {self.objective!r}, which takes the teacher's mistakes out of the loss that "
+                f"its likeliest class would put back, got {self.hard_share:g}"
+            )
+        return self
+
+
+def check_kind(objective: Objective, kind: str) -> None:
+    """Refuse labels of a kind that an objective cannot learn from.
+
+    Args:
+      objective: of a training.
+      kind: of its soft labels, `dense`, `top_k` or `sampled`.
+
+    Raises:
+      ValueError: the labels are draws, which give forward KL alone without bias.
+    """
+    if kind == "sampled" and objective in DIVERGENCES:
+        raise ValueError(
+            f"training.objective must be 'distill' with labels of kind 'sampled', whose draws are unbiased for forward KL alone, "
+            f"got {objective!r}; label with kind 'top_k' for it"
+        )

@@ -25,6 +25,11 @@ OBJECTIVES = [
     ("sampled", "sampled"),
     ("slam", "top_k"),
     ("ce", "hard"),
+    ("reverse_kl", "top_k"),
+    ("jsd", "top_k"),
+    ("skew_kl", "top_k"),
+    ("skew_reverse_kl", "top_k"),
+    ("tv", "top_k"),
 ]
 # what a kernel does depends on the objective by the temperature of the rest alone; one of each kind in bfloat16
 CASES = [(torch.float32, *setting) for setting in OBJECTIVES] + [

@@ -1,4 +1,4 @@
-"""The example of language models: Python's own documentation, a teacher trained on it, and a student with a tenth of its parameters.
+"""The example of language models: Python's own documentation, a teacher trained on it, and a student with a seventh of its parameters.
 
 The text is the docstrings of the standard library's modules and the topics of `help()`: nothing is shipped or downloaded, and
 what a Python version has is recorded by a hash (`text.json`). Documents are parted by a hash of their text: most train tokenizer and
@@ -22,8 +22,6 @@ import torch
 from torch import nn
 
 from distilbeam.extras import Need, require_extras
-from distilbeam.pipelines.corpus.ingesting import ingest_corpus
-from distilbeam.pipelines.corpus.settings import CorpusOptions
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.progress import Progress
 
@@ -79,9 +77,6 @@ def write_lm(directory: Path, seed: int, progress: Progress, *, steps: int = 600
       progress: told the steps of the teacher's training.
       steps: of it.
       documents: how many to take at most; all of them without it.
-
-    Returns:
-      The path of the first configuration to use, the labelling job's.
     """
     require_extras([Need("--example lm", "hf", ("transformers", "tokenizers"))])
     parts: dict[str, list[str]] = {name: [] for name in PARTS}
@@ -95,9 +90,6 @@ def write_lm(directory: Path, seed: int, progress: Progress, *, steps: int = 600
     _write_tokenizer(directory / "teacher", parts["teacher"])
     with threads(1):  # two are slower on a machine that others use, and little faster on one that nobody does
         _train_teacher(directory / "teacher", parts["teacher"], seed, steps, progress)
-    options = CorpusOptions(format="lm", tokenizer=str(directory / "teacher"), sequence_length=LENGTH)
-    for name in ("pool", "held-out"):
-        ingest_corpus([str(corpus / f"{name}.jsonl")], directory / name, options)
     _write_settings(directory, seed)
     digest = hashlib.blake2b("\0".join(t for texts in parts.values() for t in texts).encode(), digest_size=16)
     told = {
@@ -107,7 +99,6 @@ def write_lm(directory: Path, seed: int, progress: Progress, *, steps: int = 600
         "bytes": {name: sum(len(text.encode()) for text in texts) for name, texts in parts.items()},
     }
     (directory / "text.json").write_text(json.dumps(told, indent=1) + "\n")
-    return directory / "label.toml"
 
 
 def python_texts() -> Iterator[str]:
