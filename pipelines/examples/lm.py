@@ -68,8 +68,8 @@ lr = 0.002
 """
 
 
-def write_lm(directory: Path, seed: int, progress: Progress, *, steps: int = 600, documents: int | None = None) -> Path:
-    """Write the example's text, tokenizer, teacher, pools and configurations.
+def write(directory: Path, seed: int, progress: Progress, *, steps: int = 600, documents: int | None = None) -> None:
+    """Write the example's text, tokenizer, teacher and configurations.
 
     Args:
       directory: where to write; made if it is not there.
