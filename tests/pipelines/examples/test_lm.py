@@ -35,7 +35,7 @@ def test_every_text_is_there_once_and_in_one_part(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_is_labelled_learned_and_measured(tmp_path: Path) -> None:
-    write(tmp_path, 0, Progress(), steps=12, documents=FEW)
+    write(tmp_path, 0, Progress(), steps=100, documents=FEW)
     tokenizer = ["--format", "lm", "--tokenizer", str(tmp_path / "teacher"), "--sequence-length", str(LENGTH)]
     for name in ("pool", "held-out"):
         source, out = str(tmp_path / "corpus" / f"{name}.jsonl"), str(tmp_path / name)
@@ -45,7 +45,7 @@ def test_the_example_is_labelled_learned_and_measured(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["label", str(tmp_path / f"{name}.toml")])
         assert done.exit_code == 0, done.output
     for name in ("student", "plain"):
-        train_file(tmp_path / f"{name}.toml", ["training.epochs=1"])
+        train_file(tmp_path / f"{name}.toml", ["training.epochs=3"])
     labels = tmp_path / "held-out-job" / "labels"
     student, plain = (evaluate_language_model(tmp_path / name, labels) for name in ("student", "plain"))
     for found in (student, plain):
