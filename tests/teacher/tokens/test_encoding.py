@@ -128,6 +128,6 @@ def test_what_is_no_number_spoils_its_position_alone(kind: str, wrong: float | N
 
 
 def test_what_is_encoded_at_a_time_is_bounded() -> None:
-    assert positions_at_once(spec_of("top_k", 64)) == 256
-    assert positions_at_once(spec_of("sampled", 32)) == 256
+    assert positions_at_once(spec_of("top_k", 64)) == 128
+    assert positions_at_once(spec_of("sampled", 32)) == 128
     assert positions_at_once(spec_of("sampled", 2048)) == 8
