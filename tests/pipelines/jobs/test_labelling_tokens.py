@@ -55,6 +55,8 @@ def write_job(place: Path, model: Path, **sections: Any) -> None:
     }
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values}
+    if settings["teacher"]["kind"] == "openai":
+        del settings["teacher"]["device"]
     (place / "label.toml").write_text(tomli_w.dumps(settings))
 
 
@@ -189,6 +191,10 @@ def test_a_damaged_label_and_another_teacher_are_found(place: Path, model: Path,
         ({"labels": {"kind": "dense", "k": None}}, "labels.kind must be 'top_k' or 'sampled' for tokens"),
         ({"data": {"carry": ["title"]}}, "data.carry must be left out"),
         ({"teacher": {"classes": ["a", "b"]}}, "teacher.classes"),
+        (
+            {"teacher": {"kind": "openai", "address": "http://a:1", "tokenizer": "t"}, "labels": {"kind": "sampled"}},
+            "labels.kind must be 'top_k' and labels.temperature 1 for a server",
+        ),
     ],
 )
 def test_settings_that_are_of_classes_are_refused(place: Path, model: Path, sections: Any, message: str) -> None:
