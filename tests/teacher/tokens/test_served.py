@@ -164,7 +164,7 @@ def test_the_window_is_bounded(fake: Fake, tokenizer: Path) -> None:
 
 
 def test_what_can_pass_is_asked_again(fake: Fake, tokenizer: Path) -> None:
-    fake.refuse = lambda number, body: (
+    fake.refuse = lambda number, _: (
         ((429, {"Retry-After": "0"}, {}), (503, {}, {"message": "busy"}))[number] if number < 2 else None
     )
     teacher = teacher_of(fake, tokenizer, parallel=1)
