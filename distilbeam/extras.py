@@ -14,6 +14,7 @@ MODULES = {
     "kafka": ("confluent_kafka",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "pubsub": ("google.cloud.pubsub_v1",),
     "s3": ("s3fs", "upath"),
     "tensorboard": ("tensorboard",),
     "tfrecord": ("google_crc32c",),
@@ -40,7 +41,14 @@ class Need:
     def missing(self) -> list[str]:
         """List the modules that are not installed."""
         wanted = MODULES[self.extra] if self.modules is None else self.modules
-        return [name for name in wanted if importlib.util.find_spec(name) is None]
+        return [name for name in wanted if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package that it is in
+        return False
 
 
 def require_extras(needs: Iterable[Need]) -> None:

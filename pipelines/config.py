@@ -20,7 +20,7 @@ from distilbeam.selection.strategies.registry import gain_read, names, strategy_
 from distilbeam.settings import Configuration, Section, folder_of, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import TrainConfig, check_kind
 from distilbeam.teacher.config import TOKEN_KINDS, TeacherConfig
 
 
@@ -255,6 +255,11 @@ class RunConfig(Configuration):
                 f"teacher.kind must be that of a classifier in a run, got {self.teacher.kind!r}, which labels tokens; leave out "
                 "[selection], [student] and labelled and validation in [data], and 'distilbeam label' labels the pool"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_suit_the_objective(self) -> Self:
+        check_kind(self.training.objective, self.labels.kind)
         return self
 
     @model_validator(mode="after")

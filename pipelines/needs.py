@@ -37,6 +37,8 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     for section, reading in inputs.items():
         if reading is not None and reading.tokenizer:
             yield Need(f"{section}.input.tokenizer", "hf", ("tokenizers",))
+    if getattr(getattr(config, "student", None), "kind", None) == "huggingface":
+        yield Need("student.kind = 'huggingface'", "hf", ("transformers",))
     encoder = getattr(getattr(config, "student", None), "encoder", None)
     if encoder is not None and encoder.folder:
         yield Need("student.encoder.folder", "hf", ("transformers",))

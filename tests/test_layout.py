@@ -40,7 +40,7 @@ FLOORS = {
     ),
     "pipelines": (
         ("config", "engine"),
-        ("example", "needs", "pool"),
+        ("examples", "needs", "pool"),
         ("acquisition",),
         ("labelling",),
         ("jobs",),

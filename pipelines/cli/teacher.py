@@ -1,4 +1,4 @@
-"""The commands about soft labels: `inspect`, `verify`."""
+"""The commands about soft labels: `inspect`, `verify`, `to-dataset`."""
 
 from __future__ import annotations
 
@@ -91,3 +91,36 @@ def verify(
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def to_dataset(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="LABELS", help="A soft-label dataset, or the directory of a run or a labelling job."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of Parquet files to write; must not be there yet.")],
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            "--id", help="Name of the column with the ids; data.id of the run or the job, else example_id, without it."
+        ),
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="What the names of the added columns label, label_name and confidence begin with.")
+    ] = "",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Write soft labels with each row's class, its name and its confidence, for datasets.load_dataset and others."""
+    configure_logs("warning", console)
+    from distilbeam.pipelines.jobs.labels_of_place import id_of, splits_of
+    from distilbeam.teacher.softlabels import write_dataset
+
+    splits = splits_of(place)
+    rows = write_dataset(splits, out, id_column or id_of(place), prefix)
+    said = ", ".join(f"{split} {count:,}" for split, count in rows.items())
+    console.print(
+        f"Wrote {out}: {said} row(s). Next: datasets.load_dataset('{out}')",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )

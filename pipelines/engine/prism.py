@@ -46,6 +46,11 @@ class Runner:
     flags: tuple[str, ...]
     prism: Path | None = None
 
+    @property
+    def reads_pubsub(self) -> bool:
+        """Whether the runner has a reader of Pub/Sub of its own, as Dataflow alone has."""
+        return (_value(self.flags, "--runner") or "").rsplit(".", 1)[-1] == "DataflowRunner"
+
 
 class PrismNotStartedError(RuntimeError):
     """Prism ended at once, or does not listen.

@@ -1,4 +1,4 @@
-"""Messages by Beam's own connectors, `kafka-java:` and `pubsub:`, at the times of their events.
+"""Messages by Beam's own connectors, `kafka-java:` and, on Dataflow, `pubsub:`, at the times of their events.
 
 The watermark of these sources is the runner's: nobody outside of it knows when a window takes nothing any more. So that the
 runner drops no message behind our back, its windows stay open for as long as a source may keep a message (`_KEPT_S`), and what
@@ -19,6 +19,7 @@ from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.kafka_client import Topic, parse_place
 from distilbeam.pipelines.streaming.kafka_reader import event_time_s
 from distilbeam.pipelines.streaming.message import UNKNOWN, Message, MessageBatch
+from distilbeam.pipelines.streaming.pubsub_reader import to_message
 from distilbeam.pipelines.streaming.settings import StreamSettings
 
 _KEPT_S = 31 * 86_400.0  # the longest that Pub/Sub keeps a message
@@ -75,12 +76,8 @@ def gathered(messages: Iterable[tuple[Message, bool]]) -> Iterator[MessageBatch]
             yield MessageBatch(same, covers, late)
 
 
-def _of_pubsub(message: Any) -> Message:
-    sent = message.publish_time
-    time_ms = UNKNOWN if sent is None else int(sent.timestamp() * 1000)
-    headers = tuple((name, value.encode()) for name, value in (message.attributes or {}).items())
-    key = message.ordering_key.encode() if message.ordering_key else None
-    return Message(UNKNOWN, UNKNOWN, time_ms, key, message.data, headers)
+def _of_pubsub(raw: Any) -> Message:
+    return to_message(raw, "")  # Dataflow itself sees to it that a message comes once
 
 
 def _of_java(record: Any) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distilbeam.extras import Need, require_extras
 from distilbeam.pipelines.config import LabelConfig
+from distilbeam.pipelines.engine.prism import Runner
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.streaming.decode import Decoder, make_decoder, parse_columns
 from distilbeam.pipelines.streaming.registry import Registry
@@ -13,8 +14,13 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 
 
-def require_installed(settings: StreamSettings, config: LabelConfig) -> None:
+def require_installed(settings: StreamSettings, config: LabelConfig, runner: Runner) -> None:
     """Check that the packages are there.
+
+    Args:
+      settings: the job's options.
+      config: the configuration of the labelling job.
+      runner: the runner that does it.
 
     Raises:
       ValueError: an extra is missing.
@@ -25,7 +31,10 @@ def require_installed(settings: StreamSettings, config: LabelConfig) -> None:
     if settings.format == "avro":
         needs.append(Need("--format avro", "kafka", ("fastavro",)))
     if settings.kind == "pubsub":
-        needs.append(Need(f"--source {settings.source}", "gcp", ("apitools",)))
+        native = runner.reads_pubsub
+        needs.append(
+            Need(f"--source {settings.source}", "gcp" if native else "pubsub", ("apitools",) if native else None)
+        )
     require_extras(needs)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distilbeam.pipelines.ingest.columns import ColumnType
 from distilbeam.pipelines.streaming.event_time import refusal, require_time, seconds_of
-from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, Message
+from distilbeam.pipelines.streaming.message import MESSAGE, OFFSET, PARTITION, Message
 from distilbeam.pipelines.streaming.registry import Registry
 from distilbeam.pipelines.streaming.schemas import Parse, avro, avro_by_registry, protobuf, protobuf_by_registry
 from distilbeam.pipelines.transforms.messages import parse_message, parse_schema, rows_to_batch
@@ -31,7 +31,8 @@ class Decoded:
     """The rows of a batch of messages.
 
     Attributes:
-      rows: the rows, with the columns of the schema, `source_partition` and `source_offset`.
+      rows: the rows, with the columns of the schema, `source_partition` and `source_offset`, and `source_message` where the
+        messages have ids.
       good: which messages they are, in their order.
       refused: why the others are none, by their number.
     """
@@ -89,6 +90,8 @@ class Decoder:
         kept = messages if len(good) == len(messages) else [messages[i] for i in good]
         batch = batch.append_column(PARTITION, pa.array([message.partition for message in kept], pa.int32()))
         batch = batch.append_column(OFFSET, pa.array([message.offset for message in kept], pa.int64()))
+        if messages and messages[0].id:
+            batch = batch.append_column(MESSAGE, pa.array([message.id for message in kept], pa.string()))
         return Decoded(batch, good, refused)
 
     @property
@@ -135,7 +138,7 @@ def parse_columns(text: str) -> tuple[dict[str, ColumnType], tuple[tuple[str, st
             raise ValueError(
                 f"--schema: {name} comes from the message's {origin} and must be {' or '.join(allowed)}, got {types[name].kind}"
             )
-    for name in (PARTITION, OFFSET):
+    for name in (PARTITION, OFFSET, MESSAGE):
         if name in types:
             raise ValueError(f"--schema: {name} is a column of ours; give yours another name")
     return types, tuple(origins)

@@ -33,6 +33,7 @@ from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.pipeline import build, has_budget, spec_of
+from distilbeam.pipelines.streaming.pubsub_reader import PubsubReading, close_pubsub_readers, require_subscription
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.state import StreamState
 from distilbeam.pipelines.streaming.stop_file import ask_to_stop, clear_stop
@@ -71,13 +72,13 @@ class StreamJob:
 
     def __post_init__(self) -> None:
         settings, data = self.settings, self.config.data
-        require_installed(settings, self.config)
         if self.config.labels_tokens:
             raise ValueError(
                 f"teacher.kind must be that of a classifier for a stream, got {self.config.teacher.kind!r}, which labels blocks of "
                 "tokens; 'distilbeam label' labels a pool of them"
             )
         self.runner: Runner = choose_runner(self.flags, unbounded=settings.unbounded)
+        require_installed(settings, self.config, self.runner)
         pipeline_options(self.runner.flags)
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
@@ -86,7 +87,7 @@ class StreamJob:
             )
         self.decoder: Decoder | None = None
         self.topic: Topic | None = None
-        self._reading: Reading | None = None
+        self._reading: Reading | PubsubReading | None = None
         self._lag: Lag | None = None
         self._letters: Letters | None = None
         self._ends: dict[int, tuple[int, int]] = {}
@@ -97,6 +98,8 @@ class StreamJob:
         if settings.kind == "kafka":
             self.topic = parse_place(settings.place, settings.consumer)
             self._ends = ends_of(self.topic)
+        if settings.kind == "pubsub" and not self.runner.reads_pubsub:
+            require_subscription(settings.place)
         self.spec = spec_of(self.config)
         require_same_dataset(settings.out, self.spec)
 
@@ -125,10 +128,13 @@ class StreamJob:
             if self.topic is not None:
                 self._begin(self.topic, journal)
                 self._lag = Lag(self.topic, _LAG_S)
+            if self.settings.kind == "pubsub" and not self.runner.reads_pubsub:
+                self._reading = self._subscription()
             try:
                 self._until_done(journal)
             finally:
                 close_readers()
+                close_pubsub_readers()
                 if self._lag is not None:
                     self._lag.close()
             self._require_all_settled(journal)
@@ -199,11 +205,25 @@ class StreamJob:
             settled.closed_s,
         )
 
+    def _subscription(self) -> PubsubReading:
+        settings = self.settings
+        return PubsubReading(
+            settings.place,
+            settings.out,
+            settings.window_s,
+            settings.allowed_lateness_s,
+            has_budget(self.config),
+            settings.idle_s,
+            self.config.engine.teacher_batch,
+            settings.max_wait_s,
+            self.decoder if settings.event_time else None,
+        )
+
     def _until_done(self, journal: Journal) -> None:
         """Submit the pipeline, and again for what is left where it dies."""
         left = ATTEMPTS
         while True:
-            before = journal.settled.offsets.count
+            before = journal.settled.count
             attempt = uuid.uuid4().hex
             error = self._submit(journal, attempt)
             fence(attempt)
@@ -213,10 +233,10 @@ class StreamJob:
             self._look(journal)
             if error is None:
                 return
-            progress = journal.settled.offsets.count > before
+            progress = journal.settled.count > before
             left = ATTEMPTS if progress else left - 1
             where = f"; the engine's lines are in {self.engine_log}" if self.engine_log is not None else ""
-            if left <= 0 or self.topic is None or self._stopping.is_set():
+            if left <= 0 or self._reading is None or self._stopping.is_set():
                 raise RuntimeError(
                     f"the pipeline ended before its work was done: {error}. {self.state.labels:,} labels are committed, the same "
                     f"command goes on from there{where}"
@@ -226,8 +246,9 @@ class StreamJob:
             )
             self.state.restarts += 1
             close_readers()
+            close_pubsub_readers()
             time.sleep(_PAUSE_S)
-            if self._reading is not None:
+            if isinstance(self._reading, Reading):
                 self._reading = self._resumed(self._reading, journal)
 
     def _resumed(self, reading: Reading, journal: Journal) -> Reading:
@@ -247,7 +268,7 @@ class StreamJob:
             options = pipeline_options(flags)
             reading = self._reading
             options.view_as(StandardOptions).streaming = (
-                self.settings.unbounded if reading is None else reading.until is None
+                reading.until is None if isinstance(reading, Reading) else self.settings.unbounded
             )
             work = _Running(lambda: self._run(options, attempt))
             stack.callback(work.cancel)
@@ -281,8 +302,9 @@ class StreamJob:
 
     def _require_all_settled(self, journal: Journal) -> None:
         """Compare what was read with what is settled: a message between two that are was asked about and lost."""
-        holes = [] if self._reading is None or self._failed else unsettled(self._reading, journal.settled.offsets)
-        if holes:
+        if self._failed or not isinstance(self._reading, Reading):  # what Pub/Sub has delivered it delivers again
+            return
+        if holes := unsettled(self._reading, journal.settled.offsets):
             count = sum(last - first + 1 for _, first, last in holes)
             partition, first, _ = holes[0]
             raise RuntimeError(

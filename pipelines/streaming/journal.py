@@ -2,8 +2,8 @@
 
 A shard's manifest entry says which offsets are settled with it; a pane without a label (refused messages alone) leaves a
 record in the folder `_stream` instead, as do windows without a message and offsets that the user passed over (`--start
-latest`). Nothing else is kept: where
-the next job begins follows from what is committed.
+latest`). Of a source without offsets the ids of a pane's messages lie in a file beside, which counts once the pane is
+committed. Nothing else is kept: where the next job begins follows from what is committed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from distilbeam.storage.paths import is_remote, list_files, read_texts, to_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 
 FOLDER = "_stream"
+MESSAGES = "messages"  # in an entry or a record: how many messages its file of ids holds
+_IDS = "ids"
 _SHARE = 20.0  # of a processor's time: a listing of a hundred thousand entries is not made twice a second
 _STORE_S = 5.0  # between two listings of a store, which cost money
 
@@ -36,6 +38,7 @@ class Settled:
       skipped: those of them that the user passed over.
       labels: labelled messages.
       dead: dead letters, by their stage.
+      messages: messages that are settled by their ids, where they have no offsets.
       closed_s: the end of the latest window that has an entry or a record, in seconds since 1970; 0 without one.
     """
 
@@ -43,7 +46,13 @@ class Settled:
     skipped: Offsets = field(default_factory=Offsets)
     labels: int = 0
     dead: dict[str, int] = field(default_factory=dict)
+    messages: int = 0
     closed_s: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Number of messages that are settled."""
+        return self.offsets.count + self.messages
 
     def add(self, facts: Mapping[str, Any], rows: int) -> None:
         """Add what an entry or a record says."""
@@ -52,6 +61,7 @@ class Settled:
         if facts.get("skipped"):
             self.skipped.update(offsets)
         self.labels += rows
+        self.messages += facts.get(MESSAGES, 0)
         for stage, count in facts.get("dead", {}).items():
             self.dead[stage] = self.dead.get(stage, 0) + count
         _, bounded, end = str(facts.get("window", "")).rpartition("-")
@@ -86,7 +96,7 @@ class Journal:
         for key, rows, facts in [*self._entries(), *self._records()]:
             if key not in self._read and facts.get("topic", "") == self.topic:
                 self.settled.add(facts, rows)
-                found.append({**facts, "rows": rows})
+                found.append({**facts, "rows": rows, "key": key})
             self._read.add(key)
         cost_s = time.monotonic() - start
         self._next = start + max(_SHARE * cost_s, _STORE_S if is_remote(self.root) else 0.0)
@@ -111,6 +121,11 @@ def skip(dataset: str, topic: str, offsets: Offsets) -> None:
     key = f"skipped-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
     with replacing(record_path(dataset, key)) as temporary:
         temporary.write_text(text)
+
+
+def ids_folder(dataset: str) -> str:
+    """Return the folder of the ids of messages that panes have settled, a Parquet file for each pane."""
+    return f"{dataset.rstrip('/')}/{FOLDER}/{_IDS}"
 
 
 def record_path(dataset: str, key: str) -> Path:

@@ -17,18 +17,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
-from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.core import RestrictionProvider
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
 
 from distilbeam.pipelines.streaming.kafka_reader import POLL_S, Reader, Reading, put_back, take_reader
 from distilbeam.pipelines.streaming.message import Message, MessageBatch
+from distilbeam.pipelines.streaming.restriction import END, RESTRICTION, WATERMARK
 
 _DEFER_S = 0.05
-_END = "end"
 
 
 class ReadKafka(beam.PTransform):
@@ -48,65 +45,6 @@ class ReadKafka(beam.PTransform):
         return pipeline | "Start" >> beam.Create([self.reading.start], reshuffle=False) | "Read" >> beam.ParDo(read)
 
 
-class _Tracker(RestrictionTracker):
-    """A restriction ((partition, next offset), ...) that is only ever cut at where it stands: an end is not known."""
-
-    def __init__(self, restriction: tuple[tuple[int, int], ...]) -> None:
-        self.start, self.at = restriction, dict(restriction)
-        self.stopped = self.ended = False
-
-    def current_restriction(self) -> tuple[tuple[int, int], ...]:
-        return tuple(sorted(self.at.items()))
-
-    def current_progress(self) -> RestrictionProgress:
-        # with completed= and remaining= Beam divides by the bytes written, 0 / 0 before the first
-        return RestrictionProgress(fraction=0.5)
-
-    def is_bounded(self) -> bool:
-        return False
-
-    def check_done(self) -> None:
-        if not (self.stopped or self.ended):
-            raise ValueError("a topic's reading must be deferred or ended")
-
-    def try_claim(self, position: Any) -> bool:
-        if self.stopped:
-            return False
-        if position == _END:
-            self.ended = True
-        else:  # the next offsets, by partition
-            self.at.update(position)
-        return True
-
-    def try_split(self, fraction_of_remainder: float) -> Any:
-        # any other fraction of [next offset, 2^63) lies where no message will be for ages
-        if fraction_of_remainder != 0 or self.stopped or self.ended:
-            return None
-        self.stopped = True
-        return self.start, self.current_restriction()
-
-
-class _Provider(RestrictionProvider):
-    def initial_restriction(self, element: Any) -> Any:
-        return element
-
-    def create_tracker(self, restriction: Any) -> _Tracker:
-        return _Tracker(restriction)
-
-    def restriction_size(self, element: Any, restriction: Any) -> int:  # noqa: ARG002
-        return 1
-
-    def restriction_coder(self) -> Any:
-        return beam.coders.FastPrimitivesCoder()
-
-    def truncate(self, element: Any, restriction: Any) -> None:  # noqa: ARG002
-        return None  # a drained pipeline reads no further
-
-
-_RESTRICTION: Any = beam.DoFn.RestrictionParam(_Provider())
-_WATERMARK: Any = beam.DoFn.WatermarkEstimatorParam(ManualWatermarkEstimator.default_provider())
-
-
 class _Read(beam.DoFn):
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
@@ -120,7 +58,7 @@ class _Read(beam.DoFn):
         reader.watermark_s = -float("inf") if now is None else now.micros / 1e6
         try:
             yield from self._read_for_a_while(reader, tracker)
-            if reader.ended and tracker.try_claim(_END):
+            if reader.ended and tracker.try_claim(END):
                 reader.close()
                 watermark.set_watermark(MAX_TIMESTAMP)
                 return
@@ -178,8 +116,8 @@ class _ReadUnbounded(_Read):
     def process(
         self,
         element: Any,  # noqa: ARG002
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
         yield from self._process(tracker, watermark)
 
@@ -188,8 +126,8 @@ class _ReadBounded(_Read):
     def process(
         self,
         element: Any,  # noqa: ARG002
-        tracker: Any = _RESTRICTION,
-        watermark: Any = _WATERMARK,
+        tracker: Any = RESTRICTION,
+        watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
         yield from self._process(tracker, watermark)
 

@@ -15,7 +15,7 @@ from apache_beam.metrics import Metrics
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.labelling.label_rows import Labelled, Labelling, plain
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.message import OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
+from distilbeam.pipelines.streaming.message import MESSAGE, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
 
 _LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed-lateness-s"
 
@@ -55,7 +55,7 @@ class LabelMessages(_OneThread):
         if batch.late:
             letters = [letter(self.topic, message, "late", _LATE) for message in batch.messages]
             self.counters["dead"].inc(len(letters))
-            yield outcome(None, letters, batch.covers)
+            yield outcome(None, letters, batch.covers, batch.ids)
             return
         decoded = self.decoder(batch.messages)
         letters = [letter(self.topic, batch.messages[i], "message", why) for i, why in decoded.refused.items()]
@@ -68,7 +68,7 @@ class LabelMessages(_OneThread):
             self.counters["asked"].inc(labelled.calls)
             self.counters["labelled"].inc(len(labelled.good))
         self.counters["dead"].inc(len(letters))
-        yield outcome(labels, letters, batch.covers)
+        yield outcome(labels, letters, batch.covers, batch.ids)
 
 
 class DecodeMessages(beam.DoFn):
@@ -89,7 +89,7 @@ class DecodeMessages(beam.DoFn):
                 yield decoded.rows
         stage = "late" if batch.late else "message"
         letters = [letter(self.topic, batch.messages[i], stage, why) for i, why in refused.items()]
-        yield beam.pvalue.TaggedOutput("receipts", outcome(None, letters, batch.covers))
+        yield beam.pvalue.TaggedOutput("receipts", outcome(None, letters, batch.covers, batch.ids))
 
 
 class LabelChosen(_OneThread):
@@ -102,19 +102,29 @@ class LabelChosen(_OneThread):
         rows = pa.Table.from_batches([batch])
         labelled = self.labelling(rows)
         places = zip(rows[PARTITION].to_pylist(), rows[OFFSET].to_pylist(), strict=True)
-        messages = [Message(partition, offset, UNKNOWN, None, None) for partition, offset in places]
+        names = rows[MESSAGE].to_pylist() if MESSAGE in rows.column_names else [""] * rows.num_rows
+        messages = [
+            Message(partition, offset, UNKNOWN, None, None, id=name)
+            for (partition, offset), name in zip(places, names, strict=True)
+        ]
         letters = failures_to_letters(self.topic, labelled, messages)
         yield outcome(labels_of(labelled, rows), letters, ())
 
 
 def outcome(
-    labels: pa.Table | None, letters: Sequence[dict[str, Any]], covers: tuple[tuple[int, int, int], ...]
+    labels: pa.Table | None,
+    letters: Sequence[dict[str, Any]],
+    covers: tuple[tuple[int, int, int], ...],
+    ids: tuple[str, ...] = (),
 ) -> Outcome:
     """Make an outcome, with the hash of what it accounts for."""
     told: list[object] = [covers, [(item["partition"], item["offset"], item["key"]) for item in letters]]
-    if labels is not None and not covers:  # nothing else tells its rows from others
+    if ids:
+        told.append(ids)
+    elif labels is not None and not covers:  # nothing else tells its rows from others
         told.append(row_names(labels))
-    return Outcome(labels, tuple(letters), covers, hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest())
+    digest = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+    return Outcome(labels, tuple(letters), covers, digest, ids=ids)
 
 
 def nothing(empty: tuple[float, float]) -> Outcome:
@@ -123,8 +133,10 @@ def nothing(empty: tuple[float, float]) -> Outcome:
 
 
 def row_names(labels: pa.Table) -> list[str]:
-    """Name each labelled row by its id and, where its message has one, its place: what a repetition asks again."""
-    columns = [labels[name].to_pylist() for name in ("example_id", PARTITION, OFFSET) if name in labels.column_names]
+    """Name each labelled row by its id and by its message's place or id, where it has one: what a repetition asks again."""
+    columns = [
+        labels[name].to_pylist() for name in ("example_id", PARTITION, OFFSET, MESSAGE) if name in labels.column_names
+    ]
     return [repr(values) for values in zip(*columns, strict=True)]
 
 
@@ -133,11 +145,10 @@ def labels_of(labelled: Labelled, rows: pa.Table) -> pa.Table | None:
     if not len(labelled.good):
         return None
     labels = labelled.table
-    if rows[PARTITION][0].as_py() == UNKNOWN:
-        return labels
+    placed = rows[PARTITION][0].as_py() != UNKNOWN
     if labelled.bad:
         rows = rows.take(labelled.good)
-    for name in (PARTITION, OFFSET):
+    for name in (PARTITION, OFFSET) if placed else (MESSAGE,) if MESSAGE in rows.column_names else ():
         labels = labels.append_column(rows.schema.field(name), rows[name])
     return labels
 
@@ -173,6 +184,7 @@ def letter(topic: str, message: Message, stage: str, error: str, attempts: int =
         "stage": stage,
         "error": plain(error),
         "attempts": attempts,
+        "message_id": message.id or None,
     }
 
 

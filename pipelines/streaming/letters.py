@@ -20,7 +20,7 @@ from apache_beam.transforms.window import TimestampedValue
 
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.kafka_reader import event_time_s
-from distilbeam.pipelines.streaming.message import AGAIN, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch
+from distilbeam.pipelines.streaming.message import AGAIN, MESSAGE, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch
 from distilbeam.storage.paths import joined, list_files, readable, remove_files, to_path
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
 
@@ -54,7 +54,7 @@ class Letters:
         self.topic: str = topics[0]
         labelled = _labelled(to_path(dataset))
         one_each = {_name(row): row for row in found}
-        self.rows = [row for row in one_each.values() if (row["partition"], row["offset"]) not in labelled]
+        self.rows = [row for row in one_each.values() if _name(row) not in labelled]
 
     def batches(self, window_s: float, rows: int, clock: Decoder | None) -> Iterator[tuple[float, MessageBatch]]:
         """Give batches of up to `rows` messages of one window each, with the window's start in seconds."""
@@ -91,19 +91,23 @@ def _stamped(item: tuple[float, MessageBatch]) -> TimestampedValue:
 
 def _message(row: dict[str, Any]) -> Message:
     headers = tuple((header["name"], header["value"]) for header in row["headers"] or ())
-    return Message(row["partition"], row["offset"], row["timestamp_ms"], row["key"], row["value"], headers)
+    name = row.get("message_id") or ""  # letters of former versions have none
+    return Message(row["partition"], row["offset"], row["timestamp_ms"], row["key"], row["value"], headers, name)
 
 
 def _name(row: dict[str, Any]) -> Any:
-    place = row["partition"], row["offset"]
-    return place if place[0] != UNKNOWN else (row["timestamp_ms"], row["key"], row["value"])
+    if row["partition"] != UNKNOWN:
+        return row["partition"], row["offset"]
+    return row.get("message_id") or (row["timestamp_ms"], row["key"], row["value"])
 
 
-def _labelled(dataset: Path) -> set[tuple[int, int]]:
-    """List the places of messages that were dead letters and have a label now."""
-    found: set[tuple[int, int]] = set()
+def _labelled(dataset: Path) -> set[Any]:
+    """List the places or ids of messages that were dead letters and have a label now."""
+    found: set[Any] = set()
     for entry in read_entries(manifest_files(dataset)):
         if entry.extra.get(AGAIN):
-            table = pq.read_table(readable(joined(dataset, entry.path)), columns=[PARTITION, OFFSET])
-            found.update(zip(*(table[name].to_pylist() for name in (PARTITION, OFFSET)), strict=True))
+            shard = pq.ParquetFile(readable(joined(dataset, entry.path)))
+            names = [name for name in (PARTITION, OFFSET, MESSAGE) if name in shard.schema_arrow.names]
+            columns = [shard.read(names)[name].to_pylist() for name in names]
+            found.update(columns[0] if names == [MESSAGE] else zip(*columns, strict=True))
     return found

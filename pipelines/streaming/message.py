@@ -9,6 +9,7 @@ import pyarrow as pa
 
 UNKNOWN = -1  # partition and offset of a message of a source that has none
 PARTITION, OFFSET = "source_partition", "source_offset"  # int32 and int64, columns of a label
+MESSAGE = "source_message"  # string, instead of these where messages have names and no places
 AGAIN = "again"  # in a manifest entry: its rows were dead letters before
 
 
@@ -22,6 +23,7 @@ class Message(NamedTuple):
       key: its key.
       value: its content; None is a tombstone.
       headers: pairs of a name and a value.
+      id: what the source calls it, where that is not a partition and an offset, or "".
     """
 
     partition: int
@@ -30,6 +32,7 @@ class Message(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...] = ()
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class MessageBatch:
     late: bool = False
     empty: tuple[float, float] | None = None
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The messages' ids, where they have any."""
+        return tuple(message.id for message in self.messages if message.id)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -60,6 +68,7 @@ class Outcome:
       covers: the offsets that are settled once this is committed.
       digest: hash that puts outcomes in an order of their own.
       empty: start and end of windows that have passed without a message.
+      ids: ids of the messages that are settled once this is committed, where they have ids.
     """
 
     labels: pa.Table | None
@@ -67,6 +76,7 @@ class Outcome:
     covers: tuple[tuple[int, int, int], ...]
     digest: str = field(default="")
     empty: tuple[float, float] | None = None
+    ids: tuple[str, ...] = ()
 
 
 LETTERS = pa.schema(
@@ -82,5 +92,6 @@ LETTERS = pa.schema(
         pa.field("stage", pa.string()),  # message, late, input or teacher
         pa.field("error", pa.string()),
         pa.field("attempts", pa.int64()),
+        pa.field("message_id", pa.string()),
     ]
 )

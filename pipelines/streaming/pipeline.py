@@ -19,6 +19,8 @@ from distilbeam.pipelines.streaming.kafka_read import ReadKafka
 from distilbeam.pipelines.streaming.kafka_reader import Reading
 from distilbeam.pipelines.streaming.label_messages import DecodeMessages, LabelChosen, LabelMessages
 from distilbeam.pipelines.streaming.letters import Letters, read_letters
+from distilbeam.pipelines.streaming.pubsub_read import ReadPubsub
+from distilbeam.pipelines.streaming.pubsub_reader import PubsubReading
 from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.pipelines.streaming.write_panes import WritePanes
 from distilbeam.pipelines.transforms.label_examples import LabelExamples
@@ -114,7 +116,7 @@ def build(
     config: LabelConfig,
     settings: StreamSettings,
     decoder: Decoder | None,
-    reading: Reading | None,
+    reading: Reading | PubsubReading | None,
     attempt: str = "",
     letters: Letters | None = None,
 ) -> Any:
@@ -125,7 +127,7 @@ def build(
       config: the configuration of a labelling job, with absolute paths.
       settings: the job's options.
       decoder: how messages become rows; None for files.
-      reading: how the Kafka topic is read; None for other sources.
+      reading: how the Kafka topic or the Pub/Sub subscription is read; None for other sources and Beam's own connectors.
       attempt: name of this submission of the pipeline.
       letters: the dead letters that are asked again; None for other sources.
     """
@@ -142,6 +144,13 @@ def build(
         items = list(letters.batches(settings.window_s, config.engine.teacher_batch, clock))
         batches = read_letters(pipeline, items) | "Window" >> beam.WindowInto(FixedWindows(settings.window_s))
         topic, again = letters.topic, letters.mark
+    elif isinstance(reading, PubsubReading):
+        batches = (
+            pipeline
+            | "ReadMessages" >> ReadPubsub(reading)
+            | "Window" >> _windows(settings, config, runners_lateness_s(settings))
+        )
+        topic = reading.subscription
     elif reading is not None:
         # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
         batches = (

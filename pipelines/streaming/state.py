@@ -47,6 +47,7 @@ class StreamState:
         for stage, count in facts.get("dead", {}).items():
             self.dead[stage] = self.dead.get(stage, 0) + count
         self.settled += sum(last - first + 1 for pairs in facts.get("offsets", {}).values() for first, last in pairs)
+        self.settled += facts.get("messages", 0)
         end = str(facts.get("window", "")).rpartition("-")[2]
         self.watermark = max(self.watermark, end)
         if facts["rows"]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from apache_beam.metrics import Metrics
 from apache_beam.transforms.window import IntervalWindow
 
-from distilbeam.pipelines.streaming.journal import FOLDER
+from distilbeam.pipelines.streaming.journal import FOLDER, MESSAGES, ids_folder
 from distilbeam.pipelines.streaming.label_messages import row_names, sorted_by_place
 from distilbeam.pipelines.streaming.message import AGAIN, LETTERS, OFFSET, PARTITION, Outcome
 from distilbeam.pipelines.streaming.offsets import Offsets
@@ -113,7 +113,8 @@ class _WritePane(beam.DoFn):
         labels = sorted_by_place(pa.concat_tables(tables)) if tables else None
         names = [] if labels is None else row_names(labels)
         names += [repr((item["partition"], item["offset"], item["key"], item["error"])) for item in letters]
-        names += [] if names else [outcome.digest for outcome in ordered]
+        ids = sorted({name for outcome in ordered for name in outcome.ids})
+        names += ids or ([] if names else [outcome.digest for outcome in ordered])
         names += [self.again] if self.again else []
         key = f"window={window_name(window)}-{shard:05d}-{rows_digest(names)}"
         facts: dict[str, Any] = {
@@ -125,11 +126,13 @@ class _WritePane(beam.DoFn):
         }
         if self.again:
             facts[AGAIN] = True
+        if ids:
+            facts[MESSAGES] = len(ids)
         with _committing:
             if self.attempt in _ended:
                 raise RuntimeError(_GIVEN_UP)
             if not any(exists_anywhere(self.dataset, folder, f"{key}.json") for folder in (MANIFEST, FOLDER)):
-                self._commit(key, labels, letters, facts)
+                self._commit(key, labels, letters, ids, facts)
         rows = 0 if labels is None else labels.num_rows
         self.written.inc(rows)
         yield {"key": key, "rows": rows, **facts}
@@ -158,8 +161,12 @@ class _WritePane(beam.DoFn):
                     offsets.add(partition, offset, offset)
         return offsets
 
-    def _commit(self, key: str, labels: pa.Table | None, letters: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-        """Write the dead letters, then the shard, then what commits both."""
+    def _commit(
+        self, key: str, labels: pa.Table | None, letters: list[dict[str, Any]], ids: list[str], facts: dict[str, Any]
+    ) -> None:
+        """Write the dead letters and the ids of the messages, then the shard, then what commits them."""
+        if ids:
+            write_parquet_anywhere(ids_folder(self.dataset), f"{key}.parquet", pa.table({"message_id": ids}))
         if letters:
             table = pa.Table.from_pylist(letters, schema=LETTERS)
             write_parquet_anywhere(self.dead_letters, f"{key}.parquet", table)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.inputs.config import InputConfig, InputError
-from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
+from distilbeam.kernels.labels import DenseLabels, SampledLabels, TopKLabels
 from distilbeam.student.data.bad_rows import BadRowError, first_without_input, place_of, require_finite, require_values
 from distilbeam.student.data.batch_rng import Place as Place
 from distilbeam.student.data.column_types import common_fields, is_carried_tensor, is_number
@@ -304,7 +304,7 @@ class SoftLabelDataset:
         return batches
 
 
-def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
+def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> DenseLabels | TopKLabels | SampledLabels:
     """Make the labels of a batch into what the losses take.
 
     Args:

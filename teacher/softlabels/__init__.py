@@ -1,10 +1,12 @@
 """Soft labels: what a teacher answered, stored so that it says what it is.
 
 Read in this order: spec, codec (selecting: k classes of many rows), token_labels (blocks of tokens), columns, shards, placing,
-manifest, gathering; for people inspect and verify (inspect_tokens, verify_tokens), comparison, plain_table.
+manifest, gathering; for people inspect and verify (inspect_tokens, verify_tokens), comparison, plain_table,
+class_columns (columns that `datasets` knows).
 Imports: inputs, storage.
 """
 
+from distilbeam.teacher.softlabels.class_columns import to_dataset, with_classes, write_dataset
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode, encode
 from distilbeam.teacher.softlabels.columns import label_schema
 from distilbeam.teacher.softlabels.gathering import compact_manifest, merge_manifests, remove_shards
@@ -31,5 +33,8 @@ __all__ = [
     "merge_manifests",
     "read_manifest",
     "remove_shards",
+    "to_dataset",
+    "with_classes",
+    "write_dataset",
     "write_shard",
 ]
