@@ -47,22 +47,20 @@ def read_vllm(answer: Mapping[str, Any], ids: Sequence[int], k: int, num_classes
     entries, there = [], []
     for position, token in zip(found[1:], ids[1:], strict=True):
         try:
-            said = [(int(key), _number(one["logprob"]), int(one.get("rank") or 0)) for key, one in position.items()]
+            said = [(int(key), _number(one["logprob"])) for key, one in position.items()]
         except AnswerError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise AnswerError(
                 "the server must name tokens by their ids; start vLLM without return_tokens_as_text, or use its /v1/completions"
             ) from e
-        own = [logprob for id_, logprob, _ in said if id_ == token]
+        own = [logprob for id_, logprob in said if id_ == token]
         if not own:
             raise AnswerError(
                 f"the server must say the log-probability of the token that is there, {token}, got others"
             )
-        kept = [(id_, logprob) for id_, logprob, rank in said if id_ != token or rank <= k or len(said) <= k]
-        if len(kept) > k:  # ranks of equal logits may be alike
-            kept = [entry for entry in kept if entry[0] != token]
-        entries.append(kept)
+        # not by its rank: of equal logits the token that is there may count as k + 1 and be among the k all the same
+        entries.append(said if len(said) <= k else [entry for entry in said if entry[0] != token])
         there.append(own[0])
     return _labels(entries, there, k, num_classes)
 

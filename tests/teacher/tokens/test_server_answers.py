@@ -64,6 +64,12 @@ def test_a_token_of_an_equal_rank_beyond_k_is_no_label() -> None:
     assert classes[1].tolist() == [5, 1]
     assert there[1] == -1.5
 
+    def among_them(positions: list[Any]) -> None:
+        positions[2] = {"9": {"logprob": -1.5, "rank": 3}, "5": {"logprob": -0.5, "rank": 1}}
+
+    classes, _, _, _ = read_vllm(vllm(among_them), IDS, K, CLASSES)
+    assert classes[1].tolist() == [5, 9]
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
