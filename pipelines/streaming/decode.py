@@ -6,9 +6,10 @@ A column of the schema is a field of the value unless an origin says otherwise: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Decoder:
         """
         types, origins = parse_columns(self.schema)
         parse = self._parse
+        beside = [(name, _getter(origin, types[name])) for name, origin in origins]
         refused: dict[int, str] = {}
         rows, numbers = [], []
         for i, message in enumerate(messages):
@@ -77,8 +79,8 @@ class Decoder:
             if row is None:
                 refused[i] = reason
                 continue
-            for name, origin in origins:
-                row[name] = _beside(message, origin, types[name])
+            for name, get in beside:
+                row[name] = get(message)
             if self.event_time and seconds_of(row.get(self.event_time), types[self.event_time]) is None:
                 refused[i] = refusal(self.event_time, types[self.event_time], row.get(self.event_time))
                 continue
@@ -104,7 +106,7 @@ class Decoder:
         name = self.event_time
         origin = dict(origins).get(name)
         if origin is not None:
-            return seconds_of(_beside(message, origin, types[name]), types[name])
+            return seconds_of(_getter(origin, types[name])(message), types[name])
         row, _ = self._parse(message.value)
         return None if row is None else seconds_of(row.get(name), types[name])
 
@@ -212,13 +214,17 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _beside(message: Message, origin: str, type_: ColumnType) -> Any:
+def _getter(origin: str, type_: ColumnType) -> Callable[[Message], Any]:
+    """Return what takes an origin's value from a message."""
     if origin in _NUMBERS:
-        return getattr(message, _NUMBERS[origin])
-    if origin.startswith("header."):
-        value = dict(message.headers).get(origin.removeprefix("header."))
-    else:
-        value = message.key if origin == "key" else message.value
+        return attrgetter(_NUMBERS[origin])
+    header = origin.removeprefix("header.")
+    if header != origin:
+        return lambda message: _value(dict(message.headers).get(header), type_)
+    return lambda message: _value(message.key if origin == "key" else message.value, type_)
+
+
+def _value(value: bytes | None, type_: ColumnType) -> Any:
     if value is None or type_.kind == "binary":
         return value
     try:

@@ -278,7 +278,9 @@ class StreamJob:
 
     def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
+        done = build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
+        if self.runner.prism is not None:
+            _ = done | "End" >> beam.Reshuffle() | "Nothing" >> beam.Filter(lambda _: False)
         return pipeline.run()
 
     def _look(self, journal: Journal) -> None:

@@ -13,14 +13,14 @@ the watermark comes out in a batch of its own that is marked late: nobody is ask
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
 
+from distilbeam.pipelines.streaming.batch_source import BatchFn, BatchSource, Stamped
 from distilbeam.pipelines.streaming.kafka_reader import POLL_S, Reader, Reading, put_back, take_reader
 from distilbeam.pipelines.streaming.message import Message, MessageBatch
 from distilbeam.pipelines.streaming.restriction import END, RESTRICTION, WATERMARK
@@ -33,25 +33,28 @@ class ReadKafka(beam.PTransform):
 
     Args:
       reading: what is read and how.
+      then: what is done with each batch, in the same step; None gives the batches.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, then: BatchFn | None = None) -> None:
         super().__init__()
-        self.reading = reading
+        self.reading, self.then = reading, then
 
     def expand(self, pipeline: Any) -> Any:
-        read = _ReadUnbounded(self.reading) if self.reading.until is None else _ReadBounded(self.reading)
+        kind = _ReadUnbounded if self.reading.until is None else _ReadBounded
+        read = kind(self.reading, self.then)
         # the start is the element: a runner that starts the stage again must not read what a changed module says
         return pipeline | "Start" >> beam.Create([self.reading.start], reshuffle=False) | "Read" >> beam.ParDo(read)
 
 
-class _Read(beam.DoFn):
-    def __init__(self, reading: Reading) -> None:
+class _Read(BatchSource):
+    def __init__(self, reading: Reading, then: BatchFn | None) -> None:
+        super().__init__(then)
         self.reading = reading
         self.late = Metrics.counter("ReadKafka", "late_messages")
         self.read = Metrics.counter("ReadKafka", "messages")
 
-    def _process(self, tracker: Any, watermark: Any) -> Iterator[Any]:
+    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Stamped]:
         reading = self.reading
         reader = take_reader(reading, dict(tracker.current_restriction()))
         now = watermark.current_watermark()
@@ -76,7 +79,7 @@ class _Read(beam.DoFn):
         finally:
             put_back(reading, reader)
 
-    def _read_for_a_while(self, reader: Reader, tracker: Any) -> Iterator[Any]:
+    def _read_for_a_while(self, reader: Reader, tracker: Any) -> Iterator[Stamped]:
         """Read for `max_wait_s`, and emit each batch when it is full; what is left at the end."""
         end = time.monotonic() + max(self.reading.max_wait_s, POLL_S)
         gather = _Gather(self.reading)
@@ -89,26 +92,24 @@ class _Read(beam.DoFn):
                 reader.forget()  # what it has fetched belongs to whoever goes on
                 break
             self.read.inc(len(messages))
-            for message, since, time_s in messages:
-                full = gather.add(message, since, time_s, reader.watermark_s)
-                if full is not None:
-                    yield self._stamped(*full, reader)
+            for full in gather.add(messages, reader.watermark_s):
+                yield self._stamped(*full, reader)
             reader.check_ends()
             if not reader.behind and reader.a_window_closes():
                 break  # what follows sees the watermark only when this bundle has ended
         for batch in gather.rest():
             yield self._stamped(*batch, reader)
 
-    def _stamped(self, batch: MessageBatch, time_s: float, reader: Reader) -> TimestampedValue:
+    def _stamped(self, batch: MessageBatch, time_s: float, reader: Reader) -> Stamped:
         if batch.late:  # in the window that is open now: its own takes nothing any more
             self.late.inc(len(batch.messages))
-            return TimestampedValue(batch, Timestamp(reader.watermark_s))
-        return TimestampedValue(batch, Timestamp(time_s))
+            return batch, Timestamp(reader.watermark_s)
+        return batch, Timestamp(time_s)
 
 
-def _empty(span: tuple[float, float], closing_s: float) -> TimestampedValue:
+def _empty(span: tuple[float, float], closing_s: float) -> Stamped:
     """Tell that windows are empty, in the window that closes now."""
-    return TimestampedValue(MessageBatch((), (), empty=span), Timestamp(closing_s) - Duration(micros=1))
+    return MessageBatch((), (), empty=span), Timestamp(closing_s) - Duration(micros=1)
 
 
 class _ReadUnbounded(_Read):
@@ -119,7 +120,7 @@ class _ReadUnbounded(_Read):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
-        yield from self._process(tracker, watermark)
+        yield from self.done_with(self._batches(tracker, watermark))
 
 
 class _ReadBounded(_Read):
@@ -129,7 +130,7 @@ class _ReadBounded(_Read):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
-        yield from self._process(tracker, watermark)
+        yield from self.done_with(self._batches(tracker, watermark))
 
 
 class _Gather:
@@ -139,16 +140,23 @@ class _Gather:
         self.reading = reading
         self._open: dict[float | None, _Open] = {}
 
-    def add(self, message: Message, since: int, time_s: float, watermark_s: float) -> tuple[MessageBatch, float] | None:
-        """Add a message; give the batch that it fills, with a time in its window."""
-        window_s = self.reading.window_s
-        start = time_s // window_s * window_s
-        key = None if start + window_s + self.reading.lateness_s <= watermark_s else start
-        waiting = self._open.get(key)
-        if waiting is None:
-            waiting = self._open[key] = _Open(time_s)
-        waiting.add(message, since)
-        return self._batch(key) if len(waiting.messages) >= self.reading.batch_rows else None
+    def add(
+        self, messages: Iterable[tuple[Message, int, float]], watermark_s: float
+    ) -> Iterator[tuple[MessageBatch, float]]:
+        """Add messages as `Reader.poll` gives them; give each batch that they fill, with a time in its window."""
+        window_s, lateness_s, rows = self.reading.window_s, self.reading.lateness_s, self.reading.batch_rows
+        window, waiting = None, None
+        for message, since, time_s in messages:
+            if (number := time_s // window_s) != window or waiting is None:
+                window, start = number, number * window_s
+                key = None if start + window_s + lateness_s <= watermark_s else start
+                waiting = self._open.get(key)
+                if waiting is None:
+                    waiting = self._open[key] = _Open(time_s)
+            waiting.add(message, since)
+            if len(waiting.messages) >= rows:
+                yield self._batch(key)
+                waiting = None
 
     def rest(self) -> Iterator[tuple[MessageBatch, float]]:
         """Give what is left."""
@@ -176,10 +184,11 @@ class _Open:
     def add(self, message: Message, since: int) -> None:
         """Add a message behind those of its partition, with the first offset that is settled with it."""
         self.messages.append(message)
-        covers = self.covers.get(message.partition)
+        partition, offset = message[:2]
+        covers = self.covers.get(partition)
         if covers is None:
-            self.covers[message.partition] = [[since, message.offset]]
+            self.covers[partition] = [[since, offset]]
         elif covers[-1][1] == since - 1:
-            covers[-1][1] = message.offset
+            covers[-1][1] = offset
         else:
-            covers.append([since, message.offset])
+            covers.append([since, offset])

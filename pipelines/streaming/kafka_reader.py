@@ -60,6 +60,11 @@ class Reading:
     clock: Decoder | None = None
     closed_s: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """What the messages come from, as labels and dead letters have it."""
+        return self.topic.name
+
 
 def event_time_s(message: Message, clock: Decoder | None, now_s: float) -> float:
     """Return when a message's event was, in seconds since 1970.
@@ -133,6 +138,7 @@ class Reader:
         found = self.consumer.consume(self.reading.batch_rows, POLL_S)
         self.behind = len(found) == self.reading.batch_rows
         now, window_s, clock, read = time.time(), self.reading.window_s, self.reading.clock, []
+        now_ms, window, size = now * 1000, None, 0  # of the messages that follow each other in one window
         fetched, positions, newest, settled_last = self._fetched, self.positions, self._newest, self._settled_last
         for raw in found:
             if raw.error() is not None:
@@ -150,18 +156,27 @@ class Reader:
                 self._at_end.discard(partition)
                 self._idle.pop(partition, None)
             sent_ms = raw.timestamp()[1]
-            message = Message(partition, offset, sent_ms, raw.key(), raw.value(), tuple(raw.headers() or ()))
-            time_s = event_time_s(message, clock, now)
+            headers = raw.headers()
+            message = Message(partition, offset, sent_ms, raw.key(), raw.value(), tuple(headers) if headers else ())
+            plain = clock is None and 0 <= sent_ms <= now_ms  # nearly every message
+            time_s = sent_ms / 1000 if plain else event_time_s(message, clock, now)
             if time_s > newest.get(partition, 0.0):
                 newest[partition] = time_s
             if offset <= settled_last.get(partition, -1) and (partition, offset) in self.settled:
                 continue
-            window = time_s // window_s
-            self._filled.add(int(window))
-            self._open_bytes[window] = self._open_bytes.get(window, 0) + len(message.value or b"")
+            if (number := time_s // window_s) != window:
+                self._count_bytes(window, size)
+                window, size = number, 0
+            size += len(message.value or b"")
             read.append((message, positions[partition], time_s))
             positions[partition] = offset + 1
+        self._count_bytes(window, size)
         return read
+
+    def _count_bytes(self, window: float | None, size: int) -> None:
+        if window is not None:
+            self._filled.add(int(window))
+            self._open_bytes[window] = self._open_bytes.get(window, 0) + size
 
     def _heard(self, raw: Any) -> None:
         from confluent_kafka import KafkaError

@@ -133,10 +133,12 @@ def nothing(empty: tuple[float, float]) -> Outcome:
 
 
 def row_names(labels: pa.Table) -> list[str]:
-    """Name each labelled row by its id and by its message's place or id, where it has one: what a repetition asks again."""
-    columns = [
-        labels[name].to_pylist() for name in ("example_id", PARTITION, OFFSET, MESSAGE) if name in labels.column_names
-    ]
+    """Name labelled rows by what a repetition asks again: all by their messages' places, or each by its and its message's id."""
+    if PARTITION in labels.column_names:
+        ordered = sorted_by_place(labels)
+        places = b"".join(ordered[name].to_numpy().tobytes() for name in (PARTITION, OFFSET))
+        return [hashlib.blake2b(places, digest_size=16).hexdigest()]
+    columns = [labels[name].to_pylist() for name in ("example_id", MESSAGE) if name in labels.column_names]
     return [repr(values) for values in zip(*columns, strict=True)]
 
 

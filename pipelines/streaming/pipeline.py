@@ -63,7 +63,7 @@ class LabelStream(beam.PTransform):
 
 
 class LabelMessageStream(beam.PTransform):
-    """Windowed batches of messages to what was committed of them.
+    """Windowed batches of messages, or what became of them already, to what was committed of them.
 
     Args:
       config: the configuration of a labelling job, with absolute paths.
@@ -72,6 +72,7 @@ class LabelMessageStream(beam.PTransform):
       topic: what the messages come from.
       attempt: name of this submission of the pipeline.
       again: mark of the dead letters that the messages were, or "".
+      asked: whether the source has asked the teacher, and gives outcomes.
     """
 
     def __init__(
@@ -82,21 +83,19 @@ class LabelMessageStream(beam.PTransform):
         topic: str,
         attempt: str = "",
         again: str = "",
+        *,
+        asked: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.settings, self.decoder, self.topic = config, settings, decoder, topic
-        self.attempt, self.again = attempt, again
+        self.attempt, self.again, self.asked = attempt, again, asked
 
     def expand(self, batches: Any) -> Any:
         spec = spec_of(self.config)
-        labelling = Labelling(
-            teacher=teacher_text(self.config.teacher, spec.classes),
-            spec=spec,
-            id_column=self.config.data.id,
-            teacher_batch=self.config.engine.teacher_batch,
-            trust=trusted(),
-        )
-        if has_budget(self.config):
+        labelling = _labelling(self.config, spec)
+        if self.asked:
+            outcomes = batches
+        elif has_budget(self.config):
             decode = DecodeMessages(self.decoder, self.topic)
             decoded = batches | "Decode" >> beam.ParDo(decode).with_outputs("receipts", main="rows")
             labelled = (
@@ -109,6 +108,16 @@ class LabelMessageStream(beam.PTransform):
         return outcomes | WritePanes(
             out, letters, spec, self.topic, shards=shards, attempt=self.attempt, again=self.again
         )
+
+
+def _labelling(config: LabelConfig, spec: SoftLabelSpec) -> Labelling:
+    return Labelling(
+        teacher=teacher_text(config.teacher, spec.classes),
+        spec=spec,
+        id_column=config.data.id,
+        teacher_batch=config.engine.teacher_batch,
+        trust=trusted(),
+    )
 
 
 def build(
@@ -139,26 +148,21 @@ def build(
         )
     assert decoder is not None
     clock = decoder if settings.event_time else None
-    again = ""
+    again, asked = "", False
     if letters is not None:
         items = list(letters.batches(settings.window_s, config.engine.teacher_batch, clock))
         batches = read_letters(pipeline, items) | "Window" >> beam.WindowInto(FixedWindows(settings.window_s))
         topic, again = letters.topic, letters.mark
-    elif isinstance(reading, PubsubReading):
-        batches = (
-            pipeline
-            | "ReadMessages" >> ReadPubsub(reading)
-            | "Window" >> _windows(settings, config, runners_lateness_s(settings))
-        )
-        topic = reading.subscription
     elif reading is not None:
-        # the source gathers the batches, by window, so that they are full whatever the runner's bundles are
-        batches = (
-            pipeline
-            | "ReadMessages" >> ReadKafka(reading)
-            | "Window" >> _windows(settings, config, settings.allowed_lateness_s)
-        )
-        topic = reading.topic.name
+        # the source gathers the batches, by window, so that they are full whatever the runner's bundles are, and asks
+        topic, asked, then = reading.name, not has_budget(config), None
+        if asked:
+            then = LabelMessages(decoder, _labelling(config, spec_of(config)), topic)
+        if isinstance(reading, PubsubReading):
+            read, lateness_s = ReadPubsub(reading, then), runners_lateness_s(settings)
+        else:
+            read, lateness_s = ReadKafka(reading, then), settings.allowed_lateness_s
+        batches = pipeline | "ReadMessages" >> read | "Window" >> _windows(settings, config, lateness_s)
     else:
         messages, topic = read_messages(pipeline, settings)
         gather = beam.BatchElements(
@@ -170,7 +174,7 @@ def build(
         windows = _windows(settings, config, runners_lateness_s(settings))
         stamped = messages | "AtTheirTime" >> beam.ParDo(stamp) | "Window" >> windows
         batches = stamped | "Batch" >> gather | "Gathered" >> beam.FlatMap(gathered)
-    return batches | LabelMessageStream(config, settings, decoder, topic, attempt, again)
+    return batches | LabelMessageStream(config, settings, decoder, topic, attempt, again, asked=asked)
 
 
 def spec_of(config: LabelConfig) -> SoftLabelSpec:

@@ -13,9 +13,9 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, Duration, Timestamp
 
+from distilbeam.pipelines.streaming.batch_source import BatchFn, BatchSource, Stamped
 from distilbeam.pipelines.streaming.message import Message, MessageBatch
 from distilbeam.pipelines.streaming.pubsub_reader import Delivered, PubsubReader, PubsubReading, take_pubsub_reader
 from distilbeam.pipelines.streaming.restriction import END, RESTRICTION, WATERMARK
@@ -29,20 +29,21 @@ class ReadPubsub(beam.PTransform):
 
     Args:
       reading: what is read and how.
+      then: what is done with each batch, in the same step; None gives the batches.
     """
 
-    def __init__(self, reading: PubsubReading) -> None:
+    def __init__(self, reading: PubsubReading, then: BatchFn | None = None) -> None:
         super().__init__()
-        self.reading = reading
+        self.reading, self.then = reading, then
 
     def expand(self, pipeline: Any) -> Any:
-        return (
-            pipeline | "Start" >> beam.Create([_NOWHERE], reshuffle=False) | "Read" >> beam.ParDo(_Read(self.reading))
-        )
+        start = pipeline | "Start" >> beam.Create([_NOWHERE], reshuffle=False)
+        return start | "Read" >> beam.ParDo(_Read(self.reading, self.then))
 
 
-class _Read(beam.DoFn):
-    def __init__(self, reading: PubsubReading) -> None:
+class _Read(BatchSource):
+    def __init__(self, reading: PubsubReading, then: BatchFn | None) -> None:
+        super().__init__(then)
         self.reading = reading
         self.late = Metrics.counter("ReadPubsub", "late_messages")
         self.read = Metrics.counter("ReadPubsub", "messages")
@@ -54,6 +55,9 @@ class _Read(beam.DoFn):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
+        yield from self.done_with(self._batches(tracker, watermark))
+
+    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Stamped]:
         reader = take_pubsub_reader(self.reading)
         now = watermark.current_watermark()
         reader.watermark_s = -float("inf") if now is None else now.micros / 1e6
@@ -71,7 +75,7 @@ class _Read(beam.DoFn):
             reader.close()  # what was given out and will not be committed comes again
             raise
 
-    def _read_for_a_while(self, reader: PubsubReader, tracker: Any) -> Generator[Any, None, bool]:
+    def _read_for_a_while(self, reader: PubsubReader, tracker: Any) -> Generator[Stamped, None, bool]:
         """Read for `max_wait_s`, emit each batch when it is full and the rest at the end; return whether to end."""
         end = time.monotonic() + max(self.reading.max_wait_s, 0.1)
         waiting: dict[tuple[float, bool], list[Delivered]] = {}
@@ -98,9 +102,9 @@ class _Read(beam.DoFn):
             return watermark_s // window_s * window_s, True
         return start, each.late
 
-    def _stamped(self, key: tuple[float, bool], same: list[Delivered]) -> TimestampedValue:
+    def _stamped(self, key: tuple[float, bool], same: list[Delivered]) -> Stamped:
         start, late = key
         messages: tuple[Message, ...] = tuple(each.message for each in same)
         if late:
             self.late.inc(len(messages))
-        return TimestampedValue(MessageBatch(messages, (), late), Timestamp(start))
+        return MessageBatch(messages, (), late), Timestamp(start)

@@ -62,6 +62,11 @@ class PubsubReading:
     max_wait_s: float = 1.0
     clock: Decoder | None = None
 
+    @property
+    def name(self) -> str:
+        """What the messages come from, as labels and dead letters have it."""
+        return self.subscription
+
 
 @dataclass(frozen=True)
 class Delivered:

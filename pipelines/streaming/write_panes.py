@@ -10,6 +10,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import apache_beam as beam
@@ -33,8 +34,6 @@ from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import FOLDER as MANIFEST
 
 _GIVEN_UP = "this pipeline was given up and submitted again"
-_ended: set[str] = set()
-_committing = threading.Lock()
 
 
 class WritePanes(beam.PTransform):
@@ -74,14 +73,49 @@ class WritePanes(beam.PTransform):
         )
 
 
+class _Commits:
+    """The commits under way of this process, side by side: each waits for the disk most of its time."""
+
+    def __init__(self) -> None:
+        self._ended: set[str] = set()
+        self._under_way: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def one(self, attempt: str) -> Iterator[None]:
+        """Commit something in the block.
+
+        Raises:
+          RuntimeError: the submission was given up.
+        """
+        with self._changed:
+            if attempt in self._ended:
+                raise RuntimeError(_GIVEN_UP)
+            self._under_way[attempt] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way[attempt] -= 1
+                self._changed.notify_all()
+
+    def end(self, attempt: str) -> None:
+        """Let nothing more begin, and wait for what has begun."""
+        with self._changed:
+            self._ended.add(attempt)
+            self._changed.wait_for(lambda: not self._under_way[attempt])
+
+
+_commits = _Commits()
+
+
 def fence(attempt: str) -> None:
     """Let no worker of this process commit anything more for a submission whose engine has died.
 
     Its threads outlive the engine; what one of them committed after the next submission has looked at what is settled would
     be asked and written twice. A commit under way is waited for.
     """
-    with _committing:
-        _ended.add(attempt)
+    _commits.end(attempt)
 
 
 def _by_shard(outcome: Outcome, shards: int) -> tuple[int, Outcome]:
@@ -128,9 +162,7 @@ class _WritePane(beam.DoFn):
             facts[AGAIN] = True
         if ids:
             facts[MESSAGES] = len(ids)
-        with _committing:
-            if self.attempt in _ended:
-                raise RuntimeError(_GIVEN_UP)
+        with _commits.one(self.attempt):
             if not any(exists_anywhere(self.dataset, folder, f"{key}.json") for folder in (MANIFEST, FOLDER)):
                 self._commit(key, labels, letters, ids, facts)
         rows = 0 if labels is None else labels.num_rows
@@ -142,9 +174,7 @@ class _WritePane(beam.DoFn):
         name = window_name(IntervalWindow(*span))
         facts = {"window": name, "topic": self.topic, "offsets": {}, "empty": True}
         key = f"empty={name}"
-        with _committing:
-            if self.attempt in _ended:
-                raise RuntimeError(_GIVEN_UP)
+        with _commits.one(self.attempt):
             if not exists_anywhere(self.dataset, FOLDER, f"{key}.json"):
                 write_text_anywhere(self.dataset, FOLDER, f"{key}.json", json.dumps(facts, sort_keys=True))
         return {"key": key, "rows": 0, **facts}

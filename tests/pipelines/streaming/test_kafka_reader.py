@@ -116,12 +116,14 @@ def test_batches_cover_what_lies_between_their_messages() -> None:
     def message(partition: int, offset: int) -> Message:
         return Message(partition, offset, 0, None, b"")
 
-    assert gather.add(message(0, 4), 2, 12.0, 0.0) is None  # 2 and 3 hold nothing
-    assert gather.add(message(1, 0), 0, 13.0, 0.0) is None
-    assert gather.add(message(0, 5), 5, 21.0, 0.0) is None  # of another window
-    batch, time_s = gather.add(message(0, 6), 6, 19.0, 0.0) or (None, 0.0)
-    assert batch is not None
+    came = [
+        (message(0, 4), 2, 12.0),  # 2 and 3 hold nothing
+        (message(1, 0), 0, 13.0),
+        (message(0, 5), 5, 21.0),  # of another window
+        (message(0, 6), 6, 19.0),
+    ]
+    ((batch, time_s),) = gather.add(came, 0.0)
     assert batch.covers == ((0, 2, 4), (0, 6, 6), (1, 0, 0))
     assert time_s == 12.0
-    assert gather.add(message(0, 7), 7, 14.9, 25.0) is None
+    assert list(gather.add([(message(0, 7), 7, 14.9)], 25.0)) == []
     assert [(each.covers, each.late) for each, _ in gather.rest()] == [(((0, 5, 5),), False), (((0, 7, 7),), True)]
