@@ -20,8 +20,8 @@ from distilbeam.selection.strategies.registry import gain_read, names, strategy_
 from distilbeam.settings import Configuration, Section, folder_of, read_settings, validated
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
-from distilbeam.student.training.config import TrainConfig
-from distilbeam.teacher.config import TeacherConfig
+from distilbeam.student.training.config import TrainConfig, check_kind
+from distilbeam.teacher.config import TOKEN_KINDS, TeacherConfig
 
 
 def _known_gain(name: str) -> str:
@@ -103,12 +103,6 @@ class LabelDataSection(PoolSection):
     """The data of a labelling job."""
 
     num_classes: int | None = Field(None, ge=2, description="number of classes, where they have no names")
-
-    @model_validator(mode="after")
-    def _classes_are_given_once(self) -> Self:
-        if bool(self.classes) == (self.num_classes is not None):
-            raise ValueError("classes must be given by their names, or num_classes by their number, and not both")
-        return self
 
 
 class _LabelForm(Section):
@@ -255,6 +249,20 @@ class RunConfig(Configuration):
     pareto: ParetoConfig = ParetoConfig()
 
     @model_validator(mode="after")
+    def _teaches_classes(self) -> Self:
+        if self.teacher.kind in TOKEN_KINDS:
+            raise ValueError(
+                f"teacher.kind must be that of a classifier in a run, got {self.teacher.kind!r}, which labels tokens; leave out "
+                "[selection], [student] and labelled and validation in [data], and 'distilbeam label' labels the pool"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_suit_the_objective(self) -> Self:
+        check_kind(self.training.objective, self.labels.kind)
+        return self
+
+    @model_validator(mode="after")
     def _can_pool(self) -> Self:
         if self.labels.pooled is True:
             for name, needed, given in (
@@ -320,6 +328,27 @@ class LabelConfig(Configuration):
     engine: EngineSection = EngineSection()
     prices: PricesSection = PricesSection()
     watch: WatchSection = WatchSection()
+
+    @model_validator(mode="after")
+    def _classes_are_given_once(self) -> Self:
+        named, counted = bool(self.data.classes), self.data.num_classes is not None
+        if self.labels_tokens:
+            if named or counted:
+                raise ValueError(
+                    "data: classes and num_classes must be left out: the classes of tokens are the ids of the tokenizer"
+                )
+            if self.labels.kind == "dense":
+                raise ValueError("labels.kind must be 'top_k' or 'sampled' for tokens, with labels.k classes or draws")
+            if self.data.carry:
+                raise ValueError("data.carry must be left out: blocks of tokens are always copied, and nothing else")
+        elif named == counted:
+            raise ValueError("data: classes must be given by their names, or num_classes by their number, and not both")
+        return self
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether the teacher labels the tokens of blocks."""
+        return self.teacher.kind in TOKEN_KINDS
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

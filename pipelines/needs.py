@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from distilbeam.student.search.space import ParetoConfig
 
 STORES = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
-TEACHERS = {"onnx": ("onnx", ("onnxruntime",)), "huggingface": ("hf", ("transformers",))}
+TEACHERS = {
+    "causal_lm": ("hf", ("transformers", "tokenizers")),
+    "huggingface": ("hf", ("transformers",)),
+    "onnx": ("onnx", ("onnxruntime",)),
+}
 ONNX_FORMATS = ("onnx", "int8", "int8-weights")
 
 
@@ -32,6 +36,8 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     for section, reading in inputs.items():
         if reading is not None and reading.tokenizer:
             yield Need(f"{section}.input.tokenizer", "hf", ("tokenizers",))
+    if getattr(getattr(config, "student", None), "kind", None) == "huggingface":
+        yield Need("student.kind = 'huggingface'", "hf", ("transformers",))
     encoder = getattr(getattr(config, "student", None), "encoder", None)
     if encoder is not None and encoder.folder:
         yield Need("student.encoder.folder", "hf", ("transformers",))
@@ -77,6 +83,8 @@ def needs_of_search() -> Iterator[Need]:
 
 def needs_of_ingest(format_: str, out: str) -> Iterator[Need]:
     """List what it takes to read a format and to write where the pool goes."""
+    if format_ in ("lm", "chat"):
+        yield Need(f"--format {format_}", "hf", ("transformers", "tokenizers"))
     if format_ == "tfrecord":
         yield Need("--format tfrecord", "tfrecord")
     if (extra := STORES.get(out.partition("://")[0])) and "://" in out:

@@ -2,7 +2,7 @@
 
 `student.json` holds the configuration, the classes in the order of the logits, the shape of the input and what the
 training wants remembered; a tokenizer lies beside it. No pickle is read, and what the folder says is checked before a
-network is built by it.
+network is built by it. The folder of a student of kind `huggingface` is one of transformers besides, with config.json.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from distilbeam.inputs.config import make_input, with_padding
 from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.model_card import CARD, Card
 from distilbeam.student.networks.build import build_student, count_parameters
-from distilbeam.student.networks.config import KINDS, StudentConfig
+from distilbeam.student.networks.config import HUGGINGFACE, KINDS, StudentConfig
 from distilbeam.student.networks.embedding import seen_by_head
+from distilbeam.student.networks.huggingface import CONFIG
+from distilbeam.student.networks.huggingface_files import load_files, write_files
 from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
 from distilbeam.student.predictions import Predictor
 from distilbeam.student.trust import code_of, require_trusted
@@ -207,9 +209,13 @@ def save_student(
         "extra": dict(extra or {}),
     }
     with committed_directory(directory) as temporary:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS)
-        whole = config.model_copy(update={"input": with_own_files(config.input, temporary)})
+        own_input = with_own_files(config.input, temporary)
+        if config.kind == HUGGINGFACE:
+            config = write_files(module, config, classes, temporary)
+        else:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+            save_file(tensors, temporary / WEIGHTS)
+        whole = config.model_copy(update={"input": own_input})
         description["config"] = whole.model_dump(mode="json")
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         if files is not None:
@@ -237,6 +243,12 @@ def load_student(directory: str | Path, trust: Sequence[str] = ()) -> Student:
     description = _read(directory)
     config = description.config.model_copy(update={"input": found_in(description.config.input, directory)})
     require_trusted(code_of(config), directory / DESCRIPTION, trust)
+    if config.kind == HUGGINGFACE:
+        try:
+            network = load_files(directory, config, len(description.classes))
+        except ValueError as e:
+            raise _misfit(directory / WEIGHTS, e) from e
+        return Student(network, config, description, directory / WEIGHTS)
     if config.kind in KINDS or config.kind.startswith(OWN):
         _require_shapes(directory / WEIGHTS, config, description)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
@@ -299,6 +311,8 @@ def _shape(shape: list[int] | None) -> str:
 def _digest(weights: Path, config: StudentConfig, description: Description) -> str:
     digest = hashlib.blake2b(weights.read_bytes(), digest_size=16)
     digest.update(json.dumps(description.meaning, sort_keys=True).encode())
+    if config.kind == HUGGINGFACE:  # heads, activations and the like stand there
+        digest.update((weights.parent / CONFIG).read_bytes())
     if config.input.tokenizer and description.config.input.tokenizer == TOKENIZER:
         digest.update(str(content_of(config.input)).encode())
     return digest.hexdigest()

@@ -61,6 +61,14 @@ def content_of(config: InputConfig) -> str | None:
     return content_of_file(config.tokenizer)
 
 
+def content_of_folder(path: str | Path) -> str:
+    """Identify the settings and weights in a folder of transformers, wherever it is."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted([*Path(path).glob("*.json"), *Path(path).glob("*.safetensors")]):
+        digest.update(f"{file.name} {content_of_file(file)} ".encode())
+    return digest.hexdigest()
+
+
 def content_of_file(path: str | Path) -> str:
     """Identify the contents of a file, wherever it is."""
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from distilbeam.inputs.blocks import BLOCK_COLUMNS
 from distilbeam.inputs.config import InputConfig
 from distilbeam.settings import Section, folder_of, read_toml, validated
 from distilbeam.teacher.answers import AnswerKind
@@ -283,6 +284,27 @@ class HuggingFaceConfig(_TeacherConfig):
         return ("model",)
 
 
+class CausalLMConfig(_Config):
+    """A causal language model of transformers in a local folder, which labels the tokens of blocks."""
+
+    kind: Literal["causal_lm"] = Field("causal_lm", description="a language model of transformers (extra: hf)")
+    model: PathText = Field(description="folder with config.json, safetensors and the tokenizer")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, tpu, or auto for CUDA where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type that the model computes in")
+    batch_tokens: int = Field(
+        8192, ge=1, description="most tokens in one forward pass, a block at least; halved when memory runs out"
+    )
+
+    @property
+    def input(self) -> InputConfig:
+        """The columns of a block."""
+        return InputConfig(columns=BLOCK_COLUMNS)
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("model",)
+
+
 class BeamConfig(_TeacherConfig):
     """Any Apache Beam ModelHandler."""
 
@@ -313,9 +335,10 @@ class BeamConfig(_TeacherConfig):
 
 
 TeacherConfig = Annotated[
-    BeamConfig | HuggingFaceConfig | OnnxConfig | SavedModelConfig | TfServingConfig | TorchConfig,
+    BeamConfig | CausalLMConfig | HuggingFaceConfig | OnnxConfig | SavedModelConfig | TfServingConfig | TorchConfig,
     Field(discriminator="kind"),
 ]
+TOKEN_KINDS = ("causal_lm",)  # of teachers that label the tokens of blocks
 
 
 def parse_teacher_config(data: Any) -> TeacherConfig:

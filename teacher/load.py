@@ -16,6 +16,7 @@ def load_teacher(
     *,
     base: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    form: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """Load a teacher.
 
@@ -24,9 +25,11 @@ def load_teacher(
       base: folder that relative paths start at; the working directory where it is not given.
       classes: names of the job's classes. A model that knows its outputs by name answers in this order; without them
         every model answers in its own.
+      form: how labels of tokens are stored, the fields of `tokens.protocol.TokenForm`: a teacher of tokens then answers each
+        block with one row of numbers, like every `Teacher`.
 
     Returns:
-      The teacher; close it when it is no longer needed.
+      The teacher; close it when it is no longer needed. One of tokens labels blocks (`TokenTeacher`), all others are `Teacher`s.
 
     Raises:
       ValueError: a setting is not valid, a file, module or library that it needs is missing, or the model's classes are
@@ -44,13 +47,26 @@ def load_teacher(
         except BaseException:
             teacher.close()
             raise
+    if form is not None:
+        teacher = _answering_blocks(teacher, form)
     loaded: Teacher = teacher
     return loaded
+
+
+def _answering_blocks(teacher: Any, form: Mapping[str, Any]) -> Any:
+    answers = importlib.import_module("distilbeam.teacher.tokens.block_answers")
+    protocol = importlib.import_module("distilbeam.teacher.tokens.protocol")
+    try:
+        return answers.BlockAnswers(teacher, protocol.TokenForm(**{**form, "carried": tuple(form["carried"])}))
+    except BaseException:
+        teacher.close()
+        raise
 
 
 # Modules are imported by name when their kind is asked for: each brings a framework of its own.
 _TEACHERS = {
     "beam": "backends.beam:BeamTeacher",
+    "causal_lm": "tokens.causal_lm:CausalLMTeacher",
     "huggingface": "backends.huggingface:HuggingFaceTeacher",
     "onnx": "backends.onnx:OnnxTeacher",
     "savedmodel": "backends.savedmodel:SavedModelTeacher",

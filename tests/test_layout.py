@@ -40,12 +40,12 @@ FLOORS = {
     ),
     "pipelines": (
         ("config", "engine"),
-        ("example", "needs", "pool"),
+        ("examples", "needs", "pool"),
         ("acquisition",),
         ("labelling",),
         ("jobs",),
         ("ingest", "report"),
-        ("prediction",),
+        ("corpus", "prediction"),
         ("experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
@@ -71,7 +71,7 @@ FLOORS = {
         ("answers", "fingerprint"),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
-        ("tfserving",),
+        ("tfserving", "tokens"),
     ),
 }
 

@@ -3,7 +3,8 @@
 With f = softmax(v / T), y the target and S = sum y:
 
     kl, ce    dL/dv = T (S f - y)
-    slam      dL/dv = T (s - f sum s),   s_j = -(y_j f_j / mix_j) (a - flip_j)
+    others    dL/dv = T (s - f sum s),   s of divergences.py
+    slam      the same with              s_j = -(y_j f_j / mix_j) (a - flip_j)
               and, for "forward", - f_j sum_i y_i flip_i / mix_i for the candidates j
 
 and a rest bucket hands its gradient to its classes in proportion to exp((z_j - rest) / tau).
@@ -16,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.distillation.divergences import FORWARD, summands_and_slopes
 from distilbeam.kernels.distillation.reference import log_mix, reach_shift
 from distilbeam.kernels.distillation.targets import Targets
 
@@ -31,12 +33,16 @@ def bucket_losses_and_gradient(v_BN: Tensor, targets: Targets, out: Tensor | Non
     Returns:
       The losses [B] and their derivatives by the logits [B, n].
     """
-    if v_BN.is_cpu and targets.flip is None and targets.padding is None:
+    forward = targets.divergence == FORWARD
+    if v_BN.is_cpu and forward and targets.flip is None and targets.padding is None:
         easy = _where_every_bucket_exists(v_BN, targets, out)
         if easy is not None:
             return easy
     absent_BN = torch.isneginf(v_BN)
     logf_BN = _log_softmax(v_BN.masked_fill(absent_BN.all(dim=1, keepdim=True), 0), targets.temperature)
+    if not forward:
+        d_BN, s_BN = summands_and_slopes(targets.logprobs, logf_BN, absent_BN, targets.divergence)
+        return _pulled(d_BN.sum(dim=1), s_BN, logf_BN, targets, out)
     y_BN = targets.logprobs.exp().masked_fill_(absent_BN, 0)
     absent_BN |= y_BN == 0
     logmix_BN = logf_BN if targets.flip is None else log_mix(logf_BN, targets)
@@ -44,9 +50,7 @@ def bucket_losses_and_gradient(v_BN: Tensor, targets: Targets, out: Tensor | Non
     loss_B = -(y_BN * value_BN.masked_fill(absent_BN, 0)).sum(dim=1)
     if targets.flip is None:
         return _finished(loss_B, torch.exp(logf_BN, out=logf_BN if out is None else out), y_BN, targets)
-    s_BN = _slam_pull(y_BN, logf_BN, logmix_BN, targets)
-    gradient_BN = s_BN - logf_BN.exp_() * s_BN.sum(dim=1, keepdim=True)
-    return targets.temperature**2 * loss_B, torch.mul(gradient_BN, targets.temperature, out=out)
+    return _pulled(loss_B, _slam_pull(y_BN, logf_BN, logmix_BN, targets), logf_BN, targets, out)
 
 
 def _where_every_bucket_exists(v_BN: Tensor, targets: Targets, out: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -71,6 +75,14 @@ def _finished(loss_B: Tensor, f_BN: Tensor, y_BN: Tensor, targets: Targets) -> t
     if targets.temperature == 1:
         return loss_B, f_BN
     return loss_B.mul_(targets.temperature**2), f_BN.mul_(targets.temperature)
+
+
+def _pulled(
+    loss_B: Tensor, s_BN: Tensor, logf_BN: Tensor, targets: Targets, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Bring a loss and its slopes s to the temperature; `logf_BN` is overwritten."""
+    gradient_BN = s_BN - logf_BN.exp_() * s_BN.sum(dim=1, keepdim=True)
+    return targets.temperature**2 * loss_B, torch.mul(gradient_BN, targets.temperature, out=out)
 
 
 def _log_softmax(v_BN: Tensor, temperature: float) -> Tensor:

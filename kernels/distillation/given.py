@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distilbeam.kernels.distillation.targets import check_labels
+from distilbeam.kernels.distillation.divergences import FORWARD, Divergence, divergence_of
+from distilbeam.kernels.distillation.targets import BUCKETED, check_labels
 from distilbeam.kernels.distillation.terms import Options, check_call, denominator, vector
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, TopKLabels
 
@@ -28,6 +29,7 @@ class Given:
       mask: rows that count, bool [B]; None for all.
       normalizer: of one number, which divides the losses; None for 1.
       share: a number that multiplies them.
+      divergence: that the objective is; forward for true classes.
     """
 
     labels: Labels
@@ -37,6 +39,7 @@ class Given:
     mask: Tensor | None
     normalizer: Tensor | None
     share: float
+    divergence: Divergence = FORWARD
 
     @property
     def entropy(self) -> bool:
@@ -46,14 +49,14 @@ class Given:
     @property
     def rest_temperature(self) -> float:
         """The temperature at which the rest of a sparse label is brought together; see `targets.py`."""
-        return 1.0 if self.objective == "tail" or isinstance(self.labels, HardLabels) else self.temperature
+        return 1.0 if self.objective in BUCKETED or isinstance(self.labels, HardLabels) else self.temperature
 
     def flags(self) -> dict[str, int]:
         """Give what the kernels of sparse labels are compiled for."""
         labels = self.labels
         hard = isinstance(labels, HardLabels)
         tail = (1 if labels.tail_logmass is not None else 2) if isinstance(labels, TopKLabels) else 0
-        return {"TAIL": tail, "BUCKET": tail > 0 and self.objective == "tail", "HARD": hard, **self.of_rows()}
+        return {"TAIL": tail, "BUCKET": tail > 0 and self.objective in BUCKETED, "HARD": hard, **self.of_rows()}
 
     def of_rows(self) -> dict[str, int]:
         """Give which of the rows' numbers there are."""
@@ -69,6 +72,11 @@ def reasons(labels: Labels, options: Options) -> list[str]:
     found = []
     if options.objective in ("slam", "renormalised") and not isinstance(labels, HardLabels):
         found.append(f"it prepares no label of objective {options.objective!r}")
+    other = (
+        not isinstance(labels, HardLabels) and divergence_of(options.objective, options.beta, options.alpha) != FORWARD
+    )
+    if other and isinstance(labels, DenseLabels):
+        found.append(f"it prepares dense labels for forward KL, not for objective {options.objective!r}")
     if options.hard is not None:
         found.append("it takes no true classes beside the label")
     return found
@@ -112,6 +120,7 @@ def given(labels: Labels, num_rows: int, num_classes: int, options: Options) -> 
         mask,
         divided,
         1.0 if isinstance(share, Tensor) else 1 / share,
+        FORWARD if hard else divergence_of(options.objective, options.beta, options.alpha),
     )
 
 

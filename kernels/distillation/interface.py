@@ -12,7 +12,7 @@ from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation import chunked, reference
 from distilbeam.kernels.distillation.given import Given, given
 from distilbeam.kernels.distillation.given import reasons as given_reasons
-from distilbeam.kernels.distillation.targets import Mixing, Objective
+from distilbeam.kernels.distillation.targets import ALPHA, BETA, Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.resolve import Reasons, never, pallas_reasons, resolve, triton_reasons
@@ -31,6 +31,8 @@ def distill_loss(
     candidates: Tensor | int | None = None,
     temperature: float = 1.0,
     objective: Objective = "kl",
+    beta: float = BETA,
+    alpha: float = ALPHA,
     mixing: Mixing = "normalised",
     hard: Tensor | None = None,
     hard_share: float = 0.5,
@@ -54,11 +56,17 @@ def distill_loss(
       accuracy: `slam`: probability in [0, 1] that the teacher is right, [B] or a number.
       candidates: `slam`: how many of the teacher's top classes hold the truth, integer [B] or a number; None for 2.
       temperature: T, between 1e-4 and 1e4. True classes are always compared at temperature 1.
-      objective: `kl`: KL(y || f); on sparse labels the kept classes alone, unnormalised, which pulls the student
-        towards y / sum y there. `ce`: the same without the teacher's entropy. `tail`: KL over the kept classes and one
-        bucket of all others, bucketed at temperature 1. `renormalised`: KL with both sides normalised on the kept ones.
-        `sampled`: KL to the sampled frequencies, whose gradient at T = 1 is unbiased. `slam`: cross-entropy to the
-        student mixed with the teacher's errors. At k = C all but `ce` and `slam` equal the dense `kl`.
+      objective: `kl`: KL(y || f), of dense and sampled labels, and of top-k labels that keep every class. `tail`: KL over
+        the kept classes and one bucket of all others, bucketed at temperature 1. Over the same buckets, or over the classes
+        of dense labels: `reverse_kl`: KL(f || y); `jsd`: beta KL(y || m) + (1 - beta) KL(f || m), m = beta y + (1 - beta) f;
+        `skew_kl`: KL(y || alpha y + (1 - alpha) f); `skew_reverse_kl`: KL(f || (1 - alpha) y + alpha f); `tv`: half the sum
+        of |y - f|. `truncated_kl`: KL over the kept classes alone, unnormalised, which pulls the student towards
+        y / sum y there; `ce`: the same without the teacher's entropy. `renormalised`: KL with both sides normalised on the
+        kept ones. `sampled`: KL to the sampled frequencies, whose gradient at T = 1 is unbiased. `slam`: cross-entropy to
+        the student mixed with the teacher's errors. At k = C `tail`, `truncated_kl`, `renormalised` and `sampled` equal the
+        dense `kl`, and the others their own dense form.
+      beta: `jsd`: in [0, 1]; at 0 the loss is forward KL, at 1 reverse KL, as in TRL.
+      alpha: `skew_kl`, `skew_reverse_kl`: in [0, 1); at 0 they are forward and reverse KL.
       mixing: `slam`: `plain`, `normalised` or `forward`.
       hard: true classes to mix in, integer [B]; `ignore_index` where unknown.
       hard_share: share of the true class in the loss of a row that has one.
@@ -89,7 +97,7 @@ def distill_loss(
 
     References:
       Hinton et al., arXiv:1503.02531 (T^2); Kontonis et al., arXiv:2302.03806 (SLaM, Remark B.1 for `plain`);
-      Anshumann et al., arXiv:2503.16870 (sampled labels).
+      Anshumann et al., arXiv:2503.16870 (sampled labels); for the other divergences `divergences.py`.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating [examples, classes], got {logits.dtype} {list(logits.shape)}")
@@ -99,6 +107,8 @@ def distill_loss(
         candidates=candidates,
         temperature=temperature,
         objective=objective,
+        beta=beta,
+        alpha=alpha,
         mixing=mixing,
         hard=hard,
         hard_share=hard_share,

@@ -1,7 +1,7 @@
 """Loss and gradient of rows that hold nothing unusual, in as few operations as torch has for them; on a CPU.
 
 A small batch's time is the number of operations, a large one's the number of passes over [B, C]. With s the scale of a
-row, f the student's distribution and y the target, every loss here is
+row, f the student's distribution and y the target, every forward KL here is
 
     loss = sum pull (log f - log y) T,     gradient = pull - f sum pull,     pull = -s T y
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.kernels.distillation.closed_form import bucket_losses_and_gradient, over
+from distilbeam.kernels.distillation.divergences import FORWARD
 from distilbeam.kernels.distillation.sweep import kept_gradient, kept_logits
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
@@ -65,7 +66,7 @@ def loss_and_gradient(
     if targets.classes is not None:
         sparse = _true_class if targets.certain else _kept if targets.rest_temperature is None else _kept_and_rest
         made = sparse(logits_BC, targets, targets.classes, scale_B, wish)
-    elif targets.flip is None:
+    elif _forward(targets):
         made = _every_class(logits_BC, targets, scale_B, wish)
     else:
         made = _scaled(bucket_losses_and_gradient(logits_BC, targets, out), scale_B, reduced)
@@ -74,6 +75,10 @@ def loss_and_gradient(
     if term.valid is not None and made[1] is not None:  # 0 times what is not finite is no 0
         made[1].index_fill_(0, (~term.valid).nonzero()[:, 0], 0)
     return made
+
+
+def _forward(targets: Targets) -> bool:
+    return targets.flip is None and targets.divergence == FORWARD
 
 
 def _every_class(v_BN: Tensor, targets: Targets, scale_B: Tensor, wish: Wish) -> Made | None:
@@ -93,7 +98,7 @@ def _every_class(v_BN: Tensor, targets: Targets, scale_B: Tensor, wish: Wish) ->
 
 def _kept(logits_BC: Tensor, targets: Targets, classes_BK: Tensor, scale_B: Tensor, wish: Wish) -> Made | None:
     v_BK = kept_logits(logits_BC, targets, classes_BK)
-    plain = targets.flip is None and targets.padding is None
+    plain = _forward(targets) and targets.padding is None
     made = _every_class(v_BK, targets, scale_B, wish._replace(out=None)) if plain else None
     if made is None:
         made = _scaled(bucket_losses_and_gradient(v_BK, targets), scale_B, wish.reduced)
@@ -112,7 +117,7 @@ def _kept_and_rest(logits_BC: Tensor, targets: Targets, classes_BK: Tensor, scal
     f_BN = torch.cat([kept_BK, rest_B1], dim=1)
     if not float(f_BN.amin()) > LEAST_MASS:
         return None
-    if tau == T and targets.flip is None and targets.padding is None:  # the buckets' softmax is there already
+    if tau == T and _forward(targets) and targets.padding is None:  # the buckets' softmax is there already
         f_BN /= f_BN.sum(dim=1, keepdim=True)  # 1, but where a class is named twice
         pull_BN = targets.logprobs.exp().mul_((scale_B * -T)[:, None])
         logf_BN = f_BN.log()

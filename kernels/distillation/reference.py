@@ -2,7 +2,7 @@
 
 With v the logits of the n buckets of targets.py, f = softmax(v / T) and y the target:
 
-    kl, ce    T^2 sum_j y_j (log y_j - log f_j)   and   -T^2 sum_j y_j log f_j
+    kl, ce    T^2 sum_j y_j (log y_j - log f_j)   and   -T^2 sum_j y_j log f_j; other divergences are in divergences.py
     slam      -T^2 sum_j y_j log mix_j,   mix = a f + flip (R - f),   R = 1, or the candidates' own mass ("forward")
 
 SLaM: arXiv:2302.03806. Outside the candidates mix is a f, whose logarithm is taken as log a + log f: where the paper
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.distillation.divergences import FORWARD, summands
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 
@@ -104,6 +105,9 @@ def bucket_losses(v_BN: Tensor, targets: Targets) -> Tensor:
     absent_BN = torch.isneginf(v_BN)
     v_BN = v_BN.masked_fill(absent_BN.all(dim=1, keepdim=True), 0)  # where nothing exists, the loss is 0
     logf_BN = torch.log_softmax(v_BN / targets.temperature, dim=1)
+    if targets.divergence != FORWARD:
+        d_BN = summands(targets.logprobs, logf_BN, absent_BN, targets.divergence)
+        return targets.temperature**2 * d_BN.sum(dim=1)
     y_BN = targets.logprobs.exp()
     absent_BN = absent_BN | (y_BN == 0)  # 0 log 0 = 0, and a bucket without classes takes no target
     logmix_BN = logf_BN if targets.flip is None else log_mix(logf_BN, targets)

@@ -6,25 +6,37 @@ other classes: with z_j the logits of those others,
 
     rest = tau * logsumexp_j(z_j / tau)
 
-so that softmax(v / tau) is exactly the student's distribution over the buckets at temperature tau. `kl`, `ce` and
-`sampled` compare classes, hence tau = T and the rest bucket has no target. `tail` and `slam` compare buckets: teacher
-and student are bucketed at temperature 1, where the mass of the tail is known, and then brought to temperature T.
+so that softmax(v / tau) is exactly the student's distribution over the buckets at temperature tau. `truncated_kl`, `ce`
+and `sampled` compare classes, hence tau = T and the rest bucket has no target. `tail`, `slam` and the other divergences
+(`divergences.py`) compare buckets: teacher and student are bucketed at temperature 1, where the mass of the tail is known,
+and then brought to temperature T.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from distilbeam.kernels.distillation.divergences import FORWARD, Divergence, divergence_of
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels, tail_logmass
 
-Objective = Literal["kl", "ce", "tail", "renormalised", "sampled", "slam"]
+Objective = Literal[
+    "kl", "ce", "tail", "truncated_kl", "renormalised", "sampled", "slam",
+    "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv",
+]  # fmt: skip
 Mixing = Literal["plain", "normalised", "forward"]
-OBJECTIVES: tuple[Objective, ...] = ("kl", "ce", "tail", "renormalised", "sampled", "slam")
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 MIXINGS: tuple[Mixing, ...] = ("plain", "normalised", "forward")
+OTHER_DIVERGENCES: tuple[Objective, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
+BUCKETED: tuple[Objective, ...] = (
+    "tail",
+    "slam",
+    *OTHER_DIVERGENCES,
+)  # whose rest bucket has the tail's mass as its target
+BETA, ALPHA = 0.5, 0.1  # TRL's and DistiLLM's own
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4  # beyond, float32 holds neither z / T nor T^2 times a loss
 FLOOR = 1e-7  # the least accuracy: keeps log(mix) finite for classes outside the candidates
 
@@ -46,6 +58,7 @@ class Targets:
       flip: SLaM's coefficient of the candidates, (1 - a) / (m - 1) or (1 - a), zero elsewhere, [B, n].
       forward: SLaM's candidates share their own mass instead of the complement's.
       certain: one class has all of the target, and the rest has none.
+      divergence: of the student's distribution over the buckets from the target; all but `forward` have no `flip`.
     """
 
     logprobs: Tensor
@@ -58,6 +71,7 @@ class Targets:
     flip: Tensor | None = None
     forward: bool = False
     certain: bool = False
+    divergence: Divergence = FORWARD
 
     def rows(self, index: Tensor | slice) -> Targets:
         """Take some rows.
@@ -83,6 +97,7 @@ class Targets:
             take(self.flip),
             self.forward,
             self.certain,
+            self.divergence,
         )
 
 
@@ -98,6 +113,8 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     *,
     padded: bool = True,
+    beta: float = BETA,
+    alpha: float = ALPHA,
 ) -> Targets:
     """Bring labels to a target over buckets.
 
@@ -111,6 +128,8 @@ def prepare(
       mixing: SLaM's form, one of MIXINGS.
       dtype: of the computation, float32 or float64.
       padded: whether an entry of a sparse label may be padding.
+      beta: of `jsd`.
+      alpha: of `skew_kl` and `skew_reverse_kl`.
 
     Returns:
       The targets; nothing in them requires a gradient.
@@ -123,7 +142,8 @@ def prepare(
     check_labels(labels, num_classes, objective, accuracy)
     logprobs, classes, padding, rest = _buckets(labels, num_classes, objective, temperature, dtype, padded)
     if objective != "slam":
-        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce")
+        divergence = divergence_of(objective, beta, alpha)
+        return Targets(logprobs, classes, padding, rest, temperature, objective != "ce", divergence=divergence)
     rows = logprobs.shape[:1]
     assert accuracy is not None  # `_check` refuses
     a_B1 = _per_row("accuracy", accuracy, rows, logprobs).clamp(FLOOR, 1.0)
@@ -175,7 +195,7 @@ def _buckets(
     if objective == "renormalised" or (padding is None and tail is None and logprobs.shape[1] == num_classes):
         return logprobs, classes, padding, None
     nothing = torch.full_like(logprobs[:, :1], least)
-    if objective in ("tail", "slam"):
+    if objective in BUCKETED:
         return (logprobs if tail is not None else torch.cat([logprobs, nothing], 1)), classes, padding, 1.0
     kept = logprobs if tail is None else logprobs[:, :-1]
     return torch.cat([kept, nothing], 1), classes, padding, temperature
@@ -221,9 +241,29 @@ def check_labels(
         raise ValueError(f"dense labels must have the {num_classes} classes of the logits, got {width}")
     if isinstance(labels, TopKLabels) and width > num_classes:
         raise ValueError(f"top-k labels must keep at most the {num_classes} classes of the logits, got {width}")
-    if objective == "tail" and isinstance(labels, SampledLabels):
-        raise ValueError("objective 'tail' needs the mass that was left out, sampled labels have none: use 'sampled'")
+    if isinstance(labels, SampledLabels):
+        _check_sampled(objective)
+    if objective == "kl" and isinstance(labels, TopKLabels) and width < num_classes:
+        raise ValueError(
+            f"objective 'kl' needs all {num_classes} classes, top-k labels keep {width}: use 'tail', which compares what they "
+            "leave out too, or 'truncated_kl' for the kept classes alone, which pulls the student's whole mass onto them"
+        )
     if objective == "sampled" and isinstance(labels, TopKLabels):
         raise ValueError("objective 'sampled' needs sampled labels, got top-k labels: use 'tail' or 'renormalised'")
     if objective == "slam" and accuracy is None:
         raise ValueError("objective 'slam' needs accuracy, the probability that the teacher is right on each row")
+
+
+def _check_sampled(objective: Objective) -> None:
+    """Refuse what the frequencies of draws do not estimate without bias, or have not got."""
+    if objective == "tail":
+        raise ValueError("objective 'tail' needs the mass that was left out, sampled labels have none: use 'sampled'")
+    if objective == "truncated_kl":
+        raise ValueError(
+            "objective 'truncated_kl' is for top-k labels, sampled labels leave nothing out: use 'sampled'"
+        )
+    if objective in OTHER_DIVERGENCES:
+        raise ValueError(
+            f"objective {objective!r} is biased on sampled labels, whose gradient is right on average for forward KL alone: use "
+            "'sampled', or top-k labels"
+        )

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation.ranges import check_values
 from distilbeam.kernels.distillation.targets import (
+    ALPHA,
+    BETA,
     LEAST_TEMPERATURE,
     MIXINGS,
     MOST_TEMPERATURE,
@@ -48,6 +50,8 @@ class Options:
     ignore_index: int = -100
     reduction: Reduction = "mean"
     normalizer: Tensor | float | None = None
+    beta: float = BETA
+    alpha: float = ALPHA
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -59,6 +63,10 @@ class Options:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 <= self.hard_share <= 1:
             raise ValueError(f"hard_share must be between 0 and 1, got {self.hard_share}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {self.beta}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be at least 0 and below 1, where nothing is compared, got {self.alpha}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
@@ -139,6 +147,8 @@ def make_terms(
         options.mixing,
         dtype,
         padded=least_class < 0,
+        beta=options.beta,
+        alpha=options.alpha,
     )
     if options.hard is None:
         return [Term(prepared, scale, valid)]

@@ -17,6 +17,7 @@ from distilbeam.kernels.devices import on_device_of
 from distilbeam.kernels.distillation.targets import Targets
 from distilbeam.kernels.distillation.terms import Term
 from distilbeam.kernels.distillation.triton_dense import dense_rows, dense_sweeps
+from distilbeam.kernels.distillation.triton_divergences import flags_of
 from distilbeam.kernels.distillation.triton_kernels import solve_rows, spread_rows
 from distilbeam.kernels.sizes import cdiv, next_power_of_2
 
@@ -180,7 +181,7 @@ def _dense(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
     if classes > MOST_IN_REGISTERS:
         dense_sweeps[(rows,)](
             logits_BC, logy_BC, term.scale, valid_B, losses_B, gradient_BC, classes, stride, targets.temperature,
-            ENTROPY=targets.entropy, ADD=add, **LONG_DENSE,
+            ENTROPY=targets.entropy, ADD=add, **flags_of(targets.divergence), **LONG_DENSE,
         )  # fmt: skip
         return
     accuracy_B = term.scale if targets.accuracy is None else targets.accuracy[:, 0].contiguous()
@@ -190,6 +191,7 @@ def _dense(logits_BC: Tensor, term: Term, losses_B: Tensor, gradient_BC: Tensor,
         logits_BC, logy_BC, flip_BC, accuracy_B, term.scale, valid_B, losses_B, gradient_BC,
         classes, stride, targets.temperature, BLOCK=block, num_warps=dense_warps(block),
         ENTROPY=targets.entropy, SLAM=targets.flip is not None, FORWARD=targets.forward, ADD=add,
+        **flags_of(targets.divergence),
     )  # fmt: skip
 
 
@@ -224,7 +226,8 @@ def solve(
         flip_BK, accuracy_B, term.scale, _or(kept.valid, bits_BW), losses_B, *solved,
         classes, logits_BC.stride(0), words, targets.temperature, _or(targets.rest_temperature, 1.0),
         REST=targets.rest_temperature is not None, ENTROPY=targets.entropy, SLAM=targets.flip is not None,
-        FORWARD=targets.forward, ADD=add, BIAS=bias_C is not None, **kept.flags(), **solving_block(classes),
+        FORWARD=targets.forward, ADD=add, BIAS=bias_C is not None, **flags_of(targets.divergence),
+        **kept.flags(), **solving_block(classes),
     )  # fmt: skip
     return solved, bits_BW
 

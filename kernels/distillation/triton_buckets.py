@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from distilbeam.kernels.distillation.triton_divergences import FORWARD_KL, LEAST_MASS, summand_and_slope
+
 OCTET = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-3.4028234663852886e38)  # the log of no probability, of which 0 times it is 0
@@ -32,8 +34,9 @@ def _log_mix(logf, candidate, flip, a, FORWARD: tl.constexpr):
 
 @triton.jit
 def bucket_problem(
-    v, v_rest, logy, logy_rest, flip, a, T, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr
-):
+    v, v_rest, logy, logy_rest, flip, a, T, mixture,
+    ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
     """Loss of one row, and its derivatives by the kept buckets' logits and by the rest's."""
     NOTHING = -float("inf")
     u, u_rest = v / T, v_rest / T
@@ -46,27 +49,34 @@ def bucket_problem(
     logf, logf_rest = u - top - tl.log(total), u_rest - top - tl.log(total)
     y = tl.where(v == NOTHING, 0.0, tl.exp(logy))
     y_rest = tl.where(v_rest == NOTHING, 0.0, tl.exp(logy_rest))
-    logmix, logmix_rest = logf, logf_rest
-    if SLAM:
-        candidate = flip > 0
-        logf = tl.maximum(logf, -3.0e38)
-        logmix, shift = _log_mix(logf, candidate, flip, a, FORWARD)
-        logmix_rest = tl.log(a) + logf_rest
-    value, value_rest = -logmix, -logmix_rest
-    if ENTROPY:
-        value, value_rest = value + logy, value_rest + logy_rest
-    loss = tl.sum(tl.where(y > 0, y * value, 0.0), axis=0) + tl.where(y_rest > 0, y_rest * value_rest, 0.0)
-    if SLAM:
-        pull = -y * tl.exp(tl.where(y > 0, logf - logmix, 0.0)) * (a - flip)
-        if FORWARD:
-            shared = tl.sum(y * flip * tl.exp(tl.where(candidate, shift - logmix, 0.0)), axis=0)
-            pull -= tl.where(candidate, tl.exp(logf - shift), 0.0) * shared
-        pull_rest = -y_rest  # mix is a f there
-        pulls = tl.sum(pull, axis=0) + pull_rest
-        g, g_rest = pull - f * pulls, pull_rest - f_rest * pulls
+    if KIND != FORWARD_KL:
+        d, s = summand_and_slope(logy, logf, u > NOTHING, mixture, KIND)
+        d_rest, s_rest = summand_and_slope(logy_rest, logf_rest, u_rest > NOTHING, mixture, KIND)
+        some = tl.where(tl.sum(y, axis=0) + y_rest >= LEAST_MASS, 1.0, 0.0)  # without a target there is no loss
+        loss, slopes = (tl.sum(d, axis=0) + d_rest) * some, tl.sum(s, axis=0) + s_rest
+        g, g_rest = (s - f * slopes) * some, (s_rest - f_rest * slopes) * some
     else:
-        mass = tl.sum(y, axis=0) + y_rest
-        g, g_rest = f * mass - y, f_rest * mass - y_rest
+        logmix, logmix_rest = logf, logf_rest
+        if SLAM:
+            candidate = flip > 0
+            logf = tl.maximum(logf, -3.0e38)
+            logmix, shift = _log_mix(logf, candidate, flip, a, FORWARD)
+            logmix_rest = tl.log(a) + logf_rest
+        value, value_rest = -logmix, -logmix_rest
+        if ENTROPY:
+            value, value_rest = value + logy, value_rest + logy_rest
+        loss = tl.sum(tl.where(y > 0, y * value, 0.0), axis=0) + tl.where(y_rest > 0, y_rest * value_rest, 0.0)
+        if SLAM:
+            pull = -y * tl.exp(tl.where(y > 0, logf - logmix, 0.0)) * (a - flip)
+            if FORWARD:
+                shared = tl.sum(y * flip * tl.exp(tl.where(candidate, shift - logmix, 0.0)), axis=0)
+                pull -= tl.where(candidate, tl.exp(logf - shift), 0.0) * shared
+            pull_rest = -y_rest  # mix is a f there
+            pulls = tl.sum(pull, axis=0) + pull_rest
+            g, g_rest = pull - f * pulls, pull_rest - f_rest * pulls
+        else:
+            mass = tl.sum(y, axis=0) + y_rest
+            g, g_rest = f * mass - y, f_rest * mass - y_rest
     return T * T * loss, T * g, T * g_rest
 
 

@@ -12,14 +12,16 @@ import triton
 import triton.language as tl
 
 from distilbeam.kernels.distillation.triton_buckets import LOG2_E, OCTET, bucket_problem, row_counts, row_scale
+from distilbeam.kernels.distillation.triton_divergences import FORWARD_KL, LEAST_MASS, summand_and_slope
 from distilbeam.kernels.distillation.triton_octets import octets_of, on_octet, places_at_edge
 
 
 @triton.jit
 def dense_rows(
     logits, logy, flip, accuracy, scale, valid, losses, gradient,
-    C, row_stride, T,
+    C, row_stride, T, mixture,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """One row of [B, C] logits with a target for every class; C is at most BLOCK."""
     NOTHING = -float("inf")
@@ -36,7 +38,7 @@ def dense_rows(
     if SLAM:
         flips = tl.load(flip + row * C + j, mask=here, other=0.0)
         a = tl.load(accuracy + row)
-    loss, g, _ = bucket_problem(v, NOTHING, target, NOTHING, flips, a, T, ENTROPY, SLAM, FORWARD)
+    loss, g, _ = bucket_problem(v, NOTHING, target, NOTHING, flips, a, T, mixture, ENTROPY, SLAM, FORWARD, KIND)
     factor = tl.where(counts, tl.load(scale + row), 0.0)
     loss, g = tl.where(counts, loss * factor, 0.0), tl.where(counts, g * factor, 0.0)
     if ADD:
@@ -48,10 +50,13 @@ def dense_rows(
 
 @triton.jit
 def dense_sweeps(
-    logits, logy, scale, valid, losses, gradient, C, row_stride, T,
-    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, ADD: tl.constexpr,
+    logits, logy, scale, valid, losses, gradient, C, row_stride, T, mixture,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, ADD: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One row of [B, C] logits with a target for every class, of any length, without SLaM's mixing."""
+    """One row of [B, C] logits with a target for every class, of any length, without SLaM's mixing.
+
+    Divergences other than forward KL sweep the row once more: the sum of their slopes wants the student's distribution first.
+    """
     NOTHING = -float("inf")
     row = tl.program_id(0).to(tl.int64)
     z_row, y_row, g_row = logits + row * row_stride, logy + row * C, gradient + row * C
@@ -76,6 +81,17 @@ def dense_sweeps(
     of_row = tl.sum(mass, axis=0)
     factor = tl.where(counts, tl.load(scale + row), 0.0)
     loss = tl.zeros([BLOCK // OCTET], tl.float32)
+    if KIND != FORWARD_KL:
+        factor = tl.where(of_row >= LEAST_MASS, factor, 0.0)  # without a target there is no loss
+        sums = tl.zeros([BLOCK // OCTET], tl.float32)
+        for start in range(0, C, BLOCK):
+            j = start + octets
+            here = (j < C) & counts
+            z = tl.load(z_row + j, mask=here, other=NOTHING, eviction_policy="evict_last").to(tl.float32)
+            target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_last")
+            _, s = summand_and_slope(target, (z - best) / T - whole, z > NOTHING, mixture, KIND)
+            sums += tl.sum(s, axis=1)
+        slopes = tl.sum(sums, axis=0)
     last = (C - 1) // BLOCK * BLOCK
     for passed in range(0, C, BLOCK):
         j = last - passed + octets
@@ -83,12 +99,17 @@ def dense_sweeps(
         z = tl.load(z_row + j, mask=here, other=NOTHING, eviction_policy="evict_first").to(tl.float32)
         target = tl.load(y_row + j, mask=here, other=NOTHING, eviction_policy="evict_first")
         logf = tl.where(z == NOTHING, NOTHING, (z - best) / T - whole)
-        y = tl.where(z == NOTHING, 0.0, tl.exp(target))
-        value = -logf
-        if ENTROPY:
-            value += target
-        loss += tl.sum(tl.where(y > 0, y * value, 0.0), axis=1)
-        slope = tl.where(counts, T * factor * (tl.exp(logf) * of_row - y), 0.0)
+        if KIND != FORWARD_KL:
+            d, s = summand_and_slope(target, logf, z > NOTHING, mixture, KIND)
+            loss += tl.sum(d, axis=1)
+            slope = tl.where(counts, T * factor * (s - tl.exp(logf) * slopes), 0.0)
+        else:
+            y = tl.where(z == NOTHING, 0.0, tl.exp(target))
+            value = -logf
+            if ENTROPY:
+                value += target
+            loss += tl.sum(tl.where(y > 0, y * value, 0.0), axis=1)
+            slope = tl.where(counts, T * factor * (tl.exp(logf) * of_row - y), 0.0)
         if ADD:
             slope += tl.load(g_row + j, mask=j < C, other=0.0).to(tl.float32)
         tl.store(g_row + j, slope.to(gradient.dtype.element_ty), mask=j < C, eviction_policy="evict_first")

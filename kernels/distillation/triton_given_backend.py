@@ -20,6 +20,7 @@ from distilbeam.kernels.distillation.triton_backend import (
     words_of,
 )
 from distilbeam.kernels.distillation.triton_dense import dense_value_and_gradient
+from distilbeam.kernels.distillation.triton_divergences import flags_of
 from distilbeam.kernels.distillation.triton_octets import rescale
 from distilbeam.kernels.distillation.triton_one_kernel import value_and_gradient
 from distilbeam.kernels.distillation.triton_two_kernels import solve_octets, spread_octets
@@ -99,7 +100,8 @@ class _TwoKernels(torch.autograd.Function):
                     logits_BC, bits_BW, *_label(labels), *_of_rows(given, losses_B), losses_B, rests_B, slopes_B, kept_BK,
                     classes, logits_BC.stride(0), words, given.temperature, given.rest_temperature, given.share, _ignore(labels),
                     K=width, KP=next_power_of_2(width), ENTROPY=given.entropy, SHIFTED=shifted(logits_BC),
-                    WIDE=logits_BC.dtype.itemsize > 2, **given.flags(), **solving_block(classes),
+                    WIDE=logits_BC.dtype.itemsize > 2, **flags_of(given.divergence), **given.flags(),
+                    **solving_block(classes),
                 )  # fmt: skip
         return losses_B, rests_B, slopes_B, kept_BK
 
@@ -146,7 +148,7 @@ def in_place(z_RC: Tensor, term: Term, losses_R: Tensor) -> None:
         term.scale, term.scale, bits_RW if kept.valid is None else kept.valid, losses_R, z_RC,
         classes, z_RC.stride(0), z_RC.stride(0), words, targets.temperature, targets.rest_temperature, 1.0, 0, 0,
         ENTROPY=targets.entropy, WEIGHTED=True, DIVIDED=False, GIVEN=False, TAIL=0, BUCKET=False, HARD=False,
-        SHIFTED=False, **kept.flags(), **held_blocks(classes),
+        SHIFTED=False, **flags_of(targets.divergence), **kept.flags(), **held_blocks(classes),
     )  # fmt: skip
 
 
@@ -161,7 +163,8 @@ def _sparse(logits_BC: Tensor, labels: Sparse, given: Given, losses_B: Tensor, g
         logits_BC, bits_BW, labels.classes, bits_BW, logprobs, tail, *_of_rows(given, losses_B), losses_B, gradient_BC,
         classes, logits_BC.stride(0), gradient_BC.stride(0), words, given.temperature, given.rest_temperature,
         given.share, _ignore(labels), 0, K=width, KP=next_power_of_2(width), PADDED=False, ENTROPY=given.entropy, GIVEN=True,
-        SHIFTED=apart, **given.flags(), **held_blocks(classes - EDGE if apart else classes),
+        SHIFTED=apart, **flags_of(given.divergence), **given.flags(),
+        **held_blocks(classes - EDGE if apart else classes),
     )  # fmt: skip
 
 

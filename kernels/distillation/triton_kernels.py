@@ -39,10 +39,11 @@ def _others(
 @triton.jit
 def solve_rows(
     logits, bias, bits, classes, padding, logy, logy_rest, flip, accuracy, scale, valid,
-    losses, rests, rest_slopes, kept_slopes, C, row_stride, words, T, tau,
+    losses, rests, rest_slopes, kept_slopes, C, row_stride, words, T, tau, mixture,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     BIAS: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
     REST: tl.constexpr, ENTROPY: tl.constexpr, SLAM: tl.constexpr, FORWARD: tl.constexpr, ADD: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Solve the problem of a row of [B, C] logits with k kept classes.
 
@@ -88,7 +89,9 @@ def solve_rows(
         largest = tl.where(largest == NOTHING, 0.0, largest)
         rest = tl.where(best == NOTHING, NOTHING, best - largest + tau * tl.log(sums))
     largest = tl.where(largest == NOTHING, 0.0, largest)
-    loss, g, g_rest = bucket_problem(v - largest, rest, target, target_rest, flips, a, T, ENTROPY, SLAM, FORWARD)
+    loss, g, g_rest = bucket_problem(
+        v - largest, rest, target, target_rest, flips, a, T, mixture, ENTROPY, SLAM, FORWARD, KIND
+    )
     if twice > 0:
         g = together(g, ids, there, K)
     factor = tl.where(counts, tl.load(scale + row), 0.0) + poison

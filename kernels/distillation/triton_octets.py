@@ -143,8 +143,8 @@ def whole_rest(z_body, words_row, ids, there, repeated, head, body, C, top, tota
 
 @triton.jit
 def row_solved(
-    v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau,
-    K: tl.constexpr, ENTROPY: tl.constexpr,
+    v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau, mixture,
+    K: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """A row's scaled loss, gradients of the kept logits, entries of one class each their sum, and the rest's slope."""
     NOTHING = -float("inf")
@@ -152,7 +152,9 @@ def row_solved(
     largest = tl.where(largest == NOTHING, 0.0, largest)
     rest = tl.where(best == NOTHING, NOTHING, best - largest + tau * tl.log(sums))
     nothing = tl.zeros(v.shape, tl.float32)
-    loss, g, g_rest = bucket_problem(v - largest, rest, target, target_rest, nothing, 1.0, T, ENTROPY, False, False)
+    loss, g, g_rest = bucket_problem(
+        v - largest, rest, target, target_rest, nothing, 1.0, T, mixture, ENTROPY, False, False, KIND
+    )
     if tl.max(repeated, axis=0) > 0:
         g = together(g, ids, there, K)
     return (

@@ -40,10 +40,11 @@ def _again(z, nought):
 @triton.jit(do_not_specialize=["nought", "share"])
 def value_and_gradient(
     logits, bits, classes, padding, logy, logy_rest, weight, normalizer, valid, losses, gradient,
-    C, row_stride, gradient_stride, words, T, tau, share, ignore, nought,
+    C, row_stride, gradient_stride, words, T, tau, share, ignore, nought, mixture,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
     PADDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, DIVIDED: tl.constexpr, ENTROPY: tl.constexpr,
     GIVEN: tl.constexpr, TAIL: tl.constexpr, BUCKET: tl.constexpr, HARD: tl.constexpr, SHIFTED: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """One row of [B, C] 16-bit logits with a rest bucket; HELD * BLOCK is at most its whole octets; `nought` is 0.
 
@@ -76,7 +77,7 @@ def value_and_gradient(
     best, sums, edge = whole_rest(z_body, words_row, ids, there, repeated, head, body, C, top, total, by_tau)
     factor = row_scale(weight, normalizer, share, row, WEIGHTED, DIVIDED) + poison
     loss, g, g_rest = row_solved(
-        v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau, K, ENTROPY
+        v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau, mixture, K, ENTROPY, KIND
     )
     tl.store(losses + row, loss)
     for piece in tl.static_range(HELD):

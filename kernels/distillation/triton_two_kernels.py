@@ -33,10 +33,11 @@ from distilbeam.kernels.distillation.triton_octets import (
 @triton.jit(do_not_specialize=["share"])
 def solve_octets(
     logits, bits, classes, logy, logy_rest, weight, normalizer, valid, losses, rests, rest_slopes, kept_slopes,
-    C, row_stride, words, T, tau, share, ignore,
+    C, row_stride, words, T, tau, share, ignore, mixture,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, WEIGHTED: tl.constexpr, DIVIDED: tl.constexpr, ENTROPY: tl.constexpr,
     TAIL: tl.constexpr, BUCKET: tl.constexpr, HARD: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Solve the problem of a row of [B, C] logits with a label as it was given, and a rest bucket."""
     row, head, body, z_body, words_row = row_at(logits, bits, C, row_stride, words, SHIFTED)
@@ -53,7 +54,7 @@ def solve_octets(
     best, sums, _ = whole_rest(z_body, words_row, ids, there, repeated, head, body, C, top, total, by_tau)
     factor = row_scale(weight, normalizer, share, row, WEIGHTED, DIVIDED) + poison
     loss, g, g_rest = row_solved(
-        v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau, K, ENTROPY
+        v, best, sums, target, target_rest, ids, there, repeated, factor, counts, T, tau, mixture, K, ENTROPY, KIND
     )
     tl.store(losses + row, loss)
     tl.store(kept_slopes + row * K + tl.arange(0, KP), g, mask=tl.arange(0, KP) < K)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distilbeam.kernels.compiling import not_narrowed
 from distilbeam.kernels.distillation.interface import MOST_KEPT
-from distilbeam.kernels.distillation.targets import Mixing, Objective
+from distilbeam.kernels.distillation.targets import ALPHA, BETA, Mixing, Objective
 from distilbeam.kernels.distillation.terms import Options, Reduction, Term, as_labels, make_terms
 from distilbeam.kernels.labels import HardLabels, Labels
 from distilbeam.kernels.linear_distillation import chunked, reference
@@ -33,6 +33,8 @@ def linear_distill_loss(
     candidates: Tensor | int | None = None,
     temperature: float = 1.0,
     objective: Objective = "kl",
+    beta: float = BETA,
+    alpha: float = ALPHA,
     mixing: Mixing = "normalised",
     hard: Tensor | None = None,
     hard_share: float = 0.5,
@@ -59,6 +61,8 @@ def linear_distill_loss(
       candidates: as for `distill_loss`.
       temperature: as for `distill_loss`.
       objective: as for `distill_loss`.
+      beta: as for `distill_loss`.
+      alpha: as for `distill_loss`.
       mixing: as for `distill_loss`.
       hard: as for `distill_loss`.
       hard_share: as for `distill_loss`.
@@ -104,6 +108,8 @@ def linear_distill_loss(
         candidates=candidates,
         temperature=temperature,
         objective=objective,
+        beta=beta,
+        alpha=alpha,
         mixing=mixing,
         hard=hard,
         hard_share=hard_share,

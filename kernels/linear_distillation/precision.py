@@ -2,7 +2,7 @@
 
 Inputs and weight are rounded row by row, to bfloat16 or to 8 bits with a scale per row (`kernels/quantize`); the loss and
 its gradients are then those of the rounded layer, its rounding taken for the identity. With L the loss of a row, z and z'
-its logits before and after rounding, and every objective but `slam`,
+its logits before and after rounding, and every objective that is a forward KL,
 
     |L(z') - L(z)| <= 2 T max_j |z'_j - z_j|,    |z'_j - z_j| <= sum_h |x_h| |dw_jh| + |dx_h| |w_jh + dw_jh|
 

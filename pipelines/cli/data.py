@@ -24,7 +24,7 @@ def ingest(
     out: Annotated[
         str, typer.Option(help="Directory of the pool, or gs://bucket/pool, s3://...; must not be there yet.")
     ],
-    format_: Annotated[str, typer.Option("--format", help="csv, jsonl, tfrecord, text or images.")],
+    format_: Annotated[str, typer.Option("--format", help="csv, jsonl, tfrecord, text, images, lm or chat.")],
     id_column: Annotated[
         str | None, typer.Option("--id", help="Column with unique ids; the hash of the content serves without one.")
     ] = None,
@@ -54,13 +54,23 @@ def ingest(
     ] = None,
     delimiter: Annotated[str, typer.Option(help="csv: what separates fields; 'tab' for a tabulator.")] = ",",
     max_record_bytes: Annotated[
-        int, typer.Option(help="csv, jsonl, text: a longer record is a bad one; bounds memory.")
+        int, typer.Option(help="csv, jsonl, text, lm, chat: a longer record is a bad one; bounds memory.")
     ] = 16 * 2**20,
+    tokenizer: Annotated[str | None, typer.Option(help="lm, chat: folder of the teacher's tokenizer.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="lm, chat: tokens of a block, the longest context that is labelled.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="lm, chat: column of JSON lines and Parquet; text or messages without it.")
+    ] = None,
     overrides: SetOption = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
-    """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates."""
+    """Make a pool of Parquet files out of CSV, JSON lines, TFRecord, text or images, without exact duplicates.
+
+    With --format lm or chat: blocks of tokens for a language model; a later call adds new and changed sources.
+    """
     configure_logs(log_level, console)
     from distilbeam.extras import require_extras
     from distilbeam.pipelines.needs import needs_of_ingest
@@ -68,6 +78,13 @@ def ingest(
     require_extras(needs_of_ingest(format_, out))
     display = Display(console)
     sources, flags = _split(sources)
+    of_corpus = {"tokenizer": tokenizer, "sequence_length": sequence_length, "column": column}
+    if format_ in ("lm", "chat"):
+        given = {name: value for name, value in of_corpus.items() if value is not None}
+        _ingest_corpus(sources, out, {"format": format_, "max_record_bytes": max_record_bytes, **given}, overrides)
+        return
+    if any(value is not None for value in of_corpus.values()):
+        raise ValueError(f"--tokenizer, --sequence-length and --column are for --format lm and chat, got {format_}")
     with display.waiting("loading"):
         from distilbeam.pipelines.ingest.ingesting import ingest as ingest_sources
         from distilbeam.pipelines.ingest.settings import ingest_options
@@ -91,6 +108,37 @@ def ingest(
     place = to_path(out)
     summary = ingest_sources(sources, place, options, beam=beam, display=display)
     for sentence in _sentences(summary, place):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def _ingest_corpus(sources: list[str], out: str, settings: dict[str, Any], overrides: list[str] | None) -> None:
+    display = Display(console)
+    for name in ("tokenizer", "sequence_length"):
+        if name not in settings:
+            raise ValueError(f"--{name.replace('_', '-')} must be given for --format {settings['format']}")
+    with display.waiting("loading"):
+        from distilbeam.pipelines.corpus.ingesting import DEAD_LETTERS, ingest_corpus
+        from distilbeam.pipelines.corpus.settings import corpus_options
+        from distilbeam.settings import override
+        from distilbeam.storage.paths import to_path
+
+    for text in overrides or ():
+        override(settings, text)
+    summary = ingest_corpus(sources, to_path(out), corpus_options(**settings), display)
+    length = settings["sequence_length"]
+    padding = 1 - summary.tokens / (summary.blocks * length)
+    sentences = [
+        f"{summary.blocks:,} blocks of {length:,} tokens in {out}: {summary.pool_files:,} file(s) of {summary.sources:,} source(s), "
+        f"{summary.made:,} of which were read now.",
+        f"{summary.tokens:,} tokens in {summary.segments:,} segments, {summary.predicted:,} to be predicted; {padding:.1%} padding.",
+    ]
+    if summary.first_bad:
+        first = summary.first_bad
+        sentences.append(
+            f"{summary.bad:,} bad record(s) are in {to_path(out) / DEAD_LETTERS}, the first: {first['file']} line {first['line']:,}: "
+            f"{first['error']}"
+        )
+    for sentence in sentences:
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -85,6 +85,11 @@ def label(
         return
     if number is not None:
         raise ValueError(f"--round is for runs, {config} describes a labelling job: it has no rounds")
+    if watch is not None and settings.labels_tokens:
+        raise ValueError(
+            f"--watch is for teachers of classes, got teacher.kind = '{settings.teacher.kind}'; ingest what has arrived into the pool and "
+            "label that, which asks for nothing twice"
+        )
     if watch is not None and (prune or check_content):
         raise ValueError("--prune and --check-content are for a pool, --watch labels what arrives: leave them out")
     if trust:
@@ -128,14 +133,16 @@ def plan(
     if isinstance(settings, LabelConfig):
         with _job(settings, held=sample > 0) as job:
             label_plan = job.plan(check_content=check_content)
-            for sentence in plan_sentences(label_plan):
-                console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+            sentences = [*plan_sentences(label_plan), *job.token_sentences(label_plan.rows_wanted)]
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:
         with _run_directory(settings, held=sample > 0) as directory:
+            sentences = []
             forecast = forecast_run(Job(Run(settings, directory), options), sample)
-    if json_file is not None:  # before the tables: whoever reads these may have had enough
+    if json_file is not None:  # before anything is printed: whoever reads it may have had enough
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
+    for sentence in sentences:
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     _print_forecast(forecast)
 
 

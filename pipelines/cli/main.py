@@ -6,9 +6,7 @@ failed); `--debug` shows the traceback.
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -45,10 +43,11 @@ from distilbeam.pipelines.cli.serve import serve_student, serve_teacher
 from distilbeam.pipelines.cli.settings import settings as print_settings
 from distilbeam.pipelines.cli.stream import stream
 from distilbeam.pipelines.cli.student import TargetArgument, evaluate_student, export, pareto, print_student, tune
-from distilbeam.pipelines.cli.teacher import inspect, verify
+from distilbeam.pipelines.cli.teacher import inspect, to_dataset, verify
 from distilbeam.pipelines.cli.workers import workers
 from distilbeam.pipelines.engine.display import Display, configure_logs
 from distilbeam.pipelines.engine.ending import Interrupted, end_given_up
+from distilbeam.pipelines.examples.registry import EXAMPLES, find_example
 from distilbeam.quiet import keep_quiet, wants_everything
 
 app = typer.Typer(
@@ -61,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _INTERRUPTED = 130
+TEMPLATE = "distilbeam.toml"  # what `init` writes without an example
 
 
 def main() -> None:
@@ -117,35 +117,45 @@ def options(
     """Distil a large teacher into a small student, spending the teacher's time only where it pays."""
 
 
+def _complete_example(incomplete: str) -> list[str]:
+    return [name for name in EXAMPLES if name.startswith(incomplete)]
+
+
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
-    example: Annotated[str | None, typer.Option(help="Write an example with its data and teacher: digits.")] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=_complete_example,
+            help=f"Write an example with its data and teacher: {', '.join(EXAMPLES)}.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the example.")] = 0,
     debug: DebugOption = False,  # noqa: ARG001  # read from the arguments, where an error finds it
 ) -> None:
     """Write a commented configuration for your own data, or an example that runs."""
     configure_logs("warning", console)
-    target = directory / "distilbeam.toml"
+    chosen = None if example is None else find_example(example)
+    target = directory / (TEMPLATE if chosen is None else chosen.config)
     if target.exists():
         raise ValueError(f"{target} is there already; name another directory or remove it")
-    if example is None:
+    if chosen is None:
         directory.mkdir(parents=True, exist_ok=True)
         target.write_text(resources.files("distilbeam.pipelines").joinpath("template.toml").read_text())
-    elif example == "digits":
-        from distilbeam.pipelines.example import write_digits
-
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tmp-") as temporary:
-            with Display(console).step("make the digits example: data and teacher") as progress:
-                write_digits(Path(temporary) / "example", seed, progress)
-            shutil.copytree(Path(temporary) / "example", directory, dirs_exist_ok=True)
+        what = "edit it (where your files are, which columns, which teacher), then"
+        following = [f"{what} distilbeam plan {target}"]
     else:
-        raise ValueError(f"--example must be digits, got {example}")
-    following = f"distilbeam run {target}"
-    if example is None:
-        following = f"edit it (where your files are, which columns, which teacher), then distilbeam plan {target}"
-    console.print(f"Wrote {target}. Next: {following}", highlight=False, soft_wrap=True)
+        with Display(console).step(f"make the {example} example: data and teacher") as progress:
+            chosen.write(directory, seed, progress)
+        following = list(chosen.next_lines(directory))
+    if len(following) == 1:
+        console.print(f"Wrote {target}. Next: {following[0]}", highlight=False, soft_wrap=True)
+        return
+    console.print(f"Wrote {target}. Next:", highlight=False, soft_wrap=True)
+    for line in following:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -284,6 +294,7 @@ _OTHERS = (
     pareto,
     inspect,
     verify,
+    to_dataset,
     serve_teacher,
     serve_student,
 )

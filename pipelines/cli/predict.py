@@ -37,7 +37,7 @@ def predict(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Parquet, CSV, JSON lines or text: a file, a directory or a quoted glob pattern; may be repeated. "
+            help="Parquet, CSV, JSON lines, text or images: a file, a directory or a quoted glob pattern; may be repeated. "
             "'-' reads JSON lines from standard input.",
         ),
     ],
@@ -58,7 +58,7 @@ def predict(
     file_rows: Annotated[int, typer.Option(min=1, help="Rows of a file of predictions, at most.")] = 65_536,
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="parquet, csv, jsonl or text, where the files' names do not say it."),
+        typer.Option("--format", help="parquet, csv, jsonl, text or images, where the files' names do not say it."),
     ] = None,
     input_column: InputColumnOption = None,
     trust: TrustOption = None,

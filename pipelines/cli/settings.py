@@ -44,11 +44,19 @@ def settings(
 def setting_files() -> dict[str, type[BaseModel]]:
     """Give the classes of all files of settings, by what a file is called."""
     from distilbeam.pipelines.config import LabelConfig, RunConfig
+    from distilbeam.pipelines.corpus.settings import CorpusOptions
     from distilbeam.pipelines.ingest.settings import IngestOptions
     from distilbeam.student.training.launch import LaunchConfig  # torch takes seconds to import
 
     ingest = type("IngestFile", (BaseModel,), {"__annotations__": {"ingest": IngestOptions}})
-    return {"run": RunConfig, "labelling job": LabelConfig, "training": LaunchConfig, "ingest": ingest}
+    corpus = type("CorpusFile", (BaseModel,), {"__annotations__": {"corpus": CorpusOptions}})
+    return {
+        "run": RunConfig,
+        "labelling job": LabelConfig,
+        "training": LaunchConfig,
+        "ingest": ingest,
+        "ingest of lm and chat": corpus,
+    }
 
 
 def said_of_sections(files: Mapping[str, type[BaseModel]]) -> dict[tuple[str, str], str]:

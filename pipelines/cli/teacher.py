@@ -1,4 +1,4 @@
-"""The commands about soft labels: `inspect`, `verify`."""
+"""The commands about soft labels: `inspect`, `verify`, `to-dataset`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,25 @@ def inspect(
     path: DatasetArgument,
     samples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Labels of tokens: folder of their tokenizer; the labelling job's teacher without it."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Show what a soft-label dataset is: its specification, shards, sizes, the teacher's confidence, some rows."""
     configure_logs("warning", console)
+    from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.inspect import inspect_labels
 
+    if read_manifest(path).spec.unit == "token":
+        from distilbeam.pipelines.jobs.label_text import decoder_of
+        from distilbeam.teacher.softlabels.inspect_tokens import inspect_token_labels
+
+        console.print(inspect_token_labels(path, decoder_of(path, tokenizer), samples=samples, seed=seed))
+        return
+    if tokenizer is not None:
+        raise ValueError(f"--tokenizer is for labels of tokens, {path} holds labels of examples: leave it out")
     console.print(inspect_labels(path, samples=samples, seed=seed))
 
 
@@ -36,7 +49,9 @@ def verify(
     teacher: Annotated[
         Path | None, typer.Option(help="TOML file with a [teacher] section: label a random sample again and compare.")
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Rows to label again.")] = 256,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Rows to label again; 256, or 16 blocks of tokens, without it.")
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest difference of a probability that is no problem.")
     ] = 2e-3,
@@ -45,10 +60,11 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     configure_logs("warning", console)
-    from distilbeam.teacher.config import read_teacher_config
+    from distilbeam.teacher.config import TOKEN_KINDS, read_teacher_config
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
+    from distilbeam.teacher.softlabels.verify_tokens import wanted_form
 
     with ExitStack() as stack:
         asked = complete = None
@@ -56,10 +72,18 @@ def verify(
             from distilbeam.pipelines.jobs.pool_rows import with_read_columns
 
             told = read_teacher_config(teacher)
-            asked = load_teacher(told, classes=read_manifest(path).spec.classes)
+            spec = read_manifest(path).spec
+            if (told.kind in TOKEN_KINDS) != (spec.unit == "token"):
+                raise ValueError(
+                    f"--teacher: {path} holds labels of unit '{spec.unit}', a teacher of kind {told.kind!r} makes others; give the "
+                    "configuration that they were made with"
+                )
+            form = wanted_form(spec) if spec.unit == "token" else None
+            asked = load_teacher(told, classes=spec.classes, form=form)
+            sample = sample or (256 if form is None else 16)
             stack.callback(asked.close)
             complete = partial(with_read_columns, dataset=path, config=teacher, columns=told.input.columns)
-        result = verify_labels(path, asked, sample=sample, tolerance=tolerance, seed=seed, complete=complete)
+        result = verify_labels(path, asked, sample=sample or 256, tolerance=tolerance, seed=seed, complete=complete)
     if teacher is not None:
         from distilbeam.pipelines.jobs.pool_check import pool_problems
 
@@ -67,3 +91,36 @@ def verify(
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def to_dataset(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="LABELS", help="A soft-label dataset, or the directory of a run or a labelling job."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of Parquet files to write; must not be there yet.")],
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            "--id", help="Name of the column with the ids; data.id of the run or the job, else example_id, without it."
+        ),
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="What the names of the added columns label, label_name and confidence begin with.")
+    ] = "",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    """Write soft labels with each row's class, its name and its confidence, for datasets.load_dataset and others."""
+    configure_logs("warning", console)
+    from distilbeam.pipelines.jobs.labels_of_place import id_of, splits_of
+    from distilbeam.teacher.softlabels import write_dataset
+
+    splits = splits_of(place)
+    rows = write_dataset(splits, out, id_column or id_of(place), prefix)
+    said = ", ".join(f"{split} {count:,}" for split, count in rows.items())
+    console.print(
+        f"Wrote {out}: {said} row(s). Next: datasets.load_dataset('{out}')",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )

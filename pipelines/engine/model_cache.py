@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.teacher.config import TeacherConfig
@@ -20,14 +21,19 @@ _teachers: dict[str, Teacher] = {}
 _students: dict[str, Student] = {}
 
 
-def teacher_text(config: TeacherConfig, classes: Sequence[str] | None = None) -> str:
+def teacher_text(
+    config: TeacherConfig, classes: Sequence[str] | None = None, form: Mapping[str, Any] | None = None
+) -> str:
     """Describe a teacher as text that travels to workers, which start in another folder: its paths must be absolute.
 
     Args:
       config: the configuration.
       classes: names of the job's classes, in whose order it answers; see `load_teacher`.
+      form: how labels of tokens are stored, the fields of `TokenForm`; None for labels of examples.
     """
-    description = {"config": config.model_dump(mode="json"), "classes": list(classes or ())}
+    description: dict[str, Any] = {"config": config.model_dump(mode="json"), "classes": list(classes or ())}
+    if form is not None:
+        description["tokens"] = dict(form)
     return json.dumps(description, sort_keys=True)
 
 
@@ -37,7 +43,7 @@ def cached_teacher(text: str) -> Teacher:
         if text not in _teachers:
             description = json.loads(text)
             config, classes = (description[name] for name in ("config", "classes"))
-            _teachers[text] = load_teacher(config, classes=classes)
+            _teachers[text] = load_teacher(config, classes=classes, form=description.get("tokens"))
         return _teachers[text]
 
 

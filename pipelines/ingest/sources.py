@@ -15,6 +15,8 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "tfrecord": (".tfrecord", ".tfrecords", ".tfr"),
     "text": (".txt", ".text"),
+    "lm": (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".parquet"),
+    "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
 COMPRESSED = (".gz", ".zst")
 

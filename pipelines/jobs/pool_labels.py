@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
+from distilbeam.pipelines.jobs.blocks import Blocks
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.labelling.comparing import changed_files
 from distilbeam.pipelines.labelling.contents import read_contents
@@ -38,6 +39,7 @@ class PoolLabels:
     def __init__(self, config: LabelConfig, directory: RunDirectory) -> None:
         data, read = config.data, config.teacher.input.columns
         require_free_for_labelling(data.carry, read, data.id, "data.carry")
+        self.blocks = Blocks(config) if config.labels_tokens else None
         self.config, self.directory = config, directory
 
     @property
@@ -68,6 +70,8 @@ class PoolLabels:
     @cached_property
     def teacher(self) -> str:
         """The teacher as text that travels to workers."""
+        if self.blocks is not None:
+            return self.blocks.teacher_text(self.pool())
         columns = self.config.teacher.input.columns
         told = with_probe_shape(self.config.teacher, first_rows(self.pool, columns))
         return teacher_text(told, self.config.data.classes)
@@ -76,6 +80,8 @@ class PoolLabels:
     def spec(self) -> SoftLabelSpec:
         """How the answers are stored."""
         data, labels = self.config.data, self.config.labels
+        if self.blocks is not None:
+            return self.blocks.spec(self.teacher, self.pool())
         return SoftLabelSpec(
             num_classes=data.num_classes or len(data.classes),
             kind=labels.kind,
@@ -108,9 +114,9 @@ class PoolLabels:
         return Labelling(
             self.teacher,
             self.spec,
-            id_column=self.config.data.id,
-            teacher_batch=self.config.engine.teacher_batch,
-            question=() if set(self.input_columns) <= set(self.config.data.carry) else self.input_columns,
+            id_column=self.id_column,
+            teacher_batch=self.blocks.rows_at_once(self.spec) if self.blocks else self.config.engine.teacher_batch,
+            question=() if set(self.input_columns) <= set(self.spec.carried) else self.input_columns,
         )
 
     @property
@@ -127,8 +133,23 @@ class PoolLabels:
     def columns(self) -> tuple[str, ...]:
         """Columns of the pool that are read."""
         data = self.config.data
-        columns = [*data.carry, *self.config.teacher.input.columns, *([data.id] if data.id else [])]
+        columns = [*data.carry, *self.config.teacher.input.columns, *([self.id_column] if self.id_column else [])]
         return tuple(dict.fromkeys(columns))
+
+    @property
+    def id_column(self) -> str | None:
+        """Column with the ids; that of blocks is `example_id`."""
+        return self.config.data.id or ("example_id" if self.blocks is not None else None)
+
+    def token_sentences(self, blocks: int) -> list[str]:
+        """Say what some rows are where they are blocks of tokens; nothing of other rows."""
+        if self.blocks is None:
+            return []
+        length = self.spec.sequence_length or 0
+        return [
+            f"The blocks without a label have {blocks * length:,} tokens; their context of {length:,} tokens is fixed by labelling. "
+            f"A block's labels take at most {self.spec.label_bytes:,} bytes."
+        ]
 
     def entries(self, dataset: Path) -> tuple[ManifestEntry, ...]:
         """List the shards that are committed, and those that will be when the directory is held: a killed process placed them."""

@@ -27,7 +27,18 @@ from distilbeam.pipelines.pool.row_reader import RowReader
 from distilbeam.storage.paths import readable
 from distilbeam.teacher.softlabels import SoftLabelSpec, write_shard
 
-_FORM = ("num_classes", "kind", "k", "classes", "temperature", "teacher")
+_FORM = (
+    "unit",
+    "num_classes",
+    "kind",
+    "k",
+    "classes",
+    "temperature",
+    "teacher",
+    "sequence_length",
+    "positions",
+    "source",
+)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from distilbeam.pipelines.labelling.questions import question_digests
 from distilbeam.pipelines.pool.content_ids import ID_BYTES, content_ids
 from distilbeam.teacher.predict import RowError
 from distilbeam.teacher.protocol import Teacher
-from distilbeam.teacher.softlabels import SoftLabelSpec, encode
+from distilbeam.teacher.softlabels import SoftLabelSpec, TokenLabels, encode
+from distilbeam.teacher.softlabels.token_labels import encode_tokens
 
 ROW = "pool_row"  # int64, row of the frozen pool; only in what a run labels
 KEPT = (ROW, "gain", "inclusion_probability")
@@ -100,7 +101,7 @@ class Labelling:
           apart: bool [rows], those that are asked in a process apart.
         """
         teacher = self._checked_teacher()
-        asked = Asked(self.teacher, self.spec.num_classes, self.teacher_batch, apart)
+        asked = Asked(self.teacher, self.spec.answer_width, self.teacher_batch, apart)
         refused = {error.row: error for error in (*self._unread(rows), *self._without_id(rows))}
         return Portions(teacher, rows, self._known(rows), list(refused.values()), asked)
 
@@ -149,7 +150,7 @@ class Labelling:
         return known_logits(self.reuse, self.spec, rows[ROW].to_numpy()) if self.reuse else None
 
     def _columns(self, rows: pa.Table, ids: pa.Array, logits: npt.NDArray[np.float32]) -> pa.Table:
-        labels = encode(logits, self.spec, seeds=_seeds(ids, self.spec) if self.spec.kind == "sampled" else None)
+        labels = self._encoded(ids, logits)
         columns: dict[str, Any] = {"example_id": ids}
         columns |= {name: rows[name] for name in (*KEPT, *self.spec.carried) if name in rows.column_names}
         columns |= dict(zip(labels.schema.names, labels.columns, strict=True))
@@ -161,6 +162,11 @@ class Labelling:
         fields = {field.name: field for field in (*rows.schema, *labels.schema)}
         schema = pa.schema([fields.get(name, pa.field(name, column.type)) for name, column in columns.items()])
         return pa.table(list(columns.values()), schema=schema)
+
+    def _encoded(self, ids: pa.Array, answers: npt.NDArray[np.float32]) -> pa.RecordBatch:
+        if self.spec.unit == "token":  # the teacher made the labels where the logits were
+            return encode_tokens(TokenLabels.unpack(answers, self.spec), self.spec)
+        return encode(answers, self.spec, seeds=_seeds(ids, self.spec) if self.spec.kind == "sampled" else None)
 
     def question_column(self, rows: pa.Table) -> dict[str, pa.Array]:
         """Digest what each row asks, where that is stored; whoever read the rows may have done so."""

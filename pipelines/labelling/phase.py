@@ -143,7 +143,7 @@ class Label:
     @property
     def rows_at_once(self) -> int:
         """Most rows that are read and asked about at a time."""
-        rows = answered_rows(self.batch_rows, self.labelling.spec.num_classes)
+        rows = answered_rows(self.batch_rows, self.labelling.spec.answer_width)
         return max(rows, min(self.batch_rows, self.labelling.teacher_batch))
 
     @property

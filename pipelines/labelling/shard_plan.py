@@ -104,7 +104,7 @@ class Bounds:
 def stored_bytes(unit: Unit, spec: SoftLabelSpec) -> int:
     """Estimate the bytes that a labelled row of a unit takes: its carried columns, by the pool's footers, and its label."""
     carried = sum(size for name, size in unit.widths if name in spec.carried)
-    return carried + spec.width * (4 if spec.k is None else 8)
+    return carried + spec.label_bytes
 
 
 def plan_shards(

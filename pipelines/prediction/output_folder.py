@@ -78,10 +78,10 @@ class OutputFolder:
         done = former is not None and not changed and former["rows"] == start
         return (None if done else start), changed
 
-    def write(self, source: Source, first: int, table: pa.Table) -> None:
-        """Commit the predictions of consecutive rows, the first of which has this number."""
-        rows = pa.array(range(first, first + table.num_rows), pa.int64())
-        file = pa.repeat(pa.scalar(source.path, pa.string()), table.num_rows)
+    def write(self, source: Source, first: int, table: pa.Table, images: Sequence[str] = ()) -> None:
+        """Commit the predictions of consecutive rows, the first of which has this number; of images, each is a file of one row."""
+        rows = pa.array([0] * len(images) if images else range(first, first + table.num_rows), pa.int64())
+        file = pa.array(images or [source.path] * table.num_rows, pa.string())
         placed = table.add_column(0, PLACES[1], rows).add_column(0, PLACES[0], file)
         write_parquet(self.root / f"{_stem(source)}-{first:012d}.parquet", placed)
 

@@ -1,7 +1,8 @@
 """Predict files of examples into a folder of Parquet, file by file; what is there already is not predicted again.
 
-A file of the output has consecutive rows of one file of examples in their order: `source_file`, `source_row` (from 0), the columns
-that are carried along, and what `student.predictions.Predictor.predict` gives.
+A file of the output has consecutive rows of one file of examples, or of the images of a folder, in their order: `source_file`,
+`source_row` (from 0), the columns that are carried along, and what `student.predictions.Predictor.predict` gives. A folder of images
+is predicted again when one of them is another one, or when there are more.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class PredictSummary:
     """What came of a call.
 
     Attributes:
-      files, rows: of examples, all of them.
+      files, rows: of examples, all of them; an image is a file.
       predicted: rows that this call has predicted.
       without: rows that have no prediction.
       first: `source_file`, `source_row` and `reason` of the first of these.
@@ -77,7 +78,7 @@ def predict_files(
 
     Args:
       model: a student or an export.
-      places: paths, directories and glob patterns of Parquet, CSV, JSON lines and text.
+      places: paths, directories and glob patterns of Parquet, CSV, JSON lines, text and images.
       out: folder of the predictions; one that is there must have been made by the same model with the same options.
       options: what is predicted and kept.
       progress: told of files that are done.
@@ -94,7 +95,7 @@ def predict_files(
         raise ValueError(f"--out must be a folder of this machine, got {out}; copy it where it is wanted afterwards")
     root = Path(out).resolve()
     require_free(options.columns, PLACES)
-    files = find_data(places, options.format, root)
+    files = find_data(places, options.format, root, input_of(model).kind == "image")
     with store_of(root).hold(root, "--out", "--out"):
         folder = OutputFolder(root, _about(model, options))
         schema = folder.schema()
@@ -108,7 +109,8 @@ def predict_files(
             row = start
             for table in _gathered(_answers(model, file, start, options), options.file_rows):
                 schema = schema or _without_nulls(table.schema)
-                folder.write(file.source, row, _cast(table, schema, file))
+                images = file.images[row : row + table.num_rows]
+                folder.write(file.source, row, _cast(table, schema, file), images)
                 row += table.num_rows
                 predicted += table.num_rows
                 progress.step(number, len(files), f"{predicted:,} rows")
@@ -118,7 +120,8 @@ def predict_files(
         sources = [file.source for file in files]
         rows, without, first = folder.counts(sources)
         progress.step(len(files), len(files), f"{predicted:,} rows")
-        return PredictSummary(len(files), rows, predicted, without, first, tuple(changed), tuple(folder.gone(sources)))
+        count = sum(len(file.images) or 1 for file in files)
+        return PredictSummary(count, rows, predicted, without, first, tuple(changed), tuple(folder.gone(sources)))
 
 
 def wanted_of(model: Model, options: PredictOptions) -> Wanted:

@@ -25,6 +25,7 @@ from distilbeam.pipelines.prediction.data_files import DataFile
 from distilbeam.pipelines.prediction.values import from_csv, from_json, require_holds
 
 LIMIT_BYTES = 16 * 2**20  # of a line
+IMAGES_BYTES = 256 * 2**20  # of the images of a batch, about
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_rows(file: DataFile, start: int, wanted: Wanted) -> Iterator[Rows]:
       ValueError: the file is damaged, lacks a column, or its format cannot hold what the student reads.
     """
     require_holds(file.format, wanted.input)
-    readers = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl, "text": _text}
+    readers = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl, "text": _text, "images": _images}
     try:
         yield from readers[file.format](file, start, wanted)
     except (*DAMAGES, csv.Error) as e:
@@ -183,6 +184,31 @@ def _text(file: DataFile, start: int, wanted: Wanted) -> Iterator[Rows]:
                 reasons[row] = too_long(LIMIT_BYTES)
         table = pa.table({column: pa.array(texts, pa.string())})
         yield Rows(table, table.select(list(wanted.carried)), reasons)
+
+
+def _images(file: DataFile, start: int, wanted: Wanted) -> Iterator[Rows]:
+    if wanted.carried:
+        raise ValueError(
+            f"--columns: image files have no columns to carry along, got {', '.join(wanted.carried)}; source_file says which "
+            "image a prediction is of"
+        )
+    paths = file.images[start:]
+    while paths:
+        values: list[bytes | None] = []
+        reasons: dict[int, str] = {}
+        size = 0
+        for row, path in enumerate(paths[: wanted.batch_rows]):
+            try:
+                values.append(Path(path).read_bytes())
+                size += len(values[-1] or b"")
+            except OSError as e:
+                values.append(None)
+                reasons[row] = f"the file cannot be read: {e.strerror or e}"
+            if size >= IMAGES_BYTES:
+                break
+        paths = paths[len(values) :]
+        (column,) = wanted.input.columns
+        yield Rows(pa.table({column: pa.array(values, pa.binary())}), pa.table({}), reasons)
 
 
 def _lines(file: DataFile) -> Iterator[bytes | None]:

@@ -12,8 +12,13 @@ import pyarrow.compute as pc
 from distilbeam.inputs.config import InputConfig
 
 MISTAKES = (pa.ArrowException, TypeError, ValueError, OverflowError)
-HOLDS = {"jsonl": ("tensor", "text", "tokens", "raw", "function"), "csv": ("tensor", "text"), "text": ("text",)}
-_NAMES = {"jsonl": "JSON lines", "csv": "CSV", "text": "lines of text"}
+HOLDS = {
+    "jsonl": ("tensor", "text", "tokens", "raw", "function"),
+    "csv": ("tensor", "text"),
+    "text": ("text",),
+    "images": ("image",),
+}
+_NAMES = {"jsonl": "JSON lines", "csv": "CSV", "text": "lines of text", "images": "image files"}
 
 Column = tuple[pa.Array, dict[int, str]]
 
@@ -27,7 +32,7 @@ def require_holds(format_: str, config: InputConfig) -> None:
     if format_ in HOLDS and config.kind not in HOLDS[format_]:
         raise ValueError(
             f"{_NAMES[format_]} cannot hold what the student reads, {config.kind} input of column {', '.join(config.columns)}; "
-            "give Parquet"
+            f"give Parquet{' or image files' if config.kind == 'image' else ''}"
         )
 
 

@@ -72,6 +72,11 @@ class StreamJob:
 
     def __post_init__(self) -> None:
         settings, data = self.settings, self.config.data
+        if self.config.labels_tokens:
+            raise ValueError(
+                f"teacher.kind must be that of a classifier for a stream, got {self.config.teacher.kind!r}, which labels blocks of "
+                "tokens; 'distilbeam label' labels a pool of them"
+            )
         self.runner: Runner = choose_runner(self.flags, unbounded=settings.unbounded)
         require_installed(settings, self.config, self.runner)
         pipeline_options(self.runner.flags)

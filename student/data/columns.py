@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distilbeam.inputs.config import InputError
 from distilbeam.student.data.bad_rows import BadRowError, first_without_input
-from distilbeam.student.data.column_types import is_carried_tensor, is_number, lists, numbers
+from distilbeam.student.data.column_types import Array, is_carried_tensor, is_number, lists, numbers
 from distilbeam.student.data.input_maker import InputMaker
 from distilbeam.student.data.row_groups import RowGroup
 from distilbeam.student.data.shuffle import GroupColumns, Memory, ShuffledColumns
-from distilbeam.teacher.softlabels import SoftLabelSpec, decode
-from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
+from distilbeam.teacher.softlabels import SoftLabelSpec, decode, decode_tokens
+from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL, TOKEN_LOGPROB
 
 Batch = dict[str, Tensor]
 INPUTS, ROW = "inputs", "row"
@@ -53,12 +53,7 @@ class ColumnReader:
         arrays = {f.name: numbers(table[f.name], f) for f in self.schema if is_number(f.type)}
         if self.maker is None:
             arrays |= {f.name: lists(table[f.name], f) for f in self.schema if is_carried_tensor(f)}
-        labels = decode(table, self.spec)
-        arrays[LOGPROBS] = labels.logprobs
-        if labels.classes is not None:
-            arrays[CLASSES] = labels.classes
-        if labels.tail_logmass is not None:
-            arrays[TAIL] = labels.tail_logmass
+        arrays |= _label_arrays(table, self.spec)
         arrays[ROW] = np.arange(group.first_row, group.first_row + table.num_rows)
         if self.maker is None:
             return GroupColumns(table.num_rows, arrays, table.select([]))
@@ -104,3 +99,19 @@ class ColumnReader:
         if table.num_rows:
             self.maker.fill(inputs.numpy(), table)
         return inputs
+
+
+def _label_arrays(table: pa.Table, spec: SoftLabelSpec) -> dict[str, Array]:
+    """Decode the labels of a table: [n, ...] of examples, [n, P, ...] of blocks of tokens."""
+    if spec.unit == "token":
+        tokens = decode_tokens(table, spec)
+        found: dict[str, Array | None] = {
+            LOGPROBS: tokens.logprobs,
+            CLASSES: tokens.classes,
+            TAIL: tokens.tail_logmass,
+            TOKEN_LOGPROB: tokens.token_logprob,
+        }
+    else:
+        labels = decode(table, spec)
+        found = {LOGPROBS: labels.logprobs, CLASSES: labels.classes, TAIL: labels.tail_logmass}
+    return {name: array for name, array in found.items() if array is not None}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.inputs.config import InputConfig, InputError
-from distilbeam.kernels.labels import DenseLabels, Labels, SampledLabels, TopKLabels
+from distilbeam.kernels.labels import DenseLabels, SampledLabels, TopKLabels
 from distilbeam.student.data.bad_rows import BadRowError, first_without_input, place_of, require_finite, require_values
 from distilbeam.student.data.batch_rng import Place as Place
 from distilbeam.student.data.column_types import common_fields, is_carried_tensor, is_number
@@ -35,6 +35,7 @@ from distilbeam.student.data.row_groups import RowGroup, open_datasets
 from distilbeam.student.data.sampler import EpochOrder, Shares, mixed_visits
 from distilbeam.student.data.shuffle import GroupColumns, Memory, ShuffledColumns, UnitRows, shuffle
 from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.teacher.softlabels.spec import Unit, require_unit
 
 STATE_VERSION = 3
 Transform = Callable[[Batch, Place], Batch]
@@ -68,9 +69,11 @@ class SoftLabelDataset:
       workers: threads that make batches, and as many, two at least, that read; they change nothing but the time.
       cache_bytes: when all rows as tensors take no more memory than this, they are read once and kept.
       pin_memory: make tensors in page-locked memory, from which a GPU copies while the processor goes on.
+      unit: what has a label; labels of the other unit are refused. `TokenLabelDataset` reads those of tokens.
 
     Raises:
-      ValueError: an argument is out of range, a dataset has no manifest, or the datasets' specifications differ.
+      ValueError: an argument is out of range, a dataset has no manifest, its labels are of another unit, or the datasets'
+        specifications differ.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class SoftLabelDataset:
         workers: int = 1,
         cache_bytes: int = 2**30,
         pin_memory: bool = False,
+        unit: Unit = "example",
     ) -> None:
         for name, value, least in (
             ("batch_size", 1 if callable(batch_size) else batch_size, 1),
@@ -106,6 +110,7 @@ class SoftLabelDataset:
         paths = list(path) if isinstance(path, Sequence) and not isinstance(path, str) else [path]
         opened = open_datasets(paths, pseudo)
         self.spec = opened.spec
+        require_unit(self.spec, unit, paths[0])
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.transform, self.workers = transform, workers
         self._groups: list[RowGroup] = [group for groups in opened.groups for group in groups]
@@ -299,7 +304,7 @@ class SoftLabelDataset:
         return batches
 
 
-def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> Labels:
+def teacher_labels(batch: Mapping[str, Tensor], spec: SoftLabelSpec) -> DenseLabels | TopKLabels | SampledLabels:
     """Make the labels of a batch into what the losses take.
 
     Args:

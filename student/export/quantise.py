@@ -125,7 +125,10 @@ def _library() -> Any:
 def _prepared(library: Any, model: Path, output: Path) -> Path:
     """Infer shapes and fold constants, as the quantiser expects."""
     prepared = output.with_suffix(".prepared.onnx")
-    library.shape_inference.quant_pre_process(model, prepared)
+    try:
+        library.shape_inference.quant_pre_process(model, prepared)
+    except TypeError:  # ONNX Runtime's symbolic shapes fail on the attention masks of transformers; ONNX's own do not
+        library.shape_inference.quant_pre_process(model, prepared, skip_symbolic_shape=True)
     return prepared
 
 

@@ -1,4 +1,4 @@
-"""Students by configuration: linear, mlp, cnn, resnet, text, transformer, or the user's own factory.
+"""Students by configuration: linear, mlp, cnn, resnet, text, transformer, huggingface, or the user's own factory.
 
 A network takes inputs [B, *input_shape], float32 or int64 ids, and returns logits [B, C].
 """
@@ -14,7 +14,8 @@ from torch import nn
 
 from distilbeam.student.networks.bag import text_network
 from distilbeam.student.networks.cnn import SurveyCnn
-from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.config import HUGGINGFACE, StudentConfig
+from distilbeam.student.networks.huggingface import huggingface_network
 from distilbeam.student.networks.last_layer import Linear
 from distilbeam.student.networks.mlp import Mlp
 from distilbeam.student.networks.resnet import ResNet
@@ -53,6 +54,8 @@ def build_student(config: StudentConfig, input_shape: tuple[int, ...], num_class
         return text_network(input_shape, config, num_classes)
     if config.kind == "transformer":
         return Transformer(input_shape, config, num_classes)
+    if config.kind == HUGGINGFACE:
+        return huggingface_network(config, input_shape, num_classes)
     return _from_factory(config, input_shape, num_classes)
 
 

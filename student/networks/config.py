@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -9,7 +10,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from distilbeam.inputs.config import InputConfig
 from distilbeam.settings import Section
 
-KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer")
+HUGGINGFACE = "huggingface"
+KINDS = ("linear", "mlp", "cnn", "resnet", "text", "transformer", HUGGINGFACE)
 NUMBER_KINDS = ("linear", "mlp", "cnn", "resnet")
 NORM_KINDS = ("mlp", "text", "transformer")
 TEXT_HIDDEN: tuple[int, ...] = ()
@@ -63,8 +65,18 @@ class StudentConfig(Section):
     kind: str = Field(
         "mlp",
         examples=[*KINDS],
-        description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), or module:factory "
-        "for a network of one's own",
+        description="linear, mlp, cnn, resnet, text (an embedding bag), transformer (of token ids), huggingface (a classifier of "
+        "transformers: DistilBERT, BERT, ViT, ...), or module:factory for a network of one's own",
+    )
+    model: str | None = Field(
+        None,
+        description="huggingface: local folder whose weights the student starts from, with config.json and safetensors; its "
+        "head is drawn anew unless it has as many classes",
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="huggingface: instead of a folder, settings of transformers for a network of random weights: model_type "
+        "(distilbert, bert, vit, ...) and what differs from its defaults; vocabulary, image size and classes are filled in",
     )
     hidden: tuple[int, ...] = Field(
         (64, 64), description="mlp, text: widths of the hidden layers; none for text by default"
@@ -128,6 +140,47 @@ class StudentConfig(Section):
             own |= {"analyzer", "ngrams"} if own & {"analyzer", "ngrams"} else set()  # they belong together
             data["input"] = {**{name: value for name, value in TEXT_INPUT.items() if name not in own}, **inputs}
         return data
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("model",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folders_have_tokenizers(cls, data: Any) -> Any:
+        """Read texts with the tokenizer of the folder unless another is named."""
+        if not (isinstance(data, dict) and data.get("kind") == HUGGINGFACE and data.get("model")):
+            return data
+        inputs = data.get("input")
+        if isinstance(inputs, dict) and inputs.get("kind") == "text" and not inputs.get("tokenizer"):
+            data = {**data, "input": {**inputs, "tokenizer": str(Path(data["model"]) / "tokenizer.json")}}
+        return data
+
+    @model_validator(mode="after")
+    def _transformers_know_what_they_read(self) -> Self:
+        if self.kind != HUGGINGFACE:
+            if self.model is not None or self.config is not None:
+                raise ValueError(f"model and config are for students of kind '{HUGGINGFACE}', got kind {self.kind!r}")
+            return self
+        if (self.model is None) == (self.config is None):
+            raise ValueError(f"a student of kind '{HUGGINGFACE}' must have model, a folder, or config, one of them")
+        if self.input.kind not in ("text", "tokens", "image") or (
+            self.input.gives_ids and not self.input.gives_sequence
+        ):
+            raise ValueError(
+                f"a student of kind '{HUGGINGFACE}' reads text with a tokenizer, tokens or image, got an input of kind "
+                f"{self.input.kind!r}"
+            )
+        if self.input.kind == "text" and not self.input.tokenizer:
+            raise ValueError(
+                f"input.tokenizer must be given for a student of kind '{HUGGINGFACE}' of a fresh config: the tokenizer.json of its texts"
+            )
+        if self.input.kind == "image" and (self.input.size is None or self.input.resize != "stretch"):
+            raise ValueError(
+                f"input.size must be given for images of a student of kind '{HUGGINGFACE}', with resize = 'stretch': the image "
+                f"processor in its folder does the same; got size {self.input.size} and resize {self.input.resize!r}"
+            )
+        return self
 
     @field_validator("hidden")
     @classmethod

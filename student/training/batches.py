@@ -21,11 +21,11 @@ from distilbeam.student.data.loader import Batch, SoftLabelDataset, Transform
 from distilbeam.student.data.sampler import step_starts
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.augment import augment_images, drop_words
-from distilbeam.student.training.config import AugmentConfig, TrainConfig
+from distilbeam.student.training.config import DIVERGENCES, AugmentConfig, TrainConfig, check_kind
 from distilbeam.student.training.distributed import Processes
 
-NEEDED_COLUMNS = {
-    "distill": (),
+NEEDED_COLUMNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("distill", *DIVERGENCES), ()),
     "weighted": ("weight",),
     "slam": ("alpha", "candidates"),
     "slam+weighted": ("alpha", "candidates", "weight"),
@@ -211,6 +211,7 @@ def open_soft_labels(
         workers=training.loader_workers,
         pin_memory=processes.device.type == "cuda",
     )
+    check_kind(training.objective, dataset.spec.kind)
     _require_classes(dataset, classes)
     ranges = {"weight": (0.0, math.inf), "alpha": (0.0, 1.0), "candidates": (1.0, float(len(classes)))}
     estimated = {"weight"} if training.reestimate_epochs is not None else set()

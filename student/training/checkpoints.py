@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 
 from distilbeam.storage.atomic import replacing
 from distilbeam.student.training.batches import StepRows
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import LoopConfig
 from distilbeam.student.training.distributed import Processes
-from distilbeam.student.training.state import Tensors, TrainingState
+from distilbeam.student.training.state import Tensors
 from distilbeam.student.training.torchrun_folders import note_folder, remove_noted
 from distilbeam.student.training.trackers import TRACKERS
 
@@ -41,6 +41,18 @@ LOCK = ".lock"
 ASK_EVERY = 32  # steps after which several processes agree on whether a checkpoint is due
 
 log = logging.getLogger(__name__)
+
+
+class Resumable(Protocol):
+    """The state of a training: `done` steps, and what `state.TrainingState` captures and restores."""
+
+    done: int
+
+    def capture(self, processes: Processes) -> tuple[Tensors, dict[str, Any]]:
+        """Return the state as tensors and plain data; every process must ask for it."""
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], processes: Processes) -> None:
+        """Put the state back."""
 
 
 class TrainingDirectory:
@@ -53,7 +65,7 @@ class TrainingDirectory:
       processes: who trains; the first one writes.
     """
 
-    def __init__(self, student: Path, training: TrainConfig, identity: Mapping[str, Any], processes: Processes) -> None:
+    def __init__(self, student: Path, training: LoopConfig, identity: Mapping[str, Any], processes: Processes) -> None:
         self.path, self._name = student.with_name(student.name + SUFFIX), student.name
         self._training, self._identity, self._processes = training, json.loads(json.dumps(identity)), processes
         self._written = time.monotonic()
@@ -82,7 +94,7 @@ class TrainingDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def resume(self, state: TrainingState) -> None:
+    def resume(self, state: Resumable) -> None:
         """Bring a new training to where the last whole checkpoint is, if there is one.
 
         Raises:
@@ -121,7 +133,7 @@ class TrainingDirectory:
         late = time.monotonic() - self._written >= self._training.checkpoint_seconds
         return bool(self._processes.from_first(late))
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: Resumable) -> None:
         """Write a checkpoint and remove the oldest beyond those to keep."""
         tensors, plain = state.capture(self._processes)
         if self._processes.first:

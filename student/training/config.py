@@ -8,7 +8,12 @@ from pydantic import ConfigDict, Field, model_validator
 
 from distilbeam.settings import Section
 
-Objective = Literal["distill", "weighted", "slam", "slam+weighted"]
+Objective = Literal[
+    "distill", "weighted", "slam", "slam+weighted",
+    "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl",
+]  # fmt: skip
+# objectives of the kernels' own names, which see the whole distribution or what a top-k label keeps of it
+DIVERGENCES: tuple[Objective, ...] = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl")
 
 # settings that change what is seen and kept of a training, not what it learns: a stopped one may go on with others
 FREE = ("loader_workers", "checkpoint_steps", "checkpoint_seconds", "keep", "log_steps", "tensorboard", "track")
@@ -40,8 +45,8 @@ class FinetuneConfig(Section):
     hard_weight: float = Field(1.0, ge=0, description="weight of the true class beside the teacher's answer's 1")
 
 
-class TrainConfig(Section):
-    """How a student is trained; the seed is an argument of the training itself."""
+class LoopConfig(Section):
+    """What every training has: passes, steps, optimizer, checkpoints, logs."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -53,16 +58,56 @@ class TrainConfig(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="the learning rate after the warm-up")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+    temperature: float = Field(1.0, gt=0, description="softens teacher and student")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the weights, which is then validated and kept"
+    )
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
+    loader_workers: int = Field(
+        1, ge=1, description="threads that make batches of soft-labelled rows; as many, two at least, read"
+    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
+    keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
+    log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
+    tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
+    track: Literal["tensorboard", "mlflow"] | None = Field(
+        None,
+        description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
+        "and without a network",
+    )
+
+
+class TrainConfig(LoopConfig):
+    """How a student is trained; the seed is an argument of the training itself."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     objective: Objective = Field(
         "distill",
-        description="distill; weighted: debiased by the column weight; slam: student-label mixing, by the columns alpha and "
-        "candidates; or both, slam+weighted",
+        description="distill: forward KL; weighted: debiased by the column weight; slam: student-label mixing, by the columns "
+        "alpha and candidates; or both, slam+weighted; reverse_kl, jsd, skew_kl, skew_reverse_kl or tv, which is total "
+        "variation: other divergences, of dense or top_k labels; truncated_kl: the classes that top_k labels keep alone",
+    )
+    beta: float | None = Field(
+        None, ge=0, le=1, description="jsd: 0 is forward KL, 1 reverse KL; unset means 0.5, in the middle"
+    )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="skew_kl, skew_reverse_kl: share of the first distribution in what it is compared with; unset means 0.1",
+    )
+    hard_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the cross-entropy to the teacher's likeliest class in the loss of a soft-labelled example",
     )
     mixing: Literal["plain", "normalised", "forward"] = Field(
         "forward",
         description="slam: form of the mixture; forward held where it was measured, the paper's plain one did not",
     )
-    temperature: float = Field(1.0, gt=0, description="softens teacher and student")
     hard_weight: float = Field(
         1.0, ge=0, description="weight of a human-labelled example beside a soft-labelled one's 1"
     )
@@ -87,9 +132,6 @@ class TrainConfig(Section):
     )
     finetune: FinetuneConfig | None = Field(None, description="blind distillation: settings of the second phase")
     augment: AugmentConfig = Field(AugmentConfig(), description="random changes of inputs and labels")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the moving average of the weights, which is then validated and kept"
-    )
     patience: int | None = Field(
         None, ge=1, description="epochs without a better validation loss before training stops"
     )
@@ -105,20 +147,6 @@ class TrainConfig(Section):
         "that it pays, always, or never",
     )
     compile: bool = Field(False, description="run the student through torch.compile")
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, tpu, ...; auto takes the accelerator if there is one")
-    loader_workers: int = Field(
-        1, ge=1, description="threads that make batches of soft-labelled rows; as many, two at least, read"
-    )
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints, beside the seconds")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds between the checkpoints that a killed run needs")
-    keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
-    log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
-    tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
-    track: Literal["tensorboard", "mlflow"] | None = Field(
-        None,
-        description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
-        "and without a network",
-    )
 
     @model_validator(mode="after")
     def _reestimated_weights_are_used(self) -> Self:
@@ -127,3 +155,33 @@ class TrainConfig(Section):
                 f"reestimate_epochs is for the objectives weighted and slam+weighted, got objective {self.objective!r}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_objective_has_what_it_is_given(self) -> Self:
+        for name, needed in (("beta", ("jsd",)), ("alpha", ("skew_kl", "skew_reverse_kl"))):
+            if getattr(self, name) is not None and self.objective not in needed:
+                plural = "s" if len(needed) > 1 else ""
+                raise ValueError(f"{name} is for the objective{plural} {' and '.join(needed)}, got {self.objective!r}")
+        if self.hard_share and self.objective.startswith("slam"):
+            raise ValueError(
+                f"hard_share must be 0 with objective {self.objective!r}, which takes the teacher's mistakes out of the loss that "
+                f"its likeliest class would put back, got {self.hard_share:g}"
+            )
+        return self
+
+
+def check_kind(objective: Objective, kind: str) -> None:
+    """Refuse labels of a kind that an objective cannot learn from.
+
+    Args:
+      objective: of a training.
+      kind: of its soft labels, `dense`, `top_k` or `sampled`.
+
+    Raises:
+      ValueError: the labels are draws, which give forward KL alone without bias.
+    """
+    if kind == "sampled" and objective in DIVERGENCES:
+        raise ValueError(
+            f"training.objective must be 'distill' with labels of kind 'sampled', whose draws are unbiased for forward KL alone, "
+            f"got {objective!r}; label with kind 'top_k' for it"
+        )

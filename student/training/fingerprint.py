@@ -13,7 +13,7 @@ import numpy.typing as npt
 from distilbeam.student.checkpoint import load_student
 from distilbeam.student.data.labelled import Examples
 from distilbeam.student.networks.config import StudentConfig
-from distilbeam.student.own_files import content_of
+from distilbeam.student.own_files import content_of, content_of_folder
 from distilbeam.student.training.batches import Sources
 from distilbeam.student.training.config import FREE, LAST, TrainConfig
 
@@ -49,6 +49,8 @@ def _without_places(student: StudentConfig) -> dict[str, Any]:
     data: dict[str, Any] = student.model_dump(mode="json")
     for name in ("init", "encoder"):  # the table that came of them is what counts
         del data[name]
+    if student.model is not None:
+        data["model"] = content_of_folder(student.model)
     return data | {"input": data["input"] | {"tokenizer": content_of(student.input)}}
 
 

@@ -2,7 +2,8 @@
 
     (sum over soft-labelled rows of w_i l_i  +  hard_weight * sum over human-labelled rows of cross-entropy) / rows
 
-with l_i the distillation loss, or Student-Label Mixing's (arXiv:2302.03806), and w_i = 1 or the row's debiasing weight
+with l_i the distillation loss, by forward KL or another divergence (`kernels/distillation/divergences.py`), a share of which
+may be the cross-entropy to the teacher's likeliest class, or Student-Label Mixing's (arXiv:2302.03806), and w_i = 1 or the row's debiasing weight
 (Weighted distillation, arXiv:2210.06711). With mixup (arXiv:1710.09412) it is share L(y) + (1 - share) L(y of the
 partners), which for cross-entropy is the loss to the mixed labels.
 """
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from distilbeam.kernels.distillation.interface import distill_loss
-from distilbeam.kernels.labels import HardLabels, Labels
+from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.linear_distillation.interface import linear_distill_loss
 from distilbeam.student.data.loader import Batch, teacher_labels
 from distilbeam.student.training.augment import Mixture
 from distilbeam.student.training.batches import StepRows
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import DIVERGENCES, TrainConfig
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 
@@ -102,18 +103,23 @@ class _Step:
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _soft(self, values: Tensor, batch: Batch, spec: SoftLabelSpec, normalizer: float) -> Tensor:
-        mixed = self.training.objective.startswith("slam")
+        training, labels = self.training, teacher_labels(batch, spec)
+        mixed = training.objective.startswith("slam")
         plain = {"dense": "kl", "top_k": "tail", "sampled": "sampled"}[spec.kind]
+        own = training.objective if training.objective in DIVERGENCES else plain
         options: dict[str, Any] = {
             "accuracy": batch["alpha"] if mixed else None,
             "candidates": batch["candidates"] if mixed else None,
-            "temperature": self.training.temperature,
-            "objective": "slam" if mixed else plain,
-            "mixing": self.training.mixing,
+            "temperature": training.temperature,
+            "objective": "slam" if mixed else own,
+            "mixing": training.mixing,
             "normalizer": normalizer,
         }
+        options |= {name: x for name in ("beta", "alpha") if (x := getattr(training, name)) is not None}
+        if training.hard_share:
+            options |= {"hard": likeliest_classes(labels), "hard_share": training.hard_share}
         weight = None if self.weight is None else self.weight.to(values.device)
-        return self._distill(values, teacher_labels(batch, spec), weight, options)
+        return self._distill(values, labels, weight, options)
 
     def _hard(self, values: Tensor, classes: Tensor, normalizer: float) -> Tensor:
         factor = self.training.hard_weight / normalizer
@@ -128,6 +134,15 @@ class _Step:
             return distill_loss(values, labels, weight=weight, **options)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision != "fp32"):
             return linear_distill_loss(values, *self.layer, labels, example_weight=weight, **options)
+
+
+def likeliest_classes(labels: DenseLabels | TopKLabels | SampledLabels) -> Tensor:
+    """Give the teacher's likeliest class of each row, the first of several, int64 [B]; -100 for a row without a class."""
+    if isinstance(labels, DenseLabels):
+        return labels.logprobs.argmax(dim=1)
+    kept = labels.logprobs.masked_fill(labels.classes < 0, -torch.inf).argmax(dim=1, keepdim=True)
+    classes = labels.classes.long().gather(1, kept)[:, 0]
+    return classes.masked_fill(classes < 0, -100)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -17,7 +17,7 @@ from typing import Self, TextIO
 from distilbeam.progress import Progress
 from distilbeam.storage.atomic import replacing
 from distilbeam.student.training.checkpoints import METRICS
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import LoopConfig
 from distilbeam.student.training.trackers import Tracker, open_tracker, trackers_of
 
 
@@ -40,7 +40,7 @@ class Observer:
     def __init__(
         self,
         directory: Path,
-        training: TrainConfig,
+        training: LoopConfig,
         total: int,
         done: int,
         seconds: float,

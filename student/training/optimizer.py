@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distilbeam.student.networks.laurel import without_decay
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import LoopConfig
 
 
-def make_optimizer(module: nn.Module, training: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, training: LoopConfig) -> torch.optim.Optimizer:
     """Make the optimizer; biases, norms and learned residuals have no weight decay.
 
     Args:
@@ -32,7 +32,7 @@ def make_optimizer(module: nn.Module, training: TrainConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=training.lr, fused=fused)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, training: TrainConfig, done: int, total: int) -> float:
+def set_lr(optimizer: torch.optim.Optimizer, training: LoopConfig, done: int, total: int) -> float:
     """Set the learning rate of the next step: a linear rise, then a half cosine or a constant.
 
     Args:
@@ -75,7 +75,7 @@ def moving_average(module: nn.Module, decay: float | None) -> AveragedModel | No
     return average
 
 
-def _factor(done: int, total: int, training: TrainConfig) -> float:
+def _factor(done: int, total: int, training: LoopConfig) -> float:
     warm = math.ceil(training.warmup * total)
     if done < warm:
         return (done + 1) / warm

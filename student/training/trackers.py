@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from distilbeam.student.training.config import TrainConfig
+from distilbeam.student.training.config import LoopConfig
 
 TRACKERS = ("tensorboard", "mlflow")
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-def trackers_of(training: TrainConfig) -> tuple[str, ...]:
+def trackers_of(training: LoopConfig) -> tuple[str, ...]:
     """Name the trackers that a configuration asks for; `tensorboard = true` is the former way to ask for that one."""
     wanted = {training.track, "tensorboard" if training.tensorboard else None}
     return tuple(name for name in TRACKERS if name in wanted)

@@ -31,7 +31,7 @@ from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.student.evaluation.metrics import evaluate
 from distilbeam.student.networks.bag import start_from_table
 from distilbeam.student.networks.build import build_student
-from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.config import HUGGINGFACE, StudentConfig
 from distilbeam.student.networks.encoder_table import read_table
 from distilbeam.student.own_files import content_of_file
 from distilbeam.student.training.augment import Mixture
@@ -48,6 +48,7 @@ from distilbeam.student.training.sample_weights import Reestimation, RowWeights,
 from distilbeam.student.training.single_rows import require_room_for_norms
 from distilbeam.student.training.state import TrainingState
 from distilbeam.student.training.taken import TakenStep, TakenSteps
+from distilbeam.student.training.threads import threads_of_steps
 from distilbeam.student.training.wrap import last_layer_together, make_network, precisions
 from distilbeam.student.trust import trust_config
 
@@ -170,7 +171,10 @@ def train(
         about |= {} if last_epoch is None else {"last_epoch": last_epoch}
         about |= {} if embedding is None else {"embedding": content_of_file(embedding)}
         epochs = min(training.epochs, last_epoch or training.epochs)
-        with TrainingDirectory(directory, training, about, processes) as work:
+        with (
+            threads_of_steps(module, sources, student),
+            TrainingDirectory(directory, training, about, processes) as work,
+        ):
             work.resume(state)
             silent, progress = not processes.first, progress or Progress()
             for figures in state.history:  # of the training that goes on
@@ -251,6 +255,8 @@ def train(
 def _needs(student: StudentConfig, training: TrainConfig) -> Iterator[Need]:
     if student.input.tokenizer:
         yield Need("student.input.tokenizer", "hf", ("tokenizers",))
+    if student.kind == HUGGINGFACE:
+        yield Need(f"student.kind = '{HUGGINGFACE}'", "hf", ("transformers",))
     if training.tensorboard:
         yield Need("training.tensorboard", "tensorboard", way_round="leave it out")
     if training.track is not None:

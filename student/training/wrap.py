@@ -13,7 +13,7 @@ from distilbeam.kernels.conversion.layers import LowPrecisionLinear
 from distilbeam.kernels.distillation.interface import chosen as loss_backend
 from distilbeam.kernels.linear_distillation.choice import why_apart
 from distilbeam.kernels.linear_distillation.interface import chosen as layer_backend
-from distilbeam.student.networks.config import StudentConfig
+from distilbeam.student.networks.config import HUGGINGFACE, StudentConfig
 from distilbeam.student.networks.last_layer import LastLayerApart
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import Processes
@@ -135,4 +135,4 @@ def _lower_precision(module: nn.Module, training: TrainConfig, processes: Proces
 
 def _may_skip_parameters(student: StudentConfig) -> bool:
     """Whether a step may leave parameters without a gradient, which DistributedDataParallel must be told."""
-    return "pa" in student.residual or ":" in student.kind
+    return "pa" in student.residual or ":" in student.kind or student.kind == HUGGINGFACE

@@ -39,7 +39,7 @@ from distilbeam.teacher.softlabels.columns import (
     label_schema,
 )
 from distilbeam.teacher.softlabels.selecting import Randomness, RowRandomness, draw_classes, largest
-from distilbeam.teacher.softlabels.spec import SoftLabelSpec
+from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -111,13 +111,14 @@ def encode(
       class; drawn classes ascend. `teacher_margin` is the difference of the two largest probabilities.
 
     Raises:
-      ValueError: another shape than [n, C], or a row with NaN, +inf or nothing but -inf.
+      ValueError: another shape than [n, C], a row with NaN, +inf or nothing but -inf, or labels of tokens.
 
     Example:
       >>> spec = SoftLabelSpec(num_classes=3, kind="top_k", k=2)
       >>> encode(np.array([[2.0, 0.0, 1.0]]), spec)["teacher_classes"].to_pylist()
       [[0, 2]]
     """
+    require_unit(spec, "example", "the specification")
     answers = _array(logits, spec.num_classes)
     out = _Columns(spec, len(answers))
     if spec.kind == "sampled" and rng is None and seeds is None:
@@ -140,12 +141,13 @@ def decode(labels: pa.RecordBatch | pa.Table, spec: SoftLabelSpec) -> SoftLabels
       The labels as arrays.
 
     Raises:
-      ValueError: a column is missing, of another type, or has missing values.
+      ValueError: a column is missing, of another type, or has missing values, or the labels are of tokens.
     """
+    require_unit(spec, "example", "the dataset")
     check_columns(labels.schema, spec, margin=False)
     if spec.kind == "sampled":
         classes = flat_values(labels.column(CLASSES), spec.width)
-        return SoftLabels(_frequencies(labels.column(LOGPROBS), spec.width), classes)
+        return SoftLabels(frequencies(labels.column(LOGPROBS), spec.width, spec.width), classes)
     stored = flat_values(labels.column(LOGPROBS), spec.width).astype(np.float32, copy=False)
     if spec.kind == "dense":
         return SoftLabels(stored)
@@ -293,13 +295,22 @@ def _second_of_few(mass: Float32) -> Float32:
     return second
 
 
-def _frequencies(column: pa.Array | pa.ChunkedArray, draws: int) -> Float32:
-    """Read log(count / draws), piece by piece of the column."""
+def frequencies(column: pa.Array | pa.ChunkedArray, width: int, draws: int) -> Float32:
+    """Read the frequencies of sampled labels, piece by piece of their column.
+
+    Args:
+      column: lists of log(count / draws), rounded to half precision or not.
+      width: values of a list.
+      draws: draws of each label.
+
+    Returns:
+      float32 [n, width], exact.
+    """
     pieces = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    restored = [_restored(flat_values(piece, draws), draws) for piece in pieces]
+    restored = [_restored(flat_values(piece, width), draws) for piece in pieces]
     if len(restored) == 1:
         return restored[0]
-    return np.concatenate(restored) if restored else np.empty((0, draws), np.float32)
+    return np.concatenate(restored) if restored else np.empty((0, width), np.float32)
 
 
 def _restored(stored: npt.NDArray[Any], draws: int) -> Float32:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distilbeam.inputs.blocks import INPUT_IDS
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
 LOGPROBS, CLASSES, TAIL, MARGIN = "teacher_logprobs", "teacher_classes", "teacher_tail_logmass", "teacher_margin"
+TOKEN_LOGPROB, POSITIONS = "teacher_token_logprob", "label_positions"  # of blocks of tokens
 SPEC_KEY = b"distilbeam.softlabels"
 WEIGHTS = ("alpha", "candidates", "weight")  # how far to trust a label
 # what a shard holds beside what is carried, and all that begins with the prefix
-RESERVED = ("example_id", "pool_row", "gain", "inclusion_probability", *WEIGHTS)
+RESERVED = ("example_id", "pool_row", "gain", "inclusion_probability", POSITIONS, *WEIGHTS)
 RESERVED_PREFIX = "teacher_"
 
 
@@ -33,9 +35,28 @@ def label_schema(spec: SoftLabelSpec) -> pa.Schema:
       spec: the form of the labels, which decides the columns and their types.
 
     Returns:
-      The schema of the columns whose names begin with `teacher_`.
+      The schema of the columns whose names begin with `teacher_`, and `label_positions` where blocks of tokens name them.
     """
-    return pa.schema(_fields(spec.kind, spec.width, spec.storage), metadata={SPEC_KEY: spec.to_json()})
+    return pa.schema(_fields_of(spec), metadata={SPEC_KEY: spec.to_json()})
+
+
+def _fields_of(spec: SoftLabelSpec) -> list[pa.Field]:
+    if spec.unit == "token":
+        return _block_fields(spec)
+    return _fields(spec.kind, spec.width, spec.storage)
+
+
+@lru_cache(maxsize=64)
+def _block_fields(spec: SoftLabelSpec) -> list[pa.Field]:
+    def lists(name: str, kind: pa.DataType, width: int) -> pa.Field:
+        return pa.field(name, pa.list_(pa.field("element", kind, nullable=False), width), nullable=False)
+
+    labels = spec.labels_per_row
+    value = pa.float32() if spec.storage == "float32" else pa.float16()
+    fields = [lists(LOGPROBS, value, spec.width), lists(CLASSES, pa.int32(), spec.width)]
+    fields += [lists(TAIL, pa.float32(), labels)] if spec.kind == "top_k" else []
+    fields += [lists(TOKEN_LOGPROB, pa.float32(), labels)]
+    return fields + ([lists(POSITIONS, pa.int32(), labels)] if spec.positions != "all" else [])
 
 
 @lru_cache(maxsize=64)
@@ -63,7 +84,7 @@ def check_columns(schema: pa.Schema, spec: SoftLabelSpec, *, margin: bool = True
     Raises:
       ValueError: a column is missing or of another type.
     """
-    for field in _fields(spec.kind, spec.width, spec.storage):
+    for field in _fields_of(spec):
         if field.name == MARGIN and not margin:
             continue
         if field.name not in schema.names:
@@ -85,6 +106,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """
     leaves = dict(leaf for field in schema for leaf in _leaves(field.name, field.type))
     encodings = {path: encoding for path, type_ in leaves.items() if (encoding := _encoding(path, type_))}
+    if TOKEN_LOGPROB in schema.names:  # the high bytes of ids vanish when they stand together
+        encodings |= {path: "BYTE_STREAM_SPLIT" for path in leaves if path.startswith(f"{INPUT_IDS}.")}
     if CLASSES in schema.names and TAIL not in schema.names:  # sampled labels
         encodings = {path: encoding for path, encoding in encodings.items() if not path.startswith(f"{LOGPROBS}.")}
     return {

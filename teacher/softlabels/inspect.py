@@ -20,7 +20,7 @@ from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
 from distilbeam.teacher.softlabels.plain_table import PlainTable
-from distilbeam.teacher.softlabels.spec import SoftLabelSpec
+from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 
 _BATCH_ROWS = 16_384
 _CLASSES_SHOWN = 3
@@ -133,15 +133,16 @@ def inspect_labels(
       ValueError: there is no dataset, or a shard cannot be read.
     """
     manifest = read_manifest(path)
+    require_unit(manifest.spec, "example", path)
     rng = np.random.default_rng(seed)
-    opened = _some_shards(manifest, most_rows, rng)
+    opened = some_shards(manifest, most_rows, rng)
     confidence, column_bytes = np.zeros(bins, np.int64), Counter[str]()
     total = sum(manifest.entries[i].rows for i in opened)
     wanted = np.sort(rng.choice(total, min(samples, total), replace=False))
     shown: list[Sample] = []
     first = 0
     for i in opened:
-        column_bytes.update(_column_bytes(manifest.paths()[i]))
+        column_bytes.update(column_sizes(manifest.paths()[i]))
         for batch in _batches(manifest.paths()[i]):
             labels = decode(batch, manifest.entries[i].spec)
             best = np.exp(labels.logprobs.max(axis=1))
@@ -162,20 +163,22 @@ def inspect_labels(
     )
 
 
-def _some_shards(manifest: Manifest, most_rows: int, rng: np.random.Generator) -> list[int]:
+def some_shards(manifest: Manifest, most_rows: int, rng: np.random.Generator) -> list[int]:
+    """Choose shards at random until they have enough rows; their numbers, ascending."""
     order = rng.permutation(len(manifest.entries))
     before = np.cumsum([0, *(manifest.entries[i].rows for i in order)])[:-1]
     return sorted(int(i) for i in order[before < most_rows])
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with _opened(path) as file:
+    with opened_shard(path) as file:
         names = [name for name in ("example_id", LOGPROBS, CLASSES, TAIL) if name in file.schema_arrow.names]
         yield from file.iter_batches(_BATCH_ROWS, columns=names)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def opened_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a shard, or say in a sentence that it cannot be read."""
     try:
         with store_of(path).open_parquet(path) as file:
             yield file
@@ -186,9 +189,10 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{path} cannot be read ({reason}); 'distilbeam verify' says what else is damaged") from e
 
 
-def _column_bytes(path: Path) -> dict[str, int]:
+def column_sizes(path: Path) -> dict[str, int]:
+    """Add up the compressed bytes of each column of a shard."""
     sizes = Counter[str]()
-    with _opened(path) as file:
+    with opened_shard(path) as file:
         metadata = file.metadata
     for group in range(metadata.num_row_groups):
         for i in range(metadata.num_columns):

@@ -134,11 +134,18 @@ def draw_classes(mass: Float32, draws: int, rng: Randomness) -> tuple[npt.NDArra
     uniform = np.minimum(np.sort(rng.random((rows, draws)), axis=1), 1 - 2**-36)
     found = np.searchsorted((cumulative + offset).ravel(), (uniform + offset).ravel(), side="right")
     drawn = found.reshape(rows, draws) - np.arange(rows)[:, None] * classes
-    return _tally(drawn)
+    return tally(drawn)
 
 
-def _tally(drawn: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Count equal neighbours of sorted rows."""
+def tally(drawn: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Count equal neighbours of sorted rows.
+
+    Args:
+      drawn: integers [n, draws], each row ascending.
+
+    Returns:
+      The distinct ones, int32 [n, draws], ascending and then -1, and how often each is there, float32 [n, draws].
+    """
     rows, draws = drawn.shape
     is_new = np.ones(drawn.shape, bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]

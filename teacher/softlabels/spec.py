@@ -2,6 +2,9 @@
 
 Two shards may be read together exactly when their specifications agree in everything that gives a number its meaning:
 the classes, the kind of label, the temperature and the teacher. How a shard was stored may differ.
+
+A row is an example with one label (format 1.x), or, where `unit` is "token", a block of tokens with a label at each
+position (format 2.x), which releases that know examples alone refuse.
 """
 
 from __future__ import annotations
@@ -16,16 +19,20 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["dense", "top_k", "sampled"]
 Storage = Literal["float32", "float16"]
+Unit = Literal["example", "token"]
 
 FORMAT = "distilbeam.softlabels"
 MAJOR, MINOR = 1, 1  # 1.1: `candidates` is int32
+VERSIONS: Mapping[Unit, tuple[int, int]] = {"example": (MAJOR, MINOR), "token": (2, 0)}
 MAX_CLASSES = 2**31 - 1
+MAX_BLOCK = 2**20  # tokens
+MAX_TOKENS = 2**24  # up to here float32 holds every id
 MAX_DRAWS = 2048  # up to here a count is restored exactly from its logarithm in half precision
 
 
 @dataclass(frozen=True)
 class SoftLabelSpec:
-    """Specification of a soft-label dataset, version 1.
+    """Specification of a soft-label dataset, version 1, or 2 where the labels are of tokens.
 
     Attributes:
       num_classes: number of classes C of the teacher.
@@ -39,7 +46,12 @@ class SoftLabelSpec:
       carried: names of the columns that are copied from the pool beside the labels.
       storage: `float32` columns hold values rounded to half precision, the frequencies of sampled labels exactly, and are
         the smaller ones on disk; `float16` columns hold the same values in half of the memory.
-      version: format version `major.minor` of the data that this object describes.
+      version: format version `major.minor` of the data that this object describes; the newest of its unit unless given.
+      unit: `example` for a label of each row, `token` for one at each position of a row, which is a block of tokens.
+      sequence_length: tokens L of a block; None for examples.
+      positions: labels P of a block: `all` of its L positions, or the number of those that `label_positions` names.
+      tokenizer: fingerprint of the tokenizer below `num_classes` (`distilbeam.inputs.tokenizer`).
+      source: where the log-probabilities are from: the teacher's `logits`, or `server` with the engine and its cap.
 
     Raises:
       ValueError: a field breaks its rule; the message names the field, the rule and the value.
@@ -47,6 +59,9 @@ class SoftLabelSpec:
     Example:
       >>> SoftLabelSpec(num_classes=1000, kind="top_k", k=64).width
       64
+      >>> of_tokens = SoftLabelSpec(num_classes=1000, kind="top_k", k=8, unit="token", sequence_length=256, tokenizer="ab")
+      >>> of_tokens.width, of_tokens.version
+      (2048, '2.0')
     """
 
     num_classes: int
@@ -57,14 +72,22 @@ class SoftLabelSpec:
     teacher: str = ""
     carried: tuple[str, ...] = ()
     storage: Storage = "float32"
-    version: str = f"{MAJOR}.{MINOR}"
+    version: str = ""
+    unit: Unit = "example"
+    sequence_length: int | None = None
+    positions: int | Literal["all"] = "all"
+    tokenizer: str = ""
+    source: str = "logits"
 
     def __post_init__(self) -> None:
+        _check_choice("unit", self.unit, get_args(Unit))
+        if self.version == "":
+            object.__setattr__(self, "version", "{}.{}".format(*VERSIONS[self.unit]))
+        self._check_unit()
         _check_int("num_classes", self.num_classes, 2, MAX_CLASSES)
         _check_choice("kind", self.kind, get_args(Kind))
         _check_choice("storage", self.storage, get_args(Storage))
         self._check_k()
-        _check_version(self.version)
         if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -76,6 +99,31 @@ class SoftLabelSpec:
                 f"classes must be one name for each of the {self.num_classes:,} classes, "
                 f"got {len(self.classes):,} names"
             )
+
+    def _check_unit(self) -> None:
+        major = _check_version(self.version)
+        if major != VERSIONS[self.unit][0]:
+            raise ValueError(
+                f"version must be {VERSIONS[self.unit][0]}.x for labels of unit '{self.unit}', got {self.version}"
+            )
+        if self.unit == "example":
+            default = (None, "all", "", "logits")
+            if (self.sequence_length, self.positions, self.tokenizer, self.source) != default:
+                raise ValueError(
+                    "sequence_length, positions, tokenizer and source must be left out unless unit is 'token'"
+                )
+            return
+        _check_int("num_classes", self.num_classes, 2, MAX_TOKENS)
+        _check_int("sequence_length", self.sequence_length, 2, MAX_BLOCK)
+        if self.positions != "all":
+            _check_int("positions", self.positions, 1, self.sequence_length or 0)
+        if self.kind == "dense":
+            raise ValueError(
+                "kind must be top_k or sampled for token labels: a block of dense ones takes L x C numbers"
+            )
+        for name in ("tokenizer", "source"):
+            if not (isinstance(getattr(self, name), str) and getattr(self, name)):
+                raise ValueError(f"{name} must be given for token labels, got {getattr(self, name)!r}")
 
     def _check_k(self) -> None:
         if self.kind == "dense":
@@ -90,8 +138,29 @@ class SoftLabelSpec:
 
     @property
     def width(self) -> int:
-        """Number of log-probabilities stored in a row: C for dense labels, else k."""
-        return self.num_classes if self.k is None else self.k
+        """Number of log-probabilities stored in a row: C for dense labels, else k; P k for blocks of tokens."""
+        return self.num_classes if self.k is None else self.k * self.labels_per_row
+
+    @property
+    def labels_per_row(self) -> int:
+        """Number of labels of a row: 1 for examples, P for blocks of tokens."""
+        if self.unit == "example":
+            return 1
+        return (self.sequence_length or 0) if self.positions == "all" else self.positions
+
+    @property
+    def answer_width(self) -> int:
+        """Number of float32 that a teacher's answer to a row takes until it is stored.
+
+        C logits, or of a block P k classes and as many log-probabilities, P tails and P log-probabilities of the tokens.
+        """
+        return self.num_classes if self.unit == "example" else 2 * (self.width + self.labels_per_row)
+
+    @property
+    def label_bytes(self) -> int:
+        """Bytes that a row's log-probabilities and classes take in memory."""
+        per_label = 0 if self.unit == "example" else 8
+        return self.width * (4 if self.k is None else 8) + per_label * self.labels_per_row
 
     def class_name(self, index: int) -> str:
         """Return the name of a class, or its index as text where there are no names."""
@@ -103,7 +172,8 @@ class SoftLabelSpec:
 
     @cached_property
     def _json(self) -> str:  # asked for at every batch, and long where classes have names
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        data = {name: value for name, value in asdict(self).items() if self.unit == "token" or name not in _OF_TOKENS}
+        return json.dumps({"format": FORMAT, **data}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes | Mapping[str, Any]) -> SoftLabelSpec:
@@ -133,7 +203,10 @@ class SoftLabelSpec:
         Returns:
           A hexadecimal hash; storage, the minor version and the names of the classes leave it unchanged.
         """
-        parts = (MAJOR, self.num_classes, self.kind, self.k, self.temperature.hex(), self.teacher, self.carried)
+        parts: tuple[Any, ...] = (VERSIONS[self.unit][0], self.num_classes, self.kind, self.k, self.temperature.hex())
+        parts += (self.teacher, self.carried)
+        if self.unit == "token":
+            parts += tuple(getattr(self, name) for name in _OF_TOKENS)
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def differences(self, other: SoftLabelSpec) -> list[str]:
@@ -145,7 +218,7 @@ class SoftLabelSpec:
         Returns:
           Texts such as `num_classes (10 and 100)`; empty when the labels mean the same.
         """
-        names = ("num_classes", "kind", "k", "classes", "temperature", "teacher")
+        names = (*_OF_TOKENS, "num_classes", "kind", "k", "classes", "temperature", "teacher")
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name} ({_brief(a)} and {_brief(b)})" for name, a, b in pairs if a != b]
 
@@ -177,15 +250,45 @@ def _parsed(text: str | bytes | Mapping[str, Any]) -> Mapping[str, Any]:
     return data
 
 
-def _check_version(version: object) -> None:
+def require_unit(spec: SoftLabelSpec, unit: Unit, where: object) -> None:
+    """Refuse labels of the other unit.
+
+    Args:
+      spec: of the labels.
+      unit: the one that the caller reads.
+      where: the dataset, for the message.
+
+    Raises:
+      ValueError: the labels are of the other unit.
+    """
+    if spec.unit == unit:
+        return
+    if spec.unit == "token":
+        raise ValueError(
+            f"{where} holds labels of tokens (unit 'token', {spec.labels_per_row:,} labels in a row), where labels of examples "
+            "are read; a student of kind causal_lm learns from them"
+        )
+    raise ValueError(
+        f"{where} holds labels of examples (unit 'example', one label in a row), where labels of tokens are read; label a "
+        "pool of blocks with a teacher of kind causal_lm"
+    )
+
+
+_OF_TOKENS = ("unit", "sequence_length", "positions", "tokenizer", "source")
+
+
+def _check_version(version: object) -> int:
     major, _, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
     if not (major.isdecimal() and minor.isdecimal()):
         raise ValueError(f"version must be 'major.minor', got {version!r}")
-    if int(major) != MAJOR:
-        way_out = "install a newer distilbeam" if int(major) > MAJOR else "write the dataset again"
+    known = [first for first, _ in VERSIONS.values()]
+    if int(major) not in known:
+        way_out = "install a newer distilbeam" if int(major) > max(known) else "write the dataset again"
         raise ValueError(
-            f"soft labels of format version {version} cannot be read by this release, which reads {MAJOR}.x; {way_out}"
+            f"soft labels of format version {version} cannot be read by this release, which reads "
+            f"{' and '.join(f'{first}.x' for first in known)}; {way_out}"
         )
+    return int(major)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

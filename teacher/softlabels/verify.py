@@ -21,33 +21,14 @@ from distilbeam.teacher.predict import ask
 from distilbeam.teacher.protocol import Teacher
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import SPEC_KEY, check_columns
+from distilbeam.teacher.softlabels.comparison import UNLIKELY, Comparison
 from distilbeam.teacher.softlabels.manifest import Manifest, ManifestEntry, read_manifest
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 from distilbeam.teacher.softlabels.shards import has_checksum
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
+from distilbeam.teacher.softlabels.verify_tokens import compare_blocks, other_tokenizer, wrong_block
 
-# A class's frequency in sampled labels leaves its probability by more than Bernstein's bound with chance exp(-this).
-_UNLIKELY = 25.0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A random sample labelled again.
-
-    Attributes:
-      rows: rows that were labelled again.
-      failed: rows that the teacher could not answer now.
-      largest_difference: largest difference of a stored probability and the probability now; for sampled labels what is
-        left of it after the largest difference that chance explains.
-      example_id: the row where it is.
-      same_teacher: whether the fingerprint is the one of the labels.
-    """
-
-    rows: int
-    failed: int
-    largest_difference: float
-    example_id: str
-    same_teacher: bool
+_BLOCK_BYTES = 2**26  # of labels of tokens that are looked at together
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,8 @@ class Verification:
             table.add_row("not answered now", f"{self.comparison.failed:,}")
             difference = f"{self.comparison.largest_difference:.2e} (row {self.comparison.example_id})"
             table.add_row("largest difference of a probability", difference)
+            if self.comparison.control is not None:
+                table.add_row("of two answers now (control)", f"{self.comparison.control:.2e}")
             parts.append(table)
         parts += [Text(f"note: {note}", "yellow") for note in self.notes]
         parts += [Text(f"wrong: {problem}", "bold red") for problem in self.problems]
@@ -108,7 +91,7 @@ def verify_labels(
 
     Args:
       path: folder of the soft-label dataset.
-      teacher: who labels the sample.
+      teacher: who labels the sample; of labels of tokens one that answers blocks in the form of `verify_tokens.wanted_form`.
       sample: rows to label again.
       tolerance: largest difference of a probability that is no problem. Rounding to half precision alone moves a
         probability by up to 2e-4.
@@ -136,7 +119,13 @@ def verify_labels(
     if teacher is not None and sound:
         rows = _random_rows(manifest.directory, sound, sample, np.random.default_rng(seed))
         rows = rows if complete is None else complete(rows)
-        comparison = _compare(manifest.spec, rows, teacher, batch_size)
+        if manifest.spec.unit == "example":
+            comparison = _compare(manifest.spec, rows, teacher, batch_size)
+        elif not (others := list(other_tokenizer(manifest.spec, teacher))):
+            comparison = compare_blocks(manifest.spec, rows, teacher)
+        else:
+            problems += others
+    if comparison is not None:
         problems += _comparison_problems(comparison, tolerance, manifest.spec)
     notes = _orphans(manifest)
     return Verification(manifest.directory, len(manifest.entries), manifest.rows, tuple(problems), notes, comparison)
@@ -177,6 +166,9 @@ def _content_problems(path: Path, file: pq.ParquetFile, entry: ManifestEntry) ->
     if file.metadata.num_rows != entry.rows:
         yield f"{path} must have {entry.rows:,} rows, it has {file.metadata.num_rows:,}"
     if not missing:
+        if entry.spec.unit == "token":
+            yield from _block_problems(path, file, entry.spec)
+            return
         rows = 0
         for batch in file.iter_batches(8192):
             bad = np.flatnonzero(~_is_distribution(decode(batch, entry.spec)))
@@ -184,6 +176,15 @@ def _content_problems(path: Path, file: pq.ParquetFile, entry: ManifestEntry) ->
                 yield f"{path}: the probabilities of row {rows + int(bad[0]):,} must sum to one"
                 return
             rows += len(batch)
+
+
+def _block_problems(path: Path, file: pq.ParquetFile, spec: SoftLabelSpec) -> Iterator[str]:
+    rows = 0
+    for batch in file.iter_batches(max(1, _BLOCK_BYTES // spec.label_bytes)):
+        if (found := wrong_block(batch, spec)) is not None:
+            yield f"{path}: block {rows + found[0]:,} {found[1]}"
+            return
+        rows += len(batch)
 
 
 def _is_distribution(labels: SoftLabels) -> npt.NDArray[np.bool_]:
@@ -243,7 +244,7 @@ def _differences(stored: SoftLabels, now: npt.NDArray[np.float64], spec: SoftLab
     kept = np.take_along_axis(now, np.maximum(stored.classes, 0), axis=1)
     difference = np.where(stored.classes >= 0, np.abs(np.exp(stored.logprobs) - kept), 0)
     if spec.kind == "sampled":
-        chance = np.sqrt(2 * kept * (1 - kept) * _UNLIKELY / spec.width) + _UNLIKELY / (3 * spec.width)
+        chance = np.sqrt(2 * kept * (1 - kept) * UNLIKELY / spec.width) + UNLIKELY / (3 * spec.width)
         difference = np.maximum(difference - chance, 0)
     return np.asarray(difference.max(axis=1))
 
@@ -271,4 +272,5 @@ def _comparison_problems(comparison: Comparison, tolerance: float, spec: SoftLab
         yield (
             f"the teacher's probabilities differ by up to {comparison.largest_difference:.3g} from the stored ones "
             f"(row {comparison.example_id}), more than {tolerance:g}"
+            + ("" if comparison.control is None else f"; two answers of it now differ by {comparison.control:.3g}")
         )

@@ -30,7 +30,7 @@ def narrowed(labels, classes):
 
 
 @pytest.mark.parametrize("shape", ODD, ids=str)
-@pytest.mark.parametrize("objective", ["kl", "tail", "renormalised"])
+@pytest.mark.parametrize("objective", ["truncated_kl", "tail", "renormalised", "reverse_kl", "jsd", "tv"])
 def test_odd_shapes_in_float32_are_within_rounding_of_float64(implementation, objective, shape, rng):
     rows, classes, k = shape
     top = torch.randn(rows, classes, generator=rng, dtype=torch.float64).log_softmax(1).topk(k, dim=1)
@@ -217,7 +217,10 @@ def test_uniform_and_peaked_teachers(implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "KL"}, "objective must be one of kl, ce, tail, renormalised, sampled, slam, got 'KL'"),
+        (
+            {"objective": "KL"},
+            "objective must be one of kl, ce, tail, truncated_kl, renormalised, sampled, slam, reverse_kl, jsd, .*tv, got 'KL'",
+        ),
         ({"mixing": "none"}, "mixing must be one of plain, normalised, forward, got 'none'"),
         ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
@@ -226,7 +229,10 @@ def test_uniform_and_peaked_teachers(implementation):
         ({"objective": "sampled"}, "objective 'sampled' needs sampled labels, got top-k labels: use 'tail'"),
         ({"weight": torch.ones(3)}, r"weight must have one value per row, \[2\], got \[3\]"),
         ({"mask": torch.ones(2, 1)}, r"mask must have one value per row, \[2\], got \[2, 1\]"),
-        ({"hard": torch.tensor([1, 5])}, "classes of the labels must be below the 3 classes of the logits, got 5"),
+        (
+            {"objective": "tail", "hard": torch.tensor([1, 5])},
+            "classes of the labels must be below the 3 classes of the logits, got 5",
+        ),
         (
             {"objective": "slam", "accuracy": torch.ones(3)},
             r"accuracy must be a number or have one value per row, \[2\], got \[3\]",

@@ -18,7 +18,7 @@ def value_and_gradient(logits, labels, **options):
 
 
 @pytest.mark.parametrize("labels", ["top_k", "sampled", "dense"])
-@pytest.mark.parametrize("objective", ["tail", "kl", "ce", "renormalised", "sampled"])
+@pytest.mark.parametrize("objective", ["tail", "kl", "truncated_kl", "ce", "renormalised", "sampled"])
 def test_a_kept_class_of_probability_zero(implementation, labels, objective):
     """The teacher is sure of class 2: minus the log of the student's .6308."""
     made = {
@@ -26,7 +26,12 @@ def test_a_kept_class_of_probability_zero(implementation, labels, objective):
         "sampled": SampledLabels(torch.tensor([[0.0, NOTHING]]), torch.tensor([[2, 1]])),
         "dense": DenseLabels(torch.tensor([[NOTHING, NOTHING, 0.0, NOTHING]])),
     }[labels]
-    if (labels, objective) in {("top_k", "sampled"), ("sampled", "tail")}:
+    if (labels, objective) in {
+        ("top_k", "sampled"),
+        ("top_k", "kl"),
+        ("sampled", "tail"),
+        ("sampled", "truncated_kl"),
+    }:
         pytest.skip("refused")
     value, slope = value_and_gradient(LOGITS, made, objective=objective, implementation=implementation)
     f = LOGITS.softmax(1)
@@ -55,7 +60,7 @@ def test_one_such_row_of_ninety_leaves_the_others_as_they_are(implementation):
     assert bool(after.isfinite().all())
 
 
-@pytest.mark.parametrize("objective", ["renormalised", "slam", "kl", "tail", "ce"])
+@pytest.mark.parametrize("objective", ["renormalised", "slam", "truncated_kl", "tail", "ce", "jsd", "reverse_kl", "tv"])
 @pytest.mark.parametrize("mixing", ["plain", "normalised", "forward"])
 @pytest.mark.parametrize("k", [2, 4])
 def test_a_masked_row_of_nothing_has_no_gradient(implementation, objective, mixing, k):
@@ -90,7 +95,7 @@ def test_a_row_none_of_whose_buckets_exists_has_no_loss(implementation):
 def test_padding_may_stand_anywhere(implementation):
     logprobs = torch.tensor([[0.6, 0.3]]).log()
     tail = torch.tensor([0.1]).log()
-    for objective in ("tail", "kl", "renormalised"):
+    for objective in ("tail", "truncated_kl", "renormalised", "reverse_kl", "skew_kl", "tv"):
         expected = value_and_gradient(
             LOGITS,
             TopKLabels(logprobs, torch.tensor([[2, 1]]), tail),
@@ -111,7 +116,9 @@ def test_a_row_of_padding_alone_has_no_target(implementation):
         assert (float(value), float(slope.abs().max())) == (0, 0)
 
 
-@pytest.mark.parametrize("objective", ["tail", "kl", "slam"])
+@pytest.mark.parametrize(
+    "objective", ["tail", "truncated_kl", "slam", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
+)
 def test_a_class_named_twice_counts_as_two(implementation, objective):
     """As if there were a fifth class with the third one's logit."""
     labels = TopKLabels(torch.tensor([[0.5, 0.2, 0.2]]).log(), torch.tensor([[2, 1, 2]]), torch.tensor([0.1]).log())
@@ -125,7 +132,9 @@ def test_a_class_named_twice_counts_as_two(implementation, objective):
     torch.testing.assert_close(slope, of_five[:, :4])
 
 
-@pytest.mark.parametrize("objective", ["tail", "kl", "renormalised", "slam"])
+@pytest.mark.parametrize(
+    "objective", ["tail", "truncated_kl", "renormalised", "slam", "reverse_kl", "jsd", "skew_kl", "tv"]
+)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_an_offset_that_a_row_shares_takes_no_digits(implementation, objective, temperature):
     generator = torch.Generator().manual_seed(3)
@@ -213,10 +222,11 @@ def test_the_mean_of_several_processes(implementation):
 )
 def test_no_gradient_is_made_where_nobody_asks_for_one(kind, step, make_labels, rng):
     logits, labels = torch.randn(64, 40, generator=rng), make_labels(kind, 64, 40)
+    objective = "tail" if kind == "top_k" else "kl"
 
     def run(leaf):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            value = distill_loss(leaf, labels)
+            value = distill_loss(leaf, labels, objective=objective)
         return value.detach(), sum(event.name == f"aten::{step}" for event in profile.events())
 
     (alone, without), (together, with_gradient) = run(logits), run(logits.requires_grad_())

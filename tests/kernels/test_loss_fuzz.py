@@ -9,10 +9,10 @@ import importlib.util
 
 import pytest
 import torch
-from loss_cases import LossCase, exact, random_case
+from loss_cases import OTHER_DIVERGENCES, LossCase, exact, random_case
 from triton_device import DEVICE, INTERPRETED
 
-from distilbeam.kernels import HardLabels, distill_loss, linear_distill_loss
+from distilbeam.kernels import DenseLabels, HardLabels, distill_loss, linear_distill_loss
 from distilbeam.kernels.linear_distillation import chunked as by_chunks
 from distilbeam.kernels.linear_distillation import products
 
@@ -47,6 +47,8 @@ def check(case, found, leaves, truth, exact_leaves, message, roundings=1):
     temperature = case.options["temperature"]
     wide = float((z.amax(1) - z.amin(1)).max()) if z.numel() else 0.0
     spread = (wide + 8) / min(1.0, temperature)  # logarithms of this size are off by half a unit in their last place
+    if case.options["objective"] in OTHER_DIVERGENCES:  # as large are the logarithms of their targets
+        spread += 88
     weight = case.options.get("weight")
     heaviest = 1.0 if weight is None or not len(weight) else max(1.0, float(weight.max()))
     normalizer = case.options.get("normalizer") if case.options["reduction"] == "mean" else None
@@ -137,12 +139,14 @@ def test_losses_of_logits_whose_labels_the_kernel_prepares(block, implementation
     kinds = ("dense", "top_k", "sampled", "hard") if implementation == "one_kernel" else ("top_k", "sampled", "hard")
     for seed in range(PER_TEST * block, PER_TEST * (block + 1)):
         case = random_case(seed, dtypes, kinds)
-        hard = isinstance(case.labels, HardLabels)
-        if "hard" in case.options or (case.options["objective"] in ("slam", "renormalised") and not hard):
+        hard, objective = isinstance(case.labels, HardLabels), case.options["objective"]
+        if "hard" in case.options or (objective in ("slam", "renormalised") and not hard):
+            continue
+        if objective in OTHER_DIVERGENCES and isinstance(case.labels, DenseLabels):
             continue
         compare(case, implementation, f"of {implementation}, case {seed}")
         tried += 1
-    assert tried >= 5
+    assert tried >= 3
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="neither a CUDA device nor the interpreter")

@@ -68,20 +68,20 @@ def test_rows_quantised_before_are_taken_as_they_are(dtype, make_labels, rng):
     form = "int8" if dtype == torch.int8 else "fp8"
     hidden, weight, bias = layer(rng)
     labels = make_labels("top_k", ROWS, CLASSES)
-    expected = linear_distill_loss(hidden, weight, bias, labels, precision=form)
+    expected = linear_distill_loss(hidden, weight, bias, labels, precision=form, objective="tail")
     rows, classes = quantize_rowwise(hidden, dtype), quantize_rowwise(weight, dtype)
-    found = linear_distill_loss(rows, classes, bias, labels, precision=form)
+    found = linear_distill_loss(rows, classes, bias, labels, precision=form, objective="tail")
     assert torch.equal(found, expected)
     for a, b in zip(
         torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         assert torch.equal(a, b)
     kept = WeightCache().rows_of(weight, lambda w: quantize_rowwise(w, dtype))
-    frozen = linear_distill_loss(hidden, kept, bias, labels, precision=form)
+    frozen = linear_distill_loss(hidden, kept, bias, labels, precision=form, objective="tail")
     assert torch.equal(frozen, expected)
     assert torch.autograd.grad(frozen, hidden)[0].abs().max() > 0
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(linear_distill_loss(hidden, kept, bias, labels, precision=form), weight)
+        torch.autograd.grad(linear_distill_loss(hidden, kept, bias, labels, precision=form, objective="tail"), weight)
 
 
 def rounding_errors(x, form):
@@ -94,7 +94,7 @@ def rounding_errors(x, form):
 
 BOUNDED = [
     ("kl", "dense"),
-    ("kl", "top_k"),
+    ("truncated_kl", "top_k"),
     ("ce", "hard"),
     ("tail", "top_k"),
     ("renormalised", "sampled"),
@@ -145,14 +145,16 @@ def test_the_table_rounds_nothing_where_nothing_is_known_to_pay(make_labels, rng
     assert chosen is None
     assert "no fp8 layer is known to pay on cpu; no int8 layer is known to pay on cpu" in why
     assert loss_precision(8192, 4096, 128_256, torch.device("cuda"))[0] is None
-    own = linear_distill_loss(*operands, labels)
-    assert torch.equal(linear_distill_loss(*operands, labels, precision="table"), own)
+    own = linear_distill_loss(*operands, labels, objective="tail")
+    assert torch.equal(linear_distill_loss(*operands, labels, objective="tail", precision="table"), own)
     monkeypatch.setattr(narrowing, "why_not", lambda form, *_: None if form == "int8" else "no")
     assert loss_precision(ROWS, FEATURES, CLASSES, torch.device("cpu"))[0] == "int8"
-    chosen = linear_distill_loss(*operands, labels, precision="table")
-    assert torch.equal(chosen, linear_distill_loss(*operands, labels, precision="int8"))
+    chosen = linear_distill_loss(*operands, labels, objective="tail", precision="table")
+    assert torch.equal(chosen, linear_distill_loss(*operands, labels, objective="tail", precision="int8"))
     assert not torch.equal(chosen, own)
-    assert torch.equal(linear_distill_loss(*operands, labels), own)  # None never rounds, whatever the table says
+    assert torch.equal(
+        linear_distill_loss(*operands, labels, objective="tail"), own
+    )  # None never rounds, whatever the table says
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,12 +19,17 @@ from distilbeam.kernels.resolve import has_torch_tpu, pallas_reasons
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 ROWS, FEATURES, CLASSES = 37, 24, 300
 OBJECTIVES = [
-    ("kl", "top_k"),
+    ("truncated_kl", "top_k"),
     ("tail", "top_k"),
     ("renormalised", "top_k"),
     ("sampled", "sampled"),
     ("slam", "top_k"),
     ("ce", "hard"),
+    ("reverse_kl", "top_k"),
+    ("jsd", "top_k"),
+    ("skew_kl", "top_k"),
+    ("skew_reverse_kl", "top_k"),
+    ("tv", "top_k"),
 ]
 # what a kernel does depends on the objective by the temperature of the rest alone; one of each kind in bfloat16
 CASES = [(torch.float32, *setting) for setting in OBJECTIVES] + [

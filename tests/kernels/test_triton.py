@@ -67,11 +67,14 @@ def test_odd_shapes(shape, rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("objective", "temperature"), [("kl", 1.0), ("kl", 2.5), ("ce", 1.0)])
+@pytest.mark.parametrize(
+    ("objective", "temperature"),
+    [("kl", 1.0), ("kl", 2.5), ("ce", 1.0), ("reverse_kl", 1.0), ("jsd", 2.5), ("skew_kl", 1.0), ("tv", 2.5)],
+)
 def test_long_dense_rows(dtype, objective, temperature, rng):
     rows, classes = 4, 5003
     teacher = (3 * torch.randn(rows, classes, generator=rng, dtype=torch.float64)).log_softmax(1)
-    teacher[1, 40:] = -torch.inf
+    teacher[1, 40:] = -torch.inf  # where a reverse KL would be infinite
     logits = (4 * torch.randn(rows, classes, generator=rng)).to(dtype)
     logits[2, :7] = -torch.inf  # classes that do not exist
     mask = torch.tensor([True, True, True, False])
@@ -170,8 +173,9 @@ def test_nothing_is_written_outside_the_gradient(make_labels, rng):
     for kind in ("top_k", "dense"):
         around.fill_(torch.nan)
         losses = torch.empty(rows, device=DEVICE)
+        options = Options(objective="tail" if kind == "top_k" else "kl")
         terms = make_terms(
-            moved(make_labels(kind, rows, classes)), rows, classes, torch.float32, logits.device, Options()
+            moved(make_labels(kind, rows, classes)), rows, classes, torch.float32, logits.device, options
         )
         launch(logits, terms[0], losses, inner, add=False)
         assert bool(torch.isfinite(inner).all())
@@ -279,7 +283,7 @@ def _in_parts(monkeypatch):
 
 
 SPARSE = [
-    ("kl", "top_k"),
+    ("truncated_kl", "top_k"),
     ("tail", "top_k"),
     ("renormalised", "top_k"),
     ("sampled", "sampled"),
@@ -294,6 +298,11 @@ SPARSE = [
         *((objective, kind, torch.float32) for objective, kind in SPARSE),
         ("tail", "top_k", torch.bfloat16),
         ("slam", "top_k", torch.float16),
+        *(
+            (objective, "top_k", torch.float32)
+            for objective in ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
+        ),
+        ("jsd", "top_k", torch.bfloat16),
     ],
 )
 def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
@@ -306,7 +315,7 @@ def test_the_fused_layer(objective, kind, dtype, make_labels, rng):
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8"])
-@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("kl", "none")])
+@pytest.mark.parametrize(("objective", "reduction"), [("tail", "mean"), ("truncated_kl", "none")])
 @pytest.mark.parametrize("rows", [ROWS, 40])
 @pytest.mark.usefixtures("_in_parts")
 def test_the_fused_layer_in_fewer_bits(form, objective, reduction, rows, make_labels, rng):

@@ -65,10 +65,14 @@ def check(operands, labels, upstream=None, leaf_dtype=None, autocast=False, **op
     ("objective", "kind", "dtype", "classes"),
     [
         ("tail", "top_k", torch.bfloat16, 300),
-        ("kl", "top_k", torch.float16, 301),
+        ("truncated_kl", "top_k", torch.float16, 301),
         ("ce", "top_k", torch.bfloat16, 16),
         ("sampled", "sampled", torch.bfloat16, 45),
         ("ce", "hard", torch.float16, 45),
+        ("reverse_kl", "top_k", torch.bfloat16, 300),
+        ("jsd", "top_k", torch.bfloat16, 301),
+        ("skew_reverse_kl", "top_k", torch.float16, 300),
+        ("tv", "top_k", torch.bfloat16, 45),
     ],
 )
 def test_losses_and_gradients(objective, kind, dtype, classes, make_labels, rng):
@@ -146,7 +150,7 @@ def test_what_it_cannot_do_is_said(make_labels, rng):
     with pytest.raises(
         NotImplementedError, match="in_place: its logits have 16 bits, and those of float32 hidden states"
     ):
-        linear_distill_loss(*wide, labels, implementation="in_place")
+        linear_distill_loss(*wide, labels, objective="tail", implementation="in_place")
     narrow = [x.bfloat16() for x in wide]
     with pytest.raises(
         NotImplementedError, match="in_place: it takes sparse labels with a bucket of all other classes"
@@ -161,4 +165,4 @@ def test_float32_logits_of_fp8_rows_are_refused(make_labels, rng):
     with pytest.raises(
         NotImplementedError, match="triton: its logits are float32, and products of fp8 rows come in bf"
     ):
-        linear_distill_loss(*wide, labels, precision="fp8", implementation="triton")
+        linear_distill_loss(*wide, labels, objective="tail", precision="fp8", implementation="triton")

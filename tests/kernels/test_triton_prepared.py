@@ -57,6 +57,14 @@ def test_value_and_gradient_in_one_kernel(classes, dtype, rng):
             torch.autograd.grad(found, leaf, above)
 
 
+@pytest.mark.parametrize("implementation", ["one_kernel", "two_kernels"])
+@pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"])
+def test_other_divergences(objective, implementation, make_labels, rng):
+    logits = torch.randn(ROWS, 301, generator=rng).bfloat16()
+    labels = make_labels("top_k", ROWS, 301)
+    prepared_by(implementation, logits, labels, objective=objective, temperature=1.7, beta=0.3, alpha=0.2)
+
+
 @pytest.mark.parametrize("classes", [3, 9, 45, 1023, 1025, 8200, 33_001])
 @pytest.mark.parametrize("implementation", ["one_kernel", "two_kernels"])
 def test_rows_that_begin_anywhere(classes, implementation, rng, monkeypatch):
@@ -75,7 +83,7 @@ def test_rows_that_begin_anywhere(classes, implementation, rng, monkeypatch):
     wide = torch.full((9, classes + 9), torch.nan, dtype=torch.bfloat16)
     for first in (0, 3):  # rows at other distances, and behind something else
         wide[:, first : first + classes] = logits
-        prepared_by(implementation, wide[:, first : first + classes], labels, objective="kl", temperature=1.7)
+        prepared_by(implementation, wide[:, first : first + classes], labels, objective="truncated_kl", temperature=1.7)
     prepared_by(implementation, logits, HardLabels(marks[torch.arange(9) % len(marks)]))
 
 
@@ -87,7 +95,7 @@ def test_a_row_that_keeps_every_class_has_no_tail(implementation, rng):
     kept = torch.stack([torch.randperm(5, generator=rng) for _ in range(4)])
     kept[2, 3] = -1
     for tail in (torch.full((4,), -1.7, dtype=torch.float64), None):
-        for objective in ("tail", "kl"):
+        for objective in ("tail", "truncated_kl"):
             prepared_by(implementation, logits, TopKLabels(values, kept, tail), objective=objective)
 
 
@@ -153,7 +161,7 @@ def test_the_mean_of_prepared_labels_divides_by_what_counts(reduction, make_labe
     hard = torch.tensor([3, -100, 5, 6, -100, 8])
     for labels, mask in ((HardLabels(hard), torch.arange(ROWS) != 2), (make_labels("top_k", ROWS, 70), None)):
         for normalizer in (None, 2.5):
-            options = {"mask": mask, "reduction": reduction, "normalizer": normalizer}
+            options = {"objective": "tail", "mask": mask, "reduction": reduction, "normalizer": normalizer}
             truth = distill_loss(logits.double(), labels, implementation="reference", **options)
             options["mask"] = None if mask is None else mask.to(DEVICE)
             for implementation in ("one_kernel", "two_kernels"):
@@ -177,17 +185,20 @@ def test_two_kernels_differentiate_again_and_take_an_empty_batch(make_labels, rn
 
 
 def test_what_the_kernels_that_prepare_labels_cannot_do_is_said(make_labels):
-    labels = moved(make_labels("top_k", ROWS, 70))
+    labels, tail = moved(make_labels("top_k", ROWS, 70)), {"objective": "tail"}
     with pytest.raises(
         NotImplementedError,
         match=r"one_kernel: it holds logits of 16 bits, got float32\); .*triton and two_kernels can",
     ):
-        distill_loss(torch.zeros(ROWS, 70, device=DEVICE), labels, implementation="one_kernel")
+        distill_loss(torch.zeros(ROWS, 70, device=DEVICE), labels, implementation="one_kernel", **tail)
     narrow = torch.zeros(ROWS, 70, device=DEVICE, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="one_kernel: it prepares no label of objective 'renormalised'"):
         distill_loss(narrow, labels, objective="renormalised", implementation="one_kernel")
     hard = torch.zeros(ROWS, dtype=torch.long, device=DEVICE)
     with pytest.raises(NotImplementedError, match="two_kernels: it takes no true classes beside the label"):
-        distill_loss(narrow, labels, hard=hard, implementation="two_kernels")
+        distill_loss(narrow, labels, hard=hard, implementation="two_kernels", **tail)
+    dense = moved(make_labels("dense", ROWS, 70))
+    with pytest.raises(NotImplementedError, match="it prepares dense labels for forward KL, not for objective 'jsd'"):
+        distill_loss(narrow, dense, objective="jsd", implementation="one_kernel")
     with pytest.raises(NotImplementedError, match="two_kernels: it takes sparse labels"):
-        distill_loss(narrow, moved(make_labels("dense", ROWS, 70)), implementation="two_kernels")
+        distill_loss(narrow, dense, implementation="two_kernels")

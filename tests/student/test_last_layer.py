@@ -9,13 +9,14 @@ import torch
 from small_steps import CLASSES, CPU, HARD, NUMBERS, SOFT, TOKENS, config_of, rows_of
 from torch import nn
 
+from distilbeam.kernels.labels import DenseLabels, SampledLabels, TopKLabels
 from distilbeam.kernels.linear_distillation.choice import why_apart
 from distilbeam.student.networks.build import build_student
 from distilbeam.student.training.augment import Mixture
 from distilbeam.student.training.batches import StepRows
 from distilbeam.student.training.config import TrainConfig
 from distilbeam.student.training.distributed import Processes
-from distilbeam.student.training.loss import step_loss
+from distilbeam.student.training.loss import likeliest_classes, step_loss
 from distilbeam.student.training.wrap import UpToLastLayer, make_network, precisions
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -51,6 +52,59 @@ def test_a_step_is_the_same_together_and_apart(student, shape, kind, objective):
     torch.testing.assert_close(found["together"][0], found["apart"][0])
     for a, b in zip(found["together"][1], found["apart"][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+OWN = {  # of the teacher's p and the student's q, from their definitions
+    "reverse_kl": ({}, lambda p, q: (q * (q / p).log()).sum(1)),
+    "jsd": (
+        {"beta": 0.3},
+        lambda p, q: (0.3 * p * (p / (0.3 * p + 0.7 * q)).log() + 0.7 * q * (q / (0.3 * p + 0.7 * q)).log()).sum(1),
+    ),
+    "skew_kl": ({"alpha": 0.2}, lambda p, q: (p * (p / (0.2 * p + 0.8 * q)).log()).sum(1)),
+    "skew_reverse_kl": ({}, lambda p, q: (q * (q / (0.9 * p + 0.1 * q)).log()).sum(1)),
+    "tv": ({}, lambda p, q: (p - q).abs().sum(1) / 2),
+    "distill": ({}, lambda p, q: (p * (p / q).log()).sum(1)),
+}
+
+
+@pytest.mark.parametrize("objective", OWN)
+@pytest.mark.parametrize("kind", ["dense", "top_k"])
+def test_a_step_of_another_divergence_and_a_share_of_the_likeliest_class(objective, kind):
+    torch.manual_seed(0)
+    (student, shape), (settings, formula) = STUDENTS[1], OWN[objective]
+    config, (rows, spec) = config_of(student), rows_of(shape, kind)
+    module = build_student(config, shape, CLASSES)
+    logits = module(rows.inputs())
+    p, q = rows.soft["teacher_logprobs"].exp(), logits[:SOFT].softmax(1)
+    likeliest = p.argmax(1)
+    if kind == "top_k":  # the kept classes and one bucket of all others
+        kept = rows.soft["teacher_classes"]
+        likeliest = kept.gather(1, likeliest[:, None])[:, 0]
+        p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1) for x in (p, q.gather(1, kept)))
+    hard = nn.functional.cross_entropy(logits[SOFT:], rows.hard.classes, reduction="sum")
+    for share in (0.0, 0.4):
+        sure = nn.functional.cross_entropy(logits[:SOFT], likeliest, reduction="none")
+        expected = (((1 - share) * formula(p, q) + share * sure).sum() + 0.6 * hard) / (SOFT + HARD)
+        slopes = torch.autograd.grad(expected, list(module.parameters()), retain_graph=True)
+        for last_layer in ("apart", "together"):
+            training = TrainConfig(
+                objective=objective, hard_weight=0.6, hard_share=share, last_layer=last_layer, **settings
+            )
+            _, loss, found = step(module, config, training, rows, spec)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+            for a, b in zip(found, slopes, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_likeliest_class_of_every_kind_of_label():
+    logprobs, classes = (
+        torch.tensor([[0.2, 0.5], [0.7, 0.3], [1.0, 0.0]]).log(),
+        torch.tensor([[4, 2], [3, 1], [-1, -1]]),
+    )
+    for made in (TopKLabels, SampledLabels):
+        assert likeliest_classes(made(logprobs, classes)).tolist() == [2, 3, -100]
+    assert likeliest_classes(SampledLabels(torch.zeros(1, 2), torch.tensor([[-1, 5]]))).tolist() == [5]
+    assert likeliest_classes(DenseLabels(logprobs)).tolist() == [1, 0, 0]
 
 
 def test_a_step_is_its_definition():

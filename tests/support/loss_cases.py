@@ -17,13 +17,21 @@ from torch import Tensor
 from distilbeam.kernels.labels import DenseLabels, HardLabels, Labels, SampledLabels, TopKLabels
 
 KINDS = {
-    "kl": ("dense", "top_k"),
+    "kl": ("dense",),
+    "truncated_kl": ("top_k",),
     "ce": ("dense", "top_k", "sampled", "hard"),
     "tail": ("top_k",),
     "renormalised": ("top_k", "sampled"),
     "sampled": ("sampled",),
     "slam": ("dense", "top_k", "sampled"),
+    "reverse_kl": ("dense", "top_k"),
+    "jsd": ("dense", "top_k"),
+    "skew_kl": ("dense", "top_k"),
+    "skew_reverse_kl": ("dense", "top_k"),
+    "tv": ("dense", "top_k"),
 }
+OTHER_DIVERGENCES = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
+LEAST = 2.0**-126  # what a teacher's probability of 0 counts as where a reverse KL would be infinite
 Entry = tuple[Tensor, float, int]  # a bucket's logit, the log of its target, its place
 
 
@@ -109,6 +117,10 @@ def _options(draw: np.random.Generator, objective: str, rows: int, classes: int)
         hard = draw.integers(0, classes, rows)
         hard[draw.random(rows) < 0.4] = -100
         options |= {"hard": torch.from_numpy(hard), "hard_share": float(draw.choice([0.0, 0.4, 1.0]))}
+    if objective == "jsd":
+        options["beta"] = float(draw.choice([0.0, 0.1, 0.5, 0.9, 1.0]))
+    if objective.startswith("skew"):
+        options["alpha"] = float(draw.choice([0.0, 0.1, 0.5, 0.9]))
     if objective == "slam":
         options["mixing"] = str(draw.choice(["plain", "normalised", "forward"]))
         chosen = [0.4, 0.9, 1.0] if draw.random() < 0.9 else [0.0, 0.9]
@@ -220,7 +232,7 @@ def row_loss(z: Tensor, labels: Labels, i: int, options: dict[str, Any]) -> Tens
         rest, tail = [], -math.inf
     target = _tempered([p for _, p in entries] + [tail], T)
     buckets = [(z[c], y) for (c, _), y in zip(entries, target, strict=False)]
-    if objective in ("kl", "ce", "sampled") or isinstance(labels, DenseLabels):
+    if objective in ("kl", "ce", "sampled", "truncated_kl") or isinstance(labels, DenseLabels):
         others = [z[c] / T for c in rest if not torch.isneginf(z[c])]
         last = [(T * torch.logsumexp(torch.stack(others), 0), 0.0)] if others else []
     else:
@@ -235,8 +247,29 @@ def row_loss(z: Tensor, labels: Labels, i: int, options: dict[str, Any]) -> Tens
     y = torch.tensor([y for _, y, _ in there], dtype=torch.float64)
     if objective == "slam":
         logf = _mixed(logf, [c for *_, c in there], _of_row(options["accuracy"], i), options, i)
+    if objective in OTHER_DIVERGENCES:
+        return T**2 * other_divergence(objective, y, logf, options) if float(y.sum()) >= LEAST else z.new_zeros(())
     entropy = 0.0 if objective in ("ce", "slam") else float((y[y > 0] * y[y > 0].log()).sum())
     return T**2 * (entropy - (y[y > 0] * logf[y > 0]).sum())
+
+
+def other_divergence(objective: str, p: Tensor, logq: Tensor, options: dict[str, Any]) -> Tensor:
+    """Compute a divergence from its definition, in probabilities."""
+    q = logq.exp()
+    if objective == "tv":
+        return (p - q).abs().sum() / 2
+    reverse = (q * (logq - p.clamp(min=LEAST).log())).sum()
+    forward = (p[p > 0] * (p[p > 0].log() - logq[p > 0])).sum()
+    beta, alpha = options.get("beta", 0.5), options.get("alpha", 0.1)
+    if objective == "jsd" and 0 < beta < 1:
+        logm = (beta * p + (1 - beta) * q).log()
+        of_p = (p[p > 0] * (p[p > 0].log() - logm[p > 0])).sum()
+        return beta * of_p + (1 - beta) * (q * (logq - logm)).sum()
+    if objective == "skew_kl" and alpha > 0:
+        return (p[p > 0] * (p[p > 0].log() - (alpha * p + (1 - alpha) * q)[p > 0].log())).sum()
+    if objective == "skew_reverse_kl" and alpha > 0:
+        return (q * (logq - ((1 - alpha) * p + alpha * q).log())).sum()
+    return forward if objective == "skew_kl" or (objective == "jsd" and beta == 0) else reverse
 
 
 def _tempered(logprobs: list[float], temperature: float) -> list[float]:

@@ -17,10 +17,13 @@ INPUT = {"column": "x"}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "teacher.kind must be one of beam, huggingface, onnx, savedmodel, tfserving, torch, got 'nothing'"),
+        (
+            {},
+            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, savedmodel, tfserving, torch, got 'nothing'",
+        ),
         (
             {"kind": "oracle"},
-            "teacher.kind must be one of beam, huggingface, onnx, savedmodel, tfserving, torch, got 'oracle'",
+            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, savedmodel, tfserving, torch, got 'oracle'",
         ),
         ({"kind": "torch", "input": INPUT}, "teacher.model must be given"),
         (

@@ -124,6 +124,12 @@ def test_the_weights_are_those_that_fit_the_validation_set(problem: dict[str, An
     assert beliefs == pytest.approx(expected.to_json(), rel=1e-3)
 
 
+def test_draws_are_refused_for_other_divergences_before_anything_is_bought(problem: dict[str, Any]) -> None:
+    changes = {"labels": {"kind": "sampled", "k": 8}, "training": {"objective": "jsd"}}
+    with pytest.raises(ValueError, match=r"^training.objective must be 'distill' with labels of kind 'sampled'"):
+        parse_config(problem | changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -29,3 +29,16 @@ def text_student(tmp_path: Path) -> Path:
     config = StudentConfig(kind="mlp", hidden=(), input={"kind": "text", "columns": ["text"], "buckets": 64})
     torch.manual_seed(0)
     return save_student(tmp_path / "texts", build_student(config, (64,), 2), config, ["no", "yes"], (64,))
+
+
+@pytest.fixture
+def image_student(tmp_path: Path) -> Path:
+    """A student of images of 8 x 8 grey pixels that says `light` where they are lighter than the middle."""
+    reading = {"kind": "image", "columns": ["image"], "mode": "L", "size": [8, 8]}
+    config = StudentConfig(kind="mlp", hidden=(), input=reading)
+    network = build_student(config, (1, 8, 8), 2)
+    weight, bias = network.parameters()
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 64))
+        bias.copy_(torch.tensor([32.0, -32.0]))
+    return save_student(tmp_path / "images-student", network, config, ["dark", "light"], (1, 8, 8))

@@ -264,7 +264,9 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(student: Path, text_studen
     assert "--out must be a folder of this machine" in refusal(student, data, "s3://b/x")  # type: ignore[arg-type]
     (tmp_path / "odd.bin").write_text("x")
     assert "--format must say how" in refusal(student, tmp_path / "odd.bin", tmp_path / "o3")
-    assert "--format must be one of parquet, csv, jsonl, text, got xml" in refusal(student, data, out, format="xml")
+    assert "--format must be one of parquet, csv, jsonl, text, images, got xml" in refusal(
+        student, data, out, format="xml"
+    )
     assert "other names than those of the predictions, got reason" in refusal(student, data, out, columns=("reason",))
     assert "other names than those of the predictions, got source_row" in refusal(
         student, data, out, columns=("source_row",)

@@ -183,6 +183,22 @@ def test_estimation_needs_its_validation_set(tmp_path, vectors):
         TrainConfig(reestimate_epochs=2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.5}, "beta is for the objective jsd, got 'distill'"),
+        ({"objective": "jsd", "alpha": 0.1}, "alpha is for the objectives skew_kl and skew_reverse_kl, got 'jsd'"),
+        ({"objective": "slam", "hard_share": 0.5}, "hard_share must be 0 with objective 'slam', which takes .*got 0.5"),
+        ({"objective": "jsd", "beta": 1.5}, "less than or equal to 1"),
+        ({"objective": "skew_kl", "alpha": 1.0}, "less than 1"),
+    ],
+)
+def test_settings_of_another_objective_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+    assert TrainConfig(objective="jsd", beta=0.25, hard_share=0.5).beta == 0.25
+
+
 @pytest.mark.parametrize("changes", [{"flip": True}, {"crop": 1}])
 def test_images_alone_can_be_flipped(changes, tmp_path, vectors):
     with pytest.raises(ValueError, match=r"augment.flip and augment.crop need images .* got \[4\]"):

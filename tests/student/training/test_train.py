@@ -66,6 +66,11 @@ def best_possible(problem, rows=3000):
         ("slam", {}),
         ("slam", {"kind": "top_k", "k": 2}),
         ("slam+weighted", {}),
+        ("reverse_kl", {}),
+        ("jsd", {"kind": "top_k", "k": 2}),
+        ("skew_kl", {}),
+        ("skew_reverse_kl", {"kind": "top_k", "k": 2}),
+        ("tv", {}),
     ],
 )
 def test_every_objective_learns_from_soft_labels(objective, labels, fit, write_labels, problem):
@@ -241,6 +246,13 @@ def test_what_cannot_be_trained_is_refused(fit, write_labels, problem, tmp_path)
                 "training": TrainConfig(objective="slam"),
             },
             "objective 'slam' needs the columns alpha and candidates beside the soft labels",
+        ),
+        (
+            {
+                "soft_labels": [write_labels([[4]], name="draws", kind="sampled", k=8)],
+                "training": TrainConfig(objective="jsd"),
+            },
+            "training.objective must be 'distill' with labels of kind 'sampled', .* got 'jsd'; label with kind 'top_k'",
         ),
         (
             {"classes": ("red", "green"), "soft_labels": [write_labels([[4]])], "labelled": None, "validation": None},

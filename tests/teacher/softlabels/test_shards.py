@@ -285,7 +285,7 @@ def test_missing_manifest_is_a_sentence(tmp_path: Path) -> None:
         ),
         (
             lambda text: text.replace('"version": "1.1"', '"version": "3.2"'),
-            "soft labels of format version 3.2 cannot be read by this release, which reads 1.x; install a newer",
+            "soft labels of format version 3.2 cannot be read by this release, which reads 1.x and 2.x; install a newer",
         ),
     ],
 )

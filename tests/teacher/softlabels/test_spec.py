@@ -78,11 +78,13 @@ def test_older_minor_version_without_later_fields_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "way_out"), [("2.0", "install a newer distilbeam"), ("0.9", "write the dataset again")]
+    ("version", "way_out"), [("3.0", "install a newer distilbeam"), ("0.9", "write the dataset again")]
 )
 def test_other_major_version_is_refused(version: str, way_out: str) -> None:
     data = {**json.loads(SoftLabelSpec(3).to_json()), "version": version}
-    expected = f"soft labels of format version {version} cannot be read by this release, which reads 1.x; {way_out}"
+    expected = (
+        f"soft labels of format version {version} cannot be read by this release, which reads 1.x and 2.x; {way_out}"
+    )
     with pytest.raises(ValueError, match=f"^{expected}$"):
         SoftLabelSpec.from_json(data)
 

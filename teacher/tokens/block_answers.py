@@ -1,0 +1,69 @@
+"""A teacher of tokens as a teacher of rows: what labelling asks, one row of numbers for each block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distilbeam.teacher.protocol import NotPickled
+from distilbeam.teacher.softlabels import SoftLabelSpec
+from distilbeam.teacher.tokens.protocol import TokenForm, TokenTeacher
+
+
+class BlockAnswers(NotPickled):
+    """Answers each block with its labels as one row of numbers (`TokenLabels.pack`); see `Teacher`.
+
+    Args:
+      teacher: the teacher of tokens; closed with this.
+      form: how its labels are stored.
+
+    Attributes:
+      teacher: the teacher.
+      spec: the specification of its labels.
+
+    Raises:
+      ValueError: the blocks are longer than what the teacher reads, or the form is none that it can have.
+    """
+
+    def __init__(self, teacher: TokenTeacher, form: TokenForm) -> None:
+        if teacher.max_length is not None and form.sequence_length > teacher.max_length:
+            raise ValueError(
+                f"the pool's blocks have {form.sequence_length:,} tokens, the teacher reads at most {teacher.max_length:,}; ingest "
+                f"the text again with --sequence-length {teacher.max_length}"
+            )
+        self.teacher = teacher
+        kind: Any = form.kind
+        storage: Any = form.storage
+        self.spec = SoftLabelSpec(
+            num_classes=teacher.num_classes,
+            kind=kind,
+            k=form.k,
+            temperature=form.temperature,
+            storage=storage,
+            teacher=teacher.fingerprint(),
+            carried=form.carried,
+            unit="token",
+            sequence_length=form.sequence_length,
+            tokenizer=teacher.tokenizer_fingerprint(),
+            source=teacher.source,
+        )
+
+    @property
+    def parallel(self) -> int:
+        """Requests that the teacher keeps in flight."""
+        return int(getattr(self.teacher, "parallel", 1))
+
+    def fingerprint(self) -> str:
+        """Identify the answers; see `Teacher`."""
+        return self.teacher.fingerprint()
+
+    def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+        """Answer blocks: float32 [n, `spec.answer_width`], NaN where a block's logits are no numbers."""
+        return self.teacher.token_labels(batch, self.spec).pack()
+
+    def close(self) -> None:
+        """Give back what the teacher holds."""
+        self.teacher.close()
