@@ -13,7 +13,8 @@ time taken; on a GPU `host ms` is how long Python takes to issue the step. Peers
 listed with the reason. Some solve neighbouring problems: those that compare with the teacher's full distribution need C
 numbers per example where a label has k; Liger's chunked loss also computes the teacher's last layer, which it has no way
 around; cut-cross-entropy takes hard labels. `bf16`, `int8` and `fp8` round the layer, where it is not in bfloat16 already,
-and compute another loss within a bound. The last line of every shape names the fastest of ours and says whether the
+and compute another loss within a bound. The other divergences (`distilbeam jsd`, ...) have their time over that of forward KL, `of
+tail`; `--without peers` leaves out all but them. The last line of every shape names the fastest of ours and says whether the
 implementation that is chosen by itself was that.
 """
 
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from torch.nn import functional
 from distilbeam.kernels.distillation import bench as of_logits
 from distilbeam.kernels.distillation import shapes as logits_shapes
 from distilbeam.kernels.distillation.bench import LogitsProblem, Work
+from distilbeam.kernels.distillation.targets import OTHER_DIVERGENCES, Objective
 from distilbeam.kernels.linear_distillation import bench as of_layer
 from distilbeam.kernels.linear_distillation import shapes as layer_shapes
 from distilbeam.kernels.linear_distillation.bench import LayerProblem
@@ -93,6 +95,17 @@ def of_last_layer(precision: Precision | None, implementation: str | None = None
         if isinstance(problem, LogitsProblem):
             raise NotImplementedError("given logits have no layer")
         return of_layer.step(problem, implementation, precision)
+
+    return build
+
+
+def of_objective(objective: Objective) -> Callable[[Problem], Loss]:
+    """Make a candidate of another divergence than forward KL, by the implementation that is chosen."""
+
+    def build(problem: Problem) -> Loss:
+        if isinstance(problem, LogitsProblem):
+            return of_logits.step(problem, None, objective=objective)
+        return of_layer.step(problem, None, objective=objective)
 
     return build
 
@@ -196,6 +209,7 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "distilbeam bf16": of_last_layer("bf16"),
     "distilbeam int8": of_last_layer("int8"),
     "distilbeam fp8": of_last_layer("fp8"),
+    **{f"distilbeam {objective}": of_objective(objective) for objective in OTHER_DIVERGENCES},
     "torch dense KL": dense_kl,
     "torch sparse": eager_sparse,
     "torch.compile sparse": compiled_sparse,
@@ -204,6 +218,7 @@ CANDIDATES: dict[str, Callable[[Problem], Loss]] = {
     "cut-cross-entropy": cut_cross_entropy,
     "TRL": trl,
 }
+DIVERGENCES = tuple(f"distilbeam {objective}" for objective in OTHER_DIVERGENCES)
 OURS = tuple(
     f"distilbeam {name}" for name in ("chunked", "triton", "one kernel", "two kernels", "in place", "reference")
 )
@@ -248,7 +263,7 @@ def one_peak(name: str, shape: Shape, arguments: argparse.Namespace) -> int:
     return peak_bytes(leaving_nothing(step, problem), arguments.device)
 
 
-def candidates(problem: Problem, without: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
+def candidates(problem: Problem, without: Collection[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """Build every candidate's step but some and run it once; also say why others were left out."""
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
@@ -284,7 +299,8 @@ def measure(
     """Run all candidates on a shape."""
     torch.compiler.reset()  # many recompilations would end in eager execution
     problem = make_problem(shape, arguments.device, getattr(torch, arguments.dtype))
-    steps, left_out = candidates(problem, arguments.without)
+    apart = set(CANDIDATES) - {"distilbeam", *DIVERGENCES} if "peers" in arguments.without else set()
+    steps, left_out = candidates(problem, {*arguments.without, *apart})
     times = medians_in_any_order(steps, arguments.device, arguments.repeats)
     bound = bound_s(problem.work, bandwidth, operations)
     for name, taken in times.items():
@@ -292,6 +308,8 @@ def measure(
         on_gpu = arguments.device == "cuda"
         if on_gpu:
             figures["host ms"] = round(1e3 * host_seconds(steps[name]), 3)
+        if name in DIVERGENCES:
+            figures["of tail"] = round(taken / times["distilbeam"], 3)
         if not arguments.no_memory:
             step = leaving_nothing(steps[name], problem)
             peak = peak_bytes(step, "cuda") if on_gpu else measured_peak(name, shape, arguments)
@@ -329,7 +347,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after this long")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
     parser.add_argument(
-        "--without", nargs="+", default=[], choices=list(CANDIDATES)[1:], metavar="NAME", help="leave these out"
+        "--without",
+        nargs="+",
+        default=[],
+        choices=[*list(CANDIDATES)[1:], "peers"],
+        metavar="NAME",
+        help="leave these out",
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -19,6 +19,7 @@ MODULES = {
     "tensorboard": ("tensorboard",),
     "tfrecord": ("google_crc32c",),
     "tune": ("optuna",),
+    "wandb": ("wandb",),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distilbeam.kernels.distillation.interface import distill_loss
 from distilbeam.kernels.distillation.shapes import Shape
+from distilbeam.kernels.distillation.targets import Objective
 from distilbeam.kernels.labels import DenseLabels, TopKLabels
 
 MOST_DENSE = {
@@ -66,11 +67,13 @@ def teacher_answers(logits_BC: Tensor, kept: int) -> tuple[TopKLabels, Tensor | 
     return TopKLabels(top.values, top.indices, tail), dense, top.indices[:, 0].contiguous()
 
 
-def step(problem: LogitsProblem, implementation: str | None, *, dense: bool = False) -> Callable[[], Tensor]:
-    """Give a function that computes the loss of an implementation: buckets of the label, or KL to all classes."""
+def step(
+    problem: LogitsProblem, implementation: str | None, *, dense: bool = False, objective: Objective = "tail"
+) -> Callable[[], Tensor]:
+    """Give a function that computes the loss of an implementation: over buckets of the label, or KL to all classes."""
     (logits,) = problem.leaves
     if not dense:
-        return lambda: distill_loss(logits, problem.labels, objective="tail", implementation=implementation)
+        return lambda: distill_loss(logits, problem.labels, objective=objective, implementation=implementation)
     if problem.dense is None:
         raise NotImplementedError("the teacher's full distribution does not fit")
     labels = DenseLabels(problem.dense)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distilbeam.kernels.distillation.bench import Work, teacher_answers
+from distilbeam.kernels.distillation.targets import Objective
 from distilbeam.kernels.linear_distillation.interface import linear_distill_loss
 from distilbeam.kernels.linear_distillation.precision import Precision
 from distilbeam.kernels.linear_distillation.shapes import Shape
@@ -33,9 +34,14 @@ class LayerProblem:
         self.work = Work(moved, 6 * rows * features * classes)
 
 
-def step(problem: LayerProblem, implementation: str | None, precision: Precision | None = None) -> Callable[[], Tensor]:
+def step(
+    problem: LayerProblem,
+    implementation: str | None,
+    precision: Precision | None = None,
+    objective: Objective = "tail",
+) -> Callable[[], Tensor]:
     """Give a function that computes the loss of an implementation, in its layer's own precision or in fewer bits."""
     hidden, weight = problem.leaves
     return lambda: linear_distill_loss(
-        hidden, weight, None, problem.labels, objective="tail", precision=precision, implementation=implementation
+        hidden, weight, None, problem.labels, objective=objective, precision=precision, implementation=implementation
     )

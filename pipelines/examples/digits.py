@@ -54,8 +54,8 @@ width = 0.25
 input = {{ columns = ["pixels"], shape = [1, 8, 8], scale = 0.0625 }}
 
 [training]
-epochs = 24
-batch_size = 32
+epochs = 40
+batch_size = 64
 ensemble = 3
 lr = 0.01
 weight_decay = 0.1

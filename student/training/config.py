@@ -71,7 +71,7 @@ class LoopConfig(Section):
     keep: int = Field(2, ge=1, description="checkpoints of a training under way that are kept")
     log_steps: int | None = Field(None, ge=1, description="steps between lines of metrics.jsonl, beside every epoch's")
     tensorboard: bool = Field(False, description="write TensorBoard events too (extra: tensorboard)")
-    track: Literal["tensorboard", "mlflow"] | None = Field(
+    track: Literal["tensorboard", "mlflow", "wandb"] | None = Field(
         None,
         description="tell an experiment tracker too, by its own package (an extra of its name), in a folder beside the student "
         "and without a network",

@@ -1,19 +1,20 @@
-"""Experiment trackers: TensorBoard and MLflow, by their own packages, into a folder and without a network.
+"""Experiment trackers: TensorBoard, MLflow and Weights & Biases, by their own packages, into a folder and without a network.
 
 A tracker writes into a folder of its name beside the checkpoints, which goes with the student: `tensorboard --logdir`, `mlflow ui
---backend-store-uri sqlite:///student/mlflow/mlflow.db`.
+--backend-store-uri sqlite:///student/mlflow/mlflow.db`, `wandb sync student/wandb/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from distilbeam.student.training.config import LoopConfig
 
-TRACKERS = ("tensorboard", "mlflow")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 
 
 class Tracker(Protocol):
@@ -44,9 +45,10 @@ def open_tracker(name: str, directory: Path, done: int, settings: Mapping[str, A
     Raises:
       ValueError: its package is not installed.
     """
-    makers: dict[str, type[_TensorBoard] | type[_Mlflow]] = {
+    makers: dict[str, type[_TensorBoard] | type[_Mlflow] | type[_Wandb]] = {
         "tensorboard": _TensorBoard,
         "mlflow": _Mlflow,
+        "wandb": _Wandb,
     }
     try:
         return makers[name](directory / name, done, settings)
@@ -95,3 +97,32 @@ class _Mlflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+class _Wandb:
+    def __init__(self, folder: Path, _: int, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(exist_ok=True)
+        remembered = folder / "run"
+        if not remembered.exists():
+            remembered.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project="distilbeam",
+            dir=str(folder),
+            mode="offline",  # whatever WANDB_MODE says: nothing leaves this machine but by `wandb sync`
+            id=remembered.read_text(),  # a training that was stopped goes on in its run
+            resume="allow",
+            reinit="create_new",  # the user's own run, if there is one, stays the active one
+            config=dict(settings),
+            save_code=False,
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True
+            ),
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -25,7 +25,7 @@ from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.codec import decode
 from distilbeam.teacher.softlabels.columns import parquet_options
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
-from distilbeam.teacher.softlabels.spec import SoftLabelSpec
+from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -49,8 +49,9 @@ def with_classes(rows: pa.Table, spec: SoftLabelSpec, id_column: str = ID, prefi
       A table of n rows: the id, the three columns, the rest as it is; class names in its metadata.
 
     Raises:
-      ValueError: two columns would have one name.
+      ValueError: two columns would have one name, or the labels are of tokens.
     """
+    require_unit(spec, "example", "the dataset")
     found = decode(rows, spec)
     best = found.logprobs.argmax(axis=1)
     each = np.arange(len(best))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,8 +58,48 @@ def test_mlflow_has_the_figures_of_both_halves_in_one_run(tmp_path: Path) -> Non
         assert database.execute("select value from params where key = 'lr'").fetchone() == ("0.02",)
 
 
+def log_records(log: bytes, block: int = 32_768, header: int = 7) -> Iterator[bytes]:
+    """Read the records of a log in LevelDB's format, which an offline run of Weights & Biases is behind its first seven bytes."""
+    place, record = header, b""
+    while place + header <= len(log):
+        if block - place % block < header:  # too few bytes for a header: the rest of a block is empty
+            place += block - place % block
+            continue
+        _, size, kind = struct.unpack_from("<IHB", log, place)
+        record += log[place + header : place + header + size]
+        place += header + size
+        if kind in (1, 4):  # whole, or the last of several
+            yield record
+            record = b""
+
+
+def test_wandb_has_the_figures_of_both_halves_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "online")  # nothing is sent all the same
+    training = TrainConfig(track="wandb", lr=0.02)
+    train(tmp_path, training, 0, range(1, 3))
+    train(tmp_path, training, 20, range(3, 5))
+    ids, rows, settings = set(), [], {}
+    for file in sorted((tmp_path / "wandb").rglob("*.wandb")):
+        for data in log_records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+                settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            if record.HasField("history"):
+                items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+                rows += [(record.history.step.num, items["validation_nll"])] if "validation_nll" in items else []
+    assert sorted(rows) == figures(tmp_path)
+    assert len(ids) == 1
+    assert settings["lr"] == 0.02
+
+
 @pytest.mark.parametrize(
-    ("name", "module"), [("mlflow", "mlflow.tracking"), ("tensorboard", "torch.utils.tensorboard")]
+    ("name", "module"),
+    [("mlflow", "mlflow.tracking"), ("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")],
 )
 def test_one_that_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str

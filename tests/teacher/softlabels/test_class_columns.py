@@ -105,3 +105,9 @@ def test_a_column_is_not_replaced(labelled: Labelled, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out is there already; name another folder or remove it"):
         write_dataset({"train": [tmp_path / "labels"]}, tmp_path / "out", prefix="teacher_")
+
+
+def test_labels_of_tokens_have_no_class_of_a_row() -> None:
+    spec = SoftLabelSpec(1000, "top_k", 8, unit="token", sequence_length=256, tokenizer="ab")
+    with pytest.raises(ValueError, match="holds labels of tokens"):
+        with_classes(pa.table({"example_id": ["a"]}), spec)
