@@ -2,6 +2,7 @@
 
     python benchmarks/language_models.py                        every part
     python benchmarks/language_models.py --parts step           last layer and loss of a training's step: time and peak memory
+    python benchmarks/language_models.py --parts labelling decoding     a teacher's labels: made, drawn, read
     python benchmarks/language_models.py --quick                small shapes, few rounds
     python benchmarks/language_models.py --json results         writes results/language_models-PART.json
 
@@ -9,19 +10,22 @@ step: 512 tokens, 576 features and 49,152 classes (the head of SmolLM2-135M), to
 logits in plain torch, Liger's fused Jensen-Shannon loss and TRL's chunked divergence, with forward KL and with JSD. The peers
 have no form for stored labels: they are given the teacher's hidden states and head, and compute its logits, too. Peers that
 are not installed are listed with the reason (`pip install liger-kernel trl accelerate`).
+labelling: the label phase beside a loop of forward pass, top-k and write, with a model of SmolLM2-135M's shape, and draws beside
+the forward pass. decoding: Parquet to tensors beside `datasets`, streaming. Both in processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import token_steps
+from measuring import token_labelling, token_steps
 from measuring.record import machine, write
 
 Part = Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
@@ -34,8 +38,26 @@ def step(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from token_steps.measure(shape, objective, arguments.threads, 3 if arguments.quick else arguments.repeats)
 
 
-PARTS: dict[str, Part] = {"step": step}
-PACKAGES = {"step": ("torch", "liger-kernel", "trl")}  # whose versions matter
+def labelling(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure labelling with a language model."""
+    layers, repeats = (4, 1) if arguments.quick else (30, min(3, arguments.repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        yield token_labelling.labelling(Path(folder), blocks=4, length=512, k=20, layers=layers, repetitions=repeats)
+
+
+def decoding(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure reading labels of tokens."""
+    blocks, repeats = (64, 1) if arguments.quick else (512, min(3, arguments.repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        yield token_labelling.decoding(Path(folder), blocks=blocks, length=512, k=64, repetitions=repeats)
+
+
+PARTS: dict[str, Part] = {"step": step, "labelling": labelling, "decoding": decoding}
+PACKAGES = {  # whose versions matter
+    "step": ("torch", "liger-kernel", "trl"),
+    "labelling": ("torch", "transformers", "pyarrow"),
+    "decoding": ("torch", "pyarrow", "datasets"),
+}
 
 
 def main() -> None:

@@ -339,6 +339,11 @@ class LabelConfig(Configuration):
                 )
             if self.labels.kind == "dense":
                 raise ValueError("labels.kind must be 'top_k' or 'sampled' for tokens, with labels.k classes or draws")
+            if self.teacher.kind == "openai" and (self.labels.kind, self.labels.temperature) != ("top_k", 1.0):
+                raise ValueError(
+                    "labels.kind must be 'top_k' and labels.temperature 1 for a server, which knows its most probable tokens alone and "
+                    f"divides no logits of a prompt, got {self.labels.kind!r} and {self.labels.temperature:g}"
+                )
             if self.data.carry:
                 raise ValueError("data.carry must be left out: blocks of tokens are always copied, and nothing else")
         elif named == counted:

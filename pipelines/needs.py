@@ -16,6 +16,7 @@ TEACHERS = {
     "causal_lm": ("hf", ("transformers", "tokenizers")),
     "huggingface": ("hf", ("transformers",)),
     "onnx": ("onnx", ("onnxruntime",)),
+    "openai": ("hf", ("transformers", "tokenizers")),
 }
 ONNX_FORMATS = ("onnx", "int8", "int8-weights")
 

@@ -305,6 +305,42 @@ class CausalLMConfig(_Config):
         return ("model",)
 
 
+class OpenAIConfig(_Config):
+    """A language model behind a server of vLLM or SGLang, which labels the tokens of blocks (top-k alone)."""
+
+    kind: Literal["openai"] = Field("openai", description="a language model behind vLLM or SGLang (extra: hf)")
+    address: str = Field(description="of the server, such as http://host:8000")
+    api: Literal["vllm", "sglang"] = Field("vllm", description="vllm asks /v1/completions, sglang asks /generate")
+    model: str = Field(min_length=1, description="name of the model at the server")
+    tokenizer: PathText = Field(description="folder of the model's tokenizer")
+    version: str = Field("", description="text to change when the answers change, such as the weights' revision")
+    max_length: int | None = Field(None, ge=2, description="most tokens that the server reads")
+    parallel: int = Field(16, ge=1, le=1024, description="most requests in flight, each of one text of a block")
+    timeout_s: float = Field(120.0, gt=0, le=86_400, description="deadline of one attempt, in seconds")
+    attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")
+    first_wait_s: float = Field(
+        0.5, gt=0, le=86_400, description="longest wait before the second attempt, in seconds; doubled each time"
+    )
+    longest_wait_s: float = Field(60.0, gt=0, le=86_400, description="longest wait between attempts, in seconds")
+    headers: dict[str, HeaderConfig] = Field({}, description="headers of each request, such as authorization")
+
+    @field_validator("address")
+    @classmethod
+    def _is_http(cls, address: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", address):
+            raise ValueError(f"address must be http://host:port or https://..., got {address!r}")
+        return address.rstrip("/")
+
+    @property
+    def input(self) -> InputConfig:
+        """The columns of a block."""
+        return InputConfig(columns=BLOCK_COLUMNS)
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the names of the settings that are paths."""
+        return ("tokenizer",)
+
+
 class BeamConfig(_TeacherConfig):
     """Any Apache Beam ModelHandler."""
 
@@ -335,10 +371,17 @@ class BeamConfig(_TeacherConfig):
 
 
 TeacherConfig = Annotated[
-    BeamConfig | CausalLMConfig | HuggingFaceConfig | OnnxConfig | SavedModelConfig | TfServingConfig | TorchConfig,
+    BeamConfig
+    | CausalLMConfig
+    | HuggingFaceConfig
+    | OnnxConfig
+    | OpenAIConfig
+    | SavedModelConfig
+    | TfServingConfig
+    | TorchConfig,
     Field(discriminator="kind"),
 ]
-TOKEN_KINDS = ("causal_lm",)  # of teachers that label the tokens of blocks
+TOKEN_KINDS = ("causal_lm", "openai")  # of teachers that label the tokens of blocks
 
 
 def parse_teacher_config(data: Any) -> TeacherConfig:

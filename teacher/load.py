@@ -69,6 +69,7 @@ _TEACHERS = {
     "causal_lm": "tokens.causal_lm:CausalLMTeacher",
     "huggingface": "backends.huggingface:HuggingFaceTeacher",
     "onnx": "backends.onnx:OnnxTeacher",
+    "openai": "tokens.served:OpenAITeacher",
     "savedmodel": "backends.savedmodel:SavedModelTeacher",
     "tfserving": "tfserving.client:TfServingTeacher",
     "torch": "backends.torch:TorchTeacher",

@@ -71,7 +71,8 @@ FLOORS = {
         ("answers", "fingerprint"),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
-        ("tfserving", "tokens"),
+        ("tfserving",),
+        ("tokens",),
     ),
 }
 

@@ -55,7 +55,7 @@ def totals(result: Any) -> Counter[str]:
         return Counter()
     sums: Counter[str] = Counter()
     for counter in found:
-        sums[counter.key.metric.name] += counter.result
+        sums[counter.key.metric.name] += counter.result or 0  # None is what Beam makes of a committed 0
     return sums
 
 

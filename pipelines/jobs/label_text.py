@@ -10,7 +10,7 @@ from distilbeam.pipelines.config import describes_labelling, parse_label_config
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.settings import read_toml
 from distilbeam.storage.paths import to_path
-from distilbeam.teacher.config import CausalLMConfig
+from distilbeam.teacher.config import CausalLMConfig, OpenAIConfig
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -46,4 +46,5 @@ def _folder_of_teacher(job: RunDirectory) -> Path | None:
     base = job.root if written.is_absolute() else job.root.joinpath(*[".."] * len(written.parts)).resolve()
     teacher = config.relative_to(base).teacher
     found = Path(teacher.model) if isinstance(teacher, CausalLMConfig) else None
+    found = Path(teacher.tokenizer) if isinstance(teacher, OpenAIConfig) else found
     return found if found is not None and found.is_dir() else None

@@ -279,7 +279,7 @@ class StreamJob:
     def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
         done = build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
-        if self.runner.prism is not None:
+        if self.runner.prism is not None:  # while a stage without an output writes, it asks without a pause
             _ = done | "End" >> beam.Reshuffle() | "Nothing" >> beam.Filter(lambda _: False)
         return pipeline.run()
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from distilbeam.teacher.protocol import NotPickled
+from distilbeam.teacher.protocol import NotPickled, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.tokens.protocol import TokenForm, TokenTeacher
 
@@ -63,6 +63,28 @@ class BlockAnswers(NotPickled):
     def logits(self, batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         """Answer blocks: float32 [n, `spec.answer_width`], NaN where a block's logits are no numbers."""
         return self.teacher.token_labels(batch, self.spec).pack()
+
+    def in_pieces(self, batch: pa.RecordBatch, rows: int) -> list[tuple[int, npt.NDArray[np.float32] | Exception]]:
+        """Answer blocks, each of which succeeds or fails by itself where the teacher can tell; see `TfServingTeacher`.
+
+        Args:
+          batch: n blocks.
+          rows: most blocks that are asked about together, where it cannot.
+        """
+        each = getattr(self.teacher, "labels_of_each", None)
+        if each is not None:
+            found = each(batch, self.spec)
+            return [(1, one if isinstance(one, Exception) else one.pack()) for one in found]
+        pieces: list[tuple[int, npt.NDArray[np.float32] | Exception]] = []
+        for start in range(0, len(batch), rows):
+            part = batch.slice(start, rows)
+            try:
+                pieces.append((len(part), self.logits(part)))
+            except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
+                raise
+            except Exception as e:  # noqa: BLE001  (it is asked again with fewer blocks)
+                pieces.append((len(part), e))
+        return pieces
 
     def close(self) -> None:
         """Give back what the teacher holds."""

@@ -23,7 +23,7 @@ from distilbeam.teacher.softlabels.codec import TAIL_FLOOR
 from distilbeam.teacher.softlabels.selecting import tally
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 
-_AT_ONCE = 256  # positions: 50 MB of logits at 49k classes
+_AT_ONCE = 128  # positions: 25 MB of logits at 49k classes; twice as many are given back to the system and cleared every time anew
 _DRAWS_AT_ONCE = 2**14  # for each of which the masses of a block are copied in float64, 17 MB in all
 _BLOCK = 128  # classes; of 64, 128, 192, 256 and 512 this and 64 drew fastest on a CPU
 Array = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""The Airflow DAG in Airflow: its tasks, and the day that a night's run is of.
+"""The Airflow DAGs in Airflow: their tasks, the day that a night's run is of, the asset by which the second follows the first.
 
 Airflow wants an environment of its own: AIRFLOW_PYTHON names the interpreter of one, of Airflow 2.7 or newer.
 """
@@ -21,11 +21,14 @@ LOAD = """
 import json, runpy, sys
 import pendulum
 from airflow.timetables.base import TimeRestriction
-dag = runpy.run_path(sys.argv[1])["dag"]
+made = runpy.run_path(sys.argv[1])
+dag, student = made["dag"], made["student_dag"]
 night = TimeRestriction(earliest=pendulum.datetime(2026, 11, 20), latest=None, catchup=True)
 run = dag.timetable.next_dagrun_info(last_automated_data_interval=None, restriction=night)
 by_hand = dag.timetable.infer_manual_data_interval(run_after=pendulum.datetime(2026, 11, 21, 9))
 jinja = dag.get_template_env()
+def conditions(timetable):
+    return (getattr(timetable, "asset_condition", None) or timetable.dataset_condition).objects  # Airflow 3, 2
 def rendered(task, start):
     variables = {"value": {"distilbeam_home": "/srv"}}
     return jinja.from_string(task.bash_command).render(data_interval_start=start, var=variables)
@@ -34,6 +37,9 @@ print(json.dumps({
     "tasks": {t.task_id: [sorted(t.downstream_task_ids), t.retries] for t in dag.tasks},
     "commands": {t.task_id: rendered(t, run.data_interval.start) for t in dag.tasks},
     "by hand": rendered(dag.tasks[0], by_hand.start),
+    "outlets": {t.task_id: [one.uri for one in t.outlets] for t in dag.tasks},
+    "waits for": [one.uri for one in conditions(student.timetable)],
+    "student": {t.task_id: rendered(t, None) for t in student.tasks},
 }))
 """
 
@@ -68,3 +74,11 @@ def test_the_night_ingests_the_day_that_has_ended(loaded: dict[str, Any]) -> Non
     assert loaded["commands"]["ingest"] == expected
     assert loaded["by hand"] == expected  # started at nine in the morning
     assert "{{" not in "".join(loaded["commands"].values())
+
+
+def test_checked_labels_are_an_asset_that_starts_the_training(loaded: dict[str, Any]) -> None:
+    labels = ["file:///srv/distilbeam/labelling/labels"]
+    assert loaded["outlets"] == {"ingest": [], "plan": [], "label": [], "verify": labels}
+    assert loaded["waits for"] == labels
+    train = "cd /srv && .venv/bin/distilbeam launch training.toml --set data.directory=students/$(date +%F)"
+    assert loaded["student"] == {"train": train}

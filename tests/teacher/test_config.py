@@ -19,11 +19,11 @@ INPUT = {"column": "x"}
     [
         (
             {},
-            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, savedmodel, tfserving, torch, got 'nothing'",
+            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, openai, savedmodel, tfserving, torch, got 'nothing'",
         ),
         (
             {"kind": "oracle"},
-            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, savedmodel, tfserving, torch, got 'oracle'",
+            "teacher.kind must be one of beam, causal_lm, huggingface, onnx, openai, savedmodel, tfserving, torch, got 'oracle'",
         ),
         ({"kind": "torch", "input": INPUT}, "teacher.model must be given"),
         (

@@ -6,6 +6,7 @@ from apache_beam.options.pipeline_options import DirectOptions, StandardOptions,
 from distilbeam.pipelines.engine.beam_options import pipeline_options, spread_over_tasks
 
 
+@pytest.mark.local_runner(reason="it is the default without another")
 def test_the_local_runner_is_named() -> None:
     assert pipeline_options().view_as(StandardOptions).runner == "FnApiRunner"
 

@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
+import tomli_w
 from engines import require_prism, wait_for
 from labelling import calls_by_row, committed, finish, shards, started, write_job
+
+from distilbeam.teacher.softlabels import read_manifest
 
 pytestmark = pytest.mark.slow
 ROWS = 240
@@ -38,6 +41,7 @@ def prisms_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def kill_prism(process: subprocess.Popen[str]) -> None:
+    assert process.poll() is None, process.communicate()
     (prism,) = prisms_of(process)
     prism.kill()
 
@@ -65,6 +69,46 @@ def test_a_killed_prism_costs_no_row_a_second_question(tmp_path: Path, undisturb
     assert str(directory / "job" / "engine.log") in out.replace("\n", "")
 
 
+def test_a_run_whose_prism_is_killed_within_a_round_gives_the_same_bytes(tmp_path: Path) -> None:
+    found = {}
+    for name in ("undisturbed", "killed"):
+        directory = tmp_path / name
+        labels = directory / "run" / "labels" / "round=000"
+        write_slow_run(directory)
+        with started(directory, *on_prism(), command="run") as process:
+            if name == "killed":
+                entries = labels / "_manifest"
+                wait_for(lambda e=entries, p=process: len(list(e.glob("*.json"))) > 2 or p.poll() is not None)
+                kill_prism(process)
+            out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert "Traceback" not in out + err
+        assert out.count("it is submitted again for what is left") == (name == "killed")
+        picks = {
+            file.name: file.read_bytes() for file in (directory / "run" / "selected" / "round=000" / "picks").iterdir()
+        }
+        found[name] = picks, [(entry.key, entry.checksum) for entry in read_manifest(labels).entries]
+        assert set(calls_by_row(directory).values()) == {1}
+    assert found["killed"] == found["undisturbed"]
+
+
+def write_slow_run(directory: Path) -> None:
+    """Write a run of one round of 80 rows, whose teacher takes 200 ms for eight of them, as the command's configuration."""
+    directory.mkdir()
+    job = write_job(directory, teacher={"arguments": {"log": "asked.log", "delay_s": 0.2}})
+    sets = {name: f"{name}.parquet" for name in ("labelled", "validation", "test")}
+    settings = {
+        "run": {"rounds": 1, "directory": "run"},
+        "data": {"pool": "pool", "id": "key", **sets},
+        "teacher": job["teacher"],
+        "selection": {"method": "uniform", "budget": 80},
+        "student": {"kind": "mlp", "hidden": [8], "input": {"columns": ["x"]}},
+        "training": {"epochs": 3, "final_training": "apart", "self_training": False},
+        "engine": job["engine"],
+    }
+    (directory / "label.toml").write_text(tomli_w.dumps(settings))
+
+
 def test_an_engine_that_dies_at_once_ends_the_job_with_a_sentence(tmp_path: Path) -> None:
     directory = slow_job(tmp_path / "d")
     broken = tmp_path / "prism"
@@ -90,7 +134,12 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+LOCAL = pytest.mark.local_runner(reason="its ways of running are interrupted")
+
+
+@pytest.mark.parametrize(
+    "runner", [pytest.param(name, marks=() if name in ("prism", "dask") else LOCAL) for name in RUNNERS]
+)
 def test_an_interrupt_is_one_sentence_and_leaves_nothing_running(tmp_path: Path, undisturbed: Any, runner: str) -> None:
     if runner == "dask":
         pytest.importorskip("dask.distributed", reason="the Dask runner needs its packages")

@@ -39,6 +39,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.local_runner(reason="its worker processes are what is tested")
 @pytest.mark.slow
 def test_one_process_forks_the_workers_of_all_phases_and_says_nothing(tmp_path: Path) -> None:
     with program(tmp_path, 0.2) as driver:
@@ -53,6 +54,7 @@ def test_one_process_forks_the_workers_of_all_phases_and_says_nothing(tmp_path: 
     assert not list(temporary(tmp_path).glob("distilbeam-workers-*"))
 
 
+@pytest.mark.local_runner(reason="its worker processes are what is tested")
 @pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
     with program(tmp_path, 2.0) as driver:

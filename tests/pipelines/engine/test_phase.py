@@ -82,6 +82,7 @@ def test_other_ways_of_running_do_the_same(tmp_path: Path, mode: str, monkeypatc
     assert [work.done(i) for i in range(6)] == [True, True, True, False, True, True]
 
 
+@pytest.mark.local_runner(reason="its worker processes are what is tested")
 @pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True])
 def test_a_worker_process_that_is_killed_is_noticed_and_its_work_repeated(tmp_path: Path, always: bool) -> None:

@@ -57,6 +57,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
         next(read)
 
 
+@pytest.mark.local_runner(reason="its options decide")
 @pytest.mark.parametrize(
     ("flags", "processors", "spare"),
     [

@@ -14,6 +14,7 @@ from problem import CLASSES, asked, write_problem
 from distilbeam.teacher.softlabels import read_manifest
 
 
+@pytest.mark.local_runner(reason="it is compared with Prism")
 @pytest.mark.slow
 def test_label_gives_the_same_shards_on_prism(tmp_path: Path) -> None:
     prism = require_prism()

@@ -16,7 +16,10 @@ from problem import SUPPORT
 
 from distilbeam.teacher.softlabels import read_manifest
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.local_runner(reason="its ways of running are compared with the other runners, Prism among them"),
+]
 
 RUNNERS = {
     "threads": ["--direct_running_mode=multi_threading", "--direct_num_workers=2"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from distilbeam.inputs.blocks import has_label
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.config import load_any_config, load_config
 from distilbeam.pipelines.engine.model_cache import forget_models
+from distilbeam.pipelines.jobs.labelling import opened_job
 from distilbeam.student.data import TokenLabelDataset
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode_tokens, read_manifest
@@ -55,6 +57,8 @@ def write_job(place: Path, model: Path, **sections: Any) -> None:
     }
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values}
+    if settings["teacher"]["kind"] == "openai":
+        del settings["teacher"]["device"]
     (place / "label.toml").write_text(tomli_w.dumps(settings))
 
 
@@ -95,6 +99,8 @@ def test_text_becomes_labels_and_labels_become_batches(place: Path, model: Path,
     teacher: Any = load_teacher({"kind": "causal_lm", "model": str(model), "device": "cpu"})
     expected = teacher.token_labels(table.combine_chunks().to_batches()[0], spec)
     np.testing.assert_array_equal(labels.classes, expected.classes)
+    (summed,) = duckdb.sql(f"SELECT sum(list_sum(input_ids)) FROM '{manifest.paths()[0]}'").fetchall()[0]
+    assert summed == np.array(table["input_ids"].to_pylist()).sum(), "other readers read it, too"
     batches = list(TokenLabelDataset(place / "job" / "labels", batch_size=3, seed=0))
     assert sum(len(batch["row"]) for batch in batches) == blocks
     shown = call("inspect", "job/labels", "--samples", "3")
@@ -124,6 +130,22 @@ def test_what_is_labelled_is_not_asked_again(place: Path, model: Path) -> None:
     call("label", "label.toml")
     assert work(place)["labelled"] == 0
     assert work(place)["work"]["label"]["teacher_calls"] == now["rows"]
+
+
+def test_a_call_that_was_killed_goes_on(place: Path, model: Path) -> None:
+    write_text(place, "a.jsonl", SENTENCES)
+    ingest(model)
+    write_job(place, model, engine={"shard_rows": 1})
+    with opened_job(load_any_config(place / "label.toml")) as job:
+        labels, plan = job.work(job.dataset, job.dead_letters), job.plan()
+        steps = labels(plan.tasks[0])
+        placed = [next(steps), next(steps)]  # and neither flushed nor committed
+        steps.close()
+    forget_models()
+    call("label", "label.toml")
+    blocks = pq.read_table(place / "pool").num_rows
+    assert work(place)["rows"] == blocks
+    assert work(place)["work"]["label"]["teacher_calls"] == blocks - len(placed)
 
 
 def test_a_block_that_cannot_be_answered_is_a_dead_letter(place: Path, model: Path, tmp_path: Path) -> None:
@@ -189,12 +211,16 @@ def test_a_damaged_label_and_another_teacher_are_found(place: Path, model: Path,
         ({"labels": {"kind": "dense", "k": None}}, "labels.kind must be 'top_k' or 'sampled' for tokens"),
         ({"data": {"carry": ["title"]}}, "data.carry must be left out"),
         ({"teacher": {"classes": ["a", "b"]}}, "teacher.classes"),
+        (
+            {"teacher": {"kind": "openai", "address": "http://a:1", "tokenizer": "t"}, "labels": {"kind": "sampled"}},
+            "labels.kind must be 'top_k' and labels.temperature 1 for a server",
+        ),
     ],
 )
 def test_settings_that_are_of_classes_are_refused(place: Path, model: Path, sections: Any, message: str) -> None:
     sections = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
     write_job(place, model, **sections)
-    if "kind" in sections.get("labels", {}):
+    if sections.get("labels", {}).get("kind") == "dense":
         text = (place / "label.toml").read_text().replace("k = 5\n", "")
         (place / "label.toml").write_text(text)
     with pytest.raises(ValueError, match=message):

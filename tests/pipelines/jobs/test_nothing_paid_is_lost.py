@@ -218,6 +218,7 @@ def test_an_interrupt_keeps_what_was_asked_and_says_one_sentence(tmp_path: Path,
     assert sorted(labelled_ids(tmp_path)) == sorted(pool_ids(tmp_path))
 
 
+@pytest.mark.local_runner(reason="on Prism the worker is a thread of the command, which dies with it")
 def test_rows_that_kill_the_process_are_found_and_become_dead_letters(tmp_path: Path) -> None:
     write_hostile(tmp_path)
     bad, bound = lowest(tmp_path, 2)
@@ -236,6 +237,7 @@ def test_rows_that_kill_the_process_are_found_and_become_dead_letters(tmp_path: 
     assert len(asked(tmp_path)) <= 240 + 60 + 2 * (2 * 60), "each is found within twice the rows that were in flight"
 
 
+@pytest.mark.local_runner(reason="on Prism the worker is a thread of the command, which dies with it")
 def test_a_worker_that_dies_of_its_first_row_hangs_nobody(tmp_path: Path) -> None:
     write_hostile(tmp_path)
     first = pool_ids(tmp_path)[0]

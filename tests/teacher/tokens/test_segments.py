@@ -67,6 +67,14 @@ def test_the_first_way_that_does_not_leak_is_taken(run: Run, name: str) -> None:
             torch.testing.assert_close(found[row, at], alone[0])
 
 
+def test_a_leak_below_the_noise_of_half_precision_is_found() -> None:
+    def weakly(ids: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
+        clean = by_positions(ids, places, None) if mask is None else by_mask(ids, places, mask)
+        return clean + 0.01 * by_rows(ids, places, None) if mask is None else clean
+
+    assert way_of(weakly, VOCABULARY, CPU, torch.bfloat16, "teacher.model: toy").name == "mask"
+
+
 def test_a_model_that_sees_what_follows_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^teacher.model: toy lets a text see others, or what follows: .* name a causal"
