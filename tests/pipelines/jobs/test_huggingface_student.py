@@ -33,7 +33,7 @@ def test_a_run_with_a_huggingface_student(problem: dict[str, Any], tmp_path: Pat
     assert bought == 160
     metrics = json.loads((root / "report" / "metrics.json").read_text())
     kept = metrics["students"][metrics["kept"]["round"]]["accuracy"]
-    assert kept > 0.45  # a third by chance: of 80 rows as many are right once in 60 times
+    assert kept > 0.45  # a third by chance: of 80 rows as many are right once in 90 times
     _, student = open_model(root)
     test = pq.read_table(tmp_path / "test.parquet")
     predicted = student.predict(test)
