@@ -1,10 +1,12 @@
-"""A language model: its text is labelled token by token once, and a small one learns from the stored labels.
+"""A language model: a large one labels text token by token once, a small one learns from it.
 
     python examples/language_model.py [DIRECTORY] [TEXTS STEPS]
 
-The text is Python's own documentation (docstrings and the topics of `help()`), the teacher a Llama of 1.6 million weights that is trained
-on most of it first. One student learns the teacher's labels of a tenth of the text, another the same text without labels. About two
-minutes; of fewer TEXTS and STEPS of the teacher's training it is a matter of seconds, and of worse models. Extra: hf.
+The text is Python's own documentation (docstrings and the topics of `help()`), the teacher a
+Llama of 1.6 million weights that is trained on most of it first. One student learns the
+teacher's labels of a tenth of the text, another the same text without labels. About two
+minutes; with fewer TEXTS and STEPS of the teacher's training seconds, and worse models.
+Extra: hf.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from distilbeam.student.language.evaluate import evaluate_language_model
 
 
 def main(directory: Path, texts: int | None = None, steps: int = 600) -> None:
-    """Write text and teacher, label, train two students, and compare them on text that nobody has learned."""
+    """Write text and teacher, label, train two students, compare them on text that nobody has learned."""
     write(directory, 0, Progress(), steps=steps, documents=texts)
     for part in ("pool", "held-out"):
         source, blocks = directory / "corpus" / f"{part}.jsonl", directory / part
@@ -38,10 +40,9 @@ def main(directory: Path, texts: int | None = None, steps: int = 600) -> None:
     for student in ("student", "plain"):
         distilbeam("launch", directory / f"{student}.toml")
         found = evaluate_language_model(directory / student, directory / "held-out-job" / "labels")
-        print(
-            f"{student}: {found['bits_per_byte']:.3f} bits per byte (teacher {found['teacher_bits_per_byte']:.3f}), "
-            f"KL to the teacher {found['kl']:.3f}, the same first choice at {found['agreement']:.1%} of the tokens"
-        )
+        print(f"{student}: {found['bits_per_byte']:.3f} bits per byte, ", end="")
+        print(f"the teacher {found['teacher_bits_per_byte']:.3f}, KL to the teacher {found['kl']:.3f}, ", end="")
+        print(f"the same first choice at {found['agreement']:.1%} of the tokens")
         print(repr(load_language_model(directory / student).complete("Return a list of", 24)))
 
 
