@@ -41,7 +41,7 @@ def stream(
         str | None,
         typer.Option(
             metavar="KIND:PLACE",
-            help="kafka:HOST:PORT,...:TOPIC, kafka-java:... (Beam's own), pubsub:SUBSCRIPTION, parquet:PATTERN, or "
+            help="kafka:HOST:PORT,...:TOPIC, kafka-java:... (Beam's own), pubsub:SUBSCRIPTION, parquet:FILES, or "
             "letters:FOLDER, dead letters that are asked again.",
         ),
     ] = None,

@@ -120,6 +120,12 @@ def _labelling(config: LabelConfig, spec: SoftLabelSpec) -> Labelling:
     )
 
 
+def _pattern(place: str) -> str:
+    """Say which files are meant; by a folder, the Parquet files in it."""
+    folder = place.endswith("/") or Path(place).is_dir()
+    return f"{place.rstrip('/')}/*.parquet" if folder else place
+
+
 def build(
     pipeline: Any,
     config: LabelConfig,
@@ -141,7 +147,7 @@ def build(
       letters: the dead letters that are asked again; None for other sources.
     """
     if not settings.messages:
-        tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(settings.place)
+        tables = pipeline | "ReadParquet" >> beam.io.ReadFromParquetBatched(_pattern(settings.place))
         batches = tables | "Batches" >> beam.FlatMap(lambda table: table.to_batches())
         return batches | LabelStream(
             config, Path(), settings.out, shards=settings.shards, dead_letters=settings.letters

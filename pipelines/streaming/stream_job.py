@@ -4,7 +4,8 @@
         --schema='key:string,x:float32[64]' --out=gs://bucket/labels --runner=DataflowRunner ...
 
 The configuration is that of a labelling job. With `budget`, `student` and `wrong_share` in its section [watch] the budget is
-chosen from each window; without them every message is labelled. `--source=parquet:PATTERN` reads Parquet files instead, as a
+chosen from each window; without them every message is labelled. `--source=parquet:FILES` (a pattern, or a folder) reads Parquet files
+instead, as a
 bounded job. What this job does not know goes to Beam.
 """
 
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--source",
         required=True,
-        help="kafka:BROKER,...:TOPIC, kafka-java:BROKER,...:TOPIC, pubsub:SUBSCRIPTION or parquet:PATTERN",
+        help="kafka:BROKER,...:TOPIC, kafka-java:BROKER,...:TOPIC, pubsub:SUBSCRIPTION or parquet:FILES",
     )
     add("--schema", default="", help="columns of a message: name:type or name:type[shape], =ORIGIN, ...")
     add("--id", help="key: the message's key is the id")

@@ -52,6 +52,18 @@ def test_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_language_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs distilbeam[hf]")
+    printed = start("language_model.py", tmp_path, 120, 100)
+    assert "'teacher_classes': (8, 128, 32)" in printed
+    divergences = {
+        name: float(kl) for name, kl in re.findall(r"(student|plain): .*KL to the teacher ([\d.]+)", printed)
+    }
+    assert divergences["student"] < divergences["plain"]
+    assert printed.count("'Return a list of") == 2
+
+
+@pytest.mark.slow
 def test_nightly(tmp_path: Path) -> None:
     printed = start("nightly.py", tmp_path)
     assert "The pool has 500 rows in 1 file(s); 0 are labelled, 500 are not." in printed

@@ -150,11 +150,14 @@ def test_rows_without_an_answer_go_to_the_object_store_too(tmp_path: Path, monke
     assert labelled + dead == 20
 
 
-def test_the_command_labels_parquet_files_as_a_bounded_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("files", ["pool/*.parquet", "pool", "pool/"])
+def test_the_command_labels_parquet_files_as_a_bounded_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: str
+) -> None:
     write_problem(tmp_path)
     (tmp_path / "job.toml").write_text(tomli_w.dumps(config_of(tmp_path)))
     out = tmp_path / "labels"
-    source = f"--source=parquet:{tmp_path}/pool/*.parquet"
+    source = f"--source=parquet:{tmp_path}/{files}"
     main([f"--config={tmp_path / 'job.toml'}", source, f"--out={out}", "--shards=2", "--runner=FnApiRunner"])
     manifest = read_manifest(out)
     assert manifest.rows == 240
