@@ -100,6 +100,6 @@ def described(row: PeerRow, alignment: Alignment) -> npt.NDArray[np.int64]:
     there: npt.NDArray[np.bool_] = (places >= 0) & (places < len(row.classes)) & row.predicted
     there[:1] = False
     there[1:] &= row.seen[1:] & row.seen[:-1]
-    full: npt.NDArray[np.bool_] = (row.classes >= 0).any(axis=1)
+    full = row.classes.max(axis=1, initial=-1) >= 0
     there[there] = full[places[there]]
     return np.where(there, places, -1)

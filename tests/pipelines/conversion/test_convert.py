@@ -55,15 +55,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+def text(rng: np.random.Generator, length: int) -> list[int]:
+    ids = [int(rng.integers(C))]
+    while len(ids) < length:
+        ids.append(int(rng.choice(C, p=np.exp(CHAIN[ids[-1]]))))
+    return ids
+
+
 def texts(seed: int, count: int) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        ids = [int(rng.integers(C))]
-        while len(ids) < 6 + len(found) % 20:
-            ids.append(int(rng.choice(C, p=np.exp(CHAIN[ids[-1]]))))
-        found.append(ids)
-    return found
+    return [text(rng, 6 + i % 20) for i in range(count)]
 
 
 def most_probable(token: int) -> list[int]:
@@ -213,6 +214,35 @@ def test_there_and_back_changes_nothing(tmp_path: Path, folder: Path, alignment:
     for text, at in places[0].items():
         np.testing.assert_array_equal(first.classes[at], second.classes[places[1][text]])
         np.testing.assert_array_equal(first.logprobs[at], second.logprobs[places[1][text]])
+
+
+def test_padding_is_no_text(tmp_path: Path, folder: Path) -> None:
+    """On both sides, with lists of its own that are somebody else's."""
+    found, rows = texts(10, 20), []
+    for number, ids in enumerate(found):
+        before, behind = number % 4, number % 3
+        row = current([7] * before + ids + [7] * behind)
+        row["attention_mask"] = [0] * before + [1] * len(ids) + [0] * behind
+        del row["labels"]
+        rows.append(row)
+    rows.append({**current([7] * 9), "attention_mask": [0] * 9})
+    result = converted(write_json(tmp_path / "a.jsonl", rows), tmp_path / "labels", folder)
+    assert (result.counts["rows"], result.counts["empty"]) == (21, 1)
+    assert result.counts["tokens"] == sum(map(len, found))
+    check(tmp_path / "labels", {tuple(ids): 0 for ids in found})
+
+
+def test_a_row_goes_whole_into_the_fullest_block_with_room(tmp_path: Path, folder: Path) -> None:
+    rng = np.random.default_rng(11)
+    found = [text(rng, length) for length in (20, 22, 10, 12)]
+    result = converted(write_json(tmp_path / "a.jsonl", [current(ids) for ids in found]), tmp_path / "labels", folder)
+    columns, _ = read(tmp_path / "labels")
+    assert (result.blocks, result.counts["tokens"]) == (2, 2 * LENGTH)
+    assert {tuple(row) for row in columns["input_ids"].tolist()} == {
+        tuple(found[0] + found[3]),
+        tuple(found[1] + found[2]),
+    }
+    check(tmp_path / "labels", {tuple(ids): 0 for ids in found})
 
 
 def test_what_is_unclear_is_asked_for(tmp_path: Path, folder: Path) -> None:
