@@ -33,9 +33,12 @@ from distilbeam.pipelines.conversion.rows import read_rows
 from distilbeam.pipelines.ingest.sources import find_sources
 from distilbeam.student.data.token_labels import TokenLabelDataset
 from distilbeam.student.language.train import train_language_model
-from distilbeam.teacher.softlabels import TokenLabels, decode_tokens, read_manifest
+from distilbeam.teacher.softlabels import SoftLabelSpec, TokenLabels, decode_tokens, read_manifest
 from distilbeam.teacher.softlabels.inspect_tokens import inspect_token_labels
 from distilbeam.teacher.softlabels.verify import verify_labels
+from distilbeam.teacher.softlabels.verify_tokens import wanted_form
+from distilbeam.teacher.tokens.block_answers import BlockAnswers
+from distilbeam.teacher.tokens.protocol import TokenForm
 
 C, K, LENGTH = 300, 6, 32
 Float64 = npt.NDArray[np.float64]
@@ -344,6 +347,49 @@ def test_further_files_are_added_and_others_refused(tmp_path: Path, folder: Path
         converted(place, out, folder, k=K - 1)
 
 
+class ChainTeacher:
+    """The chain as a teacher that can be asked again."""
+
+    num_classes, max_length, source = C, None, "logits"
+
+    def __init__(self, tokenizer: Path, table: Float64 = CHAIN) -> None:
+        self._fingerprint, self._table = load_tokenizer(tokenizer, "--tokenizer").fingerprint(), table
+
+    def fingerprint(self) -> str:
+        return "chain"
+
+    def tokenizer_fingerprint(self) -> str:
+        return self._fingerprint
+
+    def token_labels(self, blocks: pa.RecordBatch, spec: SoftLabelSpec) -> TokenLabels:
+        columns = {name: np.array(blocks[name].to_pylist()) for name in ("input_ids", "segment_ids", "completion_mask")}
+        found = TokenLabels.empty(len(blocks), spec)
+        for place in np.argwhere(has_label(columns["segment_ids"], columns["completion_mask"])):
+            at = tuple(place)
+            said = self._table[columns["input_ids"][at]]
+            found.classes[at] = np.argsort(-said)[: spec.k]
+            found.logprobs[at] = said[found.classes[at]]
+            found.token_logprob[at] = said[columns["input_ids"][at[0], at[1] + 1]]
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_teacher_is_asked_again(tmp_path: Path, folder: Path) -> None:
+    """What the labels do not say of the token that is there is no difference; another teacher is one."""
+    source = write_json(tmp_path / "a.jsonl", [current(ids) for ids in texts(12, 40)])
+    result = converted(source, tmp_path / "labels", folder, teacher="chain")
+    assert result.counts["unknown"] > 0
+    form = TokenForm(**wanted_form(result.spec))
+    same = verify_labels(tmp_path / "labels", BlockAnswers(ChainTeacher(folder), form))
+    assert same.ok, same.problems
+    assert same.comparison is not None
+    assert same.comparison.largest_difference < 2e-3
+    other = verify_labels(tmp_path / "labels", BlockAnswers(ChainTeacher(folder, chain(1)), form))
+    assert not other.ok
+
+
 def test_commands_and_what_reads_the_labels(tmp_path: Path, folder: Path) -> None:
     source = write_json(tmp_path / "a.jsonl", [current(ids) for ids in texts(8, 40)])
     run, labels = CliRunner(), tmp_path / "labels"
@@ -360,6 +406,7 @@ def test_commands_and_what_reads_the_labels(tmp_path: Path, folder: Path) -> Non
     data = {"soft_labels": [labels], "validation": labels}
     result = train_language_model(student, training, **data, directory=tmp_path / "student", seed=0)
     assert np.isfinite(result.metrics["validation_kl"])
+    assert not [name for name in result.metrics if "teacher" in name], "some labels do not say it"
     shown = run.invoke(app, ["convert", str(labels), "--to", "axolotl", "--out", str(tmp_path / "back")])
     assert shown.exit_code == 0, shown.exception
     assert "40 row(s)" in shown.output
