@@ -97,7 +97,7 @@ EXAMPLES = {
         "what is new gets its labels every night, by a teacher behind a server",
         "nightly.toml",
         (
-            "# In a terminal of its own, until it says that it answers; where 8500 is taken, another --port, here and in nightly.toml:",
+            "# In a terminal of its own, until it says that it serves; where 8500 is taken, another --port, here and in nightly.toml:",
             "distilbeam serve-teacher {here}/teacher.toml --port 8500",
             "# The first night, the second, and a student:",
             "distilbeam plan {here}/nightly.toml",

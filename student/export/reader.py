@@ -55,6 +55,12 @@ class Export:
 
     def inputs(self, rows: Sequence[Mapping[str, Any]]) -> Array:
         """Make the model's input of rows, one mapping of columns each; a path or bytes is an image."""
+        for row in rows:
+            missing = [name for name in self.columns if name not in row]
+            if missing:
+                raise ValueError(
+                    f"a row must have the column(s) {', '.join(self.columns)}, got {', '.join(row) or 'none'}"
+                )
         made = self._make([[row[name] for name in self.columns] for row in rows])
         shape = (len(rows), *self.about["input_shape"])
         if made.size != np.prod(shape):
@@ -252,11 +258,18 @@ def _tokenizer(file: Path, config: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Answer the JSON lines of standard input on standard output."""
+    """Answer the JSON lines of standard input on standard output, a line for a line; of one that has no answer the reason."""
     export = Export()
     for line in sys.stdin:
         if line.strip():
-            print(json.dumps(export.predict([json.loads(line)])[0]), flush=True)
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
+                answer = export.predict([row])[0]
+            except (ValueError, TypeError, OSError) as e:
+                answer = {"prediction": None, "confidence": None, "reason": str(e)}
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

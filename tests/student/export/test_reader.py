@@ -135,3 +135,17 @@ def test_a_tokenizer_answers_as_the_student(tmp_path):
     texts = ["where is", "card card card card card card", "nobody"]
     expected = load_student(student).logits(pa.record_batch({"text": texts}))
     npt.assert_allclose(export.logits([{"text": text} for text in texts]), expected, atol=1e-5)
+
+
+def test_a_line_without_an_answer_ends_nothing_and_says_why(tmp_path):
+    student = save(tmp_path / "s", StudentConfig(kind="mlp", hidden=(4,), input={"columns": ["v"]}), (3,))
+    export = export_student(student, "onnx", tmp_path / "e")
+    lines = [{"v": [0, 1, 2]}, {"w": 1}, 7, {"v": [0, 1]}, {"v": ["a", "b", "c"]}, {"v": None}, {"v": [0, 1, 2]}]
+    found = lines_of(export / "reader.py", [], lines, tmp_path)
+    assert found[0] == found[-1]
+    assert found[0]["prediction"] is not None
+    assert [answer["prediction"] for answer in found[1:-1]] == [None] * 5
+    assert found[1]["reason"] == "a row must have the column(s) v, got w"
+    assert found[2]["reason"] == "a line must be a JSON object, got int"
+    assert "shape [3], got [2]" in found[3]["reason"]
+    assert all(answer["reason"] for answer in found[1:-1])
