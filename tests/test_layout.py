@@ -46,7 +46,7 @@ FLOORS = {
         ("jobs",),
         ("ingest", "report"),
         ("corpus", "prediction"),
-        ("experiments", "steps", "transforms"),
+        ("conversion", "experiments", "steps", "transforms"),
         ("streaming",),
         ("forecast",),
         ("cli",),

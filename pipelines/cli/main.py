@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 
 import distilbeam
+from distilbeam.pipelines.cli.convert import convert
 from distilbeam.pipelines.cli.data import ingest
 from distilbeam.pipelines.cli.label import label, plan
 from distilbeam.pipelines.cli.launch import launch
@@ -295,6 +296,7 @@ _OTHERS = (
     inspect,
     verify,
     to_dataset,
+    convert,
     serve_teacher,
     serve_student,
 )

@@ -17,6 +17,8 @@ SUFFIXES = {
     "text": (".txt", ".text"),
     "lm": (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".parquet"),
     "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "axolotl": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "lists": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
 COMPRESSED = (".gz", ".zst")
 

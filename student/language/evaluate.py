@@ -105,8 +105,8 @@ def measure(
       device: where the network is.
 
     Returns:
-      `tokens`, `bytes`, `nll`, `bits_per_byte`, `perplexity`, `teacher_nll`, `teacher_bits_per_byte`, and of top-k labels `kl`
-      and `agreement`.
+      `tokens`, `bytes`, `nll`, `bits_per_byte`, `perplexity`, `teacher_nll` and `teacher_bits_per_byte` where the labels say them, and
+      of top-k labels `kl` and `agreement`.
 
     Raises:
       ValueError: no position has a label.
@@ -125,9 +125,12 @@ def measure(
         "nll": sums["nll"] / tokens,
         "bits_per_byte": sums["nll"] / np.log(2) / size,
         "perplexity": float(np.exp(min(sums["nll"] / tokens, 700.0))),
-        "teacher_nll": sums["teacher_nll"] / tokens,
-        "teacher_bits_per_byte": sums["teacher_nll"] / np.log(2) / size,
     }
+    if np.isfinite(sums["teacher_nll"]):  # converted labels may not say the log-probability of each token
+        figures |= {
+            "teacher_nll": sums["teacher_nll"] / tokens,
+            "teacher_bits_per_byte": sums["teacher_nll"] / np.log(2) / size,
+        }
     if spec.kind == "top_k":
         figures |= {name: sums[name] / tokens for name in ("kl", "agreement")}
     return {name: float(value) for name, value in figures.items()}

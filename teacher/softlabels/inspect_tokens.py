@@ -50,7 +50,7 @@ class TokenInspection:
       bytes: size of all shards.
       labels: labels in the shards that were opened, and in all by their share of blocks.
       column_bytes: compressed bytes of each column per label, of the shards that were opened.
-      bits: mean of -log2 of the probability of the token that is there.
+      bits: mean of -log2 of the probability of the token that is there, where the labels say it.
       confidence: how many labels have their largest probability in each of equal parts of [0, 1].
       samples: labels chosen at random.
     """
@@ -151,7 +151,7 @@ def inspect_token_labels(
     confidence, sizes = np.zeros(bins, np.int64), Counter[str]()
     blocks = sum(manifest.entries[i].rows for i in opened)
     wanted = np.sort(rng.choice(blocks, min(samples, blocks), replace=False))
-    labels, bits, first = 0, 0.0, 0
+    labels, known, bits, first = 0, 0, 0.0, 0
     shown: list[TokenSample] = []
     for i in opened:
         sizes.update(column_sizes(manifest.paths()[i]))
@@ -160,7 +160,9 @@ def inspect_token_labels(
             there = found.labelled
             best = np.exp(np.where(found.classes >= 0, found.logprobs, -np.inf).max(axis=2)[there])
             confidence += np.bincount(np.minimum((best * bins).astype(int), bins - 1), minlength=bins)
-            labels, bits = labels + int(there.sum()), bits - float(found.token_logprob[there].sum()) / np.log(2)
+            said = found.token_logprob[there]
+            labels, known = labels + len(said), known + int(np.isfinite(said).sum())
+            bits -= float(said[np.isfinite(said)].sum()) / np.log(2)
             here = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
             shown += [
                 _sample(batch, found, row, rng, decode or _ids) for row in here.tolist() if found.labelled[row].any()
@@ -174,7 +176,7 @@ def inspect_token_labels(
         manifest.bytes,
         round(labels * manifest.rows / blocks),
         {name: size / max(1, labels) for name, size in sizes.items()},
-        bits / max(1, labels),
+        bits / max(1, known),
         tuple(confidence.tolist()),
         tuple(shown),
     )

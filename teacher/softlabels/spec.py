@@ -51,7 +51,8 @@ class SoftLabelSpec:
       sequence_length: tokens L of a block; None for examples.
       positions: labels P of a block: `all` of its L positions, or the number of those that `label_positions` names.
       tokenizer: fingerprint of the tokenizer below `num_classes` (`distilbeam.inputs.tokenizer`).
-      source: where the log-probabilities are from: the teacher's `logits`, or `server` with the engine and its cap.
+      source: where the log-probabilities are from: the teacher's `logits`, or `server` with the engine and its cap,
+        or the form of the data set that they were converted from.
 
     Raises:
       ValueError: a field breaks its rule; the message names the field, the rule and the value.

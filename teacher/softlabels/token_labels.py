@@ -38,7 +38,8 @@ class TokenLabels:
       classes: int32 [n, P, k], -1 where there is none.
       logprobs: float32 [n, P, k], log-probabilities, of sampled labels log frequencies.
       tail_logmass: float32 [n, P], log of the mass that top-k labels left out; None for sampled ones.
-      token_logprob: float32 [n, P], log-probability of the token that stands at the next position.
+      token_logprob: float32 [n, P], log-probability of the token that stands at the next position; NaN where what the
+        labels were converted from does not say it.
       positions: int32 [n, P], the positions that are labelled, where they are not all.
     """
 

@@ -57,7 +57,8 @@ def wrong_block(batch: pa.RecordBatch, spec: SoftLabelSpec) -> tuple[int, str] |
             total = total + np.exp(labels.tail_logmass[row][at].astype(np.float64))
         with np.errstate(invalid="ignore"):
             entropy = -np.where(probabilities > 0, probabilities * logprobs, 0).sum(axis=1)
-        sound = (logprobs <= 0).all() and (labels.token_logprob[row][at] <= 1e-6).all()
+        said = labels.token_logprob[row][at]
+        sound = (logprobs <= 0).all() and not (said > 1e-6).any()  # NaN: converted labels may not say it
         if not (sound and (np.abs(total - 1) <= 2.0**-10 * entropy + 1e-5).all()):
             return row, "must have probabilities that sum to one at each position"
     return None
@@ -122,6 +123,7 @@ def _difference(stored: TokenLabels, now: TokenLabels, row: int, spec: SoftLabel
     if not at.any():
         return 0.0
     tokens = np.abs(np.exp(stored.token_logprob[row][at]) - np.exp(now.token_logprob[row][at]))
+    tokens = np.where(np.isnan(stored.token_logprob[row][at]), 0, tokens)  # converted labels may not say it
     kept = np.exp(now.logprobs[row][at].astype(np.float64))
     match = stored.classes[row][at][:, :, None] == now.classes[row][at][:, None, :]
     known = match.any(axis=2)
