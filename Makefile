@@ -7,7 +7,7 @@ DEV := $(VENV)/.ready-dev
 DOCS := $(VENV)/.ready-docs
 EXTRAS := dev,dask,hf,onnx,pubsub,tensorboard,torchao,tpu,triton
 PARTS := kernels pipelines selection student teacher
-NUMERIC := tests/selection tests/kernels tests/student tests/science
+NUMERIC := tests/selection tests/kernels tests/student/training tests/student/networks tests/student/language tests/science
 SEED ?= 0
 DEMO ?= demo
 # On every processor, where pip uses one; packages hold files of other Pythons, which do not compile and need not.

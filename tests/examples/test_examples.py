@@ -36,6 +36,7 @@ def test_tabular(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the example of this name of `init` goes the same way
 def test_text(tmp_path: Path) -> None:
     printed = start("text.py", tmp_path)
     assert gained(printed) > 5
@@ -43,6 +44,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the example of this name of `init` goes the same way
 def test_images(tmp_path: Path) -> None:
     printed = start("images.py", tmp_path)
     assert "540 examples in" in printed
@@ -64,6 +66,7 @@ def test_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the example of this name of `init` goes the same way
 def test_nightly(tmp_path: Path) -> None:
     printed = start("nightly.py", tmp_path)
     assert "The pool has 500 rows in 1 file(s); 0 are labelled, 500 are not." in printed

@@ -9,7 +9,7 @@ from triton_device import INTERPRETED, needs_triton, run_interpreted
 
 FILES = (
     "test_triton.py",
-    "test_triton_in_place.py",
+    pytest.param("test_triton_in_place.py", marks=pytest.mark.exhaustive),  # the same sums, stored elsewhere
     "test_triton_prepared.py",
     "test_low_precision_triton.py",
     "test_loss_fuzz.py",

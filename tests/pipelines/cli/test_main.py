@@ -193,7 +193,7 @@ def test_init(tmp_path: Path) -> None:
     assert "data.pool must name Parquet files" in out.stderr
     out = distilbeam("init", str(tmp_path / "other"), "--example", "letters")
     assert out.returncode == 2
-    assert out.stderr.strip() == "error: --example must be digits, got letters"
+    assert out.stderr.strip() == "error: --example must be digits, text, images, nightly, streaming, lm, got letters"
 
 
 def test_labels_can_be_inspected_and_verified(config: Path, tmp_path: Path) -> None:
@@ -250,9 +250,10 @@ def test_the_digits_example(tmp_path: Path) -> None:
     assert out.returncode == 0, out.stderr
     metrics = json.loads((tmp_path / "demo/run/report/metrics.json").read_text())
     first, last = metrics["students"][0], metrics["students"][-1]
-    # the seed is fixed: .885 and .968 with the pinned versions; other versions may move either by a few of 400 examples
-    assert last["accuracy"] > first["accuracy"] + 0.03
-    assert last["parameters"] < 0.05 * metrics["teacher"]["parameters"]
+    # the seed is fixed: .637, .980 and the teacher's .988 with the pinned versions; others may move each by a few of 400 examples
+    assert last["accuracy"] > first["accuracy"] + 0.1
+    assert last["accuracy"] > metrics["teacher"]["accuracy"] - 0.03
+    assert last["parameters"] < 0.25 * metrics["teacher"]["parameters"]
     assert [s["labels"] for s in metrics["students"]] == [0, 80, 160, 240]
 
 

@@ -85,7 +85,7 @@ def test_images_too_small_for_the_cnn_are_refused():
     [
         (
             {"kind": "forest"},
-            "kind must be one of linear, mlp, cnn, resnet, text, transformer or module:factory, got .forest.",
+            "kind must be one of linear, mlp, cnn, resnet, text, transformer, huggingface or module:factory, got .forest.",
         ),
         ({"kind": "not a module:f"}, "module:factory"),
         ({"hidden": (4, 0)}, r"hidden must hold positive widths, got \[4, 0\]"),
@@ -102,5 +102,7 @@ def test_wrong_settings_are_named(settings, message):
 def test_training_settings_are_checked():
     with pytest.raises(pydantic.ValidationError, match="greater than 0"):
         TrainConfig(lr=0)
-    with pytest.raises(pydantic.ValidationError, match="'distill', 'weighted', 'slam' or 'slam\\+weighted'"):
+    with pytest.raises(
+        pydantic.ValidationError, match="'distill', 'weighted', 'slam', 'slam\\+weighted', 'reverse_kl'"
+    ):
         TrainConfig(objective="rad")
