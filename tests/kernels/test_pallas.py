@@ -161,9 +161,8 @@ def test_a_tpu_needs_torch_to_know_it():
 
 def test_without_a_tpu_the_reasons_are_given(make_labels, rng, monkeypatch):
     monkeypatch.delenv("DISTILBEAM_PALLAS_INTERPRET", raising=False)
-    operands = layer(rng, torch.float32)
+    operands, labels = layer(rng, torch.float32), make_labels("top_k", ROWS, CLASSES)
     with pytest.raises(NotImplementedError, match=r"pallas: no TPU device; DISTILBEAM_PALLAS_INTERPRET=1 interprets"):
-        labels = make_labels("top_k", ROWS, CLASSES)
         linear_distill_loss(*operands, labels, objective="tail", implementation="pallas")
     with pytest.raises(NotImplementedError, match="pallas: dense labels need no kernel there: XLA fuses plain torch"):
         distill_loss(torch.zeros(2, 4), DenseLabels(torch.zeros(2, 4)), implementation="pallas")
