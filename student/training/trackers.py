@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, MLflow and Weights & Biases, by their own packages, into a folder and without a network.
 
 A tracker writes into a folder of its name beside the checkpoints, which goes with the student: `tensorboard --logdir`, `mlflow ui
---backend-store-uri sqlite:///student/mlflow/mlflow.db`, `wandb sync student/wandb/wandb/offline-run-*`.
+--backend-store-uri sqlite:///student/mlflow/mlflow.db`, `wandb sync student/wandb/*/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
@@ -100,16 +100,18 @@ class _Mlflow:
 
 
 class _Wandb:
-    def __init__(self, folder: Path, _: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, done: int, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        folder.mkdir(exist_ok=True)
+        # wandb names a process's files by the second in which it began: one that goes on at once would overwrite the first's
+        part = folder / f"from-{done}"
+        part.mkdir(parents=True, exist_ok=True)
         remembered = folder / "run"
         if not remembered.exists():
             remembered.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project="distilbeam",
-            dir=str(folder),
+            dir=str(part),
             mode="offline",  # whatever WANDB_MODE says: nothing leaves this machine but by `wandb sync`
             id=remembered.read_text(),  # a training that was stopped goes on in its run
             resume="allow",
