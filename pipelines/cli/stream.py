@@ -127,6 +127,9 @@ def stream(
         int | None, _option("--metrics-port", help="Serve the state at this port, /metrics for Prometheus.")
     ] = None,
     trust: TrustOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what has no label; read nothing, ask nobody.")
+    ] = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -181,6 +184,9 @@ def stream(
     shown = _Shown(as_json)
     say = Display(plain_console(stderr=as_json)).say
     job = StreamJob(settings, StreamSettings.of(options), beam_options or [], shown.report, say)
+    if dry_run:
+        say(job.plan())
+        return
     if metrics_port is not None:
         serve_state(job.state, metrics_port)
     _stop_on_signals(job, say)

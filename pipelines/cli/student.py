@@ -85,6 +85,7 @@ def export(
 def tune(
     config: ConfigArgument,
     trials: Annotated[int | None, typer.Option(min=1, help="Trainings in all; tune.trials if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be tried; train nothing.")] = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -98,9 +99,13 @@ def tune(
     require_extras(needs_of_search())
     more = [] if trials is None else [f"tune.trials={trials}"]
     with _opened_run(config, [*(overrides or []), *more]) as run:
+        from distilbeam.pipelines.experiments.tune import plan_search
         from distilbeam.pipelines.experiments.tune import tune as tune_run
         from distilbeam.pipelines.report.tables import trial_table
 
+        if dry_run:
+            console.print(plan_search(run), highlight=False, soft_wrap=True)
+            return
         found = tune_run(run, Display(console))
         console.print(trial_table(found, run.config.tune.metric))
         best = run.directory.root / "tune" / "best.toml"

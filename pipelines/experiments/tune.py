@@ -55,6 +55,23 @@ def tune(run: Run, display: Display) -> Search:
     return found
 
 
+def plan_search(run: Run) -> str:
+    """Say what a search would try, checked as the search checks it; nothing is trained.
+
+    Raises:
+      ValueError: as for `tune`.
+    """
+    config = run.config
+    space = dict(config.tune.space) or default_space(config.student)
+    _require_valid(config, space)
+    trials = (run.directory.root / "tune" / "trials").glob("*")
+    trained = sum(path.suffix != SUFFIX for path in trials)
+    return (
+        f"{config.tune.trials:,} trials over {', '.join(space)}; {trained:,} trained already. Each trains a student on what the "
+        "run has labelled, and asks no teacher."
+    )
+
+
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """Return a configuration with some of its settings changed, validated."""
     data = config.dump()

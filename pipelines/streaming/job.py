@@ -109,6 +109,20 @@ class StreamJob:
         root = to_path(self.settings.out)
         return None if is_remote(root) else root / FOLDER / "engine.log"
 
+    def plan(self) -> str:
+        """Say what is there without a label; every check has been made, nothing is read of the source and nobody is asked."""
+        where = f"{self.settings.source}, for the labels in {self.settings.out}"
+        if self.topic is None:
+            return f"The job can start: {where}. How many messages there are is not known before they are read."
+        journal = Journal(self.settings.out, self.topic.name)
+        journal.look()
+        spans = [span for p, (low, end) in self._ends.items() for span in journal.settled.offsets.missing(p, low, end)]
+        count = sum(last - first + 1 for first, last in spans)
+        return (
+            f"The job can start: {where}. {count:,} message(s) that the topic has now, in {len(self._ends):,} partition(s), have "
+            "neither a label nor a dead letter."
+        )
+
     def run(self) -> StreamState:
         """Do the job until its end, which is `--until`'s, or that `stop` was called or asked for.
 

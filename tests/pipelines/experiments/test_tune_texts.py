@@ -33,8 +33,13 @@ def test_what_is_found_for_texts_is_learned_by_a_run(problem: dict[str, Any], tm
     config.write_text(tomli_w.dumps(settings))
     invoke("run", str(config))
     questions = len(asked(tmp_path))
+    said = invoke("tune", str(config), "--dry-run")
+    assert said.startswith("3 trials over training.lr, ")
+    assert "student.hidden" in said
+    assert not (tmp_path / "run" / "tune").exists()
     output = invoke("tune", str(config))
     assert "3 trials: 3 complete" in output
+    assert "3 trained already" in invoke("tune", str(config), "--dry-run").replace("\n", " ")
     found = json.loads((tmp_path / "run" / "tune" / "results.json").read_text())["trials"]
     searched = {"student.hidden", "student.input.ngrams", "student.input.analyzer", "student.input.buckets"}
     assert all(searched <= set(trial["settings"]) for trial in found)

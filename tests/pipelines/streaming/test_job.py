@@ -101,6 +101,25 @@ def test_every_message_is_labelled_once_and_a_second_job_asks_nobody(broker: str
     assert {(p, o) for p, a, b in settled(config) for o in range(a, b + 1)} == places
 
 
+def test_a_plan_counts_what_has_no_label_and_asks_nobody(broker: str, config: Path) -> None:
+    def plan(**options: Any) -> str:
+        settings = load_any_config(config)
+        assert isinstance(settings, LabelConfig)
+        return StreamJob(settings, settings_of(broker, config, **options), FLAGS).plan()
+
+    sent = rows(90)
+    send(broker, TOPIC, sent[:50])
+    assert " 50 message(s) that the topic has now" in plan()
+    assert asked(config.parent) == []
+    assert not (config.parent / "labels").exists()
+    label(broker, config)
+    send(broker, TOPIC, sent[50:])
+    assert " 40 message(s) that the topic has now" in plan()
+    assert len(asked(config.parent)) == 50
+    with pytest.raises(ValueError, match="schema"):  # what the job refuses at its start the plan refuses too
+        plan(schema="key:string")
+
+
 def test_what_an_entry_does_not_hold_any_more_is_asked_again_and_nothing_else(broker: str, config: Path) -> None:
     out = config.parent / "labels"
     now = int(time.time() * 1000)
