@@ -19,12 +19,11 @@ from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels.codec import SoftLabels, decode
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, TAIL
 from distilbeam.teacher.softlabels.manifest import Manifest, read_manifest
-from distilbeam.teacher.softlabels.plain_table import PlainTable
+from distilbeam.teacher.softlabels.plain_table import PlainTable, bytes_table, confidence_table, facts_table
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 
 _BATCH_ROWS = 16_384
 _CLASSES_SHOWN = 3
-_BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ class Inspection:
 
     def _facts(self) -> PlainTable:
         spec = self.spec
-        table = PlainTable(title=f"Soft labels in {self.directory}", show_header=False, title_justify="left")
         kind = {"dense": "dense", "top_k": f"top {spec.k} with tail", "sampled": f"{spec.k} draws (RS-KD)"}[spec.kind]
         names = "unnamed" if spec.classes is None else ", ".join([*spec.classes[:5], *["…"][: len(spec.classes) > 5]])
         facts = {
@@ -87,24 +85,14 @@ class Inspection:
             "rows": f"{self.rows:,}",
             "size": f"{self.bytes:,} bytes, {self.bytes_per_row:,.1f} per row",
         }
-        for name, value in facts.items():
-            table.add_row(name, value)
-        return table
+        return facts_table(f"Soft labels in {self.directory}", facts)
 
     def _columns(self) -> PlainTable:
-        table = PlainTable("column", "bytes per row", title="Columns", title_justify="left")
-        for name, size in sorted(self.column_bytes.items(), key=lambda item: -item[1]):
-            table.add_row(name, f"{size:,.1f}")
-        return table
+        return bytes_table("row", self.column_bytes, 1)
 
     def _histogram(self) -> PlainTable:
         title = f"The teacher's confidence in {self.confidence_rows:,} rows"
-        table = PlainTable("largest probability", "rows", "", title=title, title_justify="left")
-        bins, most = len(self.confidence), max(self.confidence)
-        for i, count in enumerate(self.confidence):
-            bar = "█" * round(_BAR_WIDTH * count / most)
-            table.add_row(f"{i / bins:.2f} to {(i + 1) / bins:.2f}", f"{count:,}", bar)
-        return table
+        return confidence_table(title, "rows", self.confidence)
 
     def _samples(self) -> PlainTable:
         table = PlainTable("example_id", "most probable classes", title="Rows chosen at random", title_justify="left")

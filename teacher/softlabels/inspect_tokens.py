@@ -15,20 +15,19 @@ from distilbeam.inputs.blocks import INPUT_IDS, SEGMENT_IDS
 from distilbeam.teacher.softlabels.columns import CLASSES, LOGPROBS, POSITIONS, TAIL, TOKEN_LOGPROB, flat_values
 from distilbeam.teacher.softlabels.inspect import column_sizes, opened_shard, some_shards
 from distilbeam.teacher.softlabels.manifest import read_manifest
-from distilbeam.teacher.softlabels.plain_table import PlainTable
+from distilbeam.teacher.softlabels.plain_table import PlainTable, bytes_table, confidence_table, facts_table
 from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 from distilbeam.teacher.softlabels.token_labels import TokenLabels, decode_tokens
 
 _BATCH_BYTES = 2**26
 _ALTERNATIVES = 4
 _BEFORE = 12  # tokens shown before the one that is predicted
-_BAR_WIDTH = 40
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One label: the text before it, the token that is there and its probability, and the teacher's most probable ones."""
+    """One label: the text before it, the token that is there, its probability (NaN where labels do not say it), the teacher's best."""
 
     example_id: str
     position: int
@@ -72,7 +71,6 @@ class TokenInspection:
 
     def _facts(self) -> PlainTable:
         spec = self.spec
-        table = PlainTable(title=f"Soft labels of tokens in {self.directory}", show_header=False, title_justify="left")
         facts = {
             "format version": spec.version,
             "labels": {"top_k": f"top {spec.k} with tail"}.get(spec.kind, f"{spec.k} draws (RS-KD)"),
@@ -88,25 +86,14 @@ class TokenInspection:
             "size": f"{self.bytes:,} bytes, {self.bytes / max(1, self.labels):,.1f} per label",
             "the text by the teacher": f"{self.bits:.3f} bits a token",
         }
-        for name, value in facts.items():
-            table.add_row(name, value)
-        return table
+        return facts_table(f"Soft labels of tokens in {self.directory}", facts)
 
     def _columns(self) -> PlainTable:
-        table = PlainTable("column", "bytes per label", title="Columns", title_justify="left")
-        for name, size in sorted(self.column_bytes.items(), key=lambda item: -item[1]):
-            table.add_row(name, f"{size:,.2f}")
-        return table
+        return bytes_table("label", self.column_bytes, 2)
 
     def _histogram(self) -> PlainTable:
         title = "The teacher's confidence" + (", by its draws" if self.spec.kind == "sampled" else "")
-        table = PlainTable("largest probability", "labels", "", title=title, title_justify="left")
-        bins, most = len(self.confidence), max(1, *self.confidence)
-        for i, count in enumerate(self.confidence):
-            table.add_row(
-                f"{i / bins:.2f} to {(i + 1) / bins:.2f}", f"{count:,}", "█" * round(_BAR_WIDTH * count / most)
-            )
-        return table
+        return confidence_table(title, "labels", self.confidence)
 
     def _samples(self) -> PlainTable:
         table = PlainTable(
@@ -114,7 +101,7 @@ class TokenInspection:
         )
         for sample in self.samples:
             shown = ", ".join(f"{token} {probability:.3f}" for token, probability in sample.alternatives)
-            there = f"{sample.token} {sample.probability:.3f}"
+            there = sample.token if np.isnan(sample.probability) else f"{sample.token} {sample.probability:.3f}"
             table.add_row(f"{sample.example_id} [{sample.position}]", sample.before, there, shown)
         return table
 

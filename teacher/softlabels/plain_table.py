@@ -1,12 +1,15 @@
-"""Tables whose titles, headers and cells are shown as they are: a name such as `[pos]` or `:x:` is no markup."""
+"""Tables whose titles, headers and cells are shown as they are: a name such as `[pos]` or `:x:` is no markup; and those of inspections."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+
+_BAR_WIDTH = 40
 
 
 class PlainTable(Table):
@@ -25,6 +28,32 @@ class PlainTable(Table):
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """Add a row; see `rich.table.Table`."""
         super().add_row(*(None if cell is None else _literal(cell) for cell in cells), **options)
+
+
+def facts_table(title: str, facts: Mapping[str, str]) -> PlainTable:
+    """Show names and what is said of each."""
+    table = PlainTable(title=title, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def bytes_table(each: str, sizes: Mapping[str, float], digits: int) -> PlainTable:
+    """Show the bytes of each column per row or label (`each`), the largest first, with so many digits."""
+    table = PlainTable("column", f"bytes per {each}", title="Columns", title_justify="left")
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{size:,.{digits}f}")
+    return table
+
+
+def confidence_table(title: str, counted: str, counts: Sequence[int]) -> PlainTable:
+    """Show how many of what is `counted` have their largest probability in each of equal parts of [0, 1]."""
+    table = PlainTable("largest probability", counted, "", title=title, title_justify="left")
+    bins, most = len(counts), max(1, *counts)
+    for i, count in enumerate(counts):
+        bar = "█" * round(_BAR_WIDTH * count / most)
+        table.add_row(f"{i / bins:.2f} to {(i + 1) / bins:.2f}", f"{count:,}", bar)
+    return table
 
 
 def _literal(cell: RenderableType) -> RenderableType:
