@@ -36,12 +36,12 @@ def write_report(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_parquet(out / "study8.parquet", frame)
     parts = []
     for text, here in frame.groupby("text", sort=False):
-        tokens, teacher = here["tokens"].mean(), interval(per_seed(here, "teacher_bits_per_byte"))
+        tokens, teacher = here["tokens"].mean(), here["teacher_bits_per_byte"].mean()
         parts += [
             f"## {text}",
-            f"{here['seed'].nunique()} seeds, {tokens:,.0f} tokens with a label in the mean; the teacher has {teacher.mean:.3f} ± "
-            f"{teacher.half:.3f} bits per byte of held-out text. ± is half the 95 % t-interval over the seeds, each of which has its own "
-            "text and teacher; differences within the seed are in the next tables. Bytes are those of the labels' Parquet files, blocks "
+            f"{here['seed'].nunique()} seeds, {tokens:,.0f} tokens with a label in the mean; the teacher has {teacher:.3f} "
+            "bits per byte of held-out text. ± is half the 95 % t-interval over the seeds, each of which has its own text and student; "
+            "differences within the seed are in the next tables. Bytes are those of the labels' Parquet files, blocks "
             "included.",
             figures_table(here),
         ]
@@ -49,11 +49,6 @@ def write_report(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     draw(out / "study8-bytes.png", frame)
     parts.append("![bits per byte against bytes a token](study8-bytes.png)")
     write_markdown(out / "study8.md", "Study 8: labels of tokens", parts)
-
-
-def per_seed(frame: pd.DataFrame, value: str) -> npt.NDArray[np.float64]:
-    """Average a figure over the rows of each seed."""
-    return frame.groupby("seed")[value].mean().to_numpy(float)
 
 
 def figures_table(frame: pd.DataFrame) -> str:

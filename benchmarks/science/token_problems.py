@@ -1,7 +1,7 @@
-"""The problem of study 8: Python's documentation, parted anew by each seed, a teacher of it, labels in every form, students.
+"""The problem of study 8: Python's documentation, a teacher of it, labels in every form, and students of text of their own.
 
-Tokenizer, teacher and student are those of `distilbeam init --example lm`. Of a hundred documents 70 train tokenizer and teacher, 7 are
-learned by students (about 64,000 tokens) and 14 more where a setting has more text, 9 are held out. Labels are made by the label
+Tokenizer, teacher and student are those of `distilbeam init --example lm`. Of a hundred documents 62 train tokenizer and teacher, 3 are
+held out, and 35 are five pools of 7, about 64,000 tokens each: a seed has its own, and its own student. Labels are made by the label
 phase and read from Parquet by the trainer; what students are measured on has the teacher's whole distribution.
 """
 
@@ -30,7 +30,10 @@ from distilbeam.student.language.config import LanguageModelConfig, TokenTrainCo
 from distilbeam.student.language.evaluate import evaluate_language_model
 from distilbeam.student.language.train import train_language_model
 
-PARTS = {"teacher": 70, "pool": 7, "more": 14, "held-out": 9}  # of a hundred documents
+POOLS = 5
+# of a hundred documents
+PARTS = {"teacher": 62, **{f"pool-{number}": 7 for number in range(POOLS)}, "held-out": 3}
+TEACHER_SEED = 0
 STUDENT = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -55,35 +58,33 @@ WHOLE = Form("top_k")
 
 @dataclass(frozen=True)
 class TokenProblem:
-    """The problem of a seed, in a folder where its parts are made when they are asked for, and found later.
+    """Text and teacher, in a folder where they and labels are made when they are asked for, and found later.
 
     Attributes:
-      folder: of all seeds.
-      seed: parts the documents, and draws the teacher's and students' weights and the order of their learning.
+      folder: of all such problems.
       steps: of the teacher's training.
       documents: how many to take at most; None for all.
     """
 
     folder: Path
-    seed: int
     steps: int
     documents: int | None = None
 
     @cached_property
     def root(self) -> Path:
-        """The folder of this seed, with corpus and teacher."""
-        root = self.folder / f"{self.seed}-{self.steps}-{self.documents}"
+        """The folder of this one, with corpus and teacher."""
+        root = self.folder / f"{self.steps}-{self.documents}"
         if not (root / "teacher" / "config.json").exists():
             texts: dict[str, list[str]] = {name: [] for name in PARTS}
             for text in list(python_texts())[: self.documents]:
-                texts[self._part(text)].append(text)
+                texts[_part(text)].append(text)
             shutil.rmtree(root, ignore_errors=True)
             (root / "corpus").mkdir(parents=True)
             for name, those in texts.items():
                 lines = (json.dumps({"text": text}, ensure_ascii=False) for text in those)
                 (root / "corpus" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             write_tokenizer(root / "teacher", texts["teacher"])
-            train_teacher(root / "teacher", texts["teacher"], self.seed, self.steps, Progress())
+            train_teacher(root / "teacher", texts["teacher"], TEACHER_SEED, self.steps, Progress())
         return root
 
     def labels(self, form: Form, part: str) -> Path:
@@ -115,14 +116,11 @@ class TokenProblem:
         """Number of classes."""
         return len(json.loads((self.root / "teacher" / "tokenizer.json").read_text())["model"]["vocab"])
 
-    def forget(self, form: Form, part: str) -> None:
-        """Remove labels, which are made again when they are asked for."""
-        shutil.rmtree(self.root / f"{part}-{form.kind}-{form.k or self.ids}", ignore_errors=True)
-
-    def learned(self, form: Form, parts: Sequence[str], training: dict[str, Any]) -> dict[str, float]:
+    def learned(self, form: Form, parts: Sequence[str], training: dict[str, Any], seed: int) -> dict[str, float]:
         """Train a student from labels and measure it.
 
         Args:
+          seed: decides the student's weights and the order of its learning.
           form: of the labels.
           parts: of the text.
           training: settings of `TokenTrainConfig`.
@@ -137,7 +135,7 @@ class TokenProblem:
             shutil.rmtree(left)
         student = LanguageModelConfig(config=STUDENT, tokenizer=str(self.root / "teacher"))
         begun = time.process_time()
-        train_language_model(student, TokenTrainConfig(**training), soft_labels=given, directory=out, seed=self.seed)
+        train_language_model(student, TokenTrainConfig(**training), soft_labels=given, directory=out, seed=seed)
         seconds = time.process_time() - begun
         found = evaluate_language_model(out, self.labels(WHOLE, "held-out"))
         return {
@@ -146,14 +144,15 @@ class TokenProblem:
             "seconds": seconds,
         }
 
-    def _part(self, text: str) -> str:
-        digest = hashlib.blake2b(text.encode(), digest_size=4, key=f"seed {self.seed}".encode()).digest()
-        place = int.from_bytes(digest, "big") % sum(PARTS.values())
-        for name, share in PARTS.items():
-            if place < share:
-                return name
-            place -= share
-        raise AssertionError("the parts are all there is")
+
+def _part(text: str) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=4, key=b"study 8").digest()
+    place = int.from_bytes(digest, "big") % sum(PARTS.values())
+    for name, share in PARTS.items():
+        if place < share:
+            return name
+        place -= share
+    raise AssertionError("the parts are all there is")
 
 
 def size_of(labels: Sequence[Path]) -> dict[str, float]:
