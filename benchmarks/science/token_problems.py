@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -130,9 +131,9 @@ class TokenProblem:
           names, and the processor's seconds of the training.
         """
         given = [self.labels(form, part) for part in parts]
-        out = self.root / "student"
-        for left in self.root.glob("student*"):
-            shutil.rmtree(left)
+        out = self.root / f"student-{os.getpid()}"  # two processes may compute cells of other forms
+        for left in (out, out.with_name(f"{out.name}.training")):
+            shutil.rmtree(left, ignore_errors=True)
         student = LanguageModelConfig(config=STUDENT, tokenizer=str(self.root / "teacher"))
         begun = time.process_time()
         train_language_model(student, TokenTrainConfig(**training), soft_labels=given, directory=out, seed=seed)
