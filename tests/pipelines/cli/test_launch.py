@@ -39,7 +39,7 @@ def test_a_file_is_trained_wherever_the_command_is_given(
     assert out.exit_code == 0, out.exception
     directory, *figures = out.output.splitlines()
     assert directory == str(tmp_path / "small")
-    assert [line.split() for line in figures][0] == ["epochs", "2"]
+    assert next(line.split() for line in figures) == ["epochs", "2"]
     assert len({line.rindex(" ") for line in figures if line.startswith("  ")}) == 1, "figures stand below each other"
     student = load_student(tmp_path / "small")
     assert (student.config.hidden, student.classes) == ((5,), ("0", "1", "2"))
