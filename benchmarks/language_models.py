@@ -66,7 +66,7 @@ def fidelity(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.model is None:
         yield {"left out": "a fresh model's distributions are of no text; give --model DIR, such as SmolLM2-135M"}
         return
-    blocks, length = (1, 64) if arguments.quick else (4, 256)
+    blocks, length = (1, 64) if arguments.quick else (2, 256)
     with tempfile.TemporaryDirectory() as folder:
         yield from token_fidelity.fidelity(arguments.model, Path(folder), blocks=blocks, length=length)
 

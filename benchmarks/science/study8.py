@@ -14,7 +14,8 @@ without the text's own token. `half hard` mixes in the cross-entropy of that tok
 | all | the same | every class, with and without half hard |
 | shares | the same | other shares of the text's own token |
 | objectives | the same | other divergences |
-| more | 192,000 tokens, those of three seeds | a part of the forms |
+| better | the same | a part of the forms, of a teacher that was trained three times as long |
+| more | 192,000 tokens, those of three seeds | the same part of them |
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ from distilbeam.pipelines.examples.lm import LENGTH, TEACHER, VOCABULARY
 
 RECIPE = 1
 TRAINING = {"epochs": 4, "batch_size": 8, "lr": 0.002}
-TEXTS = {"64k tokens": 1, "192k tokens": 3}  # pools
+TEXTS = {
+    "64k tokens": (1, 1),
+    "64k tokens, better teacher": (1, 3),
+    "192k tokens": (3, 1),
+}  # pools; times the teacher's steps
 HARD, HALF = {"hard_share": 1.0}, {"hard_share": 0.5}
 
 
@@ -92,7 +97,11 @@ STUDY_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "all": ("64k tokens", NAMES[13:15]),
     "shares": ("64k tokens", NAMES[15:20]),
     "objectives": ("64k tokens", NAMES[20:]),
-    "more": ("192k tokens", ("plain", "25 draws", "top 20", "top 20, half hard", "top 64, half hard")),
+    "better": (
+        "64k tokens, better teacher",
+        ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard"),
+    ),
+    "more": ("192k tokens", ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard")),
 }
 QUICK = ("plain", "12 draws", "top 8", "top 8, half hard", "all")
 
@@ -156,8 +165,9 @@ def study_cells(given: Arguments) -> list[Cell]:
     """List the cells: part by part and seed by seed, so that a study that is stopped has a part's methods at equal seeds."""
     folder = given.store.directory.parent / "token-problems"
     cells = []
-    problem = TokenProblem(folder, given.steps, given.documents)
     for text, methods in (STUDY_PARTS[name] for name in given.parts):
+        steps = given.steps * TEXTS[text][1]
+        problem = TokenProblem(folder, steps, given.documents)
         for seed in given.seeds:
             for method in (name for name in methods if name in given.methods):
                 key = {
@@ -171,7 +181,7 @@ def study_cells(given: Arguments) -> list[Cell]:
                     "about": {
                         "python": platform.python_version(),  # whose documentation it is
                         "student": STUDENT,
-                        "teacher": {**TEACHER, "steps": given.steps, "vocabulary": VOCABULARY},
+                        "teacher": {**TEACHER, "steps": steps, "vocabulary": VOCABULARY},
                         "length": LENGTH,
                         "parts": PARTS,
                         "teacher_seed": TEACHER_SEED,
@@ -183,7 +193,7 @@ def study_cells(given: Arguments) -> list[Cell]:
 
 
 def _compute(problem: TokenProblem, key: dict[str, Any]) -> list[dict[str, Any]]:
-    parts = [f"pool-{(key['seed'] + number) % POOLS}" for number in range(TEXTS[key["text"]])]
+    parts = [f"pool-{(key['seed'] + number) % POOLS}" for number in range(TEXTS[key["text"]][0])]
     return [problem.learned(Form(*key["form"]), parts, key["training"], key["seed"])]
 
 

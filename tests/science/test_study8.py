@@ -8,41 +8,40 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from benchmarks.science import report8, study8, token_problems
 from benchmarks.science.cells import Store
 
 pytest.importorskip("transformers", reason="needs distilbeam[hf]")
-METHODS = ("plain", "12 draws", "all")
+METHODS = ("plain", "12 draws")
+STEPS, FEW = 2, 100
 
 
-@pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study8.Arguments:
-    monkeypatch.setitem(study8.TRAINING, "epochs", 1)
-    return study8.Arguments(
-        range(1), Store(tmp_path / "cells"), None, tmp_path / "out", ("forms", "all"), METHODS, steps=2, documents=100
-    )
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study8")
 
 
 @pytest.mark.slow
-def test_it_runs_and_goes_on(given: study8.Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
+def test_it_runs_and_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(study8.TRAINING, "epochs", 1)
+    given = study8.Arguments(
+        range(1), Store(place / "cells"), None, place / "out", ("forms",), METHODS, steps=STEPS, documents=FEW
+    )
     rows = study8.collect(given)
-    torch.set_num_threads(before)
     assert [row["method"] for row in rows] == list(METHODS)
-    by_method = {row["method"]: row for row in rows}
-    assert len({row["tokens"] for row in rows}) == 1  # the same text for all
-    assert by_method["all"]["classes_a_token"] > 12 >= by_method["12 draws"]["classes_a_token"] >= 1
-    assert by_method["all"]["bytes_a_token"] > by_method["12 draws"]["bytes_a_token"]
-    assert len({row["bits_per_byte"] for row in rows}) == len(METHODS)
-    assert len({row["teacher_bits_per_byte"] for row in rows}) == 1
+    plain, drawn = rows
+    assert plain["tokens"] == drawn["tokens"] > 0  # the same text
+    assert 1 <= drawn["classes_a_token"] <= 12
+    assert plain["bits_per_byte"] != drawn["bits_per_byte"]
+    assert plain["teacher_bits_per_byte"] == drawn["teacher_bits_per_byte"]
     monkeypatch.setattr(token_problems, "train_language_model", None)  # computing again would fail
     assert study8.collect(given) == rows
 
 
-def test_a_label_of_all_classes_is_of_all_ids(tmp_path: Path) -> None:
-    problem = token_problems.TokenProblem(tmp_path, 1, 100)
+@pytest.mark.slow
+def test_a_label_of_all_classes_is_of_all_ids(place: Path) -> None:
+    problem = token_problems.TokenProblem(place / "token-problems", STEPS, FEW)
     labels = problem.labels(token_problems.WHOLE, "held-out")
     (file,) = labels.glob("*.parquet")
     table = pq.read_table(file)
