@@ -26,11 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"))
 
 
-@pytest.fixture(autouse=True)
-def _on_prism(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all of these tests are to run on Prism, find it."""
-    if ON_PRISM:
-        monkeypatch.setenv("PRISM", str(require_prism()))
+@pytest.fixture(autouse=True, scope="session")
+def _on_prism() -> Iterator[None]:
+    """Where all of these tests are to run on Prism, find it, before a fixture of many tests needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ON_PRISM:
+            patch.setenv("PRISM", str(require_prism()))
+        yield
 
 
 @pytest.fixture(autouse=True)
