@@ -9,8 +9,8 @@ Part `deaths`: messages on four partitions at a rate, while the job is killed (k
 message must be labelled once, with the values that a batch job gives. Part `rate`: a topic that is full already, its messages'
 times spread over an hour, in turns with a plain loop (`measuring/stream_ways.py`); the rate is that of the messages between
 two sizes, so that starts cost nothing on either side. Its teacher `linear` costs nothing, so that what the job itself costs is
-seen; `network` is a small one that does, `wide` one of realistic cost. Part `far` is the same with a teacher on a server that takes
-its time for every request, beside one plain loop and two. Part `latency`: the time from a message to the file that commits its label, at steady
+seen; `network` is a small one that does, `wide` one of realistic cost. Part `far` is the same with a teacher on four
+servers that take their time for every request, beside one plain loop and two. Part `latency`: the time from a message to the file that commits its label, at steady
 rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in replay, and what memory that takes.
 
 Results of several calls lie in one file where `--json` names it: each call replaces the parts that it has measured.
@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 import tomli_w
 from engines import SCHEMA, Broker, labels_in, require_prism, rows, send, streaming, wait_for
 from measuring.record import machine, write
-from measuring.stream_ways import OURS, PARTITIONS, PLAIN, PLAIN_TWICE, Task, do, far_teacher
+from measuring.stream_ways import OURS, PARTITIONS, PLAIN, PLAIN_TWICE, Task, do, far_teachers
 from measuring.stream_ways import SCHEMA as TIMED
 
 from distilbeam.teacher.softlabels import decode, read_manifest
@@ -49,14 +49,16 @@ from distilbeam.teacher.softlabels import decode, read_manifest
 WINDOW_S = 5
 
 
-def config_file(folder: Path, teacher: str = "logging", carry: tuple[str, ...] = ("x",), far: str = "") -> Path:
+def config_file(
+    folder: Path, teacher: str = "logging", carry: tuple[str, ...] = ("x",), far: Sequence[str] = ()
+) -> Path:
     """Write the configuration of a labelling job.
 
     Args:
       folder: where it is written; it is made.
       teacher: which of the teachers; "logging" keeps a log of what it is asked.
       carry: the carried columns.
-      far: address of the teacher "far".
+      far: addresses of the teacher "far".
     """
     folder.mkdir(parents=True)
     models: dict[str, dict[str, Any]] = {
@@ -67,7 +69,12 @@ def config_file(folder: Path, teacher: str = "logging", carry: tuple[str, ...] =
     }
     data = {"pool": "pool", "id": "key", "carry": list(carry), "num_classes": 3}
     if teacher == "far":
-        asked = {"kind": "tfserving", "addresses": [far], "model": "teacher", "input": {"column": "x", "shape": [4]}}
+        asked = {
+            "kind": "tfserving",
+            "addresses": list(far),
+            "model": "teacher",
+            "input": {"column": "x", "shape": [4]},
+        }
     else:
         asked = {"kind": "torch", **models[teacher], "input": {"columns": ["x"]}}
     job = {"data": data, "teacher": asked}
@@ -185,7 +192,7 @@ def in_turns(
     sizes: tuple[int, int],
     turns: int,
     teacher: str,
-    far: str = "",
+    far: Sequence[str] = (),
 ) -> dict[tuple[str, int], list[dict[str, float]]]:
     """Do each way with each size in turns; return the figures of all runs, by way and size."""
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
@@ -204,11 +211,11 @@ def in_turns(
 def far(
     broker: Broker, scratch: Path, prism: Path, sizes: tuple[int, int], turns: int, delay_s: float
 ) -> dict[str, Any]:
-    """Measure the rate with a teacher on a server, which takes its time for every request and four of them at once."""
+    """Measure the rate with a teacher on four servers, each of which takes its time for every request."""
     for count in sizes:
         fill(broker, f"full-{count}", count)
-    with far_teacher(delay_s, 8) as (address, _):
-        runs = in_turns(broker, scratch, prism, (PLAIN, PLAIN_TWICE, OURS), sizes, turns, "far", address)
+    with far_teachers(delay_s, 4) as addresses:
+        runs = in_turns(broker, scratch, prism, (PLAIN, PLAIN_TWICE, OURS), sizes, turns, "far", addresses)
         return {"delay_s": delay_s, **compared(runs, sizes)}
 
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import json
 import resource
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import torch
 
 from distilbeam.inputs.config import InputConfig, make_input
-from distilbeam.teacher.tfserving.service import ModelService
+from distilbeam.teacher.tfserving.serve import ModelServer
 
 SCHEMA = "key:string,x:float32[4],sent:int64=timestamp"
 PARTITIONS = 4
@@ -52,55 +50,34 @@ class Network(torch.nn.Module):
 
 
 class Far:
-    """A teacher on a server."""
+    """A teacher on a server, which takes a while for every request, whatever it asks.
+
+    Args:
+      delay_s: seconds that a request takes.
+    """
 
     weights = np.random.default_rng(4).normal(size=(4, CLASSES)).astype(np.float32)
 
-    def __init__(self) -> None:
-        self._input = make_input(FAR_INPUT)
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s, self._input = delay_s, make_input(FAR_INPUT)
 
     def fingerprint(self) -> str:
         return "far"
 
     def logits(self, batch: Any) -> Any:
+        time.sleep(self.delay_s)
         return self._input(batch) @ self.weights
 
     def close(self) -> None:
         """There is nothing to give back."""
 
 
-class Delays(grpc.ServerInterceptor):
-    """Lets every question take a while, whatever it asks, and counts them; several are taken at once.
-
-    Args:
-      delay_s: seconds that a question takes besides what it costs.
-    """
-
-    def __init__(self, delay_s: float) -> None:
-        self.delay_s, self.asked = delay_s, 0
-        self._counting = threading.Lock()
-
-    def intercept_service(self, continuation: Any, details: Any) -> Any:
-        if details.method.endswith("/Predict"):
-            with self._counting:
-                self.asked += 1
-            time.sleep(self.delay_s)
-        return continuation(details)
-
-
 @contextmanager
-def far_teacher(delay_s: float, at_once: int) -> Iterator[tuple[str, Delays]]:
-    """Serve a teacher of this process by gRPC; yield its address, and what counts the questions."""
-    service, delays = ModelService(Far(), FAR_INPUT, "teacher", 1, None), Delays(delay_s)
-    with ThreadPoolExecutor(at_once) as pool:
-        server = grpc.server(pool, interceptors=[delays], options=[("grpc.so_reuseport", 0)])
-        server.add_generic_rpc_handlers(service.handlers())
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        try:
-            yield f"127.0.0.1:{port}", delays
-        finally:
-            server.stop(None).wait()
+def far_teachers(delay_s: float, count: int) -> Iterator[list[str]]:
+    """Serve copies of a teacher from this process, each of which answers one request at a time; yield their addresses."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(ModelServer(Far(delay_s), FAR_INPUT)) for _ in range(count)]
+        yield [server.address for server in servers]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ All errors of the client become one sentence; settings are librdkafka's own and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from distilbeam.pipelines.streaming.offsets import Offsets
 
 ANSWER_S = 15.0  # how long a cluster may take to answer at the start
 _END_ANSWER_S = 2.0
+_READABLE_S = 5.0  # how long an answer from a partition's end is waited for; without one reading is tried
 _AFTER_ERROR_S = 1.0
 _OURS = {"enable.auto.commit": "false", "enable.auto.offset.store": "false", "enable.partition.eof": "true"}
 _DEFAULTS = {
@@ -103,8 +104,12 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def connected(topic: Topic) -> Iterator[Any]:
+def connected(topic: Topic, heard: Callable[[Any], None] = lambda error: None) -> Iterator[Any]:  # noqa: ARG005
     """Give a consumer that is assigned nothing, and close it.
+
+    Args:
+      topic: the topic.
+      heard: is told of errors that are no answer to a question, when the consumer is polled.
 
     Raises:
       ValueError: a setting that the client does not know, or a value it refuses.
@@ -112,7 +117,7 @@ def connected(topic: Topic) -> Iterator[Any]:
     from confluent_kafka import Consumer, KafkaException
 
     try:
-        consumer = Consumer(topic.consumer_settings())
+        consumer = Consumer({**topic.consumer_settings(), "error_cb": heard})
     except KafkaException as e:
         raise ValueError(f"--consumer: the Kafka client refuses its settings: {e.args[0].str()}") from e
     try:
@@ -125,27 +130,64 @@ def ends_of(topic: Topic) -> dict[int, tuple[int, int]]:
     """Return for each partition the first offset that the topic still has, and the one after its last.
 
     Raises:
-      ValueError: nobody answers, there is no such topic, or it may not be read.
+      ValueError: nobody answers, there is no such topic, it may not be read, or the group may not be told.
     """
     from confluent_kafka import KafkaException, TopicPartition
 
-    with connected(topic) as consumer:
-        numbers = _partitions(consumer, topic)
+    errors: list[Any] = []
+    with connected(topic, errors.append) as consumer:
+        numbers = _partitions(consumer, topic, errors)
         try:
-            return {
+            ends = {
                 p: consumer.get_watermark_offsets(TopicPartition(topic.name, p), timeout=ANSWER_S, cached=False)
                 for p in numbers
             }
+            _require_readable(consumer, TopicPartition(topic.name, numbers[0], ends[numbers[0]][1]))
         except KafkaException as e:
             raise ValueError(f"topic {topic.name} at {topic.brokers} cannot be read: {e.args[0].str()}") from e
+        if topic.group is not None:
+            try:
+                consumer.committed([TopicPartition(topic.name, numbers[0])], timeout=ANSWER_S)
+            except KafkaException as e:
+                raise ValueError(
+                    f"--consumer: the group {topic.group} cannot be told what is settled: {e.args[0].str()}; leave group.id "
+                    "out, or let this user read the group"
+                ) from e
+        return ends
 
 
-def _partitions(consumer: Any, topic: Topic) -> list[int]:
-    from confluent_kafka import KafkaException
+def _require_readable(consumer: Any, end: Any) -> None:
+    """Ask for what comes behind the end of a partition: who may see a topic may not always read it.
+
+    Raises:
+      KafkaException: it may not be read.
+    """
+    from confluent_kafka import KafkaError, KafkaException
+
+    consumer.assign([end])
+    stop = time.monotonic() + _READABLE_S
+    while time.monotonic() < stop:
+        found = consumer.poll(0.1)
+        error = None if found is None else found.error()
+        if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            raise KafkaException(error)
+        if found is not None and (error is None or error.code() == KafkaError._PARTITION_EOF):
+            break
+    consumer.unassign()
+
+
+def _partitions(consumer: Any, topic: Topic, errors: list[Any]) -> list[int]:
+    from confluent_kafka import KafkaError, KafkaException
 
     try:
         found = consumer.list_topics(topic.name, timeout=ANSWER_S).topics[topic.name]
     except KafkaException as e:
+        consumer.poll(0)  # hears of the errors
+        for error in errors:
+            if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+                raise ValueError(
+                    f"the Kafka brokers at {topic.brokers} refuse the connection: {error.str()}; check the settings of --consumer"
+                ) from e
         raise ValueError(
             f"no Kafka broker answers at {topic.brokers} within {ANSWER_S:.0f} s ({e.args[0].str()}); check the address in "
             "--source, and --consumer security.protocol=... where the cluster wants TLS or SASL"

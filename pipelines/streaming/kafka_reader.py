@@ -187,8 +187,11 @@ class Reader:
             self._at_end.add(partition)
             return
         gone = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
-        refused = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
-        if error.fatal() or error.code() in (*gone, *refused):
+        if (
+            error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+        ):  # nobody joins one: who may read the topic need not have one
+            return
+        if error.fatal() or error.code() in (*gone, KafkaError.TOPIC_AUTHORIZATION_FAILED):
             raise RuntimeError(f"topic {self.topic.name} cannot be read any more: {error.str()}")
         log.warning("topic %s: %s; reading goes on when it answers", self.topic.name, error.str())
 
