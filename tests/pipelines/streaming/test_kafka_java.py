@@ -19,8 +19,11 @@ import tomli_w
 from apache_beam.coders import RowCoder
 from apache_beam.io.kafka import ReadFromKafka
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.portability.api import beam_artifact_api_pb2_grpc, beam_expansion_api_pb2_grpc
-from apache_beam.portability.api.external_transforms_pb2 import ExternalConfigurationPayload
+from apache_beam.portability.api import (
+    beam_artifact_api_pb2_grpc,
+    beam_expansion_api_pb2_grpc,
+    external_transforms_pb2,
+)
 from apache_beam.runners.portability.expansion_service import ExpansionServiceServicer
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 from engines import SCHEMA, labels_in, letters_in, require_prism, rows
@@ -71,7 +74,7 @@ class Records(beam.PTransform):
 
     @classmethod
     def wanted(cls, _: Any, data: bytes, __: Any) -> Records:
-        payload = ExternalConfigurationPayload.FromString(data)
+        payload = external_transforms_pb2.ExternalConfigurationPayload.FromString(data)
         cls.submitted.append(RowCoder(payload.schema).decode(payload.payload))
         return cls()
 
