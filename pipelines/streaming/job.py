@@ -34,7 +34,8 @@ from distilbeam.pipelines.streaming.checks import (
 )
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
-from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
+from distilbeam.pipelines.streaming.kafka_client import Topic, ends_of, offsets_at, parse_place
+from distilbeam.pipelines.streaming.kafka_ends import Lag
 from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
@@ -178,6 +179,8 @@ class StreamJob:
             return self._letters.topic
         if not self.settings.messages:  # the rows of files have no offsets, and their entries name no topic
             return ""
+        if self.settings.kind == "kafka-java":
+            return parse_place(self.settings.place, ()).name
         return self.settings.place if self.topic is None else self.topic.name
 
     def _begin(self, topic: Topic, journal: Journal) -> None:

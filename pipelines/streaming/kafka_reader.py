@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.kafka_client import Ends, Topic
+from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.kafka_ends import Ends
 from distilbeam.pipelines.streaming.message import Message
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.stop_file import stop_wanted

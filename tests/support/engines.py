@@ -167,7 +167,8 @@ exec {shutil.which("java")} "$@"
 
         pattern, allowed = ResourcePatternType.LITERAL, AclPermissionType.ALLOW
         rule = AclBinding(ResourceType.TOPIC, topic, pattern, f"User:{user}", "*", AclOperation[what], allowed)
-        AdminClient({"bootstrap.servers": self.address}).create_acls([rule])[rule].result(30)
+        admin = AdminClient({"bootstrap.servers": self.address})  # held: it is ended with its last reference
+        admin.create_acls([rule])[rule].result(30)
 
 
 @contextmanager

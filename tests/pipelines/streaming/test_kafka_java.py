@@ -7,6 +7,7 @@ Java connector gives; no Java is run.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,6 @@ import pytest
 import tomli_w
 from apache_beam.coders import RowCoder
 from apache_beam.io.kafka import ReadFromKafka
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import (
     beam_artifact_api_pb2_grpc,
     beam_expansion_api_pb2_grpc,
@@ -32,7 +32,7 @@ from distilbeam.pipelines.config import LabelConfig, load_any_config
 from distilbeam.pipelines.streaming.job import StreamJob
 from distilbeam.pipelines.streaming.settings import StreamSettings
 
-AT_MS = 1_769_824_800_000
+AT_MS = int(time.time() * 1000) - 1_000
 
 
 class Header(NamedTuple):
@@ -85,8 +85,7 @@ beam.PTransform.register_urn(ReadFromKafka.URN_WITH_METADATA, None, Records.want
 @pytest.fixture
 def service() -> Iterator[str]:
     address, workers = BeamFnExternalWorkerPoolServicer.start()
-    options = PipelineOptions(["--environment_type=EXTERNAL", f"--environment_config={address}"])
-    servicer = ExpansionServiceServicer(options)
+    servicer = ExpansionServiceServicer(loopback_address=address)
     with ThreadPoolExecutor(4) as pool:
         server = grpc.server(pool)
         beam_expansion_api_pb2_grpc.add_ExpansionServiceServicer_to_server(servicer, server)
