@@ -9,9 +9,10 @@ Part `deaths`: messages on four partitions at a rate, while the job is killed (k
 message must be labelled once, with the values that a batch job gives. Part `rate`: a topic that is full already, its messages'
 times spread over an hour, in turns with a plain loop (`measuring/stream_ways.py`); the rate is that of the messages between
 two sizes, so that starts cost nothing on either side. Its teacher `linear` costs nothing, so that what the job itself costs is
-seen; `network` is a small one that does, `wide` one of realistic cost. Part `far` is the same with a teacher on four
-servers that take their time for every request, beside one plain loop and two. Part `latency`: the time from a message to the file that commits its label, at steady
-rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in replay, and what memory that takes.
+seen; `network` is a small one that does, `wide` one of realistic cost. Part `far` is the same with a teacher on four servers that
+take their time for every request, beside one plain loop and two. Part `latency`: the time from a message to the file that
+commits its label, at steady rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in
+replay, and what memory that takes.
 
 Results of several calls lie in one file where `--json` names it: each call replaces the parts that it has measured.
 """

@@ -72,15 +72,16 @@ class BatchSource(beam.DoFn):
         if self.then is None:
             yield from (TimestampedValue(batch, time) for batch, time in batches)
             return
-        most = self.then.in_flight()
+        most, asked = self.then.in_flight(), False
         waiting: deque[tuple[Outcome | Future[Outcome], Timestamp]] = deque()
-        asked = False
         try:
             for batch, time in batches:
-                found = self.then.begin(batch)
-                if not isinstance(found, Outcome):
-                    found, asked = self._pool(most).submit(found), True
-                waiting.append((found, time))
+                begun = self.then.begin(batch)
+                if isinstance(begun, Outcome):
+                    waiting.append((begun, time))
+                else:
+                    waiting.append((self._pool(most).submit(begun), time))
+                    asked = True
                 while waiting and (len(waiting) > most or _is_known(waiting[0][0])):
                     yield _stamped(*waiting.popleft())
             while waiting:
