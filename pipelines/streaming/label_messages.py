@@ -11,6 +11,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+from threadpoolctl import ThreadpoolController
 
 from distilbeam.pipelines.engine.model_cache import cached_teacher
 from distilbeam.pipelines.engine.phase import threads
@@ -79,8 +80,8 @@ class LabelMessages(_OneThread):
         return max(1, getattr(cached_teacher(self.labelling.teacher), "parallel", 1))
 
     def start_thread(self) -> None:
-        """Keep models on this thread to one; it keeps to it for as long as it lives."""
-        threads(1).__enter__()
+        """Keep models that this thread asks to one thread: OpenMP has a number for each, `threads` sets the others for all."""
+        ThreadpoolController().limit(limits=1, user_api="openmp")
 
     def require_same_teacher(self) -> None:
         """See that the teacher is the one of the labels still; a server is asked a question of its own for that.

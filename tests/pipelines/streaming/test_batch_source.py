@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from apache_beam.utils.timestamp import Timestamp
 from served_linear import CLASSES, INPUT, Linear, X, serving
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 from distilbeam.pipelines.engine.model_cache import cached_teacher, teacher_text
 from distilbeam.pipelines.labelling.label_rows import Labelling
@@ -133,3 +134,30 @@ def test_a_bundle_in_which_the_teacher_changed_counts_for_nothing() -> None:
 
         with pytest.raises(TeacherChanged):
             list(given_by(asking, reading()))
+
+
+def test_a_thread_that_asks_keeps_to_one_and_leaves_the_others_alone() -> None:
+    found: list[Any] = []
+
+    def look() -> None:
+        import torch
+
+        ThreadpoolController().limit(limits=2, user_api="openmp")
+        label.start_thread()
+        _ = torch.ones(64, 64) @ torch.ones(64, 64)
+        found.extend((torch.get_num_threads(), *_openmp()))
+
+    label = LabelMessages(Decoder("key:string,x:float32[4]"), Labelling("", SoftLabelSpec(CLASSES, teacher="t")), "t")
+    before = _openmp()
+    label.start_bundle()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    label.finish_bundle()
+    assert found
+    assert set(found) == {1}
+    assert _openmp() == before
+
+
+def _openmp() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "openmp"]
