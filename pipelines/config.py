@@ -21,7 +21,7 @@ from distilbeam.settings import Configuration, Section, folder_of, read_settings
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
 from distilbeam.student.training.config import TrainConfig, check_kind
-from distilbeam.teacher.config import TOKEN_KINDS, TeacherConfig
+from distilbeam.teacher.config import TeacherConfig, labels_tokens
 
 
 def _known_gain(name: str) -> str:
@@ -250,7 +250,7 @@ class RunConfig(Configuration):
 
     @model_validator(mode="after")
     def _teaches_classes(self) -> Self:
-        if self.teacher.kind in TOKEN_KINDS:
+        if labels_tokens(self.teacher):
             raise ValueError(
                 f"teacher.kind must be that of a classifier in a run, got {self.teacher.kind!r}, which labels tokens; leave out "
                 "[selection], [student] and labelled and validation in [data], and 'distilbeam label' labels the pool"
@@ -339,7 +339,7 @@ class LabelConfig(Configuration):
                 )
             if self.labels.kind == "dense":
                 raise ValueError("labels.kind must be 'top_k' or 'sampled' for tokens, with labels.k classes or draws")
-            if self.teacher.kind == "openai" and (self.labels.kind, self.labels.temperature) != ("top_k", 1.0):
+            if self.teacher.kind != "causal_lm" and (self.labels.kind, self.labels.temperature) != ("top_k", 1.0):
                 raise ValueError(
                     "labels.kind must be 'top_k' and labels.temperature 1 for a server, which knows its most probable tokens alone and "
                     f"divides no logits of a prompt, got {self.labels.kind!r} and {self.labels.temperature:g}"
@@ -353,7 +353,7 @@ class LabelConfig(Configuration):
     @property
     def labels_tokens(self) -> bool:
         """Whether the teacher labels the tokens of blocks."""
-        return self.teacher.kind in TOKEN_KINDS
+        return labels_tokens(self.teacher)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

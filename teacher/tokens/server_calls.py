@@ -14,6 +14,7 @@ from typing import Any
 
 from distilbeam.teacher.config import OpenAIConfig
 from distilbeam.teacher.protocol import TeacherMisfit, TeacherUnavailable
+from distilbeam.teacher.tfserving.calling import wait_before
 from distilbeam.teacher.tfserving.channels import request_headers
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -63,8 +64,8 @@ class Server:
         last, told = "", 0.0
         for attempt in range(self._config.attempts):
             if attempt:
-                longest = min(self._config.longest_wait_s, self._config.first_wait_s * 2 ** (attempt - 1))
-                self._sleep(max(told, self._jitter(0, longest)))
+                wait = wait_before(attempt, self._config.first_wait_s, self._config.longest_wait_s, self._jitter)
+                self._sleep(max(told, wait))
             told = 0.0
             try:
                 return self._once(path, body)
@@ -93,19 +94,34 @@ class Server:
             raise RequestRefused(f"the server must answer with JSON, got {data[:60]!r}") from e
 
     def _refusal(self, code: int, said: str, k: int) -> Exception:
-        if code == 400 and _CAP.search(said):
-            allowed = _ALLOWED.search(said)
-            number = allowed[1] if allowed else "20"
-            return TeacherMisfit(
-                f"the server allows {number} log-probabilities of each token, labels.k = {k} asks for more; start it with "
-                f"--max-logprobs {k} or set labels.k = {number} ({said})"
-            )
+        if code == 400 and (misfit := cap_misfit(said, k)) is not None:
+            return misfit
         if code in _NOT_THE_ROWS:
             return TeacherUnavailable(
                 f"teacher.address: {self._config.address} refuses with status {code}: {said}; see teacher.model and "
                 "teacher.headers"
             )
         return RequestRefused(f"the server refuses with status {code}: {said}")
+
+
+def cap_misfit(said: str, k: int) -> TeacherMisfit | None:
+    """Read a refusal of more classes than the server allows.
+
+    Args:
+      said: its words.
+      k: classes that were asked for.
+
+    Returns:
+      The error, with both ways out; None where the words are of something else.
+    """
+    if not _CAP.search(said):
+        return None
+    allowed = _ALLOWED.search(said)
+    number = allowed[1] if allowed else "20"
+    return TeacherMisfit(
+        f"the server allows {number} log-probabilities of each token, labels.k = {k} asks for more; start it with "
+        f"--max-logprobs {k} or set labels.k = {number} ({said})"
+    )
 
 
 def _said(error: urllib.error.HTTPError) -> str:
