@@ -314,7 +314,9 @@ class OpenAIConfig(_Config):
     model: str = Field(min_length=1, description="name of the model at the server")
     tokenizer: PathText = Field(description="folder of the model's tokenizer")
     version: str = Field("", description="text to change when the answers change, such as the weights' revision")
-    max_length: int | None = Field(None, ge=2, description="most tokens that the server reads")
+    max_length: int | None = Field(
+        None, ge=2, description="most tokens of a prompt; one less than vLLM's --max-model-len"
+    )
     parallel: int = Field(16, ge=1, le=1024, description="most requests in flight, each of one text of a block")
     timeout_s: float = Field(120.0, gt=0, le=86_400, description="deadline of one attempt, in seconds")
     attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")

@@ -15,12 +15,14 @@ Source: the format of github.com/arcee-ai/DistillKit, `compression_config.yaml` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field, model_validator
 
@@ -29,6 +31,7 @@ from distilbeam.settings import Section, validated
 CONFIG_FILE = "compression_config.yaml"
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Bytes = npt.NDArray[np.uint8]
+_LEAST = 1e-6  # probability that is left for approximated values where rounding made the exact ones sum to 1
 _SPECIAL = {"sqrt": torch.sqrt, "exp": torch.exp}
 
 
@@ -83,11 +86,6 @@ class Compression(Section):
         return int(np.ceil(np.log2(np.float32(self.d))))
 
     @property
-    def approximates(self) -> bool:
-        """Whether some values are not what the teacher said."""
-        return self.exact_k < self.k
-
-    @property
     def logprob_bytes(self) -> int:
         """Bytes of a token's values."""
         fixed = self.exact_k * _size(self.exact_dtype) + len(self.polynomial_terms or ()) * _size(self.term_dtype)
@@ -108,7 +106,7 @@ def read_compression(path: Path) -> Compression:
     Raises:
       ValueError: there is none, or it does not hold them.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -128,6 +126,58 @@ def read_compression(path: Path) -> Compression:
 
 
 LEGACY = "it holds logits less their mean without what would make probabilities of them; capture again with logprob_compressor"
+
+
+def decode_record(
+    record: Mapping[str, pa.Array], compression: Compression | None, where: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Decode a row of a data set.
+
+    Args:
+      record: its columns as lists of lists of bytes.
+      compression: the settings.
+      where: file and row, for messages.
+
+    Returns:
+      Classes int64 [R, k] and log-probabilities float64 [R, k]. Where approximated ones leave the exact ones no room (of SmolLM2's
+      top 50 under DistillKit's budget settings probabilities sum to as much as 1.5) they share what the exact ones leave.
+
+    Raises:
+      ValueError: it is of the legacy form or of other settings.
+    """
+    if "packed_indices" in record:
+        raise ValueError(f"{where}: it is of DistillKit's legacy form: {LEGACY}")
+    if compression is None:
+        raise ValueError(
+            f"--compression must be given: {CONFIG_FILE}, which says how compressed_logprobs are read, is not beside {where}"
+        )
+    if "bytepacked_indices" not in record:
+        raise ValueError(f"{where}: the form 'distillkit' must have bytepacked_indices beside compressed_logprobs")
+    values = _matrix(record, "compressed_logprobs", compression.logprob_bytes, where)
+    packed = _matrix(record, "bytepacked_indices", compression.id_bytes, where)
+    if len(values) != len(packed):
+        raise ValueError(
+            f"{where}: compressed_logprobs and bytepacked_indices must be of the same tokens, got {len(values):,} and "
+            f"{len(packed):,}"
+        )
+    logprobs = decompress(values, compression)
+    exact, approximated = np.split(np.exp(logprobs), [compression.exact_k], axis=1)
+    room = np.maximum(1 - exact.sum(axis=1), _LEAST)
+    over = np.maximum(approximated.sum(axis=1) / room, 1)
+    logprobs[:, compression.exact_k :] -= np.log(over)[:, None]
+    return unpack_ids(packed, compression), logprobs
+
+
+def _matrix(record: Mapping[str, pa.Array], name: str, size: int, where: str) -> Bytes:
+    lists = record[name]
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False) if len(lists) else np.full(0, size)
+    if (lengths != size).any():
+        raise ValueError(
+            f"{where}: {name} must have {size} bytes for each token by --compression, got {int(lengths[lengths != size][0])}: it is "
+            "of another capture"
+        )
+    flat = lists.flatten().to_numpy(zero_copy_only=False) if len(lists) else np.empty(0)
+    return flat.astype(np.uint8).reshape(-1, size)
 
 
 def unpack_ids(packed: Bytes, compression: Compression) -> npt.NDArray[np.int64]:

@@ -22,6 +22,9 @@ _NOT_THE_ROWS = frozenset({401, 403, 404, 405})
 _WORDS = 400
 _CAP = re.compile(r"max[_-]?logprobs|prompt_logprobs|requested .*logprobs", re.IGNORECASE)
 _ALLOWED = re.compile(r"(?:max(?:imum)?[^0-9]{0,40}|allowed[^0-9]{0,40}|up to )(\d+)", re.IGNORECASE)
+_CONTEXT = re.compile(
+    r"maximum context length|max_tokens must be at least 1", re.IGNORECASE
+)  # the latter: one too long
 
 
 class RequestRefused(ValueError):  # noqa: N818  (what the server did)
@@ -96,6 +99,11 @@ class Server:
     def _refusal(self, code: int, said: str, k: int) -> Exception:
         if code == 400 and (misfit := cap_misfit(said, k)) is not None:
             return misfit
+        if code == 400 and _CONTEXT.search(said):
+            return RequestRefused(
+                f"the server's context has no room for this text and the token that it is to add ({said}); start it with a larger "
+                "--max-model-len, by one than the longest text, or ingest with a smaller --sequence-length"
+            )
         if code in _NOT_THE_ROWS:
             return TeacherUnavailable(
                 f"teacher.address: {self._config.address} refuses with status {code}: {said}; see teacher.model and "
