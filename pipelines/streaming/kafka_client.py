@@ -208,7 +208,9 @@ class Ends:
         if any(answer.exception() is not None for answer in done.values()):
             # the client keeps the leader epochs of before, with which a broker that has come back refuses it for ever
             self._admin, self._not_before = None, time.monotonic() + _AFTER_ERROR_S
-        return {p: (answer.result().offset, self._asked_s) for p, answer in done.items() if answer.exception() is None}
+        ends = {p: answer.result().offset for p, answer in done.items() if answer.exception() is None}
+        # a broker that is only just making the topic answers -1001, "not known", without an error: it is no end
+        return {partition: (end, self._asked_s) for partition, end in ends.items() if end >= 0}
 
 
 class Lag:
