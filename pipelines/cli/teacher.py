@@ -78,7 +78,7 @@ def verify(
                     f"--teacher: {path} holds labels of unit '{spec.unit}', a teacher of kind {told.kind!r} makes others; give the "
                     "configuration that they were made with"
                 )
-            form = wanted_form(spec) if spec.unit == "token" else None
+            form = wanted_form(spec, served=told.kind != "causal_lm") if spec.unit == "token" else None
             asked = load_teacher(told, classes=spec.classes, form=form)
             sample = sample or (256 if form is None else 16)
             stack.callback(asked.close)

@@ -24,9 +24,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distilbeam.settings import Section, validated
+from distilbeam.settings import validated
 
 CONFIG_FILE = "compression_config.yaml"
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -35,7 +35,11 @@ _LEAST = 1e-6  # probability that is left for approximated values where rounding
 _SPECIAL = {"sqrt": torch.sqrt, "exp": torch.exp}
 
 
-class ResidualBin(Section):
+class _Fixed(BaseModel):  # no settings of ours
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ResidualBin(_Fixed):
     """Whole numbers that correct some of the approximated values."""
 
     scale_dtype: Dtype
@@ -43,7 +47,7 @@ class ResidualBin(Section):
     num_elements: int = Field(ge=1)
 
 
-class Compression(Section):
+class Compression(_Fixed):
     """How a data set was compressed: DistillKit's own settings, by their names there.
 
     Attributes:
@@ -237,9 +241,10 @@ def _polynomial(coefficients: torch.Tensor, terms: Sequence[int | str], count: i
 
 def _values(packed: Bytes, count: int, dtype: Dtype) -> tuple[torch.Tensor, Bytes]:
     """Read numbers from the front of each row: [R, count] and the rest of the rows."""
-    size = count * _size(dtype)
-    front = torch.from_numpy(np.ascontiguousarray(packed[:, :size]))
-    return front.view(getattr(torch, dtype)).reshape(len(packed), count), packed[:, size:]
+    size, kind = count * _size(dtype), getattr(torch, dtype)
+    if not size * len(packed):
+        return torch.empty(len(packed), count, dtype=kind), packed
+    return torch.from_numpy(np.ascontiguousarray(packed[:, :size])).view(kind), packed[:, size:]
 
 
 def _unpack(packed: Bytes, count: int, bits: int) -> npt.NDArray[np.int64]:
