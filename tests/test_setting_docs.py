@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from distilbeam.pipelines.cli.settings import chosen, said_of_sections, setting_files, setting_lines
-from distilbeam.pipelines.config import SelectionSection
+from distilbeam.pipelines.sections import SelectionSection
 from distilbeam.selection.strategies.registry import names
 from distilbeam.setting_docs import Setting, described, sections_of, together
 from distilbeam.settings import Section
