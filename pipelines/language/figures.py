@@ -54,9 +54,10 @@ def write_figures(run: TokenRun, progress: Progress) -> None:
         uniform = _bought(run.comparison, 0)
         rows["uniform"] = ("student, uniform choice", run.comparison.student(1), uniform["labels"])
     found: dict[str, dict[str, Any]] = {}
-    for done, (key, (title, directory, labels)) in enumerate(rows.items(), 1):
-        found[key] = {"name": title, "labels": labels, **_student(run, directory, name)}
-        progress.step(done, len(rows))
+    with run.own_threads():
+        for done, (key, (title, directory, labels)) in enumerate(rows.items(), 1):
+            found[key] = {"name": title, "labels": labels, **_student(run, directory, name)}
+            progress.step(done, len(rows))
     last = found[f"round {config.run.rounds}"]
     results: dict[str, Any] = {
         "unit": UNIT,

@@ -166,7 +166,7 @@ def _comparisons(results: dict[str, Any]) -> list[str]:
     said = []
     if "plain" in results and last >= results["plain"]["bits_per_byte"]:
         said.append(
-            "The student of the text alone is as good: these labels are not worth their price for bits per byte; more draws, "
+            "The student of the text alone has as few bits per byte: for these the labels are not worth their price; more draws, "
             "training.hard_share, or a better teacher may make them so."
         )
     if "uniform" in results and last >= results["uniform"]["bits_per_byte"]:

@@ -6,6 +6,7 @@ What `jobs/run.py` is to runs of classifiers. All of it is read from committed f
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,10 @@ class TokenRun:
         files = sorted(student.glob("*.safetensors")) or [student / WEIGHTS]
         return hashlib.blake2b("".join(map(content_of_file, files)).encode(), digest_size=8).hexdigest()
 
+    def own_threads(self) -> AbstractContextManager[None]:
+        """Keep training and measuring to the threads of the configuration; torch's own choice without one."""
+        return threads(self.config.engine.threads or torch.get_num_threads())
+
     # students
 
     @property
@@ -138,7 +143,7 @@ class TokenRun:
           **changes: settings of the training that differ from the run's.
         """
         training: TokenTrainConfig = self.config.training.model_copy(update=changes)
-        with threads(self.config.engine.threads or torch.get_num_threads()):
+        with self.own_threads():
             return train_language_model(
                 self.config.student,
                 training,
