@@ -60,7 +60,7 @@ class RunConfig(Configuration):
         if isinstance(student, Mapping) and student.get("kind") == CAUSAL_LM:
             raise ValueError(
                 f"student.kind must be that of a classifier with a teacher of classes, whose labels are of rows, got '{CAUSAL_LM}', "
-                f"which learns labels of tokens: name a teacher of tokens ({', '.join(TOKEN_KINDS)}) or another student"
+                f"which learns labels of tokens: name a teacher of tokens, such as causal_lm, or another student"
             )
         return data
 

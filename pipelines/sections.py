@@ -278,7 +278,7 @@ def check_token_labels(teacher: str, labels: LabelsSection) -> None:
     """
     if labels.kind == "dense":
         raise ValueError("labels.kind must be 'top_k' or 'sampled' for tokens, with labels.k classes or draws")
-    if teacher == "openai" and (labels.kind, labels.temperature) != ("top_k", 1.0):
+    if teacher != "causal_lm" and (labels.kind, labels.temperature) != ("top_k", 1.0):
         raise ValueError(
             "labels.kind must be 'top_k' and labels.temperature 1 for a server, which knows its most probable tokens alone and "
             f"divides no logits of a prompt, got {labels.kind!r} and {labels.temperature:g}"

@@ -7,7 +7,7 @@ of a run rests on one true class of an example (Robust Active Distillation, SLaM
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +16,9 @@ from distilbeam.selection.gains import GAINS
 from distilbeam.selection.strategies.registry import gain_read, names, strategy_class
 from distilbeam.settings import Configuration, Section
 from distilbeam.student.language.config import CAUSAL_LM, LanguageModelConfig, TokenTrainConfig, objective_of
-from distilbeam.teacher.config import TOKEN_KINDS, TeacherConfig
+from distilbeam.teacher.config import BeamConfig, CausalLMConfig, OpenAIConfig
 
+TokenTeacherConfig = Annotated[CausalLMConfig | OpenAIConfig | BeamConfig, Field(discriminator="kind")]
 _KNOWN_OF_BLOCKS = ("gains", "embeddings")
 _BY_TRUTH = ("rad", "rad-loss", "rad-capped", "correct-gain")
 
@@ -154,7 +155,7 @@ class TokenRunConfig(Configuration):
 
     run: TokenRunSection = TokenRunSection()
     data: TokenDataSection
-    teacher: TeacherConfig
+    teacher: TokenTeacherConfig
     labels: TokenLabelsSection
     selection: BlockSelectionSection
     student: LanguageModelConfig
@@ -196,8 +197,9 @@ class TokenRunConfig(Configuration):
 
 
 def describes_tokens(data: Mapping[str, Any]) -> bool:
-    """Tell whether plain data of a run names a teacher of tokens."""
-    return _given(data, "teacher.kind") in TOKEN_KINDS
+    """Tell whether plain data of a run names a teacher of tokens: a handler of Beam's is one where it has a tokenizer."""
+    kind = _given(data, "teacher.kind")
+    return kind in ("causal_lm", "openai") or (kind == "beam" and _given(data, "teacher.tokenizer") is not None)
 
 
 def _given(data: Mapping[str, Any], name: str) -> Any:
