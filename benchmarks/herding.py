@@ -46,7 +46,7 @@ from benchmarks.science.problems import Problem
 from benchmarks.science.synthetic import world
 from benchmarks.science.training import accuracy, embeddings_of, fit, logits_of
 from distilbeam.selection.gains import margin_gain
-from distilbeam.selection.strategies.facility_location import DEVIATIONS, FacilityLocation, greedy, nearest
+from distilbeam.selection.strategies.facility_location import DEVIATIONS, FacilityLocation, greedy, nearest, samples
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.config import TrainConfig
 
@@ -101,7 +101,7 @@ class SumOverReferences:
             values[start : start + step] = near @ self.weights + own
         return values
 
-    def bound(self, candidate: int) -> float:
+    def bound(self, candidate: int, _sample: int = 0) -> float:
         return float(self.added(np.array([candidate]))[0])
 
     def choose(self, candidate: int) -> None:
@@ -113,7 +113,7 @@ def choose(
 ) -> tuple[Indices, Indices, int]:
     """Choose rows; give them, the references, and how many rows were summed over the whole pool."""
     rng, size = np.random.default_rng(seed), len(pool.points)
-    drawn = np.sort(rng.choice(size, min(references, size), replace=False))
+    drawn, *finer = samples(size, references, rng)
     order = rng.permutation(size)
     if way == "uniform":
         return order[:BUDGET], drawn, 0
@@ -127,7 +127,7 @@ def choose(
         return greedy(part, part.added(np.arange(size)), True, BUDGET, order), drawn, 0
     if way == "whole":
         return greedy(objective, objective.bounds(np.arange(size)), True, BUDGET, order), drawn, size
-    return greedy(objective, objective.bounds(drawn), False, BUDGET, order), drawn, objective.looked_at
+    return greedy(objective, objective.bounds(drawn, *finer), False, BUDGET, order), drawn, objective.looked_at
 
 
 def covered(pool: Pool, chosen: Indices) -> float:

@@ -32,17 +32,15 @@ from distilbeam.pipelines.labelling.dead_letters import (
     attempts_before,
     letters_table,
     none_answered,
-    runs,
     write_letters,
 )
 from distilbeam.pipelines.labelling.in_flight import read_flights
 from distilbeam.pipelines.labelling.label_rows import ROW, Labelled, Labelling
-from distilbeam.pipelines.labelling.reconcile import parts_of
 from distilbeam.pipelines.labelling.saved_answers import PLACE, Answered
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, Task, read_rows
+from distilbeam.pipelines.labelling.shard_rows import located, numbered, parts_left, parts_with_rows, places_done
 from distilbeam.pipelines.labelling.shard_work import COSTS, ShardSettings, ShardWork, has_kept, part_rows
 from distilbeam.pipelines.pool.read_splits import BATCH_BYTES, DamagedFileError, answered_rows, require_unchanged
-from distilbeam.pipelines.pool.row_ranges import to_ranges
 from distilbeam.pipelines.pool.row_reader import RowReader
 from distilbeam.storage.paths import is_remote, list_files, readable, to_path
 from distilbeam.teacher.softlabels import ManifestEntry, entry_path
@@ -169,11 +167,11 @@ class Label:
             parts = part_rows(shard)
             kept = [found for answered in all_saved if (found := answered.of_shard(parts)) is not None]
             if self.picks is None:
-                kept = [_numbered(answered, shard) for answered in kept]
+                kept = [numbered(answered, shard) for answered in kept]
             if self.retry:
                 kept = [replace(answered, failures=[]) for answered in kept]
             yield from ((shard, answered) for answered in kept)
-            for rows in self._rows(shard, _places_done(kept, shard.rows), reader):
+            for rows in self._rows(shard, places_done(kept, shard.rows), reader):
                 yield shard, rows
 
     def _label_all(self, read: Iterator[tuple[tuple[Shard, Any], float]]) -> Iterator[ManifestEntry]:
@@ -248,7 +246,7 @@ class Label:
     def place(self, shard: Shard, table: pa.Table, facts: dict[str, Any]) -> ManifestEntry:
         """Write a shard of labelled rows; `settle` commits it."""
         if self.growing:
-            facts |= _parts(shard, table[ROW].to_numpy())
+            facts |= parts_with_rows(shard, table[ROW].to_numpy())
             table = table.drop_columns([ROW])
         with timed("write"):
             entry = place_shard(self.output, table, self.labelling.spec, shard.key, facts)
@@ -267,7 +265,7 @@ class Label:
         waiting: list[pa.Table] = []
         waiting_rows = size = 0
         damage: list[DamagedFileError] = []
-        for part, place in _parts_left(shard, done):
+        for part, place in parts_left(shard, done):
             for table in self._numbered_rows(part, place, reader, damage):
                 waiting.append(table)
                 waiting_rows, size = waiting_rows + table.num_rows, size + table.nbytes
@@ -315,7 +313,7 @@ class Label:
 
     def _write_dead_letters(self, shard: Shard, failures: list[dict[str, Any]], answered: int) -> None:
         before = attempts_before(to_path(self.dead_letters), shard.key)
-        letters = [_located(failure, shard) for failure in failures]
+        letters = [located(failure, shard) for failure in failures]
         for letter in letters:
             letter["attempts"] += before.get((letter["file"], letter["row"]), 0)
         write_letters(self._dead_letter_file(shard), letters_table(letters), answered)
@@ -336,66 +334,6 @@ def _save(work: ShardWork, shard: Shard) -> None:
         work.save()
     except OSError as e:
         log.error("the answers to a part of shard %s could not be kept: %s", shard.key, e)
-
-
-def _numbered(answered: Answered, shard: Shard) -> Answered:
-    """Number rows by the pool as it is now: files may have come before theirs."""
-    numbers = np.concatenate([part.unit.pool_row + part.numbers() for part in shard.parts])
-    table = answered.table
-    if table.num_rows:
-        table = table.set_column(table.schema.get_field_index(ROW), ROW, pa.array(numbers[answered.places]))
-    failures = [{**failure, ROW: int(numbers[failure["place"]])} for failure in answered.failures]
-    return replace(answered, table=table, failures=failures)
-
-
-def _places_done(kept: Sequence[Answered], rows: int) -> npt.NDArray[np.bool_] | None:
-    """Mark the rows of a shard that need not be read; None where that is none."""
-    if not kept:
-        return None
-    done = np.zeros(rows, bool)
-    for answered in kept:
-        done[answered.places] = True
-        done[[failure["place"] for failure in answered.failures]] = True
-    return done
-
-
-def _parts_left(shard: Shard, done: npt.NDArray[np.bool_] | None) -> Iterator[tuple[Part, int]]:
-    """List the pieces of a shard that are to be read, each with the place of its first row."""
-    place = 0
-    for part in shard.parts:
-        if done is None:
-            yield part, place
-        else:
-            for start, stop in runs(np.flatnonzero(~done[place : place + part.rows])):
-                yield _piece(part, start, stop), place + start
-        place += part.rows
-
-
-def _piece(part: Part, start: int, stop: int) -> Part:
-    """Cut rows out of a part, counted within it."""
-    if part.ranges is None:
-        return Part(part.unit, part.start + start, part.start + stop)
-    rows = part.numbers()[start:stop]
-    return Part(part.unit, int(rows[0]), int(rows[-1]) + 1, to_ranges(rows))
-
-
-def _located(failure: dict[str, Any], shard: Shard) -> dict[str, Any]:
-    """Add the file and its row to a failure that knows the row of the pool."""
-    failure = {name: value for name, value in failure.items() if name != "place"}
-    row = failure[ROW]
-    unit = next(p.unit for p in shard.parts if p.unit.pool_row <= row < p.unit.pool_row + p.unit.rows)
-    return {**failure, "file": unit.path, "unit": unit.uid, "row": row - unit.pool_row + unit.first_row}
-
-
-def _parts(shard: Shard, pool_rows: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Describe which rows of its parts a shard has, in the order of its rows."""
-    edges = np.searchsorted(pool_rows, [[part.begin, part.end] for part in shard.parts])
-    return parts_of(
-        [
-            (part.unit.uid, part.start, part.stop, pool_rows[first:stop] - part.unit.pool_row)
-            for part, (first, stop) in zip(shard.parts, edges.tolist(), strict=True)
-        ]
-    )
 
 
 def _committed_keys(dataset: str) -> set[str]:

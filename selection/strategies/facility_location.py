@@ -11,11 +11,13 @@ of all n candidates over all n rows would cost n^2; here a candidate starts from
 s the sum of its contributions at the m references other than itself, q that of their squares, t the mean remaining weight of
 a reference, for a candidate whose neighbourhood the sample has missed. Its own row counts once and exactly, so that the bound
 does not depend on whether the candidate is a reference. Nothing is chosen by a bound: the largest ones are computed again
-for what is covered by now, and the candidate that still has the largest one is summed over all rows.
+for what is covered by now, and the candidate that still has the largest one is summed over all rows. In pools of millions a sum
+costs as much as bounds of a hundred candidates: there the candidate is first bounded by `_FINER` times as many references,
+which is closer, and is summed when that bound too is the largest.
 
 A row counts for a candidate only where that candidate would be its nearest centre, which with L centres is about one row in L.
 These rows are kept with their similarities, so that a bound or a sum is computed again from a few numbers. Time O(n m d) for
-the bounds and O(n d) for each candidate that is summed; memory O(n d) and what `_KEPT` allows.
+the first bounds and O(n d) for each candidate that is summed; memory O(n d) and what `_KEPT` allows.
 
 References:
   Nemhauser, Wolsey, Fisher: An analysis of approximations for maximizing submodular set functions, 1978; Minoux: Accelerated
@@ -36,6 +38,7 @@ Floats32 = npt.NDArray[np.float32]
 
 BLOCK_VALUES = 2**22  # similarities computed at a time
 _AT_ONCE = 8  # candidates that are summed over all rows together
+_FINER = 8  # a sample of references is so many times as large as the one before it
 _KEPT = 2**26  # similarities kept for bounds, and as many for sums, 12 bytes each with their rows
 # z: the higher, the more candidates are summed over all rows and the less a good one is passed over by a low bound. With 0, 0.25
 # and 0.5 a choice of 500 of 8,000 rows covers 93.6, 99.9 and 100 % of what all rows as references cover, after sums for 1,395, 5,944
@@ -79,34 +82,58 @@ class FacilityLocation:
         self.floor: Floats32 = np.where(self.weights > 0, covered, np.inf).astype(np.float32)
         self.looked_at = 0
         self._sums, self._bounds = _Cells(), _Cells()
-        self._drawn, self._references = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        self._samples: list[_Sample] = []
 
-    def bounds(self, drawn: Indices) -> Floats:
+    @property
+    def finest(self) -> int:
+        """The number of the largest sample of references."""
+        return len(self._samples) - 1
+
+    def at_once(self, sample: int) -> int:
+        """How many candidates are bounded together by a sample."""
+        return max(_AT_ONCE, BLOCK_VALUES // len(self._samples[sample].rows))
+
+    def bounds(self, drawn: Indices, *finer: Indices) -> Floats:
         """Bound what each candidate adds at first, from a part of the rows; with all rows the bounds are the values.
 
         Args:
           drawn: int64 [m], the references.
+          finer: larger samples of references, for `refined`.
 
         Returns:
           float64 [n].
         """
-        self._drawn, self._references = drawn, self.factors[drawn].T.copy()
-        self._is_drawn = np.zeros(len(self.cover), bool)
-        self._is_drawn[drawn] = True
-        self._missed = float((self.weights * (1 - self.cover))[drawn].mean()) ** 2
+        self._samples = [_Sample(rows, self.factors, self.weights * (1 - self.cover)) for rows in (drawn, *finer)]
         found, step = np.empty(len(self.cover)), max(1, BLOCK_VALUES // len(drawn))
         for start in range(0, len(found), step):
-            found[start : start + step] = self._bound_anew(np.arange(start, min(start + step, len(found))))
+            found[start : start + step] = self.refined(np.arange(start, min(start + step, len(found))), 0)
         return found
 
-    def bound(self, candidate: int) -> float:
-        """Bound what a candidate adds to what is covered by now."""
+    def bound(self, candidate: int, sample: int = 0) -> float:
+        """Bound what a candidate adds to what is covered by now, by the sample that bounded it before."""
         cell = self._bounds.get(candidate)
         if cell is None:
-            return float(self._bound_anew(np.array([candidate]))[0])
+            return float(self.refined(np.array([candidate]), sample)[0])
         rows, near = cell
         more = self.weights[rows] * np.maximum(near - self.cover[rows], 0)
-        return float(self._bound(np.array([candidate]), more.sum(), more @ more)[0])
+        return float(self._bound(self._samples[sample], np.array([candidate]), more.sum(), more @ more)[0])
+
+    def refined(self, candidates: Indices, sample: int) -> Floats:
+        """Bound what candidates add by a sample of references, float64 [len(candidates)]; keep the ones that count for them."""
+        drawn = self._samples[sample].rows
+        exponents = self._exponents(candidates, self._samples[sample].factors)
+        where = np.flatnonzero(exponents > self.floor[drawn])
+        which, rows = where // len(drawn), drawn[where % len(drawn)]
+        near = np.exp(exponents.ravel()[where])
+        others = rows != candidates[which]
+        which, rows, near = which[others], rows[others], near[others]
+        more = (self.weights[rows] * np.maximum(near - self.cover[rows], 0)).astype(np.float64)
+        ends = np.searchsorted(which, np.arange(len(candidates) + 1))
+        for number, candidate in enumerate(candidates.tolist()):
+            here = slice(ends[number], ends[number + 1])
+            self._bounds.keep(candidate, rows[here], near[here])
+        sums, squares = (np.bincount(which, values, len(candidates)).astype(np.float64) for values in (more, more**2))
+        return self._bound(self._samples[sample], candidates, sums, squares)
 
     def added(self, candidates: Indices) -> Floats:
         """Sum what each candidate would add over all rows, float64 [len(candidates)]."""
@@ -148,26 +175,10 @@ class FacilityLocation:
         rows = np.flatnonzero(exponents > self.floor)
         return rows, np.exp(exponents[rows])
 
-    def _bound_anew(self, candidates: Indices) -> Floats:
-        """Bound what candidates add, and keep the references that count for them."""
-        exponents = self._exponents(candidates, self._references)
-        where = np.flatnonzero(exponents > self.floor[self._drawn])
-        which, rows = where // len(self._drawn), self._drawn[where % len(self._drawn)]
-        near = np.exp(exponents.ravel()[where])
-        others = rows != candidates[which]
-        which, rows, near = which[others], rows[others], near[others]
-        more = (self.weights[rows] * np.maximum(near - self.cover[rows], 0)).astype(np.float64)
-        ends = np.searchsorted(which, np.arange(len(candidates) + 1))
-        for number, candidate in enumerate(candidates.tolist()):
-            here = slice(ends[number], ends[number + 1])
-            self._bounds.keep(candidate, rows[here], near[here])
-        sums, squares = (np.bincount(which, values, len(candidates)).astype(np.float64) for values in (more, more**2))
-        return self._bound(candidates, sums, squares)
-
-    def _bound(self, candidates: Indices, sums: Floats, squares: Floats) -> Floats:
+    def _bound(self, sample: _Sample, candidates: Indices, sums: Floats, squares: Floats) -> Floats:
         others = max(1, len(self.cover) - 1)
-        counted = np.maximum(1, len(self._drawn) - self._is_drawn[candidates])
-        spread = np.sqrt(np.maximum(1 - counted / others, 0) * (squares + self._missed))
+        counted = np.maximum(1, len(sample.rows) - sample.holds[candidates])
+        spread = np.sqrt(np.maximum(1 - counted / others, 0) * (squares + sample.missed))
         own = self.weights[candidates] * (1 - self.cover[candidates])
         return np.asarray(own + others / counted * (sums + self.deviations * spread), np.float64)
 
@@ -177,6 +188,23 @@ class FacilityLocation:
         left[:, [-2, -1]] = left[:, [-1, -2]]
         exponents: Floats32 = left @ right
         return np.minimum(exponents, 0, out=exponents)
+
+
+class _Sample:
+    """References: rows that stand for all when a candidate is bounded.
+
+    Attributes:
+      rows: int64 [m].
+      factors: float32 [d + 2, m].
+      holds: bool [n], whether a row is a reference.
+      missed: t^2, of the weight that is left to cover.
+    """
+
+    def __init__(self, rows: Indices, factors: Floats32, left: Floats32) -> None:
+        self.rows, self.factors = rows, factors[rows].T.copy()
+        self.holds = np.zeros(len(factors), bool)
+        self.holds[rows] = True
+        self.missed = float(left[rows].mean()) ** 2
 
 
 class _Cells:
@@ -205,7 +233,28 @@ class _Cells:
             self._room -= len(rows)
 
 
-_VALUE, _BOUND = 0, 1
+def samples(size: int, references: int, rng: np.random.Generator) -> list[Indices]:
+    """Draw the references that bound candidates, each sample a part of the next; the largest is a quarter of the rows at most.
+
+    Args:
+      size: n, of the pool.
+      references: m, of the first sample; a pool that is not larger is its own.
+      rng: draws them.
+
+    Returns:
+      int64 [m], [`_FINER` m], ... in ascending order.
+    """
+    if size <= references:
+        return [np.arange(size)]
+    found = [np.sort(rng.choice(size, references, replace=False))]
+    while _FINER * len(found[-1]) <= size // 4:
+        others = np.setdiff1d(np.arange(size), found[-1], assume_unique=True)
+        more = rng.choice(others, (_FINER - 1) * len(found[-1]), replace=False)
+        found.append(np.sort(np.concatenate([found[-1], more])))
+    return found
+
+
+_VALUE = -1  # of what is no bound; bounds have the number of their sample
 
 
 def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int, order: Indices) -> Indices:
@@ -221,7 +270,7 @@ def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int
     Returns:
       int64 [budget], in the order of their choice.
     """
-    heap = [(-value, rank, 0, _VALUE if exact else _BOUND) for rank, value in enumerate(bounds[order].tolist())]
+    heap = [(-value, rank, 0, _VALUE if exact else 0) for rank, value in enumerate(bounds[order].tolist())]
     heapq.heapify(heap)
     chosen: list[int] = []
     while len(chosen) < budget:
@@ -230,14 +279,21 @@ def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int
         if kind == _VALUE and step == len(chosen):
             chosen.append(candidate)
             objective.choose(candidate)
-        elif step < len(chosen) and (exact or kind == _BOUND):
-            heapq.heappush(heap, (-objective.bound(candidate), rank, len(chosen), kind))
+        elif step < len(chosen) and (exact or kind != _VALUE):
+            value = objective.bound(candidate, max(kind, 0))
+            heapq.heappush(heap, (-value, rank, len(chosen), kind))
         else:
-            ranks = [rank]  # a few at a time, since each costs a pass over the pool
-            while heap and heap[0][2:] == (step, kind) and len(ranks) < _AT_ONCE:
+            closer = kind + 1 if _VALUE < kind < objective.finest else _VALUE
+            many = _AT_ONCE if closer == _VALUE else objective.at_once(closer)
+            ranks = [rank]  # those that follow are wanted soon, and together they cost one pass over the sample or the pool
+            while heap and len(ranks) < many and heap[0][2:] == (step, kind):
                 ranks.append(heapq.heappop(heap)[1])
-            for value, rank in zip(objective.added(order[ranks]).tolist(), ranks, strict=True):
-                heapq.heappush(heap, (-value, rank, len(chosen), _VALUE))
+                while heap and _VALUE < heap[0][3] == kind < objective.finest and heap[0][2] < step:
+                    _, stale, _, _ = heap[0]
+                    heapq.heapreplace(heap, (-objective.bound(int(order[stale]), kind), stale, step, kind))
+            found = objective.added(order[ranks]) if closer == _VALUE else objective.refined(order[ranks], closer)
+            for value, rank in zip(found.tolist(), ranks, strict=True):
+                heapq.heappush(heap, (-value, rank, len(chosen), closer))
     return np.array(chosen, np.int64)
 
 

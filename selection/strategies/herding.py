@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from distilbeam.selection.checks import Floats
 from distilbeam.selection.rounding import Bools, Indices
-from distilbeam.selection.strategies.facility_location import FacilityLocation, Floats32, greedy, nearest
+from distilbeam.selection.strategies.facility_location import FacilityLocation, Floats32, greedy, nearest, samples
 from distilbeam.selection.strategies.selectors import CandidatePool, Selector, mask
 
 _LEAST_RADIUS = 1e-6  # float32 does not tell nearer points of length 1 apart
@@ -80,13 +80,12 @@ def herd(
     """
     points, labelled = _of_length_one(points), _of_length_one(labelled)
     size = len(points)
-    sampled = size > references
-    drawn = np.sort(rng.choice(size, references, replace=False)) if sampled else np.arange(size)
+    drawn = samples(size, references, rng)
     centres = labelled if len(labelled) else points[rng.integers(size)][None]
     distances = nearest(points, centres)
     radius = max(float(np.median(distances)), _LEAST_RADIUS)
     objective = FacilityLocation(points, gains, distances if len(labelled) else None, radius)
-    return greedy(objective, objective.bounds(drawn), not sampled, budget, rng.permutation(size))
+    return greedy(objective, objective.bounds(*drawn), size <= references, budget, rng.permutation(size))
 
 
 def _of_length_one(points: npt.NDArray[np.floating]) -> Floats32:

@@ -185,8 +185,9 @@ def launch_file(config: Path, overrides: Sequence[str] = (), train_it: TrainFile
         result = train_it(config, overrides, _Bar(bars))
     if first:
         remove_own()
-        figures = {name: round(value, 4) for name, value in result.metrics.items()}
-        typer.echo(f"{result.directory}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
+        width = max(map(len, result.metrics), default=0)
+        figures = (f"  {name:<{width}}  {round(value, 4)}" for name, value in result.metrics.items())
+        typer.echo("\n".join([str(result.directory), *figures]))
 
 
 def main(

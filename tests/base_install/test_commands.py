@@ -27,8 +27,23 @@ import distilbeam
 NOT_BASE = ("pandas", "onnx", "onnxruntime", "optuna", "transformers", "jax", "pytest")
 # what a kernel's backend is imported for, and a word of the names of the modules that import it; torch brings triton on Linux
 BACKENDS = {"triton": "triton", "jax": "pallas", "jaxlib": "pallas"}
+DEMO = Path(__file__).resolve().parents[2] / "demo/run/report/metrics.json"
 FOUND = [name for name in NOT_BASE if importlib.util.find_spec(name)]
 REQUIRED = os.environ.get("DISTILBEAM_BASE_ONLY") == "1"  # `make test-base`: to skip would be to pass unseen
+
+
+@unittest.skipUnless(DEMO.is_file(), "make demo has not run here")
+class TestDemo(unittest.TestCase):
+    """What `make demo` has left in this clone."""
+
+    def test_its_student_has_learned(self) -> None:
+        metrics = json.loads(DEMO.read_text())
+        first, last = metrics["students"][0], metrics["students"][-1]
+        # the seed is fixed: .637, .980 and the teacher's .988 with the pinned versions; others may move each by a few of 400 examples
+        self.assertGreater(last["accuracy"], first["accuracy"] + 0.1)
+        self.assertGreater(last["accuracy"], metrics["teacher"]["accuracy"] - 0.03)
+        self.assertLess(last["parameters"], 0.25 * metrics["teacher"]["parameters"])
+        self.assertEqual([student["labels"] for student in metrics["students"]], [0, 80, 160, 240])
 
 
 @unittest.skipIf(bool(FOUND) and not REQUIRED, "needs an environment with the base dependencies alone: make test-base")

@@ -211,6 +211,7 @@ def test_every_file_is_explained() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/pipelines/engine/test_runners.py compares the bytes of every runner
 def test_a_runner_is_checked_by_the_bytes_that_it_writes(tmp_path: Path) -> None:
     flags = ["--direct_running_mode=multi_threading", "--direct_num_workers=2"]
     script = [sys.executable, str(DEPLOY / "check_runner.py")]

@@ -95,7 +95,7 @@ def compare(case, implementation, message):
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("block", seeds(3 if INTERPRETED else 12, 100))
+@pytest.mark.parametrize("block", seeds(1 if INTERPRETED else 12, 100))
 def test_losses_of_logits(block, implementation):
     dtypes = FLOATS if implementation == "triton" else (*FLOATS, torch.float64)
     for seed in range(PER_TEST * block, PER_TEST * (block + 1)):
@@ -131,7 +131,7 @@ if not INTERPRETED:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="neither a CUDA device nor the interpreter")
 @pytest.mark.parametrize("implementation", ["one_kernel", "two_kernels"])
-@pytest.mark.parametrize("block", seeds(3, 60))
+@pytest.mark.parametrize("block", seeds(1 if INTERPRETED else 3, 60))
 def test_losses_of_logits_whose_labels_the_kernel_prepares(block, implementation):
     """Rows of any length and stride: most do not begin on 16 bytes."""
     tried = 0

@@ -95,7 +95,7 @@ def compiled_given(capability, kernel, kept, block, label, shifted, form="forwar
     return compile_for(capability, kernel, signature, constants, odd=odd, **options), constants
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.exhaustive), 90])
 @pytest.mark.parametrize(("classes", "kept"), [(32_000, 8), (50_257, 64), (128_256, 64)])
 @pytest.mark.parametrize("label", LABELS)
 def test_value_and_gradient_in_one_kernel_hold_their_rows_without_spills(capability, classes, kept, label):

@@ -37,7 +37,10 @@ def test_a_file_is_trained_wherever_the_command_is_given(
     words = ["--set", "training.epochs=2", "--set", "student.hidden=[5]", "--set", "data.directory=small"]
     out = CliRunner().invoke(app, ["launch", f"../{training.name}", *words])
     assert out.exit_code == 0, out.exception
-    assert out.output.splitlines()[-1].startswith(f"{tmp_path / 'small'}: epochs 2, ")
+    directory, *figures = out.output.splitlines()
+    assert directory == str(tmp_path / "small")
+    assert next(line.split() for line in figures) == ["epochs", "2"]
+    assert len({line.rindex(" ") for line in figures if line.startswith("  ")}) == 1, "figures stand below each other"
     student = load_student(tmp_path / "small")
     assert (student.config.hidden, student.classes) == ((5,), ("0", "1", "2"))
     again = CliRunner().invoke(app, ["launch", str(training), *words])

@@ -242,6 +242,7 @@ def test_a_served_teacher_answers_a_run(problem: dict[str, Any], config: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # CI runs `make demo` itself and looks at its figures (tests/base_install)
 def test_the_digits_example(tmp_path: Path) -> None:
     import json
 

@@ -63,6 +63,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the steps of the text example, with pictures
 def test_images(tmp_path: Path) -> None:
     commands = init("images", tmp_path / "mine")
     for line in commands:

@@ -114,6 +114,48 @@ def test_when_bounds_are_generous_a_few_references_choose_as_all_do(seed, refere
     assert part.tolist() == whole.tolist()  # gains are distinct: there are no ties
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_when_bounds_are_generous_finer_samples_change_nothing(seed, monkeypatch):
+    monkeypatch.setattr(facility_location, "DEVIATIONS", 100.0)
+    points, gains, labelled = groups(seed, 400)
+    whole = herd(points, gains, labelled, 50, np.random.default_rng(0), references=400)
+    monkeypatch.setattr(facility_location, "_FINER", 2)
+    assert len(facility_location.samples(400, 20, np.random.default_rng(0))) == 3
+    assert herd(points, gains, labelled, 50, np.random.default_rng(0), references=20).tolist() == whole.tolist()
+
+
+def test_finer_samples_spare_sums_and_cover_as_much(monkeypatch):
+    points, gains, labelled = groups(2)
+    radius_points, known = unit(points).astype(np.float32), unit(labelled).astype(np.float32)
+    distances = facility_location.nearest(radius_points, known)
+    found = {}
+    for finer in (2, 2000):
+        monkeypatch.setattr(facility_location, "_FINER", finer)
+        drawn = facility_location.samples(2000, 50, np.random.default_rng(0))
+        objective = facility_location.FacilityLocation(radius_points, gains, distances, float(np.median(distances)))
+        order = np.random.default_rng(1).permutation(2000)
+        chosen = facility_location.greedy(objective, objective.bounds(*drawn), False, 30, order)
+        found[finer] = covered(points, gains, labelled, chosen), objective.looked_at, len(drawn)
+    nothing = covered(points, gains, labelled, [])
+    (fine, fine_sums, fine_samples), (coarse, coarse_sums, coarse_samples) = found[2], found[2000]
+    assert (fine_samples, coarse_samples) == (4, 1)
+    assert fine_sums < 0.8 * coarse_sums
+    assert fine - nothing > 0.99 * (coarse - nothing)
+
+
+def test_samples_lie_in_each_other_and_are_drawn_alike(frequency_bound):
+    drawn = facility_location.samples(4000, 100, np.random.default_rng(0))
+    assert [len(rows) for rows in drawn] == [100, 800]
+    assert all(np.array_equal(rows, np.unique(rows)) for rows in drawn)
+    assert np.isin(drawn[0], drawn[1]).all()
+    assert [len(rows) for rows in facility_location.samples(90, 100, np.random.default_rng(0))] == [90]
+    draws = 2000
+    counts = sum(
+        np.bincount(facility_location.samples(128, 4, np.random.default_rng(n))[1], minlength=128) for n in range(draws)
+    )
+    assert np.abs(counts / draws - 0.25).max() < frequency_bound(0.25, draws, 128)
+
+
 def test_without_room_for_similarities_the_choice_is_the_same(monkeypatch):
     points, gains, labelled = groups(6, 400)
     roomy = herd(points, gains, labelled, 50, np.random.default_rng(0), references=40)
