@@ -66,6 +66,7 @@ def write_figures(run: TokenRun, progress: Progress) -> None:
         "teacher": _teacher(run, last),
         "students": [found[f"round {number}"] for number in range(config.run.rounds + 1)],
         **{key: found[key] for key in ("plain", "uniform") if key in found},
+        "kept": {"round": config.run.rounds, "worse": []},
         "given": last["given"],
         "pool_blocks": run.inputs.pool.rows,
         "sequence_length": run.inputs.length,
