@@ -9,8 +9,10 @@ Part `deaths`: messages on four partitions at a rate, while the job is killed (k
 message must be labelled once, with the values that a batch job gives. Part `rate`: a topic that is full already, its messages'
 times spread over an hour, in turns with a plain loop (`measuring/stream_ways.py`); the rate is that of the messages between
 two sizes, so that starts cost nothing on either side. Its teacher `linear` costs nothing, so that what the job itself costs is
-seen; `network` is a small one that does. Part `latency`: the time from a message to the file that commits its label, at steady
-rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in replay, and what memory that takes.
+seen; `network` is a small one that does, `wide` one of realistic cost. Part `far` is the same with a teacher on four servers that
+take their time for every request, beside one plain loop and two. Part `latency`: the time from a message to the file that
+commits its label, at steady rates, both ways at once on the same messages. Part `hour`: 3.6 million messages of an hour in
+replay, and what memory that takes.
 
 Results of several calls lie in one file where `--json` names it: each call replaces the parts that it has measured.
 """
@@ -27,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ import pyarrow.parquet as pq
 import tomli_w
 from engines import SCHEMA, Broker, labels_in, require_prism, rows, send, streaming, wait_for
 from measuring.record import machine, write
-from measuring.stream_ways import OURS, PARTITIONS, PLAIN, Task, do
+from measuring.stream_ways import OURS, PARTITIONS, PLAIN, PLAIN_TWICE, Task, do, far_teachers
 from measuring.stream_ways import SCHEMA as TIMED
 
 from distilbeam.teacher.softlabels import decode, read_manifest
@@ -47,16 +50,35 @@ from distilbeam.teacher.softlabels import decode, read_manifest
 WINDOW_S = 5
 
 
-def config_file(folder: Path, teacher: str = "logging", carry: tuple[str, ...] = ("x",)) -> Path:
-    """Write the configuration of a labelling job, by default with a teacher that keeps a log of what it is asked."""
+def config_file(
+    folder: Path, teacher: str = "logging", carry: tuple[str, ...] = ("x",), far: Sequence[str] = ()
+) -> Path:
+    """Write the configuration of a labelling job.
+
+    Args:
+      folder: where it is written; it is made.
+      teacher: which of the teachers; "logging" keeps a log of what it is asked.
+      carry: the carried columns.
+      far: addresses of the teacher "far".
+    """
     folder.mkdir(parents=True)
     models: dict[str, dict[str, Any]] = {
         "logging": {"model": "logging_teacher:LoggingTeacher", "arguments": {"log": str(folder / "asked.log")}},
         "linear": {"model": "logging_teacher:LoggingTeacher", "arguments": {"log": os.devnull}},
         "network": {"model": "measuring.stream_ways:Network"},
+        "wide": {"model": "measuring.stream_ways:Network", "arguments": {"width": 2048}},
     }
     data = {"pool": "pool", "id": "key", "carry": list(carry), "num_classes": 3}
-    job = {"data": data, "teacher": {"kind": "torch", **models[teacher], "input": {"columns": ["x"]}}}
+    if teacher == "far":
+        asked = {
+            "kind": "tfserving",
+            "addresses": list(far),
+            "model": "teacher",
+            "input": {"column": "x", "shape": [4]},
+        }
+    else:
+        asked = {"kind": "torch", **models[teacher], "input": {"columns": ["x"]}}
+    job = {"data": data, "teacher": asked}
     path = folder / "job.toml"
     path.write_text(tomli_w.dumps({"run": {"directory": "batch"}, **job}))
     return path
@@ -154,19 +176,48 @@ def rates(broker: Broker, scratch: Path, prism: Path, sizes: tuple[int, int], tu
     for count in sizes:
         fill(broker, f"full-{count}", count)
     found = []
-    for teacher in ("linear", "network"):
-        runs: dict[tuple[str, int], list[dict[str, float]]] = {}
-        for turn in range(turns):
-            for way in (PLAIN, OURS):
-                for count in sizes:
-                    folder = scratch / f"rate-{teacher}-{turn}-{way[:5]}-{count}"
-                    task = Task(way, broker.address, f"full-{count}", count, str(config_file(folder, teacher)))
-                    done = ended(begun(task, prism))
-                    runs.setdefault((way, count), []).append(done)
-                    took = f"{done['seconds']:7.2f} s {done['processor_s']:7.2f} s on the processor"
-                    print(f"  {teacher:8} {way:12} {count:9,} messages {took}", flush=True)
-        found.append({"teacher": teacher, **compared(runs, sizes)})
+    for teacher in ("linear", "network", "wide"):
+        few = sizes if teacher != "wide" else (sizes[0], sizes[0] * 3)
+        if few[1] not in sizes:
+            fill(broker, f"full-{few[1]}", few[1])
+        runs = in_turns(broker, scratch, prism, (PLAIN, OURS), few, turns, teacher)
+        found.append({"teacher": teacher, **compared(runs, few)})
     return found
+
+
+def in_turns(
+    broker: Broker,
+    scratch: Path,
+    prism: Path,
+    ways: Sequence[str],
+    sizes: tuple[int, int],
+    turns: int,
+    teacher: str,
+    far: Sequence[str] = (),
+) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """Do each way with each size in turns; return the figures of all runs, by way and size."""
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for turn in range(turns):
+        for way in ways:
+            for count in sizes:
+                folder = scratch / f"rate-{teacher}-{turn}-{way.replace(' ', '-')}-{count}"
+                task = Task(way, broker.address, f"full-{count}", count, str(config_file(folder, teacher, far=far)))
+                done = ended(begun(task, prism))
+                runs.setdefault((way, count), []).append(done)
+                took = f"{done['seconds']:7.2f} s {done['processor_s']:7.2f} s on the processor"
+                print(f"  {teacher:8} {way:16} {count:9,} messages {took}", flush=True)
+    return runs
+
+
+def far(
+    broker: Broker, scratch: Path, prism: Path, sizes: tuple[int, int], turns: int, delay_s: float
+) -> dict[str, Any]:
+    """Measure the rate with a teacher on four servers, each of which takes its time for every request."""
+    for count in sizes:
+        fill(broker, f"full-{count}", count)
+    with far_teachers(delay_s, 4) as addresses:
+        runs = in_turns(broker, scratch, prism, (PLAIN, PLAIN_TWICE, OURS), sizes, turns, "far", addresses)
+        return {"delay_s": delay_s, **compared(runs, sizes)}
 
 
 def compared(runs: dict[tuple[str, int], list[dict[str, float]]], sizes: tuple[int, int]) -> dict[str, Any]:
@@ -177,14 +228,17 @@ def compared(runs: dict[tuple[str, int], list[dict[str, float]]], sizes: tuple[i
         return 1e6 * (large - small) / (sizes[1] - sizes[0])
 
     figures: dict[str, Any] = {"sizes": list(sizes), "turns": len(runs[PLAIN, sizes[0]])}
-    for way in (PLAIN, OURS):
+    for way in dict.fromkeys(way for way, _ in runs):
         clock = microseconds(way, "seconds")
         figures[way] = {
             "messages_per_s": round(1e6 / clock),
             "us_a_message": round(clock, 2),
             "processor_us_a_message": round(microseconds(way, "processor_s"), 2),
         }
-    figures["rate_of_plain"] = round(microseconds(PLAIN, "seconds") / microseconds(OURS, "seconds"), 3)
+    for way in figures.keys() & {PLAIN, PLAIN_TWICE}:
+        figures[f"rate_of_{way.replace(' ', '_')}"] = round(
+            microseconds(way, "seconds") / microseconds(OURS, "seconds"), 3
+        )
     return figures
 
 
@@ -327,7 +381,7 @@ def main() -> None:
     """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few messages")
-    parser.add_argument("--parts", nargs="+", default=["deaths", "rate", "latency", "hour"])
+    parser.add_argument("--parts", nargs="+", default=["deaths", "rate", "far", "latency", "hour"])
     parser.add_argument("--turns", type=int, default=3, help="turns of part rate (3)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -348,6 +402,10 @@ def main() -> None:
                 sizes = (10_000, 60_000) if own.quick else (50_000, 400_000)
                 results["rate"] = rates(broker, scratch, prism, sizes, 1 if own.quick else own.turns)
                 print(json.dumps(results["rate"], indent=1), flush=True)
+            if "far" in own.parts:
+                sizes = (5_000, 20_000) if own.quick else (20_000, 80_000)
+                results["far"] = far(broker, scratch, prism, sizes, 1 if own.quick else own.turns, 0.03)
+                print(json.dumps(results["far"], indent=1), flush=True)
             if "latency" in own.parts:
                 for rate in (10, 1_000):
                     found = latency(broker, scratch, prism, rate, 15 if own.quick else 60)

@@ -12,12 +12,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     PipelineOptions,
     PortableOptions,
+    PrismRunnerOptions,
     _BeamArgumentParser,
 )
 
@@ -67,11 +69,18 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
     if unknown:
         raise ValueError(_unknown_flag_sentence(unknown[0], parser))
     options = PipelineOptions(flags)
-    if (
-        prism_of(options) is not None
-    ):  # what is wrong with PRISM or a number is said here, not when the first phase begins
+    prism = prism_of(options)
+    if prism is not None:  # what is wrong with PRISM or a number is said here, not when the first phase begins
         workers_of(options)
+        _name_prism(options, prism)
     return options
+
+
+def _name_prism(options: PipelineOptions, prism: Path) -> None:
+    """Say in the options what is meant, for a pipeline of one's own: Beam would fetch a Prism, and want containers."""
+    options.view_as(PrismRunnerOptions).prism_location = str(prism)
+    portable = options.view_as(PortableOptions)
+    portable.environment_type = portable.environment_type or "LOOPBACK"
 
 
 @contextmanager

@@ -81,26 +81,28 @@ class Labelling:
     trust: tuple[str, ...] = ()
     question: tuple[str, ...] = ()
 
-    def __call__(self, rows: pa.Table) -> Labelled:
-        """Label rows.
+    def __call__(self, rows: pa.Table, *, checked: bool = True) -> Labelled:
+        """Label rows; see `asking`.
 
         Raises:
           ValueError: the teacher is not the one of the specification.
         """
-        asking = self.asking(rows)
+        asking = self.asking(rows, checked=checked)
         with timed("teacher"):
             while asking.ask_next():
                 pass
         return self.labelled(rows, asking, slice(0, rows.num_rows))
 
-    def asking(self, rows: pa.Table, apart: npt.NDArray[np.bool_] | None = None) -> Portions:
+    def asking(self, rows: pa.Table, apart: npt.NDArray[np.bool_] | None = None, *, checked: bool = True) -> Portions:
         """Begin to ask about rows; `labelled` makes labels of the answers.
 
         Args:
           rows: the rows.
           apart: bool [rows], those that are asked in a process apart.
+          checked: whether to see first that the teacher is the one of the specification, for which a server is asked a
+            question of its own; without it the caller calls `checked_teacher` before anything is committed.
         """
-        teacher = self._checked_teacher()
+        teacher = self.checked_teacher() if checked else cached_teacher(self.teacher)
         asked = Asked(self.teacher, self.spec.answer_width, self.teacher_batch, apart)
         refused = {error.row: error for error in (*self._unread(rows), *self._without_id(rows))}
         return Portions(teacher, rows, self._known(rows), list(refused.values()), asked)
@@ -121,7 +123,13 @@ class Labelling:
         calls, requests, reused = asking.take_costs()
         return Labelled(table, failures, calls, requests, reused, good, bad)
 
-    def _checked_teacher(self) -> Teacher:
+    def checked_teacher(self) -> Teacher:
+        """Return the teacher, once it is known to be the one of the specification still.
+
+        Raises:
+          ValueError: it is another one.
+          TeacherChanged: it says so itself.
+        """
         teacher = cached_teacher(self.teacher)
         loaded = teacher.fingerprint()
         if loaded != self.spec.teacher:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+
+from apache_beam.options.pipeline_options import CrossLanguageOptions, PipelineOptions
+
 from distilbeam.extras import Need, require_extras
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.prism import Runner
@@ -12,6 +17,9 @@ from distilbeam.pipelines.streaming.settings import StreamSettings
 from distilbeam.storage.paths import to_path
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.softlabels.manifest import manifest_files, read_entries
+
+_SERVICE = "sdks:java:io:expansion-service:shadowJar"
+_ANSWER_S = 10.0
 
 
 def require_installed(settings: StreamSettings, config: LabelConfig, runner: Runner) -> None:
@@ -63,6 +71,29 @@ def decoder_of(settings: StreamSettings, config: LabelConfig) -> Decoder:
         raise ValueError(f"--definition: there is no file {definition}")
     registry = Registry.of(settings.registry, settings.registry_client) if settings.registry else None
     return make_decoder(schema, settings.format, definition, settings.message, settings.event_time, registry)
+
+
+def require_expansion_service(options: PipelineOptions) -> None:
+    """Check that the service answers that is to bring Beam's own Kafka connector, where one is named.
+
+    Where none is named Beam fetches and starts one, which takes Java and Maven Central.
+
+    Raises:
+      ValueError: nobody listens there, or there is no Java to start one.
+    """
+    service = options.view_as(CrossLanguageOptions).beam_services.get(_SERVICE)
+    how = f"""name one with -- --beam_services='{{"{_SERVICE}": "HOST:PORT"}}'"""
+    if service is None:
+        if shutil.which("java") is None:
+            raise ValueError(f"--source kafka-java: needs Java 17, or an expansion service that runs elsewhere: {how}")
+        return
+    host, _, port = service.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_S).close()
+    except (OSError, ValueError) as e:
+        raise ValueError(
+            f"--source kafka-java: no expansion service answers at {service} ({e}); start it, or {how}"
+        ) from e
 
 
 def require_same_dataset(out: str, spec: SoftLabelSpec) -> None:

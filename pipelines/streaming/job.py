@@ -18,17 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.options.pipeline_options import CrossLanguageOptions, StandardOptions
+from apache_beam.utils.subprocess_server import JavaJarServer
 
 from distilbeam.pipelines.config import LabelConfig
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.engine_lines import engine_lines, first_line
 from distilbeam.pipelines.engine.prism import Runner, choose_runner, running
 from distilbeam.pipelines.pool.reserved_names import require_free_for_labelling
-from distilbeam.pipelines.streaming.checks import decoder_of, require_installed, require_same_dataset
+from distilbeam.pipelines.streaming.checks import (
+    decoder_of,
+    require_expansion_service,
+    require_installed,
+    require_same_dataset,
+)
 from distilbeam.pipelines.streaming.decode import Decoder
 from distilbeam.pipelines.streaming.journal import FOLDER, Journal, skip
-from distilbeam.pipelines.streaming.kafka_client import Lag, Topic, ends_of, offsets_at, parse_place
+from distilbeam.pipelines.streaming.kafka_client import Topic, ends_of, offsets_at, parse_place
+from distilbeam.pipelines.streaming.kafka_ends import Lag
 from distilbeam.pipelines.streaming.kafka_reader import Reading, close_readers
 from distilbeam.pipelines.streaming.letters import Letters
 from distilbeam.pipelines.streaming.offsets import Offsets
@@ -79,7 +86,10 @@ class StreamJob:
             )
         self.runner: Runner = choose_runner(self.flags, unbounded=settings.unbounded)
         require_installed(settings, self.config, self.runner)
-        pipeline_options(self.runner.flags)
+        beams = pipeline_options(self.runner.flags)
+        if settings.kind == "kafka-java":
+            parse_place(settings.place, settings.consumer)
+            require_expansion_service(beams)
         require_free_for_labelling(data.carry, self.config.teacher.input.columns, data.id, "data.carry")
         if has_budget(self.config) and (settings.shards > 1 or settings.max_rows) and settings.messages:
             raise ValueError(
@@ -169,6 +179,8 @@ class StreamJob:
             return self._letters.topic
         if not self.settings.messages:  # the rows of files have no offsets, and their entries name no topic
             return ""
+        if self.settings.kind == "kafka-java":
+            return parse_place(self.settings.place, ()).name
         return self.settings.place if self.topic is None else self.topic.name
 
     def _begin(self, topic: Topic, journal: Journal) -> None:
@@ -292,7 +304,9 @@ class StreamJob:
 
     def _run(self, options: Any, attempt: str) -> Any:
         pipeline = beam.Pipeline(options=options)
-        done = build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
+        services = options.view_as(CrossLanguageOptions).beam_services
+        with JavaJarServer.beam_services(services):  # as a pipeline's own block does, which would wait for its end, too
+            done = build(pipeline, self.config, self.settings, self.decoder, self._reading, attempt, self._letters)
         if self.runner.prism is not None:  # while a stage without an output writes, it asks without a pause
             _ = done | "End" >> beam.Reshuffle() | "Nothing" >> beam.Filter(lambda _: False)
         return pipeline.run()

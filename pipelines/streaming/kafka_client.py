@@ -1,4 +1,4 @@
-"""What the job asks a Kafka cluster outside of reading: whether the topic is there, its partitions, their ends, the lag.
+"""What the job asks a Kafka cluster at its start: whether the topic is there and may be read, its partitions, their ends.
 
 All errors of the client become one sentence; settings are librdkafka's own and are passed through.
 """
@@ -6,17 +6,14 @@ All errors of the client become one sentence; settings are librdkafka's own and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.streaming.offsets import Offsets
-
 ANSWER_S = 15.0  # how long a cluster may take to answer at the start
-_END_ANSWER_S = 2.0
-_AFTER_ERROR_S = 1.0
+_READABLE_S = 5.0  # how long an answer from a partition's end is waited for; without one reading is tried
 _OURS = {"enable.auto.commit": "false", "enable.auto.offset.store": "false", "enable.partition.eof": "true"}
 _DEFAULTS = {
     "isolation.level": "read_committed",
@@ -103,8 +100,12 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def connected(topic: Topic) -> Iterator[Any]:
+def connected(topic: Topic, heard: Callable[[Any], None] = lambda error: None) -> Iterator[Any]:  # noqa: ARG005
     """Give a consumer that is assigned nothing, and close it.
+
+    Args:
+      topic: the topic.
+      heard: is told of errors that are no answer to a question, when the consumer is polled.
 
     Raises:
       ValueError: a setting that the client does not know, or a value it refuses.
@@ -112,7 +113,7 @@ def connected(topic: Topic) -> Iterator[Any]:
     from confluent_kafka import Consumer, KafkaException
 
     try:
-        consumer = Consumer(topic.consumer_settings())
+        consumer = Consumer({**topic.consumer_settings(), "error_cb": heard})
     except KafkaException as e:
         raise ValueError(f"--consumer: the Kafka client refuses its settings: {e.args[0].str()}") from e
     try:
@@ -125,27 +126,78 @@ def ends_of(topic: Topic) -> dict[int, tuple[int, int]]:
     """Return for each partition the first offset that the topic still has, and the one after its last.
 
     Raises:
-      ValueError: nobody answers, there is no such topic, or it may not be read.
+      ValueError: nobody answers, there is no such topic, it may not be read, or the group may not be told.
     """
     from confluent_kafka import KafkaException, TopicPartition
 
-    with connected(topic) as consumer:
-        numbers = _partitions(consumer, topic)
+    errors: list[Any] = []
+    with connected(topic, errors.append) as consumer:
+        numbers = _partitions(consumer, topic, errors)
         try:
-            return {
+            ends = {
                 p: consumer.get_watermark_offsets(TopicPartition(topic.name, p), timeout=ANSWER_S, cached=False)
                 for p in numbers
             }
+            _require_readable(consumer, TopicPartition(topic.name, numbers[0], ends[numbers[0]][1]))
         except KafkaException as e:
             raise ValueError(f"topic {topic.name} at {topic.brokers} cannot be read: {e.args[0].str()}") from e
+        if topic.group is not None:
+            _require_group(topic, topic.group)
+        return ends
 
 
-def _partitions(consumer: Any, topic: Topic) -> list[int]:
-    from confluent_kafka import KafkaException
+def _require_readable(consumer: Any, end: Any) -> None:
+    """Ask for what comes behind the end of a partition: who may see a topic may not always read it.
+
+    Raises:
+      KafkaException: it may not be read.
+    """
+    from confluent_kafka import KafkaError, KafkaException
+
+    consumer.assign([end])
+    stop = time.monotonic() + _READABLE_S
+    while time.monotonic() < stop:
+        found = consumer.poll(0.1)
+        error = None if found is None else found.error()
+        if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            raise KafkaException(error)
+        if found is not None and (error is None or error.code() == KafkaError._PARTITION_EOF):
+            break
+    consumer.unassign()
+
+
+def _require_group(topic: Topic, group: str) -> None:
+    """Ask what a consumer group was told: who may not ask may not tell it either.
+
+    Raises:
+      ValueError: it may not be asked.
+    """
+    from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    admin = AdminClient(topic.client_settings())
+    asked = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=ANSWER_S)
+    try:
+        asked[group].result()
+    except KafkaException as e:
+        raise ValueError(
+            f"--consumer: the group {group} cannot be told what is settled: {e.args[0].str()}; leave group.id out, or let this "
+            "user read the group"
+        ) from e
+
+
+def _partitions(consumer: Any, topic: Topic, errors: list[Any]) -> list[int]:
+    from confluent_kafka import KafkaError, KafkaException
 
     try:
         found = consumer.list_topics(topic.name, timeout=ANSWER_S).topics[topic.name]
     except KafkaException as e:
+        consumer.poll(0)  # hears of the errors
+        for error in errors:
+            if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+                raise ValueError(
+                    f"the Kafka brokers at {topic.brokers} refuse the connection: {error.str()}; check the settings of --consumer"
+                ) from e
         raise ValueError(
             f"no Kafka broker answers at {topic.brokers} within {ANSWER_S:.0f} s ({e.args[0].str()}); check the address in "
             "--source, and --consumer security.protocol=... where the cluster wants TLS or SASL"
@@ -167,103 +219,3 @@ def offsets_at(topic: Topic, time_ms: int, ends: Mapping[int, tuple[int, int]]) 
         except KafkaException as e:
             raise ValueError(f"topic {topic.name} cannot be searched for a time: {e.args[0].str()}") from e
         return {part.partition: part.offset if part.offset >= 0 else ends[part.partition][1] for part in found}
-
-
-class Ends:
-    """Asks the brokers where partitions end, without waiting: a consumer's own question would wait behind its fetches.
-
-    Args:
-      topic: the topic.
-    """
-
-    def __init__(self, topic: Topic) -> None:
-        self.topic = topic
-        self._admin: Any = None
-        self._not_before = -float("inf")
-        self._asked_s = 0.0
-        self._pending: dict[int, Any] = {}
-
-    def ask(self, partitions: Iterable[int]) -> bool:
-        """Ask; nothing where an answer is outstanding, or the brokers did not answer a moment ago."""
-        from confluent_kafka import IsolationLevel, TopicPartition
-        from confluent_kafka.admin import AdminClient, OffsetSpec
-
-        if self._pending or time.monotonic() < self._not_before:
-            return False
-        if self._admin is None:
-            self._admin = AdminClient(self.topic.client_settings())
-        wanted = {TopicPartition(self.topic.name, number): OffsetSpec.latest() for number in partitions}
-        committed = self.topic.consumer_settings()["isolation.level"] == "read_committed"
-        level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
-        self._asked_s = time.time()
-        found = self._admin.list_offsets(wanted, isolation_level=level, request_timeout=_END_ANSWER_S)
-        self._pending = {place.partition: answer for place, answer in found.items()}
-        return True
-
-    def answers(self) -> dict[int, tuple[int, float]]:
-        """Return, by partition, its end and when it was asked for; those that did not answer are left out."""
-        if not all(answer.done() for answer in self._pending.values()):
-            return {}
-        done, self._pending = self._pending, {}
-        if any(answer.exception() is not None for answer in done.values()):
-            # the client keeps the leader epochs of before, with which a broker that has come back refuses it for ever
-            self._admin, self._not_before = None, time.monotonic() + _AFTER_ERROR_S
-        ends = {p: answer.result().offset for p, answer in done.items() if answer.exception() is None}
-        # a broker that is only just making the topic answers -1001, "not known", without an error: it is no end
-        return {partition: (end, self._asked_s) for partition, end in ends.items() if end >= 0}
-
-
-class Lag:
-    """Follows how many messages of each partition are not settled, and tells the consumer group, where one is named.
-
-    The group's offsets are for lag monitors: no job reads them.
-
-    Args:
-      topic: the topic.
-      every_s: seconds between two questions.
-    """
-
-    def __init__(self, topic: Topic, every_s: float) -> None:
-        from confluent_kafka import Consumer
-
-        self.topic, self.every_s = topic, every_s
-        self.by_partition: dict[int, int] = {}
-        self._consumer: Any = Consumer(topic.consumer_settings())
-        self._asked = -float("inf")
-        self._told: dict[int, int] = {}
-
-    def look(self, settled: Offsets) -> None:
-        """Ask the brokers for the ends, no oftener than every `every_s`; a broker that does not answer changes nothing."""
-        from confluent_kafka import KafkaException, TopicPartition
-
-        if time.monotonic() - self._asked < self.every_s:
-            return
-        self._asked = time.monotonic()
-        try:
-            partitions = self._consumer.list_topics(self.topic.name, timeout=1.0).topics[self.topic.name].partitions
-            for number in partitions:
-                place = TopicPartition(self.topic.name, number)
-                low, end = self._consumer.get_watermark_offsets(place, timeout=1.0, cached=False)
-                self.by_partition[number] = sum(b - a + 1 for a, b in settled.missing(number, low, end))
-            if self.topic.group is not None:
-                self._tell(settled)
-        except KafkaException:
-            return
-
-    def hurry(self) -> None:
-        """Ask at the next look, whenever that is."""
-        self._asked = -float("inf")
-
-    def _tell(self, settled: Offsets) -> None:
-        from confluent_kafka import TopicPartition
-
-        now = {number: settled.first_missing(number, 0) for number in self.by_partition}
-        changed = {number: offset for number, offset in now.items() if offset and self._told.get(number) != offset}
-        if changed:
-            places = [TopicPartition(self.topic.name, number, offset) for number, offset in changed.items()]
-            self._consumer.commit(offsets=places, asynchronous=False)
-            self._told |= changed
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._consumer.close()

@@ -54,13 +54,13 @@ class _Read(BatchSource):
         self.late = Metrics.counter("ReadKafka", "late_messages")
         self.read = Metrics.counter("ReadKafka", "messages")
 
-    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Stamped]:
+    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Any]:
         reading = self.reading
         reader = take_reader(reading, dict(tracker.current_restriction()))
         now = watermark.current_watermark()
         reader.watermark_s = -float("inf") if now is None else now.micros / 1e6
         try:
-            yield from self._read_for_a_while(reader, tracker)
+            yield from self.done_with(self._read_for_a_while(reader, tracker))
             if reader.ended and tracker.try_claim(END):
                 reader.close()
                 watermark.set_watermark(MAX_TIMESTAMP)
@@ -68,8 +68,8 @@ class _Read(BatchSource):
             mark = reader.new_watermark()
             if mark > reader.watermark_s:
                 if reading.until is None:
-                    for span in reader.empty_windows(mark):
-                        yield _empty(span, mark // reading.window_s * reading.window_s)
+                    closing_s = mark // reading.window_s * reading.window_s
+                    yield from self.done_with([_empty(span, closing_s) for span in reader.empty_windows(mark)])
                 watermark.set_watermark(Timestamp(mark))
                 reader.watermark_s = mark
             tracker.defer_remainder(Duration(0 if reader.behind else _DEFER_S))
@@ -120,7 +120,7 @@ class _ReadUnbounded(_Read):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
-        yield from self.done_with(self._batches(tracker, watermark))
+        yield from self._batches(tracker, watermark)
 
 
 class _ReadBounded(_Read):
@@ -130,7 +130,7 @@ class _ReadBounded(_Read):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
-        yield from self.done_with(self._batches(tracker, watermark))
+        yield from self._batches(tracker, watermark)
 
 
 class _Gather:

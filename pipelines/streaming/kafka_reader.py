@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilbeam.pipelines.streaming.decode import Decoder
-from distilbeam.pipelines.streaming.kafka_client import Ends, Topic
+from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.kafka_ends import Ends
 from distilbeam.pipelines.streaming.message import Message
 from distilbeam.pipelines.streaming.offsets import Offsets
 from distilbeam.pipelines.streaming.stop_file import stop_wanted
@@ -187,8 +188,11 @@ class Reader:
             self._at_end.add(partition)
             return
         gone = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
-        refused = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
-        if error.fatal() or error.code() in (*gone, *refused):
+        if (
+            error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+        ):  # nobody joins one: who may read the topic need not have one
+            return
+        if error.fatal() or error.code() in (*gone, KafkaError.TOPIC_AUTHORIZATION_FAILED):
             raise RuntimeError(f"topic {self.topic.name} cannot be read any more: {error.str()}")
         log.warning("topic %s: %s; reading goes on when it answers", self.topic.name, error.str())
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.metrics import Metrics
+from threadpoolctl import ThreadpoolController
 
+from distilbeam.pipelines.engine.model_cache import cached_teacher
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.labelling.label_rows import Labelled, Labelling, plain
-from distilbeam.pipelines.streaming.decode import Decoder
+from distilbeam.pipelines.streaming.decode import Decoded, Decoder
 from distilbeam.pipelines.streaming.message import MESSAGE, OFFSET, PARTITION, UNKNOWN, Message, MessageBatch, Outcome
 
 _LATE = "it came after its window was closed and the allowed lateness had passed; raise --allowed-lateness-s"
@@ -36,7 +38,7 @@ class _OneThread(beam.DoFn):
 
 
 class LabelMessages(_OneThread):
-    """Decode a batch, ask the teacher, and account for every message.
+    """Decode a batch, ask the teacher, and account for every message; a source does it in its own step (`batch_source`).
 
     Args:
       decoder: how messages become rows.
@@ -46,29 +48,49 @@ class LabelMessages(_OneThread):
 
     def __init__(self, decoder: Decoder, labelling: Labelling, topic: str) -> None:
         self.decoder, self.labelling, self.topic = decoder, labelling, topic
-        self.counters = {name: Metrics.counter("LabelMessages", name) for name in ("asked", "labelled", "dead")}
 
     def process(self, batch: MessageBatch) -> Iterator[Outcome]:
+        found = self.begin(batch)
+        if not isinstance(found, Outcome):
+            found = found()
+            self.require_same_teacher()
+        yield found
+
+    def begin(self, batch: MessageBatch) -> Outcome | Callable[[], Outcome]:
+        """Decode a batch; give what became of it or, where the teacher is to be asked, what asks."""
         if batch.empty is not None:
-            yield nothing(batch.empty)
-            return
+            return nothing(batch.empty)
         if batch.late:
             letters = [letter(self.topic, message, "late", _LATE) for message in batch.messages]
-            self.counters["dead"].inc(len(letters))
-            yield outcome(None, letters, batch.covers, batch.ids)
-            return
+            return outcome(None, letters, batch.covers, batch.ids)
         decoded = self.decoder(batch.messages)
         letters = [letter(self.topic, batch.messages[i], "message", why) for i, why in decoded.refused.items()]
-        labels = None
-        if decoded.rows.num_rows:
-            rows = pa.Table.from_batches([decoded.rows])
-            labelled = self.labelling(rows)
-            letters += failures_to_letters(self.topic, labelled, [batch.messages[i] for i in decoded.good])
-            labels = labels_of(labelled, rows)
-            self.counters["asked"].inc(labelled.calls)
-            self.counters["labelled"].inc(len(labelled.good))
-        self.counters["dead"].inc(len(letters))
-        yield outcome(labels, letters, batch.covers, batch.ids)
+        if not decoded.rows.num_rows:
+            return outcome(None, letters, batch.covers, batch.ids)
+        return partial(self._asked, batch, decoded, letters)
+
+    def _asked(self, batch: MessageBatch, decoded: Decoded, letters: list[dict[str, Any]]) -> Outcome:
+        rows = pa.Table.from_batches([decoded.rows])
+        labelled = self.labelling(rows, checked=False)
+        letters += failures_to_letters(self.topic, labelled, [batch.messages[i] for i in decoded.good])
+        return outcome(labels_of(labelled, rows), letters, batch.covers, batch.ids)
+
+    def in_flight(self) -> int:
+        """Return how many batches the teacher takes at once: a server says how many requests, a model here is asked by one."""
+        return max(1, getattr(cached_teacher(self.labelling.teacher), "parallel", 1))
+
+    def start_thread(self) -> None:
+        """Keep models that this thread asks to one thread: OpenMP has a number for each, `threads` sets the others for all."""
+        ThreadpoolController().limit(limits=1, user_api="openmp")
+
+    def require_same_teacher(self) -> None:
+        """See that the teacher is the one of the labels still; a server is asked a question of its own for that.
+
+        Raises:
+          ValueError: it is another one.
+          TeacherChanged: it says so itself.
+        """
+        self.labelling.checked_teacher()
 
 
 class DecodeMessages(beam.DoFn):

@@ -8,7 +8,7 @@ window's rows are then written in a pane of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
@@ -55,15 +55,15 @@ class _Read(BatchSource):
         tracker: Any = RESTRICTION,
         watermark: Any = WATERMARK,
     ) -> Iterator[Any]:
-        yield from self.done_with(self._batches(tracker, watermark))
+        yield from self._batches(tracker, watermark)
 
-    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Stamped]:
+    def _batches(self, tracker: Any, watermark: Any) -> Iterator[Any]:
         reader = take_pubsub_reader(self.reading)
         now = watermark.current_watermark()
         reader.watermark_s = -float("inf") if now is None else now.micros / 1e6
         try:
-            stop = yield from self._read_for_a_while(reader, tracker)
-            if stop and tracker.try_claim(END):
+            yield from self.done_with(self._read_for_a_while(reader, tracker))
+            if reader.told and tracker.try_claim(END):
                 watermark.set_watermark(MAX_TIMESTAMP)  # the reader lives on: what it holds is not committed yet
                 return
             mark = reader.new_watermark()
@@ -75,14 +75,12 @@ class _Read(BatchSource):
             reader.close()  # what was given out and will not be committed comes again
             raise
 
-    def _read_for_a_while(self, reader: PubsubReader, tracker: Any) -> Generator[Stamped, None, bool]:
-        """Read for `max_wait_s`, emit each batch when it is full and the rest at the end; return whether to end."""
+    def _read_for_a_while(self, reader: PubsubReader, tracker: Any) -> Iterator[Stamped]:
+        """Read for `max_wait_s`, emit each batch when it is full and the rest at the end."""
         end = time.monotonic() + max(self.reading.max_wait_s, 0.1)
         waiting: dict[tuple[float, bool], list[Delivered]] = {}
-        stop = False
-        while time.monotonic() < end and not stop and tracker.try_claim({}):
-            stop = reader.told_to_stop()
-            delivered = [] if stop else reader.poll()
+        while time.monotonic() < end and not reader.told_to_stop() and tracker.try_claim({}):
+            delivered = reader.poll()
             self.read.inc(len(delivered))
             for each in delivered:
                 key = self._window(each, reader.watermark_s)
@@ -92,7 +90,6 @@ class _Read(BatchSource):
                     yield self._stamped(key, waiting.pop(key))
         for key, same in waiting.items():
             yield self._stamped(key, same)
-        return stop
 
     def _window(self, each: Delivered, watermark_s: float) -> tuple[float, bool]:
         """Return the start of the window that a message comes in, and whether nobody is to be asked about it."""

@@ -103,6 +103,7 @@ class PubsubReader:
         self._recent: list[tuple[float, float]] = [(time.monotonic(), -float("inf"))]
         self._settled = SettledIds(reading.out, reading.subscription)
         self._settled.look()
+        self.told = False  # to end
         self._stop_looked = 0.0
         self._closing = threading.Event()
         self._client = pubsub_v1.SubscriberClient()
@@ -164,10 +165,10 @@ class PubsubReader:
 
     def told_to_stop(self) -> bool:
         """Tell whether the reading is to end, looking at most once a second."""
-        if time.monotonic() - self._stop_looked < 1:
-            return False
-        self._stop_looked = time.monotonic()
-        return stop_wanted(self.reading.out)
+        if not self.told and time.monotonic() - self._stop_looked >= 1:
+            self._stop_looked = time.monotonic()
+            self.told = stop_wanted(self.reading.out)
+        return self.told
 
     def _acknowledge(self) -> None:
         while not self._closing.wait(_LOOK_S):

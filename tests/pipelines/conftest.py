@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import require_prism
+from engines import find_prism, require_prism
 from labelling import Command, command_in
 from problem import write_problem
 
 ON_PRISM = os.environ.get("DISTILBEAM_RUNNER") == "PrismRunner"  # `make test-prism`
+if ON_PRISM and (prism := find_prism()) is not None:  # here, before modules of tests and fixtures of many tests look
+    os.environ["PRISM"] = str(prism)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,11 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"))
 
 
-@pytest.fixture(autouse=True)
-def _on_prism(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all of these tests are to run on Prism, find it."""
+@pytest.fixture(autouse=True, scope="session")
+def _on_prism() -> None:
+    """Where all of these tests are to run on Prism, skip them where there is none."""
     if ON_PRISM:
-        monkeypatch.setenv("PRISM", str(require_prism()))
+        require_prism()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,9 @@ class Broker:
 
     Args:
       folder: where it keeps them.
+
+    Attributes:
+      address: where it listens.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +69,7 @@ class Broker:
     def start(self) -> None:
         """Start it and wait until it answers."""
         self.process: subprocess.Popen[str] | None = subprocess.Popen(
-            [self.start_script, self.folder, str(self.port)],
+            self._command(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -86,6 +90,9 @@ class Broker:
                 return
         raise AssertionError("the broker does not answer")
 
+    def _command(self) -> list[str | Path]:
+        return [self.start_script, self.folder, str(self.port)]
+
     def make_topic(self, name: str, partitions: int = 4, **settings: str) -> None:
         """Make a topic."""
         from confluent_kafka.admin import AdminClient, NewTopic
@@ -101,6 +108,67 @@ class Broker:
             assert self.process.stdout is not None
             self.process.stdout.close()
             self.process = None
+
+
+class GuardedBroker(Broker):
+    """A broker that asks for names and passwords at a second address, and lets each do what it was allowed.
+
+    Args:
+      folder: where it keeps its topics.
+      passwords: by the names of those who may connect.
+
+    Attributes:
+      guarded_address: where it asks; whoever comes to `address` may do everything.
+    """
+
+    def __init__(self, folder: Path, passwords: dict[str, str]) -> None:
+        self.passwords = passwords
+        super().__init__(folder)
+
+    def _command(self) -> list[str | Path]:
+        """Let the script write its settings and, in the place of the broker, start it with more of them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            guarded = f"SASL_PLAINTEXT://127.0.0.1:{probe.getsockname()[1]}"
+        self.guarded_address = guarded.rpartition("/")[2]
+        users = " ".join(f'user_{name}="{password}"' for name, password in self.passwords.items())
+        login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
+        more = f"""sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config={login}
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS
+"""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "more.properties").write_text(more)
+        program = self.folder / "java"
+        program.write_text(
+            f"""#!/bin/bash
+settings={self.folder}/server.properties
+if [ "${{@: -2:1}}" = kafka.Kafka ]; then
+  sed -i -e 's|^\\(advertised.\\)\\?listeners=.*|&,{guarded}|' -e 's|^listener.security.*|&,SASL_PLAINTEXT:SASL_PLAINTEXT|' $settings
+  cat {self.folder}/more.properties >>$settings
+fi
+exec {shutil.which("java")} "$@"
+"""
+        )
+        program.chmod(0o755)
+        return ["env", f"PATH={self.folder}:{os.environ['PATH']}", *super()._command()]
+
+    def allow(self, user: str, what: str, topic: str) -> None:
+        """Allow somebody to do something with a topic: READ, or DESCRIBE alone."""
+        from confluent_kafka.admin import (
+            AclBinding,
+            AclOperation,
+            AclPermissionType,
+            AdminClient,
+            ResourcePatternType,
+            ResourceType,
+        )
+
+        pattern, allowed = ResourcePatternType.LITERAL, AclPermissionType.ALLOW
+        rule = AclBinding(ResourceType.TOPIC, topic, pattern, f"User:{user}", "*", AclOperation[what], allowed)
+        admin = AdminClient({"bootstrap.servers": self.address})  # held: it is ended with its last reference
+        admin.create_acls([rule])[rule].result(30)
 
 
 @contextmanager

@@ -141,6 +141,37 @@ def test_what_an_entry_does_not_hold_any_more_is_asked_again_and_nothing_else(br
     assert pq.read_table(out / lost.path).equals(before)
 
 
+@pytest.mark.parametrize("former", ["", "-1", "-0123456789abcdef"])  # the pane's number, or a hash of other names
+def test_a_dataset_whose_panes_have_names_of_former_versions_goes_on(broker: str, config: Path, former: str) -> None:
+    out, sent = config.parent / "labels", rows(100)
+    first_ms = int(time.time() // 60 * 60_000) - 120_000
+
+    def send_in_two_windows(some: list[dict[str, Any]]) -> None:
+        for i, row in enumerate(some):
+            send(broker, TOPIC, [row], timestamp=first_ms + 60_000 * (i % 2), partition=i % 4)
+
+    send_in_two_windows(sent[:60])
+    label(broker, config, window_s=60.0)
+    for entry in read_manifest(out).entries:
+        name = entry.key.rpartition("-")[0] + former
+        (out / entry.path).rename(out / f"{name}.parquet")
+        record = out / "_manifest" / f"{entry.key}.json"
+        (out / "_manifest" / f"{name}.json").write_text(record.read_text().replace(entry.key, name))
+        record.unlink()
+    before = {path: path.read_bytes() for path in out.rglob("window=*")}
+    assert len(before) == 4
+    send_in_two_windows(sent[60:])
+    assert label(broker, config, window_s=60.0).labels == 40
+    assert len(asked(config.parent)) == 100
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(labels_in(out)["example_id"].to_pylist()) == sorted(row["key"] for row in sent)
+
+    lost = next(path for path in before if path.suffix == ".json")
+    lost.unlink()  # its shard is what a crash left behind
+    assert label(broker, config, window_s=60.0).labels == 30
+    assert sorted(labels_in(out)["example_id"].to_pylist()) == sorted(row["key"] for row in sent)
+
+
 BAD = {
     "tombstone": (None, "the message has no value (a tombstone)"),
     "text": (b"{", "not JSON: "),

@@ -9,7 +9,8 @@ import pytest
 from engines import mock_broker, rows, send, wait_for
 
 from distilbeam.pipelines.streaming import kafka_reader
-from distilbeam.pipelines.streaming.kafka_client import Ends, Topic
+from distilbeam.pipelines.streaming.kafka_client import Topic
+from distilbeam.pipelines.streaming.kafka_ends import Ends
 from distilbeam.pipelines.streaming.kafka_read import _Gather
 from distilbeam.pipelines.streaming.kafka_reader import Reader, Reading
 from distilbeam.pipelines.streaming.message import Message
