@@ -53,14 +53,36 @@ def load_teacher(
     return loaded
 
 
+def in_form(teacher: Any, form: Mapping[str, Any]) -> Teacher:
+    """Give a loaded teacher of tokens that answers in another form; the weights are the same ones.
+
+    Args:
+      teacher: what `load_teacher` returned for a form.
+      form: the other form.
+
+    Raises:
+      ValueError: it is none that the teacher can have.
+    """
+    answers, protocol = _modules_of_tokens()
+    found: Teacher = answers.BlockAnswers(
+        teacher.teacher, protocol.TokenForm(**{**form, "carried": tuple(form["carried"])})
+    )
+    return found
+
+
 def _answering_blocks(teacher: Any, form: Mapping[str, Any]) -> Any:
-    answers = importlib.import_module("distilbeam.teacher.tokens.block_answers")
-    protocol = importlib.import_module("distilbeam.teacher.tokens.protocol")
+    answers, protocol = _modules_of_tokens()
     try:
         return answers.BlockAnswers(teacher, protocol.TokenForm(**{**form, "carried": tuple(form["carried"])}))
     except BaseException:
         teacher.close()
         raise
+
+
+def _modules_of_tokens() -> tuple[Any, Any]:
+    names = ("block_answers", "protocol")
+    answers, protocol = (importlib.import_module(f"distilbeam.teacher.tokens.{name}") for name in names)
+    return answers, protocol
 
 
 # Modules are imported by name when their kind is asked for: each brings a framework of its own.

@@ -31,6 +31,9 @@ PARTS = {"teacher": 82, "pool": 10, "held-out": 8}  # of a hundred documents
 LEAST = 60  # letters of a document
 TEACHER = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 BATCH, LR = 4, 1.5e-3
+BUDGET_TOKENS = 24_576  # of a round
+
+STUDENT = '{ model_type = "llama", hidden_size = 64, intermediate_size = 160, num_hidden_layers = 2, num_attention_heads = 2 }'
 
 LABEL = """# Token labels of {name}: `distilbeam label` on this file.
 [run]
@@ -48,6 +51,42 @@ device = "cpu"
 kind = "{kind}"
 k = {k}
 """
+RUN = """# A run: `distilbeam run` on this file. Blocks of the pool are chosen, labelled by the teacher, and learned, in two rounds; the
+# report compares the student with the teacher, and with the same student of the text alone.
+[run]
+directory = "run"
+rounds = 2
+seed = {seed}
+
+[data]
+pool = "pool"
+validation = "held-out"           # nobody learns it
+
+[teacher]
+kind = "causal_lm"
+model = "teacher"
+device = "cpu"
+
+[labels]
+kind = "sampled"                  # 32 draws of each token's distribution
+k = 32
+
+[selection]
+method = "herding"                # what covers best the blocks that the student is unsure of
+gain = "entropy"
+budget_tokens = {budget}
+compare_uniform = false           # true: as many blocks by chance, too
+
+[student]
+kind = "causal_lm"
+tokenizer = "teacher"
+config = {student}
+
+[training]
+epochs = 4
+batch_size = 8
+lr = 0.002
+"""
 TRAINING = """# {what}: `distilbeam launch` on this file.
 [data]
 soft_labels = ["job/labels"]
@@ -58,7 +97,7 @@ seed = {seed}
 [student]
 kind = "causal_lm"
 tokenizer = "teacher"
-config = {{ model_type = "llama", hidden_size = 64, intermediate_size = 160, num_hidden_layers = 2, num_attention_heads = 2 }}
+config = {student}
 
 [training]
 epochs = 4
@@ -87,9 +126,9 @@ def write(directory: Path, seed: int, progress: Progress, *, steps: int = 600, d
     for name, texts in parts.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
         (corpus / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _write_tokenizer(directory / "teacher", parts["teacher"])
+    write_tokenizer(directory / "teacher", parts["teacher"])
     with threads(1):  # two are slower on a machine that others use, and little faster on one that nobody does
-        _train_teacher(directory / "teacher", parts["teacher"], seed, steps, progress)
+        train_teacher(directory / "teacher", parts["teacher"], seed, steps, progress)
     _write_settings(directory, seed)
     digest = hashlib.blake2b("\0".join(t for texts in parts.values() for t in texts).encode(), digest_size=16)
     told = {
@@ -143,7 +182,8 @@ def _part_of(text: str) -> str:
     raise AssertionError("the parts are a hundred hundredths")
 
 
-def _write_tokenizer(folder: Path, texts: list[str]) -> None:
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Train a byte-pair encoding of `VOCABULARY` ids on texts, and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -160,7 +200,7 @@ def _write_tokenizer(folder: Path, texts: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
-def _train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progress: Progress) -> None:
+def train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progress: Progress) -> None:
     """Train a Llama on rows of the texts one after another, ends of text between them, and save it beside its tokenizer."""
     import transformers
 
@@ -198,16 +238,20 @@ def _train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progre
 
 
 def _write_settings(directory: Path, seed: int) -> None:
+    (directory / "run.toml").write_text(RUN.format(seed=seed, budget=BUDGET_TOKENS, student=STUDENT))
     label = directory / "label.toml"
     label.write_text(LABEL.format(name="the pool", directory="job", pool="pool", kind="sampled", k=32))
     held_out = LABEL.format(name="held-out text", directory="held-out-job", pool="held-out", kind="top_k", k=20)
     (directory / "held-out.toml").write_text(held_out)
-    student = TRAINING.format(what="A student of the teacher's labels", directory="student", seed=seed, more="")
+    student = TRAINING.format(
+        what="A student of the teacher's labels", directory="student", seed=seed, student=STUDENT, more=""
+    )
     (directory / "student.toml").write_text(student)
     plain = TRAINING.format(
         what="The same student of the text alone",
         directory="plain",
         seed=seed,
+        student=STUDENT,
         more="hard_share = 1.0   # reads no label",
     )
     (directory / "plain.toml").write_text(plain)

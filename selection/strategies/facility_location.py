@@ -89,6 +89,10 @@ class FacilityLocation:
         """The number of the largest sample of references."""
         return len(self._samples) - 1
 
+    def at_once(self, sample: int) -> int:
+        """How many candidates are bounded together by a sample."""
+        return max(_AT_ONCE, BLOCK_VALUES // len(self._samples[sample].rows))
+
     def bounds(self, drawn: Indices, *finer: Indices) -> Floats:
         """Bound what each candidate adds at first, from a part of the rows; with all rows the bounds are the values.
 
@@ -279,10 +283,14 @@ def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int
             value = objective.bound(candidate, max(kind, 0))
             heapq.heappush(heap, (-value, rank, len(chosen), kind))
         else:
-            ranks = [rank]  # a few at a time, since each costs a pass over the sample or the pool
-            while heap and heap[0][2:] == (step, kind) and len(ranks) < _AT_ONCE:
-                ranks.append(heapq.heappop(heap)[1])
             closer = kind + 1 if _VALUE < kind < objective.finest else _VALUE
+            many = _AT_ONCE if closer == _VALUE else objective.at_once(closer)
+            ranks = [rank]  # those that follow are wanted soon, and together they cost one pass over the sample or the pool
+            while heap and len(ranks) < many and heap[0][2:] == (step, kind):
+                ranks.append(heapq.heappop(heap)[1])
+                while heap and _VALUE < heap[0][3] == kind < objective.finest and heap[0][2] < step:
+                    _, stale, _, _ = heap[0]
+                    heapq.heapreplace(heap, (-objective.bound(int(order[stale]), kind), stale, step, kind))
             found = objective.added(order[ranks]) if closer == _VALUE else objective.refined(order[ranks], closer)
             for value, rank in zip(found.tolist(), ranks, strict=True):
                 heapq.heappush(heap, (-value, rank, len(chosen), closer))

@@ -238,7 +238,9 @@ def test_runs_and_streams_are_for_classes(place: Path, model: Path) -> None:
         "student": {"kind": "mlp", "input": {"column": "x"}},
     }
     (place / "run.toml").write_text(tomli_w.dumps(run))
-    with pytest.raises(ValueError, match=r"teacher.kind must be that of a classifier in a run, got 'causal_lm'"):
+    with pytest.raises(
+        ValueError, match=r"student.kind must be 'causal_lm' with teacher.kind = 'causal_lm', which labels the tokens"
+    ):
         load_config(place / "run.toml")
 
 
