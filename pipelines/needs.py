@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from distilbeam.extras import Need
 
 if TYPE_CHECKING:
-    from distilbeam.pipelines.config import LabelConfig, RunConfig
+    from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig
     from distilbeam.student.search.space import ParetoConfig
 
 STORES = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
@@ -21,7 +21,7 @@ TEACHERS = {
 ONNX_FORMATS = ("onnx", "int8", "int8-weights")
 
 
-def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
+def needs_of(config: RunConfig | TokenRunConfig | LabelConfig) -> Iterator[Need]:
     """List what a configuration needs.
 
     Args:
@@ -33,12 +33,16 @@ def needs_of(config: RunConfig | LabelConfig) -> Iterator[Need]:
     if config.teacher.kind in TEACHERS:
         extra, modules = TEACHERS[config.teacher.kind]
         yield Need(f"teacher.kind = '{config.teacher.kind}'", extra, modules)
+    if getattr(config.teacher, "tokenizer", None) and config.teacher.kind not in TEACHERS:
+        yield Need("teacher.tokenizer", "hf", ("transformers", "tokenizers"))
     inputs = {"teacher": config.teacher.input, "student": getattr(getattr(config, "student", None), "input", None)}
     for section, reading in inputs.items():
         if reading is not None and reading.tokenizer:
             yield Need(f"{section}.input.tokenizer", "hf", ("tokenizers",))
     if getattr(getattr(config, "student", None), "kind", None) == "huggingface":
         yield Need("student.kind = 'huggingface'", "hf", ("transformers",))
+    if getattr(getattr(config, "student", None), "kind", None) == "causal_lm":
+        yield Need("student.kind = 'causal_lm'", "hf", ("transformers", "tokenizers"))
     encoder = getattr(getattr(config, "student", None), "encoder", None)
     if encoder is not None and encoder.folder:
         yield Need("student.encoder.folder", "hf", ("transformers",))

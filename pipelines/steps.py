@@ -8,14 +8,15 @@ compare with as many uniformly chosen labels; evaluate; report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apache_beam.options.pipeline_options import PipelineOptions
+
 from distilbeam.extras import require_extras
-from distilbeam.pipelines.config import RunConfig, load_config, parse_config
+from distilbeam.pipelines.config import RunConfig, TokenRunConfig, load_run_config, parse_run_config
 from distilbeam.pipelines.engine.beam_options import pipeline_options
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.jobs.cross_fitting import last_training
@@ -26,36 +27,17 @@ from distilbeam.pipelines.jobs.freeze import freeze
 from distilbeam.pipelines.jobs.opening import opened_run
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.set_notes import notes_on, require_different_sets
+from distilbeam.pipelines.jobs.step import Step as Step
+from distilbeam.pipelines.language.figures import UNIT
+from distilbeam.pipelines.language.job import TokenJob
+from distilbeam.pipelines.language.report import write_token_report
+from distilbeam.pipelines.language.run import TokenRun
+from distilbeam.pipelines.language.steps import token_steps
 from distilbeam.pipelines.needs import needs_of
 from distilbeam.pipelines.report.html import write_report
 from distilbeam.pipelines.report.metrics import are_current, write_results
 from distilbeam.progress import Progress
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run.
-
-    Attributes:
-      name: what it belongs to: "encode", "train", "ask", "select", "label", "compare", "evaluate" or "report".
-      round: number of the round, or None.
-      title: what is shown.
-      commit: the file or directory whose presence means that the step is done.
-      do: does it, reporting progress.
-      current: tells of what is committed whether it is of the settings that the configuration has now.
-    """
-
-    name: str
-    round: int | None
-    title: str
-    commit: Path
-    do: Callable[[Progress], None]
-    current: Callable[[], bool] = lambda: True
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left of it."""
-        return self.commit.exists() and self.current()
+from distilbeam.storage.files import read_json
 
 
 def steps_of(job: Job) -> list[Step]:
@@ -112,8 +94,20 @@ def _ask(job: Job, name: str) -> Step:
     return Step("ask", None, f"ask the teacher about the {name} set", commit, partial(job.ask, name))
 
 
+def job_of(config: RunConfig | TokenRunConfig, directory: RunDirectory, options: PipelineOptions) -> Job | TokenJob:
+    """Give what carries out the steps of a run in its directory."""
+    if isinstance(config, TokenRunConfig):
+        return TokenJob(TokenRun(config, directory), options)
+    return Job(Run(config, directory), options)
+
+
+def every_step(job: Job | TokenJob) -> list[Step]:
+    """List the steps of a run of either kind in their order."""
+    return token_steps(job) if isinstance(job, TokenJob) else steps_of(job)
+
+
 def run(
-    config: RunConfig | Mapping[str, Any] | str | Path,
+    config: RunConfig | TokenRunConfig | Mapping[str, Any] | str | Path,
     *,
     base: Path | str | None = None,
     beam_flags: Sequence[str] = (),
@@ -145,21 +139,21 @@ def run(
     """
     display = display or Display.silent()
     if isinstance(config, str | Path):
-        config = load_config(Path(config))
+        config = load_run_config(Path(config))
         if base is not None:
-            config = parse_config(config.dump())
+            config = parse_run_config(config.dump())
     elif isinstance(config, Mapping):
-        config = parse_config(config)
+        config = parse_run_config(config)
     config = config.relative_to(Path(base or ".").resolve())
     require_extras(needs_of(config))
     options = pipeline_options(beam_flags)
     with opened_run(config) as directory:
-        job = Job(Run(config, directory), options)
+        job = job_of(config, directory, options)
         if (sentence := directory.sentence(config.run.rounds)) is not None:
             display.say(sentence)
         if config.engine.retry:
             job.reopen_failed()
-        steps = _up_to(steps_of(job), until)
+        steps = _up_to(every_step(job), until)
         todo = [step for step in steps if not step.done]
         if directory.moved:
             freeze(job.run, check_content)
@@ -173,7 +167,7 @@ def run(
             )
         with display.step("read the data and load the teacher"):
             freeze(job.run, check_content)
-        if todo[0] is steps[0]:
+        if todo[0] is steps[0] and isinstance(job, Job):
             require_different_sets(job.run.inputs)
             for note in notes_on(job.run.inputs):
                 display.say(f"note: {note}")
@@ -185,7 +179,9 @@ def run(
 
 def redraw_report(root: Path) -> None:
     """Draw the report of a finished run again."""
-    write_report(RunDirectory(root), Progress())
+    where = RunDirectory(root)
+    of_tokens = read_json(where.metrics).get("unit") == UNIT
+    (write_token_report if of_tokens else write_report)(where, Progress())
 
 
 def _up_to(steps: list[Step], until: tuple[str, int | None] | None) -> list[Step]:

@@ -14,7 +14,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from distilbeam.pipelines.cli.settings import chosen, said_of_sections, setting_files, setting_lines
-from distilbeam.pipelines.config import SelectionSection
+from distilbeam.pipelines.sections import SelectionSection
+from distilbeam.pipelines.token_config import BlockSelectionSection
 from distilbeam.selection.strategies.registry import names
 from distilbeam.setting_docs import Setting, described, sections_of, together
 from distilbeam.settings import Section
@@ -122,7 +123,7 @@ def test_one_section_or_one_setting_is_chosen() -> None:
     rates = chosen(every, "training.lr")  # a language model has a default of its own
     assert [(s.dotted, s.files) for s in rates] == [
         ("training.lr", ("run", "training")),
-        ("training.lr", ("language model training",)),
+        ("training.lr", ("run of a language model", "language model training")),
     ]
     with pytest.raises(ValueError, match=r"^trainning is no section and no setting; did you mean training\?$"):
         chosen(every, "trainning")
@@ -155,7 +156,9 @@ def test_the_command_prints_text_and_json() -> None:
     out = command("selection", "--json")
     assert out.returncode == 0, out.stderr
     data: list[dict[str, Any]] = json.loads(out.stdout)
-    assert [item["name"] for item in data] == list(SelectionSection.model_fields)
+    # what chooses blocks is described otherwise than what chooses examples
+    of_both = [*SelectionSection.model_fields, *BlockSelectionSection.model_fields]
+    assert [item["name"] for item in data] == of_both
     budget = next(item for item in data if item["name"] == "budget")
     assert (budget["required"], budget["allowed"], budget["files"]) == (True, "1 or more", ["run"])
     out = command("selection.budgte")

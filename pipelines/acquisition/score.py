@@ -145,21 +145,16 @@ class Score(UnitFiles):
             count("rows_unusable", len(reasons))
             with timed("write"):
                 file = unusable_directory(self.output) / f"{unit.uid}.parquet"
-                yield _written(file, unusable_table(unit, reasons), {})
+                yield written(file, unusable_table(unit, reasons), {})
         if self.candidates is not None:
             columns = {
                 name: np.concatenate(kept[name]) if name in kept else np.empty((0, 1), np.float32)
                 for name in self.candidates.kept
             }
             with timed("write"):
-                yield _written(embeddings_file(self.candidates.output, unit), _candidates_table(wanted, columns))
-        gains = np.concatenate(parts)[rows]
-        sketch = GainSketch()
-        sketch.add(gains)
-        table = pa.table({"row": rows, "gain": gains})
-        metadata = {_SKETCH_KEY: base64.b64encode(sketch.to_bytes())}
+                yield written(embeddings_file(self.candidates.output, unit), candidates_table(wanted, columns))
         with timed("write"):
-            yield _written(self._file(unit), table.replace_schema_metadata(metadata))
+            yield written(self._file(unit), gains_table(rows, np.concatenate(parts)[rows]))
 
     def _scored(
         self, batch: pa.RecordBatch, wanted: npt.NDArray[np.int64]
@@ -231,7 +226,16 @@ def read_candidates(
     return table["row"].to_numpy(), {name: flat_values(c, c.type.list_size) for name, c in columns.items()}
 
 
-def _candidates_table(rows: npt.NDArray[np.int64], kept: Mapping[str, npt.NDArray[np.float32]]) -> pa.Table:
+def gains_table(rows: npt.NDArray[np.int64], gains: npt.NDArray[np.float32]) -> pa.Table:
+    """Lay a unit's gains out as its file has them, with their sketch."""
+    sketch = GainSketch()
+    sketch.add(gains)
+    table = pa.table({"row": rows, "gain": gains})
+    return table.replace_schema_metadata({_SKETCH_KEY: base64.b64encode(sketch.to_bytes())})
+
+
+def candidates_table(rows: npt.NDArray[np.int64], kept: Mapping[str, npt.NDArray[np.float32]]) -> pa.Table:
+    """Lay out what is kept of a unit's candidates, float32 [candidates, d] each, as their file has it."""
     columns = {
         _KEPT_COLUMNS[name]: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
         for name, values in kept.items()
@@ -239,7 +243,8 @@ def _candidates_table(rows: npt.NDArray[np.int64], kept: Mapping[str, npt.NDArra
     return pa.table({"row": rows, **columns})
 
 
-def _written(file: Path, table: pa.Table, encoding: dict[str, Any] = _ENCODING) -> tuple[Path, Path]:
+def written(file: Path, table: pa.Table, encoding: dict[str, Any] = _ENCODING) -> tuple[Path, Path]:
+    """Write a table under a temporary name; return that and the file's own, for `UnitFiles.settle`."""
     temporary = temporary_name(file)
     pq.write_table(table, temporary, **encoding)
     return temporary, file

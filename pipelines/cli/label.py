@@ -126,8 +126,9 @@ def plan(
         from distilbeam.pipelines.config import LabelConfig
         from distilbeam.pipelines.engine.beam_options import pipeline_options
         from distilbeam.pipelines.forecast.forecast import forecast_labelling, forecast_run
+        from distilbeam.pipelines.forecast.token_forecast import forecast_token_run, token_sentences
         from distilbeam.pipelines.jobs.distillation import Job
-        from distilbeam.pipelines.jobs.run import Run
+        from distilbeam.pipelines.steps import job_of
 
     options = pipeline_options(flags)
     if isinstance(settings, LabelConfig):
@@ -137,8 +138,11 @@ def plan(
             forecast = forecast_labelling(job, label_plan, options, sample)
     else:
         with _run_directory(settings, held=sample > 0) as directory:
-            sentences = []
-            forecast = forecast_run(Job(Run(settings, directory), options), sample)
+            run_job = job_of(settings, directory, options)
+            if isinstance(run_job, Job):
+                sentences, forecast = [], forecast_run(run_job, sample)
+            else:
+                sentences, forecast = [*token_sentences(run_job)], forecast_token_run(run_job, sample)
     if json_file is not None:  # before anything is printed: whoever reads it may have had enough
         json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
     for sentence in sentences:

@@ -273,13 +273,17 @@ def report(
 
 def _print_results(directory: Path) -> None:
     from distilbeam.pipelines.jobs.work_log import work_table
+    from distilbeam.pipelines.language.figures import UNIT
+    from distilbeam.pipelines.language.report import sentences as token_sentences
+    from distilbeam.pipelines.language.report import token_results_table
     from distilbeam.pipelines.report.html import calls_sentences, results_table
     from distilbeam.storage.files import read_json
 
     results = read_json(directory / "report" / "metrics.json")
-    console.print(results_table(results))
+    of_tokens = results.get("unit") == UNIT
+    console.print((token_results_table if of_tokens else results_table)(results))
     console.print(work_table(results["work"]))
-    for sentence in calls_sentences(results):
+    for sentence in (token_sentences if of_tokens else calls_sentences)(results):
         console.print(sentence, highlight=False, soft_wrap=True)
 
 

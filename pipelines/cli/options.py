@@ -17,7 +17,7 @@ from distilbeam.pipelines.engine.forkserver import begin
 from distilbeam.settings import SET_HELP, SET_METAVAR
 
 if TYPE_CHECKING:
-    from distilbeam.pipelines.config import LabelConfig, RunConfig
+    from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig
 
 console = plain_console()
 errors = plain_console(stderr=True)
@@ -85,9 +85,9 @@ def run_steps(
     """Do what is left of a run up to a step; return the run directory."""
     configure_logs(log_level, console)
     begin(flags or [])
-    from distilbeam.pipelines.config import load_config
+    from distilbeam.pipelines.config import load_run_config
 
-    settings = load_config(config, overrides or ())
+    settings = load_run_config(config, overrides or ())
     check_early(settings, flags or ())
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.steps import run
@@ -101,7 +101,7 @@ def run_steps(
     )
 
 
-def check_early(settings: RunConfig | LabelConfig, flags: Sequence[str]) -> None:
+def check_early(settings: RunConfig | TokenRunConfig | LabelConfig, flags: Sequence[str]) -> None:
     """Check what needs no torch, which takes seconds to import, and of Beam its options alone.
 
     Raises:

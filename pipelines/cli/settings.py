@@ -43,7 +43,7 @@ def settings(
 
 def setting_files() -> dict[str, type[BaseModel]]:
     """Give the classes of all files of settings, by what a file is called."""
-    from distilbeam.pipelines.config import LabelConfig, RunConfig
+    from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig
     from distilbeam.pipelines.corpus.settings import CorpusOptions
     from distilbeam.pipelines.ingest.settings import IngestOptions
     from distilbeam.student.language.config import TokenLaunchConfig
@@ -53,6 +53,7 @@ def setting_files() -> dict[str, type[BaseModel]]:
     corpus = type("CorpusFile", (BaseModel,), {"__annotations__": {"corpus": CorpusOptions}})
     return {
         "run": RunConfig,
+        "run of a language model": TokenRunConfig,
         "labelling job": LabelConfig,
         "training": LaunchConfig,
         "language model training": TokenLaunchConfig,

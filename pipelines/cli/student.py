@@ -147,6 +147,9 @@ def print_student(root: Path, number: int | None) -> None:
     name = f"round={number:03d}" if number is not None else names[-1]
     student = root / "students" / name
     figures = json.loads((student / "student.json").read_text())["extra"]["metrics"]
+    if "soft_rows" not in figures:
+        _print_language_model(student, figures)
+        return
     measured = ""
     if "validation_accuracy" in figures:
         measured = f"accuracy {figures['validation_accuracy']:.1%} and NLL {figures['validation_nll']:.3f} on the validation set, "
@@ -157,6 +160,15 @@ def print_student(root: Path, number: int | None) -> None:
         soft_wrap=True,
     )
     console.print(f"Its directory: {student}", highlight=False, soft_wrap=True)
+
+
+def _print_language_model(student: Path, figures: dict[str, Any]) -> None:
+    """Say where a language model of a run stands: student 0 has not learned anything yet."""
+    learned = "with the weights that it begins with"
+    if "tokens" in figures:
+        passes = f"{figures['epochs']:,} pass(es) over {figures['tokens'] // figures['epochs']:,} labelled tokens"
+        learned = f"after {passes}, {figures['validation_bits_per_byte']:.3f} bits per byte on the validation blocks"
+    console.print(f"Language model {student}: {learned}.", highlight=False, soft_wrap=True)
 
 
 def evaluate_student(

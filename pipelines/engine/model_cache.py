@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.teacher.config import TeacherConfig
-from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.load import in_form, load_teacher
 from distilbeam.teacher.protocol import Teacher
+
+if TYPE_CHECKING:
+    from distilbeam.student.language.folder import LanguageModel
 
 _lock = threading.Lock()
 _teachers: dict[str, Teacher] = {}
 _students: dict[str, Student] = {}
+_language_models: dict[tuple[str, str], LanguageModel] = {}
 
 
 def teacher_text(
@@ -41,10 +45,18 @@ def cached_teacher(text: str) -> Teacher:
     """Return this process's copy of the teacher that `teacher_text` describes."""
     with _lock:
         if text not in _teachers:
-            description = json.loads(text)
-            config, classes = (description[name] for name in ("config", "classes"))
-            _teachers[text] = load_teacher(config, classes=classes, form=description.get("tokens"))
+            _teachers[text] = _loaded(json.loads(text))
         return _teachers[text]
+
+
+def _loaded(description: Mapping[str, Any]) -> Teacher:
+    """Load a teacher; one of tokens that is here already answers in a further form, for its weights may be all that fits."""
+    config, classes, form = description["config"], description["classes"], description.get("tokens")
+    if form is not None:
+        for text, teacher in _teachers.items():
+            if json.loads(text)["config"] == config:
+                return in_form(teacher, form)
+    return load_teacher(config, classes=classes, form=form)
 
 
 def cached_student(directory: str, trust: Sequence[str] = ()) -> Student:
@@ -61,6 +73,25 @@ def cached_student(directory: str, trust: Sequence[str] = ()) -> Student:
         return _students[directory]
 
 
+def cached_language_model(directory: str, device: str, trust: Sequence[str] = ()) -> LanguageModel:
+    """Return this process's copy of a student that is a language model, on a device; a process keeps only the last one.
+
+    Args:
+      directory: the student's directory.
+      device: of torch, where it computes.
+      trust: whose code it may call besides what this process trusts; see `load_language_model`.
+    """
+    from distilbeam.student.language.folder import load_language_model  # classifiers need no transformers
+
+    with _lock:
+        if (directory, device) not in _language_models:
+            _language_models.clear()
+            found = load_language_model(directory, trust)
+            found.network.to(device)
+            _language_models[directory, device] = found
+        return _language_models[directory, device]
+
+
 def forget_models() -> None:
     """Close and drop every cached model of this process."""
     with _lock:
@@ -68,3 +99,4 @@ def forget_models() -> None:
             teacher.close()
         _teachers.clear()
         _students.clear()
+        _language_models.clear()

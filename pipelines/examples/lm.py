@@ -31,6 +31,9 @@ PARTS = {"teacher": 82, "pool": 10, "held-out": 8}  # of a hundred documents
 LEAST = 60  # letters of a document
 TEACHER = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 BATCH, LR = 4, 1.5e-3
+BUDGET_TOKENS = 24_576  # of a round
+
+STUDENT = '{ model_type = "llama", hidden_size = 64, intermediate_size = 160, num_hidden_layers = 2, num_attention_heads = 2 }'
 
 LABEL = """# Token labels of {name}: `distilbeam label` on this file.
 [run]
@@ -48,6 +51,42 @@ device = "cpu"
 kind = "{kind}"
 k = {k}
 """
+RUN = """# A run: `distilbeam run` on this file. Blocks of the pool are chosen, labelled by the teacher, and learned, in two rounds; the
+# report compares the student with the teacher, and with the same student of the text alone.
+[run]
+directory = "run"
+rounds = 2
+seed = {seed}
+
+[data]
+pool = "pool"
+validation = "held-out"           # nobody learns it
+
+[teacher]
+kind = "causal_lm"
+model = "teacher"
+device = "cpu"
+
+[labels]
+kind = "sampled"                  # 32 draws of each token's distribution
+k = 32
+
+[selection]
+method = "herding"                # what covers best the blocks that the student is unsure of
+gain = "entropy"
+budget_tokens = {budget}
+compare_uniform = false           # true: as many blocks by chance, too
+
+[student]
+kind = "causal_lm"
+tokenizer = "teacher"
+config = {student}
+
+[training]
+epochs = 4
+batch_size = 8
+lr = 0.002
+"""
 TRAINING = """# {what}: `distilbeam launch` on this file.
 [data]
 soft_labels = ["job/labels"]
@@ -58,7 +97,7 @@ seed = {seed}
 [student]
 kind = "causal_lm"
 tokenizer = "teacher"
-config = {{ model_type = "llama", hidden_size = 64, intermediate_size = 160, num_hidden_layers = 2, num_attention_heads = 2 }}
+config = {student}
 
 [training]
 epochs = 4
@@ -199,16 +238,20 @@ def train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progres
 
 
 def _write_settings(directory: Path, seed: int) -> None:
+    (directory / "run.toml").write_text(RUN.format(seed=seed, budget=BUDGET_TOKENS, student=STUDENT))
     label = directory / "label.toml"
     label.write_text(LABEL.format(name="the pool", directory="job", pool="pool", kind="sampled", k=32))
     held_out = LABEL.format(name="held-out text", directory="held-out-job", pool="held-out", kind="top_k", k=20)
     (directory / "held-out.toml").write_text(held_out)
-    student = TRAINING.format(what="A student of the teacher's labels", directory="student", seed=seed, more="")
+    student = TRAINING.format(
+        what="A student of the teacher's labels", directory="student", seed=seed, student=STUDENT, more=""
+    )
     (directory / "student.toml").write_text(student)
     plain = TRAINING.format(
         what="The same student of the text alone",
         directory="plain",
         seed=seed,
+        student=STUDENT,
         more="hard_share = 1.0   # reads no label",
     )
     (directory / "plain.toml").write_text(plain)

@@ -123,19 +123,16 @@ EXAMPLES = {
     "lm": Example(
         "distilbeam.pipelines.examples.lm",
         "a language model labels text token by token, and a small one learns that (extra: hf)",
-        "label.toml",
+        "run.toml",
         (
-            "# Text becomes blocks of tokens; the teacher labels the pool once, and text that nobody learns:",
+            "# Text becomes blocks of tokens: a pool, and text that nobody learns:",
             "distilbeam ingest {here}/corpus/pool.jsonl --format lm --tokenizer {here}/teacher --sequence-length 128 --out {here}/pool",
             "distilbeam ingest {here}/corpus/held-out.jsonl --format lm --tokenizer {here}/teacher --sequence-length 128 "
             "--out {here}/held-out",
-            "distilbeam label {here}/label.toml",
-            "distilbeam label {here}/held-out.toml",
-            "# A student of the stored labels, and the same student of the text alone:",
-            "distilbeam launch {here}/student.toml",
-            "distilbeam launch {here}/plain.toml",
-            "distilbeam evaluate {here}/student --data {here}/held-out-job/labels",
-            "distilbeam evaluate {here}/plain --data {here}/held-out-job/labels",
+            "# Two rounds of choosing, labelling and learning, the same student of the text alone, and the report:",
+            "distilbeam run {here}/run.toml",
+            "distilbeam inspect {here}/run/labels/round=000",
+            "# Or step by step: label.toml, held-out.toml (distilbeam label), student.toml, plain.toml (distilbeam launch)",
         ),
     ),
 }

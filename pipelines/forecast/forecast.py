@@ -19,6 +19,7 @@ from distilbeam.pipelines.jobs.labelling_plan import LabelPlan
 from distilbeam.pipelines.labelling.saved_answers import saved
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, keyed
 from distilbeam.pipelines.pool.row_ranges import to_ranges
+from distilbeam.pipelines.pool.splits import Unit
 from distilbeam.pipelines.steps import Step, steps_of
 from distilbeam.student.checkpoint import save_student
 from distilbeam.student.networks.build import build_student
@@ -48,14 +49,14 @@ def forecast_labelling(job: LabellingJob, plan: LabelPlan, options: PipelineOpti
             )
         plan = job.prepare(plan)
         parts = [part for task in plan.tasks for shard in task.shards for part in shard.parts]
-        shard = _sample(parts, sample_rows, job.spec) if parts else None
+        shard = sample_shard(parts, sample_rows, job.spec) if parts else None
         if shard is not None:
             rates, sampled = measure_rates(job.work(job.dataset, job.dead_letters), shard), shard.rows
             plan = job.plan(retry=False)
-    line = _label_line(
+    line = label_line(
         "label", plan.rows_wanted, plan.rows_asked - plan.rows_saved, plan.shards, rates, workers_of(options)
     )
-    return Forecast((*_sample_line(sampled), line), workers_of(options), sampled, job.config.prices)
+    return Forecast((*sample_line(sampled), line), workers_of(options), sampled, job.config.prices)
 
 
 def forecast_run(job: Job, sample_rows: int) -> Forecast:
@@ -68,7 +69,7 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
     rates, sampled = Rates(), 0
     if sample_rows:
         freeze(job.run)
-        shard = _sample([_not_sampled(job)], sample_rows, job.run.sample_spec)
+        shard = sample_shard([_not_sampled(job)], sample_rows, job.run.sample_spec)
         rates, sampled = (
             measure_rates(job.sample_work(job.run.sampled, job.directory.dead_letters("sampled")), shard),
             shard.rows,
@@ -77,10 +78,10 @@ def forecast_run(job: Job, sample_rows: int) -> Forecast:
     scoring = any(step.name == "select" for step in todo) and job.config.selection.scored is not None and sampled > 0
     rates = replace(rates, score_s=_score_s(job) if scoring else 0.0)
     lines = tuple(line for step in todo if (line := _line(job, step, rates)) is not None)
-    return Forecast((*_sample_line(sampled), *lines), workers_of(job.options), sampled, job.config.prices)
+    return Forecast((*sample_line(sampled), *lines), workers_of(job.options), sampled, job.config.prices)
 
 
-def _sample(parts: Sequence[Part], rows: int, spec: SoftLabelSpec) -> Shard:
+def sample_shard(parts: Sequence[Part], rows: int, spec: SoftLabelSpec) -> Shard:
     """Take the first rows of the largest of some parts as a shard."""
     largest = max(parts, key=lambda part: part.rows)
     numbers = largest.numbers()[:rows]
@@ -90,10 +91,21 @@ def _sample(parts: Sequence[Part], rows: int, spec: SoftLabelSpec) -> Shard:
 
 
 def _not_sampled(job: Job) -> Part:
-    """Find the rows of the largest unit that no sample had."""
-    unit = max(job.run.inputs.pool.units, key=lambda unit: unit.rows)
-    sampled = read_entries(manifest_files(job.run.sampled))
-    asked = sum(entry.rows + int(entry.extra["failed"]) for entry in sampled)
+    return not_sampled(job.run.inputs.pool.units, job.run.sampled)
+
+
+def not_sampled(units: Sequence[Unit], sampled: Path) -> Part:
+    """Find the rows of the largest unit that no sample had.
+
+    Args:
+      units: of the pool.
+      sampled: directory of the labels of samples.
+
+    Raises:
+      ValueError: samples had all of them.
+    """
+    unit = max(units, key=lambda unit: unit.rows)
+    asked = sum(entry.rows + int(entry.extra["failed"]) for entry in read_entries(manifest_files(sampled)))
     if asked >= unit.rows:
         raise ValueError(
             f"--sample: the teacher was asked about all {unit.rows:,} rows that a sample is taken from; leave it out"
@@ -101,7 +113,8 @@ def _not_sampled(job: Job) -> Part:
     return Part(unit, asked, unit.rows)
 
 
-def _sample_line(rows: int) -> tuple[Line, ...]:
+def sample_line(rows: int) -> tuple[Line, ...]:
+    """Give the line of rows that were asked about to measure, where there were any."""
     return (Line("sample, asked", rows, rows),) if rows else ()
 
 
@@ -113,7 +126,7 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
             rows = _rows_to_ask(job, step)
         case "label":
             assert step.round is not None
-            rows = budget - _labelled(job.directory.labels(step.round))
+            rows = budget - labelled_rows(job.directory.labels(step.round))
         case "compare" if job.directory.summary(job.run.comparison.labels(0)).exists():
             return None
         case "compare":
@@ -124,10 +137,11 @@ def _line(job: Job, step: Step, rates: Rates) -> Line | None:
             return Line(step.title, pool - step.round * budget, seconds=pool * rates.score_s / workers)
         case _:
             return None
-    return _label_line(step.title, rows, rows, math.ceil(rows / shard_rows), rates, workers)
+    return label_line(step.title, rows, rows, math.ceil(rows / shard_rows), rates, workers)
 
 
-def _label_line(what: str, rows: int, calls: int, shards: int, rates: Rates, workers: int) -> Line:
+def label_line(what: str, rows: int, calls: int, shards: int, rates: Rates, workers: int) -> Line:
+    """Price a step that labels rows."""
     size = rows * rates.label_bytes + shards * rates.shard_bytes
     return Line(what, rows, calls, shards, round(size), (calls * rates.label_s + shards * rates.shard_s) / workers)
 
@@ -146,10 +160,10 @@ def _score_s(job: Job) -> float:
 def _rows_to_ask(job: Job, step: Step) -> int:
     sets = ("validation", "test", "labelled")
     name = next(name for name in sets if job.directory.summary(job.directory.asked(name)) == step.commit)
-    return job.run.labelled_set(name).plan.rows - _labelled(job.directory.asked(name))
+    return job.run.labelled_set(name).plan.rows - labelled_rows(job.directory.asked(name))
 
 
-def _labelled(dataset: Path) -> int:
+def labelled_rows(dataset: Path) -> int:
     """Count the rows of a dataset that are labelled, those of an interrupted phase whose answers are kept with them."""
     kept: int = sum(answered.table.num_rows for answered in saved(str(dataset), None))
     return kept + sum(entry.rows for entry in read_entries(manifest_files(dataset)))

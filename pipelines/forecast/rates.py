@@ -9,30 +9,37 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, WorkerOptions
 from rich import box
 
-from distilbeam.pipelines.acquisition.score import Score
-from distilbeam.pipelines.config import PricesSection
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.labelling.label_rows import Labelled
 from distilbeam.pipelines.labelling.phase import Label
 from distilbeam.pipelines.labelling.shard_plan import Part, Shard, read_rows
 from distilbeam.pipelines.pool.row_reader import RowReader
 from distilbeam.pipelines.pool.splits import Unit
+from distilbeam.pipelines.sections import PricesSection
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 _WARM_UP = 256  # rows: the first calls load and compile
 _PARTS = 3  # of a sample, whose median counts
 _SMALL = 8  # a shard this much smaller tells the cost of a shard from that of its rows
 _READING_S = 2.0
+
+
+class Scoring(Protocol):
+    """The work of a score phase."""
+
+    def __call__(self, unit: Unit) -> Iterator[tuple[Path, Path]]:
+        """Score a unit, when iterated."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,7 @@ def _bytes(file: Path) -> tuple[float, float]:
     return data / metadata.num_rows, float(file.stat().st_size - data)
 
 
-def measure_scoring(score: Callable[[Path], Score], units: Sequence[Unit]) -> float:
+def measure_scoring(score: Callable[[Path], Scoring], units: Sequence[Unit]) -> float:
     """Score the smallest unit and return the seconds per row."""
     unit = min(units, key=lambda unit: unit.rows)
     with tempfile.TemporaryDirectory(prefix="distilbeam-plan-") as directory, threads(1):

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbeam.pipelines.config import LabelConfig, RunConfig, parse_config, write_config
+from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig, parse_run_config, write_config
 from distilbeam.storage.atomic import replacing
 from distilbeam.storage.files import read_json
 from distilbeam.storage.lease import FOLDER as LEASE
@@ -155,7 +155,7 @@ class RunDirectory:
         """Say what is particular about the students here; None where they are the run's own."""
         return None
 
-    def record(self, config: RunConfig | LabelConfig) -> None:
+    def record(self, config: RunConfig | TokenRunConfig | LabelConfig) -> None:
         """Write the resolved configuration where it is new; a run's follows the settings that it may change."""
         if self.config.exists() and (isinstance(config, LabelConfig) or self.stored_config() == config.dump()):
             return
@@ -180,7 +180,7 @@ class RunDirectory:
         """Read the resolved configuration as plain data, with today's defaults for settings that it did not know."""
         former = tomllib.loads(read_texts([self.config])[0])
         try:
-            return parse_config(former).dump()
+            return parse_run_config(former).dump()
         except ValueError:
             return former
 

@@ -28,24 +28,22 @@ from distilbeam.pipelines.acquisition.unusable_rows import (
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.kept_student import kept_round, worse_sentence
+from distilbeam.pipelines.jobs.label_step import LabelStep
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
 from distilbeam.pipelines.jobs.run import Run
 from distilbeam.pipelines.jobs.teacher_check import require_order
 from distilbeam.pipelines.jobs.weak_teacher import weigh_teacher
-from distilbeam.pipelines.labelling.dead_letters import ask_again, drop_answered, leave, none_answered_sentence
 from distilbeam.pipelines.labelling.label_quality import Estimates
 from distilbeam.pipelines.labelling.label_rows import Labelling
 from distilbeam.pipelines.labelling.phase import Label
 from distilbeam.pipelines.labelling.pooled_labels import is_pooled, pool_labels
-from distilbeam.pipelines.labelling.shard_plan import Task, plan_shards
-from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters, tally
+from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters
 from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.progress import Progress
 from distilbeam.selection.trust.pooling import BeliefPool
 from distilbeam.storage.atomic import replacing
-from distilbeam.storage.files import write_json
 from distilbeam.student.trust import trusted
-from distilbeam.teacher.softlabels import committed, read_manifest
+from distilbeam.teacher.softlabels import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -200,27 +198,8 @@ class Job:
     def _label(
         self, output: Path, name: str, plan: Pool, labelling: Labelling, picks: str | None, progress: Progress
     ) -> None:
-        dead_letters = self.directory.dead_letters(name)
-        work = self._label_work(labelling, output, dead_letters, picks)
-        engine = self.config.engine
-        tasks = plan_shards(plan.units, picks, engine.shard_rows, labelling.spec, engine.shard_bytes)
-        again = self._again(dead_letters, plan, picks, labelling, output)
-        self.phases.carry_out("label", work, [*tasks, *again], progress, labels=output)
-        drop_answered(dead_letters, committed(output))
-        failed = count_dead_letters(dead_letters)
-        if failed == sum(task.rows for task in tasks):
-            raise ValueError(none_answered_sentence(dead_letters, failed))
-        write_json(self.directory.summary(output), tally(output, failed))
-
-    def _again(
-        self, dead_letters: Path, plan: Pool, picks: str | None, labelling: Labelling, output: Path
-    ) -> list[Task]:
-        """Plan to ask again about the rows that failed, unless they are to be left."""
-        done, engine = committed(output), self.config.engine
-        if engine.retry:
-            return ask_again(dead_letters, plan.units, picks, engine.shard_rows, labelling.spec, done)
-        leave(dead_letters, done)
-        return []
+        work = self._label_work(labelling, output, self.directory.dead_letters(name), picks)
+        LabelStep(self.directory, self.config.engine, self.phases).carry_out(work, plan.units, output, progress)
 
     def _label_work(self, labelling: Labelling, output: Path, dead_letters: Path, picks: str | None) -> Label:
         inputs, engine = self.run.inputs, self.config.engine

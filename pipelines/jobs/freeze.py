@@ -4,17 +4,58 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from distilbeam.pipelines.acquisition.score import gains_file
-from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.pool.content_digests import content_digests
+from distilbeam.pipelines.pool.splits import Pool
 from distilbeam.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 
-def freeze(run: Run, check_content: bool = False) -> None:
+class FrozenInputs(Protocol):
+    """The data of a run, as far as they must stay what they were."""
+
+    @property
+    def pool(self) -> Pool:
+        """The units of the pool."""
+        ...
+
+    @property
+    def rows_digests(self) -> dict[str, str]:
+        """Hash of the rows of each other set, by the setting that names it."""
+        ...
+
+    @property
+    def files_digest(self) -> str:
+        """Hash of all footers."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; none of tokens."""
+        ...
+
+
+class FrozenRun(Protocol):
+    """A run that belongs to its data and its teacher."""
+
+    directory: RunDirectory
+
+    @property
+    def inputs(self) -> FrozenInputs:
+        """The data."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The teacher's fingerprint."""
+        ...
+
+
+def freeze(run: FrozenRun, check_content: bool = False) -> None:
     """Record which data and which teacher the run belongs to, or check that they are still the same.
 
     Args:
@@ -51,7 +92,7 @@ def freeze(run: Run, check_content: bool = False) -> None:
         write_json(path, {**then, **{name: now[name] for name in ("pool", "sets", "contents")}})
 
 
-def require_data_of_run(run: Run) -> None:
+def require_data_of_run(run: FrozenRun) -> None:
     """Check of data in another place than they were, by footers and the labelled sets' rows, that they are the run's.
 
     Raises:
@@ -65,14 +106,14 @@ def require_data_of_run(run: Run) -> None:
         )
 
 
-def changed_files(run: Run) -> list[str]:
-    """Read all files of the pool and list those that are not what the run was started with."""
-    then = read_json(run.directory.frozen).get("contents", {})
-    now = content_digests(run.inputs.pool, run.directory.digest_cache, check_all=True)
+def changed_files(directory: RunDirectory, pool: Pool) -> list[str]:
+    """Read all files of a run's pool and list those that are not what the run was started with."""
+    then = read_json(directory.frozen).get("contents", {})
+    now = content_digests(pool, directory.digest_cache, check_all=True)
     return [name for name, digest in now.items() if then.get(name, digest) != digest]
 
 
-def _data(run: Run) -> dict[str, Any]:
+def _data(run: FrozenRun) -> dict[str, Any]:
     """Describe the data by what is read anyway: footers of the pool, rows of the labelled sets."""
     return {
         "inputs": run.inputs.files_digest,
@@ -83,7 +124,7 @@ def _data(run: Run) -> dict[str, Any]:
     }
 
 
-def _with_mended_files(run: Run, then: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _with_mended_files(run: FrozenRun, then: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Take pool files of other values as long as nothing was chosen by them: one that was damaged may be put right."""
     known = then.get("contents", {})
     mended = {name for name, digest in now["contents"].items() if known.get(name, digest) != digest}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distilbeam.pipelines.config import LabelConfig, RunConfig, differing_keys
+from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig, differing_keys
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.pool.object_store import is_hidden
 from distilbeam.pipelines.pool.pool_files import root_of
@@ -21,15 +21,17 @@ from distilbeam.storage.lease import FOLDER as LEASE
 from distilbeam.storage.paths import is_remote, read_texts, to_path
 from distilbeam.storage.private_folders import remove_left
 from distilbeam.storage.stores import store_of
+from distilbeam.student.training.config import FREE
 from distilbeam.teacher.softlabels.placing import commit_all_left
 
+AnyConfig = RunConfig | TokenRunConfig | LabelConfig
 # where the data are; what they are is frozen by their digests, which are compared where a place is another one
 DATA = ("pool", "labelled", "validation")
 # settings of [teacher] that say how it is reached and how fast it is asked; what it is has a fingerprint
 OPERATION = (
     *("address", "addresses", "batch_rows", "batch_bytes", "parallel", "timeout_s", "attempts", "first_wait_s"),
     *("longest_wait_s", "max_message_bytes", "tls", "ca_file", "cert_file", "key_file", "server_name", "headers"),
-    *("threads", "providers", "device"),
+    *("threads", "providers", "device", "batch_tokens"),
 )
 # settings that change no label of a run, nor which are bought: those of the students, and of how and how long work is done
 _FREE_SECTIONS = ("student", "training", "prices", "tune", "pareto", "watch")
@@ -37,17 +39,20 @@ _FREE = (
     ("run", "directory"),
     ("run", "rounds"),
     ("run", "accept_weak_teacher"),
+    ("run", "compare_plain"),
     ("selection", "compare_uniform"),
     ("labels", "pooled"),
     ("data", "check_classes"),
     *(("data", name) for name in DATA),
     *(("teacher", name) for name in OPERATION),
 )
+# how a step of a language model is shared out, and what is seen of it, beside what is free for every training
+_FREE_OF_TOKENS = (*FREE, "accumulate", "shard", "checkpointing", "device")
 _ENGINE = ("unit_rows", "shard_rows")  # what the names of units and shards depend on
 
 
 @contextmanager
-def opened_run(config: RunConfig | LabelConfig) -> Iterator[RunDirectory]:
+def opened_run(config: AnyConfig) -> Iterator[RunDirectory]:
     """Create or reopen the run directory of a configuration and hold it until the block ends.
 
     Args:
@@ -61,7 +66,7 @@ def opened_run(config: RunConfig | LabelConfig) -> Iterator[RunDirectory]:
     """
     root = to_path(config.run.directory).resolve()
     _check_apart(config)
-    if is_remote(root) and isinstance(config, RunConfig):
+    if is_remote(root) and not isinstance(config, LabelConfig):
         raise ValueError(
             f"run.directory must be on a file system, a run trains students there; got {root}. Labelling jobs (without "
             "[selection], [student] and [training]) can be in an object store"
@@ -85,7 +90,7 @@ def opened_run(config: RunConfig | LabelConfig) -> Iterator[RunDirectory]:
             raise
 
 
-def check_former(config: RunConfig | LabelConfig) -> None:
+def check_former(config: AnyConfig) -> None:
     """Say at once, without holding or making anything, that a run directory belongs to another configuration.
 
     Of an object store nothing is asked yet.
@@ -98,10 +103,10 @@ def check_former(config: RunConfig | LabelConfig) -> None:
         _checked(directory, config)
 
 
-def planned_run(config: RunConfig | LabelConfig) -> RunDirectory:
+def planned_run(config: AnyConfig) -> RunDirectory:
     """Give the directory that a configuration would work in, without holding or making anything; see `opened_run`."""
     directory = RunDirectory(to_path(config.run.directory).resolve())
-    if isinstance(config, RunConfig) and directory.config.exists():
+    if not isinstance(config, LabelConfig) and directory.config.exists():
         return _checked(directory, config)
     return directory
 
@@ -141,13 +146,13 @@ def _below(inner: Path, outer: Path) -> str:
     return inner.relative_to(outer).as_posix()
 
 
-def _check_apart(config: RunConfig | LabelConfig) -> None:
+def _check_apart(config: AnyConfig) -> None:
     root, pool = to_path(config.run.directory), to_path(config.data.pool)
     if store_of(root) is store_of(pool):
         require_apart(root, pool, "data.pool")
 
 
-def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDirectory:
+def _checked(directory: RunDirectory, config: AnyConfig) -> RunDirectory:
     """Check that a directory is new or belongs to a configuration, and find the place of its students."""
     if not directory.config.exists():
         strangers = [
@@ -180,14 +185,40 @@ def _checked(directory: RunDirectory, config: RunConfig | LabelConfig) -> RunDir
     from distilbeam.pipelines.jobs.variants import placed  # it is made of run directories
 
     now = config.dump()
-    place = placed(directory, former, now)
+    place = (
+        _one_student(directory, former, now) if isinstance(config, TokenRunConfig) else placed(directory, former, now)
+    )
     place.moved = tuple(f"data.{name}" for name in DATA if former["data"].get(name) != now["data"].get(name))
     return place
 
 
-def _require_same_kind(root: Path, former: dict[str, Any], config: RunConfig | LabelConfig) -> None:
+def _one_student(directory: RunDirectory, former: dict[str, Any], now: dict[str, Any]) -> RunDirectory:
+    """Check that the student of a language model's run is the one that it was started with: a run has one.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    there, here = (
+        {
+            "student": config.get("student", {}),
+            "training": {
+                name: value for name, value in config.get("training", {}).items() if name not in _FREE_OF_TOKENS
+            },
+        }
+        for config in (former, now)
+    )
+    if differing := differing_keys(there, here):
+        raise ValueError(
+            f"{directory.root} has a language model of other settings; it differs in {'; '.join(differing)}. Set these back, or train "
+            "the other one on the labels that are there: a file with soft_labels = ["
+            f"\"{directory.labels(0)}\", ...] in [data], for 'distilbeam launch'"
+        )
+    return directory
+
+
+def _require_same_kind(root: Path, former: dict[str, Any], config: AnyConfig) -> None:
     kinds = {True: "a run", False: "a labelling job (without [selection], [student] and [training])"}
-    there, now = "student" in former, isinstance(config, RunConfig)
+    there, now = "student" in former, not isinstance(config, LabelConfig)
     if there != now:
         raise ValueError(
             f"run.directory: {root} holds {kinds[there]}, and the configuration describes {kinds[now]}; choose another "

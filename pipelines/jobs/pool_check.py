@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distilbeam.pipelines.config import LabelConfig, load_any_config
+from distilbeam.pipelines.config import LabelConfig, RunConfig, TokenRunConfig, load_any_config
+from distilbeam.pipelines.jobs.blocks import COLUMNS
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.freeze import changed_files
 from distilbeam.pipelines.jobs.labelling import LabellingJob
 from distilbeam.pipelines.jobs.run import Run
+from distilbeam.pipelines.pool.splits import Pool, plan_pool
 from distilbeam.settings import read_toml
 from distilbeam.storage.paths import to_path
 
@@ -37,9 +39,15 @@ def pool_problems(config: Path, dataset: str) -> list[str]:
         way_out = "'distilbeam label' asks its changed rows again"
     else:
         ours = labels.is_relative_to(directory.root) and directory.frozen.exists()
-        changed = changed_files(Run(settings, directory)) if ours else []
+        changed = changed_files(directory, _pool(settings, directory)) if ours else []
         way_out = "put it back, or start a new run.directory"
     if not changed:
         return []
     more = ", …" if len(changed) > 3 else ""
     return [f"{len(changed):,} file(s) hold other values than were labelled: {', '.join(changed[:3])}{more}; {way_out}"]
+
+
+def _pool(settings: RunConfig | TokenRunConfig, directory: RunDirectory) -> Pool:
+    if isinstance(settings, TokenRunConfig):
+        return plan_pool(to_path(settings.data.pool), settings.engine.unit_rows, "data.pool", COLUMNS)
+    return Run(settings, directory).inputs.pool

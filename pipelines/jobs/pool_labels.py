@@ -39,7 +39,7 @@ class PoolLabels:
     def __init__(self, config: LabelConfig, directory: RunDirectory) -> None:
         data, read = config.data, config.teacher.input.columns
         require_free_for_labelling(data.carry, read, data.id, "data.carry")
-        self.blocks = Blocks(config) if config.labels_tokens else None
+        self.blocks = Blocks(config.teacher, config.labels) if config.labels_tokens else None
         self.config, self.directory = config, directory
 
     @property

@@ -9,10 +9,10 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from distilbeam.pipelines.config import EngineSection
 from distilbeam.pipelines.engine.phase import PhaseReport, run_phase
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.work_log import add_work, with_counts_of
+from distilbeam.pipelines.sections import EngineSection
 from distilbeam.progress import Progress
 from distilbeam.storage.stores import store_of
 

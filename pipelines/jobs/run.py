@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from distilbeam.pipelines.config import RunConfig, RunLabelsSection
+from distilbeam.pipelines.config import RunConfig
 from distilbeam.pipelines.engine.model_cache import cached_student, cached_teacher, teacher_text
 from distilbeam.pipelines.engine.phase import threads
 from distilbeam.pipelines.jobs.directory import RunDirectory
@@ -30,6 +30,7 @@ from distilbeam.pipelines.labelling.teacher_answers import calibrated, read_answ
 from distilbeam.pipelines.pool.datasets import Inputs, load_inputs
 from distilbeam.pipelines.pool.first_rows import first_rows
 from distilbeam.pipelines.pool.labelled_sets import LabelledSet
+from distilbeam.pipelines.sections import RunLabelsSection
 from distilbeam.progress import Progress
 from distilbeam.selection.trust.calibration import fit_temperature
 from distilbeam.storage.files import read_json, write_json

@@ -14,7 +14,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from distilbeam.pipelines.acquisition.score import Score
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import gather_unusable, unusable_list, unusable_sentence
-from distilbeam.pipelines.config import WatchSection
 from distilbeam.pipelines.engine.model_cache import cached_student
 from distilbeam.pipelines.jobs.labelling import LabellingJob
 from distilbeam.pipelines.jobs.recorded_phases import RecordedPhases
@@ -25,6 +24,7 @@ from distilbeam.pipelines.labelling.phase import Label
 from distilbeam.pipelines.labelling.shard_plan import Shard, plan_shards
 from distilbeam.pipelines.labelling.teacher_answers import count_dead_letters
 from distilbeam.pipelines.pool.splits import Pool, plan_units
+from distilbeam.pipelines.sections import WatchSection
 from distilbeam.progress import Progress
 from distilbeam.storage.paths import list_files
 from distilbeam.student.trust import trusted

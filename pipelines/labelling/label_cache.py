@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode, read_manifest
+from distilbeam.teacher.softlabels.token_labels import decode_tokens
 
 
 def known_logits(
@@ -16,7 +18,8 @@ def known_logits(
 ) -> npt.NDArray[np.float32]:
     """Look rows up in soft-label datasets of the same pool.
 
-    Only dense labels hold every class, so that rows of other kinds are not found; they give labels of any kind. The row groups to
+    Only dense labels hold every class, so that rows of other kinds are not found; they give labels of any kind. Labels of tokens are
+    found where they are of the very form that is wanted. The row groups to
     read are chosen by the statistics of `pool_row`, which ascends within a dataset.
 
     Args:
@@ -25,10 +28,10 @@ def known_logits(
       pool_rows: int64 [n], rows of the pool.
 
     Returns:
-      float32 [n, classes] the teacher's logits, of which a temperature of 1 makes log-probabilities; NaN where nothing
-      is known.
+      float32 [n, classes] the teacher's logits, of which a temperature of 1 makes log-probabilities, and of tokens what
+      `TokenLabels.pack` gives; NaN where nothing is known.
     """
-    found = np.full((len(pool_rows), spec.num_classes), np.nan, np.float32)
+    found = np.full((len(pool_rows), spec.answer_width), np.nan, np.float32)
     if not len(pool_rows):
         return found
     position = {int(row): i for i, row in enumerate(pool_rows)}
@@ -36,11 +39,24 @@ def known_logits(
     for directory in datasets:
         manifest = read_manifest(directory)
         for path in manifest.paths():
-            if (manifest.spec.kind, manifest.spec.teacher) == ("dense", spec.teacher):
+            if _gives(manifest.spec, spec):
                 table = pq.read_table(path, filters=bounds, page_checksum_verification=True)
                 here = [position.get(row, -1) for row in table["pool_row"].to_pylist()]
                 wanted = np.flatnonzero(np.array(here, np.int64) >= 0)
                 if len(wanted):
-                    logprobs = decode(table.take(wanted), manifest.spec).logprobs
-                    found[np.array(here)[wanted]] = logprobs * np.float32(manifest.spec.temperature)
+                    found[np.array(here)[wanted]] = _answers(table.take(wanted), manifest.spec)
     return found
+
+
+def _gives(there: SoftLabelSpec, wanted: SoftLabelSpec) -> bool:
+    """Tell whether the answers that are wanted can be read from labels that are there."""
+    if there.teacher != wanted.teacher:
+        return False
+    return there.meaning() == wanted.meaning() if wanted.unit == "token" else there.kind == "dense"
+
+
+def _answers(labels: pa.Table, spec: SoftLabelSpec) -> npt.NDArray[np.float32]:
+    if spec.unit == "token":
+        return decode_tokens(labels, spec).pack()
+    logits: npt.NDArray[np.float32] = decode(labels, spec).logprobs * np.float32(spec.temperature)
+    return logits

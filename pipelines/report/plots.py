@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 TEACHER, STUDENT, FINAL, UNIFORM, GREY = "#1b4965", "#d1495b", "#7b2d3a", "#8d99ae", "#cfd4da"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,7 +39,7 @@ def draw_plots(results: dict[str, Any], directory: Path) -> list[Path]:
     if any("edges" in entry for entry in results["rounds"]):
         drawings["bought.png"] = _bought
     paths = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, draw in drawings.items():
             figure = draw(results)
             paths.append(directory / name)
@@ -57,7 +57,7 @@ def draw_pareto(results: dict[str, Any], directory: Path) -> Path:
     Returns:
       Its path.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = _pareto(results)
         figure.savefig(directory / "pareto.png", dpi=150, bbox_inches="tight")
     return directory / "pareto.png"
@@ -120,7 +120,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
     _end_at_100(ax)
-    _legend_below(figure, ax, columns=2)
+    legend_below(figure, ax, columns=2)
     return figure
 
 
@@ -135,7 +135,7 @@ def _bought(results: dict[str, Any]) -> Figure:
         right.set_title(f"round {number + 1}", loc="left")
     axes[0, 0].set_ylabel("teacher right on\nvalidation (%)")
     axes[1, 0].set_ylabel("share of examples (%)")
-    _legend_below(figure, axes[1, -1])
+    legend_below(figure, axes[1, -1])
     return figure
 
 
@@ -185,7 +185,7 @@ def _footprint(results: dict[str, Any]) -> Figure:
         _plain_log(ax)
     _end_at_100(left)
     left.set_ylabel(f"accuracy on the {results['evaluated_on']} set (%)")
-    _legend_below(figure, right)
+    legend_below(figure, right)
     return figure
 
 
@@ -211,7 +211,7 @@ def _end_at_100(ax: Axes) -> None:
     ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= 100])
 
 
-def _legend_below(figure: Figure, ax: Axes, columns: int = 5) -> None:
+def legend_below(figure: Figure, ax: Axes, columns: int = 5) -> None:
     """Put the legend below the axes, where it covers no point."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

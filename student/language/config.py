@@ -123,3 +123,22 @@ class TokenLaunchConfig(Section):
     data: TokenDataConfig
     student: LanguageModelConfig
     training: TokenTrainConfig = TokenTrainConfig()
+
+
+def objective_of(training: TokenTrainConfig, kind: str) -> str:
+    """Return the objective of a training on labels of a kind.
+
+    Args:
+      training: its configuration.
+      kind: `top_k` or `sampled`.
+
+    Raises:
+      ValueError: draws cannot be learned by it without bias.
+    """
+    chosen = training.objective or {"top_k": "tail", "sampled": "sampled"}[kind]
+    if (kind == "sampled") != (chosen == "sampled"):
+        raise ValueError(
+            f"training.objective must be {'sampled' if kind == 'sampled' else 'one of top_k labels, such as tail,'} for "
+            f"{kind} labels, got {chosen!r}: draws are unbiased for forward KL alone; leave it out"
+        )
+    return chosen

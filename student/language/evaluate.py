@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distilbeam.inputs.tokenizer import TokenizerFolder
 from distilbeam.student.data.token_labels import TokenLabelDataset
-from distilbeam.student.language.folder import load_language_model
+from distilbeam.student.language.folder import LanguageModel, load_language_model
 from distilbeam.student.language.network import CausalLm, require_suits
 from distilbeam.student.language.step import Batch, Positions
 from distilbeam.teacher.softlabels import SoftLabelSpec
@@ -52,11 +52,21 @@ def evaluate_language_model(directory: Path, labels: Path, trust: Sequence[str] 
     spec = blocks.spec
     model.tokenizer.require_same(spec.tokenizer, spec.num_classes, f"the labels in {labels}")
     require_suits(model.network, spec.num_classes, spec.sequence_length or 0)
-    first = next(iter(TokenLabelDataset(labels, 1, 0, columns=())))
-    ids = first["input_ids"][0][first["segment_ids"][0] == first["segment_ids"][0, 0]]
-    given = str(model.tokenizer.tokenizer.decode(ids[: max(1, min(GIVEN, len(ids) // 2))].tolist()))
+    given = beginning(model, labels)
     found = measure(model.network, blocks, spec, token_bytes(model.tokenizer, spec.num_classes), torch.device("cpu"))
     return {**found, "given": given, "continued": model.complete(given, GIVEN)}
+
+
+def beginning(model: LanguageModel, labels: Path) -> str:
+    """Take the beginning of a text of labelled blocks, to be continued: the same one each time.
+
+    Args:
+      model: whose tokenizer reads it.
+      labels: directory of token labels.
+    """
+    first = next(iter(TokenLabelDataset(labels, 1, 0, columns=())))
+    ids = first["input_ids"][0][first["segment_ids"][0] == first["segment_ids"][0, 0]]
+    return str(model.tokenizer.tokenizer.decode(ids[: max(1, min(GIVEN, len(ids) // 2))].tolist()))
 
 
 def token_bytes(tokenizer: TokenizerFolder, num_classes: int) -> npt.NDArray[np.int64]:

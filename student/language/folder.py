@@ -40,7 +40,7 @@ class LanguageModel:
 
     Attributes:
       directory: where it is.
-      network: in evaluation mode, on the CPU.
+      network: in evaluation mode, on the CPU as it is loaded.
       tokenizer: its tokenizer.
       num_classes: ids that its labels knew.
       extra: what the training wanted remembered.
@@ -63,9 +63,10 @@ class LanguageModel:
         Returns:
           The text and what was added.
         """
+        device = next(self.network.parameters()).device
         ids = list(self.tokenizer.tokenizer(text)["input_ids"])
         for _ in range(tokens):
-            seen = torch.tensor([ids])
+            seen = torch.tensor([ids], device=device)
             hidden = self.network.hidden(seen, torch.ones_like(seen))[:, -1]
             found = int(self.network.logits(hidden)[0, : self.num_classes].argmax())
             if found == self.tokenizer.tokenizer.eos_token_id:
@@ -82,7 +83,7 @@ def save_language_model(
     tokenizer: TokenizerFolder,
     spec: SoftLabelSpec,
     extra: Mapping[str, Any],
-    work: TrainingDirectory,
+    work: TrainingDirectory | None = None,
 ) -> None:
     """Write a trained student; the directory appears complete or not at all.
 
@@ -94,7 +95,7 @@ def save_language_model(
       tokenizer: its tokenizer.
       spec: of the labels.
       extra: what else to remember, plain data.
-      work: directory of the training, whose figures are handed over.
+      work: directory of the training, whose figures are handed over; None where there was none.
     """
     network.load_state_dict(weights, strict=False)  # the second name of a tied weight is missing
     saved = {"model": "."} if config.factory is None else {"tokenizer": "."}
@@ -121,7 +122,8 @@ def save_language_model(
         tokenizer.tokenizer.save_pretrained(temporary)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         (temporary / CARD).write_text(_card(description))
-        work.hand_over(temporary)
+        if work is not None:
+            work.hand_over(temporary)
 
 
 def load_language_model(directory: str | Path, trust: Sequence[str] = ()) -> LanguageModel:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distilbeam.kernels.labels import HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.linear_distillation.interface import linear_distill_loss
-from distilbeam.student.language.config import HARD_SHARES, TokenTrainConfig
+from distilbeam.student.language.config import HARD_SHARES, TokenTrainConfig, objective_of
 from distilbeam.student.language.network import CausalLm
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -73,14 +73,7 @@ def objective(training: TokenTrainConfig, spec: SoftLabelSpec) -> str:
     Raises:
       ValueError: draws cannot be learned by it without bias.
     """
-    plain = {"top_k": "tail", "sampled": "sampled"}[spec.kind]
-    chosen = training.objective or plain
-    if (spec.kind == "sampled") != (chosen == "sampled"):
-        raise ValueError(
-            f"training.objective must be {'sampled' if spec.kind == 'sampled' else 'one of top_k labels, such as tail,'} for "
-            f"{spec.kind} labels, got {chosen!r}: draws are unbiased for forward KL alone; leave it out"
-        )
-    return chosen
+    return objective_of(training, spec.kind)
 
 
 class TokenStep(nn.Module):

@@ -161,8 +161,12 @@ def torch_state(model: Any, device: torch.device) -> object:
     return [generator.numpy().tobytes() for generator in generators], versions
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, setting: str = "teacher.device") -> torch.device:
     """Find a device by its name in the configuration.
+
+    Args:
+      name: cpu, cuda, cuda:N, tpu or auto.
+      setting: what holds the name, for the message.
 
     Raises:
       ValueError: there is no such device, or its library is not installed.
@@ -173,14 +177,14 @@ def find_device(name: str) -> torch.device:
         try:
             device: torch.device = importlib.import_module("torch_xla").device()
         except ImportError as e:
-            raise ValueError("teacher.device: tpu needs torch_xla; install torch_xla[tpu]") from e
+            raise ValueError(f"{setting}: tpu needs torch_xla; install torch_xla[tpu]") from e
         return device
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise ValueError(f"teacher.device must be cpu, cuda, cuda:N, tpu or auto, got '{name}'") from e
+        raise ValueError(f"{setting} must be cpu, cuda, cuda:N, tpu or auto, got '{name}'") from e
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"teacher.device: {name} was asked for, but this machine has no CUDA device; use auto or cpu")
+        raise ValueError(f"{setting}: {name} was asked for, but this machine has no CUDA device; use auto or cpu")
     return device
 
 

@@ -104,6 +104,29 @@ class CausalLMTeacher(NotPickled):
         self._halving.rows = halving.rows
         return TokenLabels.unpack(answers, spec)
 
+    @torch.inference_mode()
+    def complete(self, text: str, tokens: int = 32) -> str:
+        """Continue a text by the most probable token, again and again.
+
+        Args:
+          text: at least one token.
+          tokens: how many to add at most; the end of the text ends it.
+
+        Returns:
+          The text and what was added.
+        """
+        if self._halves is None:
+            raise RuntimeError("the teacher was closed; load it again")
+        tokenizer = self._tokenizer.tokenizer
+        ids = list(tokenizer(text)["input_ids"])
+        for _ in range(tokens):
+            hidden = self._halves.hidden(torch.tensor([ids], device=self._device), None, None)[0, -1:]
+            found = int(self._halves.logits(hidden)[0, : self.num_classes].argmax())
+            if found == tokenizer.eos_token_id:
+                break
+            ids.append(found)
+        return str(tokenizer.decode(ids))
+
     def close(self) -> None:
         """Drop the model; see `Teacher`."""
         self._halves = None

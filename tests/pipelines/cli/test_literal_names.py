@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distilbeam.pipelines.config import PricesSection
 from distilbeam.pipelines.engine.display import Display, plain_console
 from distilbeam.pipelines.forecast.rates import Forecast, Line, forecast_table
 from distilbeam.pipelines.report.tables import CLASS_COLUMNS, class_rows, console_table
+from distilbeam.pipelines.sections import PricesSection
 from distilbeam.teacher.softlabels.plain_table import PlainTable
 
 NAMES = ["[pos]", "[/INST]", "[bold]loud[/bold]", ":smile:", r"back\[slash", "\\"]

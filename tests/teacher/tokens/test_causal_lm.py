@@ -15,8 +15,9 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 
 from language_models import blocks_of, write_model, write_tokenizer
 
+from distilbeam.inputs.blocks import BLOCK_COLUMNS
 from distilbeam.inputs.config import InputError
-from distilbeam.teacher.load import load_teacher
+from distilbeam.teacher.load import in_form, load_teacher
 from distilbeam.teacher.predict import ask
 from distilbeam.teacher.softlabels import SoftLabelSpec, TokenLabels
 from distilbeam.teacher.tokens.causal_lm import CausalLMTeacher
@@ -269,3 +270,31 @@ def test_the_fingerprint_is_of_the_files_and_the_type(model: Path, tmp_path: Pat
     two.close()
     with pytest.raises(RuntimeError, match="the teacher was closed"):
         two.token_labels(batch_of(blocks_of(SEGMENTS)), spec_of(one))
+
+
+def test_a_line_is_completed_as_transformers_does(tmp_path: Path) -> None:
+    import transformers
+
+    write_model(tmp_path)
+    teacher = teacher_of(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    given = "the student reads"
+    ids = tokenizer(given, return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    if tokenizer.eos_token_id in expected.tolist():
+        expected = expected[: expected.tolist().index(tokenizer.eos_token_id)]
+    assert teacher.complete(given, 6) == tokenizer.decode(expected)
+    assert teacher.complete(given, 0) == given
+
+
+def test_a_teacher_that_answers_in_two_forms_is_loaded_once(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    form = {"kind": "top_k", "k": 4, "temperature": 1.0, "storage": "float32", "sequence_length": 16}
+    form["carried"] = BLOCK_COLUMNS
+    first: Any = load_teacher({"kind": "causal_lm", "model": str(tmp_path), "device": "cpu"}, form=form)
+    second: Any = in_form(first, {**form, "kind": "sampled", "k": 9})
+    assert second.teacher is first.teacher
+    assert (first.spec.kind, first.spec.k, second.spec.kind, second.spec.k) == ("top_k", 4, "sampled", 9)
+    first.close()
+    second.close()  # a second time does nothing
