@@ -59,7 +59,7 @@ test-fast: $(DEV)
 
 test-prism: $(DEV)  ## pipelines on Prism, streams with a Kafka broker too, where they are found (PRISM, KAFKA_JARS); else skipped
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/pipelines/streaming
-	@OMP_NUM_THREADS=1 DISTILBEAM_RUNNER=PrismRunner $(BIN)/python -m pytest -q -m "not exhaustive" \
+	@OMP_NUM_THREADS=1 DISTILBEAM_RUNNER=PrismRunner $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not exhaustive" \
 	  tests/pipelines --ignore=tests/pipelines/streaming
 
 lint: $(DEV)

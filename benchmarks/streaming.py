@@ -294,10 +294,14 @@ def hour(broker: Broker, scratch: Path, prism: Path, count: int) -> dict[str, An
     done = ended(process)
     print(f"  {time.monotonic() - start:.0f} s with imports", flush=True)
     under_way = np.array([sample for sample in samples if 0.1 * count < sample[0] < count])
-    millions = under_way[:, 0] / 1e6
-    slopes = {
-        name: round(float(np.polyfit(millions, under_way[:, i], 1)[0]), 1) for i, name in ((1, "engine"), (2, "job"))
-    }
+    later = under_way[under_way[:, 0] > 0.5 * count]
+    slopes, later_slopes = (
+        {
+            name: round(float(np.polyfit(some[:, 0] / 1e6, some[:, i], 1)[0]), 1)
+            for i, name in ((1, "engine"), (2, "job"))
+        }
+        for some in (under_way, later)
+    )
     peaks = {name: round(max(sample[i] for sample in samples)) for i, name in ((1, "engine"), (2, "job"))}
     return {
         "messages": count,
@@ -305,6 +309,10 @@ def hour(broker: Broker, scratch: Path, prism: Path, count: int) -> dict[str, An
         "samples_under_way": len(under_way),
         "peak_mb": peaks,
         "mb_more_for_each_million_messages": slopes,
+        "the_same_in_the_second_half": later_slopes,
+        "mb_by_million_messages": [
+            [round(float(x), 2) for x in row] for row in under_way[:: len(under_way) // 12 + 1] / (1e6, 1, 1)
+        ],
     }
 
 

@@ -131,9 +131,9 @@ def write(directory: Path, seed: int, progress: Progress, *, steps: int = 1000, 
     for name, texts in parts.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
         (corpus / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _write_tokenizer(directory / "teacher", parts["teacher"])
+    write_tokenizer(directory / "teacher", parts["teacher"])
     with threads(1):  # two are slower on a machine that others use, and little faster on one that nobody does
-        _train_teacher(directory / "teacher", parts["teacher"], seed, steps, progress)
+        train_teacher(directory / "teacher", parts["teacher"], seed, steps, progress)
     _write_settings(directory, seed)
     digest = hashlib.blake2b("\0".join(t for texts in parts.values() for t in texts).encode(), digest_size=16)
     told = {
@@ -187,7 +187,8 @@ def _part_of(text: str) -> str:
     raise AssertionError("the parts are a hundred hundredths")
 
 
-def _write_tokenizer(folder: Path, texts: list[str]) -> None:
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Train a byte-pair encoding of `VOCABULARY` ids on texts, and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -204,7 +205,7 @@ def _write_tokenizer(folder: Path, texts: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
-def _train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progress: Progress) -> None:
+def train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progress: Progress) -> None:
     """Train a Llama on rows of the texts one after another, ends of text between them, and save it beside its tokenizer."""
     import transformers
 
