@@ -73,6 +73,7 @@ def test_a_server_is_asked_as_many_questions_at_once_as_it_takes_and_the_order_s
         addresses = [stack.enter_context(serving(Meeting(barrier))) for _ in range(4)]
         asking, spec = source(*addresses, parallel=4)
         found = list(given_by(asking, batches(8)))
+    assert not barrier.broken, "four of them met, twice"
     assert [float(each.timestamp) for each in found] == list(range(8))
     assert [each.value.covers for each in found] == [((0, 5 * i, 5 * i + 4),) for i in range(8)]
     assert [len(each.value.letters) for each in found] == [0] * 8
