@@ -35,7 +35,7 @@ from distilbeam.student.language.config import CAUSAL_LM
 from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.search.space import ParetoConfig, TuneConfig
 from distilbeam.student.training.config import TrainConfig, check_kind
-from distilbeam.teacher.config import TOKEN_KINDS, TeacherConfig
+from distilbeam.teacher.config import TeacherConfig, labels_tokens
 
 
 class RunConfig(Configuration):
@@ -112,7 +112,7 @@ class LabelConfig(Configuration):
     @property
     def labels_tokens(self) -> bool:
         """Whether the teacher labels the tokens of blocks."""
-        return self.teacher.kind in TOKEN_KINDS
+        return labels_tokens(self.teacher)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

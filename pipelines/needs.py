@@ -33,6 +33,8 @@ def needs_of(config: RunConfig | TokenRunConfig | LabelConfig) -> Iterator[Need]
     if config.teacher.kind in TEACHERS:
         extra, modules = TEACHERS[config.teacher.kind]
         yield Need(f"teacher.kind = '{config.teacher.kind}'", extra, modules)
+    if getattr(config.teacher, "tokenizer", None) and config.teacher.kind not in TEACHERS:
+        yield Need("teacher.tokenizer", "hf", ("transformers", "tokenizers"))
     inputs = {"teacher": config.teacher.input, "student": getattr(getattr(config, "student", None), "input", None)}
     for section, reading in inputs.items():
         if reading is not None and reading.tokenizer:

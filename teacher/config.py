@@ -314,7 +314,9 @@ class OpenAIConfig(_Config):
     model: str = Field(min_length=1, description="name of the model at the server")
     tokenizer: PathText = Field(description="folder of the model's tokenizer")
     version: str = Field("", description="text to change when the answers change, such as the weights' revision")
-    max_length: int | None = Field(None, ge=2, description="most tokens that the server reads")
+    max_length: int | None = Field(
+        None, ge=2, description="most tokens of a prompt; one less than vLLM's --max-model-len"
+    )
     parallel: int = Field(16, ge=1, le=1024, description="most requests in flight, each of one text of a block")
     timeout_s: float = Field(120.0, gt=0, le=86_400, description="deadline of one attempt, in seconds")
     attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")
@@ -342,12 +344,12 @@ class OpenAIConfig(_Config):
 
 
 class BeamConfig(_TeacherConfig):
-    """Any Apache Beam ModelHandler."""
+    """Any Apache Beam ModelHandler; with a tokenizer one of a language model, which labels the tokens of blocks (top-k alone)."""
 
     kind: Literal["beam"] = Field("beam", description="a ModelHandler of Apache Beam")
     handler: PathText = Field(description="'module:factory' of the ModelHandler")
     arguments: Arguments = Field({}, description="keyword arguments of the factory")
-    input: InputConfig = Field(description="what the handler's examples are made of")
+    input: InputConfig = Field(description="what the handler's examples are made of; left out with a tokenizer")
     examples: Literal["numpy", "torch", "tensorflow", "batch"] = Field(
         "numpy",
         description="what run_inference takes: a list of rows as arrays or tensors, or the Arrow batch as one example",
@@ -358,16 +360,36 @@ class BeamConfig(_TeacherConfig):
     )
     version: str | None = Field(None, description="text to change when the answers change, where there are no files")
     batch_rows: int | None = Field(None, ge=1, description="most rows at a time; the handler's own limit")
+    tokenizer: PathText | None = Field(
+        None, description="folder of a tokenizer: the handler is of a language model and answers prompts as vLLM does"
+    )
+    max_length: int | None = Field(None, ge=2, description="most tokens that it reads, with a tokenizer")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompts_are_of_blocks(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("tokenizer") is not None and "input" not in data:
+            return {**data, "input": {"columns": list(BLOCK_COLUMNS)}}
+        return data
 
     @model_validator(mode="after")
     def _can_be_identified(self) -> Self:
         if not self.files and self.version is None:
             raise ValueError("files or version must be given, so that the labels of another model are told apart")
+        if self.tokenizer is None and self.max_length is not None:
+            raise ValueError("max_length must be left out without a tokenizer")
+        usual = {"input": InputConfig(columns=BLOCK_COLUMNS), "examples": "numpy", "output": None}
+        usual |= {"answers": "logits", "classes": ()}
+        given = [name for name, value in usual.items() if getattr(self, name) != value]
+        if self.tokenizer is not None and given:
+            raise ValueError(
+                f"{given[0]} must be left out with a tokenizer: the handler is given the ids of texts, and answers as vLLM does"
+            )
         return self
 
     def paths(self) -> tuple[str, ...]:
         """Return the names of the settings that are paths."""
-        return ("files",)
+        return ("files", "tokenizer")
 
 
 TeacherConfig = Annotated[
@@ -381,7 +403,11 @@ TeacherConfig = Annotated[
     | TorchConfig,
     Field(discriminator="kind"),
 ]
-TOKEN_KINDS = ("causal_lm", "openai")  # of teachers that label the tokens of blocks
+
+
+def labels_tokens(config: TeacherConfig) -> bool:
+    """Say whether a teacher labels the tokens of blocks; others label rows."""
+    return config.kind in ("causal_lm", "openai") or (config.kind == "beam" and config.tokenizer is not None)
 
 
 def parse_teacher_config(data: Any) -> TeacherConfig:

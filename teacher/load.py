@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilbeam.teacher.config import TeacherConfig, parse_teacher_config
+from distilbeam.teacher.config import TeacherConfig, labels_tokens, parse_teacher_config
 from distilbeam.teacher.protocol import Teacher
 
 
@@ -40,7 +40,7 @@ def load_teacher(
       >>> teacher = load_teacher({"kind": "torch", "model": "teacher.pt2", "input": {"column": "x"}})  # doctest: +SKIP
     """
     parsed = parse_teacher_config(dict(config)) if isinstance(config, Mapping) else config
-    teacher: Any = _teacher_class(parsed.kind)(parsed.relative_to(Path(base)) if base is not None else parsed)
+    teacher: Any = _teacher_class(parsed)(parsed.relative_to(Path(base)) if base is not None else parsed)
     if classes:
         try:
             teacher.arrange(classes)
@@ -98,6 +98,10 @@ _TEACHERS = {
 }
 
 
-def _teacher_class(kind: str) -> Any:
-    module, _, name = _TEACHERS[kind].partition(":")
+_OF_TOKENS = {"beam": "tokens.handled:HandlerTeacher"}
+
+
+def _teacher_class(config: TeacherConfig) -> Any:
+    place = _OF_TOKENS.get(config.kind) if labels_tokens(config) else None
+    module, _, name = (place or _TEACHERS[config.kind]).partition(":")
     return getattr(importlib.import_module(f"distilbeam.teacher.{module}"), name)

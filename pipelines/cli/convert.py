@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,14 +22,16 @@ def convert(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="With --from: files, directories or glob patterns of JSON lines or Parquet. With --to: token labels.",
+            help="With --from: files, directories or glob patterns of JSON lines, Parquet or Arrow. With --to: token labels.",
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder to write: token labels with --from, Parquet files with --to.")],
     from_: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="FORM", help="axolotl, or lists (columns input_ids, token_ids and logprobs of lists)."
+            "--from",
+            metavar="FORM",
+            help="axolotl, distillkit, or lists (columns input_ids, token_ids and logprobs of lists).",
         ),
     ] = None,
     to: Annotated[str | None, typer.Option(metavar="FORM", help="axolotl.")] = None,
@@ -51,6 +53,12 @@ def convert(
     temperature: Annotated[
         float, typer.Option(help="--from: what the teacher's logits were divided by, for the labels to say.")
     ] = 1.0,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            help="--from distillkit: the YAML file of its logprob_compressor; the compression_config.yaml beside each file."
+        ),
+    ] = None,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Make token labels of log-probabilities that were prepared for another trainer, or such a data set of token labels."""
@@ -58,12 +66,17 @@ def convert(
     if alignment not in _ALIGNMENTS:
         raise ValueError(f"--alignment must be one of {', '.join(_ALIGNMENTS)}, got {alignment}")
     if (from_ is None) == (to is None):
-        raise ValueError("one of --from and --to must be given: --from axolotl or lists, or --to axolotl")
+        raise ValueError("one of --from and --to must be given: --from axolotl, distillkit or lists, or --to axolotl")
     if to is not None:
         _write_axolotl(sources, out, to, alignment)
         return
-    if from_ not in ("axolotl", "lists"):
-        raise ValueError(f"--from must be one of axolotl, lists, got {from_}")
+    from distilbeam.pipelines.conversion.rows import FORMS
+
+    form = next((one for one in FORMS if one == from_), None)
+    if form is None:
+        raise ValueError(f"--from must be one of {', '.join(FORMS)}, got {from_}")
+    if compression is not None and form != "distillkit":
+        raise ValueError(f"--compression is for --from distillkit, got --from {form}")
     if tokenizer is None or sequence_length is None:
         raise ValueError("--tokenizer and --sequence-length must be given with --from")
     with Display(console).waiting("loading"):
@@ -71,8 +84,7 @@ def convert(
         from distilbeam.pipelines.conversion.importing import ConvertOptions, convert_labels
         from distilbeam.storage.paths import to_path
     chosen = next((one for one in ALIGNMENTS if one == alignment), None)
-    form: Literal["axolotl", "lists"] = "axolotl" if from_ == "axolotl" else "lists"
-    options = ConvertOptions(form, tokenizer, sequence_length, chosen, k, teacher, temperature)
+    options = ConvertOptions(form, tokenizer, sequence_length, chosen, k, teacher, temperature, compression)
     for sentence in _sentences(convert_labels(sources, to_path(out), options, Display(console)), out):
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 

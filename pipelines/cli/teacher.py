@@ -60,7 +60,7 @@ def verify(
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
     configure_logs("warning", console)
-    from distilbeam.teacher.config import TOKEN_KINDS, read_teacher_config
+    from distilbeam.teacher.config import labels_tokens, read_teacher_config
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
@@ -73,12 +73,12 @@ def verify(
 
             told = read_teacher_config(teacher)
             spec = read_manifest(path).spec
-            if (told.kind in TOKEN_KINDS) != (spec.unit == "token"):
+            if labels_tokens(told) != (spec.unit == "token"):
                 raise ValueError(
                     f"--teacher: {path} holds labels of unit '{spec.unit}', a teacher of kind {told.kind!r} makes others; give the "
                     "configuration that they were made with"
                 )
-            form = wanted_form(spec) if spec.unit == "token" else None
+            form = wanted_form(spec, served=told.kind != "causal_lm") if spec.unit == "token" else None
             asked = load_teacher(told, classes=spec.classes, form=form)
             sample = sample or (256 if form is None else 16)
             stack.callback(asked.close)

@@ -12,19 +12,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilbeam.inputs.blocks import BLOCK_COLUMNS
 from distilbeam.inputs.tokenizer import TokenizerFolder, load_tokenizer
 from distilbeam.pipelines.conversion.alignment import ALIGNMENTS, Alignment, Evidence
 from distilbeam.pipelines.conversion.labels import LabelledRow, label_row
 from distilbeam.pipelines.conversion.packing import encode_blocks, pack_rows
-from distilbeam.pipelines.conversion.rows import Form, read_rows
+from distilbeam.pipelines.conversion.rows import Form, PeerRow, read_rows
 from distilbeam.pipelines.engine.display import Display
 from distilbeam.pipelines.ingest.sources import Source, find_sources
 from distilbeam.storage.stores import store_of
 from distilbeam.teacher.softlabels import SoftLabelSpec, label_key, read_manifest, write_shard
 from distilbeam.teacher.softlabels.manifest import manifest_files
+
+if TYPE_CHECKING:
+    from distilbeam.pipelines.conversion.distillkit import Compression
 
 _COUNTED = ("rows", "empty", "tokens", "labels", "unknown", "whole")
 
@@ -41,6 +44,7 @@ class ConvertOptions:
       k: classes of a label; the fewest that a list has where it is None.
       teacher: name of the teacher, as the labels will say it.
       temperature: what the teacher's logits were divided by.
+      compression: file of DistillKit's settings; the one beside each source where it is None.
     """
 
     form: Form
@@ -50,6 +54,22 @@ class ConvertOptions:
     k: int | None = None
     teacher: str = ""
     temperature: float = 1.0
+    compression: str | None = None
+
+    def rows(self, source: Source) -> Iterator[PeerRow]:
+        """Read the rows of a file."""
+        return read_rows(source, self.form, self.compression_of(source))
+
+    def compression_of(self, source: Source) -> Compression | None:
+        """Read how a file was compressed; None where nothing says."""
+        if self.form != "distillkit":
+            return None
+        from distilbeam.pipelines.conversion.distillkit import CONFIG_FILE, read_compression
+
+        beside = Path(source.path).with_name(CONFIG_FILE)
+        if self.compression is not None:
+            return read_compression(Path(self.compression))
+        return read_compression(beside) if beside.exists() else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ def convert_labels(
         source=options.form,
     )
     with store_of(out).hold(out, "--out", "--out DIRECTORY"):
-        return _Conversion(out, spec, alignment, options.form, tokenizer).bring_up(found, evidence, display)
+        return _Conversion(out, spec, alignment, options, tokenizer).bring_up(found, evidence, display)
 
 
 def _looked_into(sources: Sequence[Source], options: ConvertOptions, display: Display) -> tuple[Evidence, Alignment]:
@@ -125,7 +145,7 @@ def _looked_into(sources: Sequence[Source], options: ConvertOptions, display: Di
         for number, source in enumerate(sources):
             progress.step(number, len(sources), source.name)
             found = Evidence()
-            found.add(read_rows(source, options.form))
+            found.add(options.rows(source))
             total.merge(found)
             each.append(found.clear())
     if total.fewest is None:
@@ -141,9 +161,9 @@ def _looked_into(sources: Sequence[Source], options: ConvertOptions, display: Di
 
 class _Conversion:
     def __init__(
-        self, out: Path, spec: SoftLabelSpec, alignment: Alignment, form: Form, tokenizer: TokenizerFolder
+        self, out: Path, spec: SoftLabelSpec, alignment: Alignment, options: ConvertOptions, tokenizer: TokenizerFolder
     ) -> None:
-        self.out, self.spec, self.alignment, self.form = out, spec, alignment, form
+        self.out, self.spec, self.alignment, self.options = out, spec, alignment, options
         self.fill = tokenizer.end_of_text
 
     def bring_up(self, sources: Sequence[Source], evidence: Evidence, display: Display) -> Converted:
@@ -171,7 +191,10 @@ class _Conversion:
     def _key(self, source: Source) -> str:
         with Path(source.path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        return label_key(json.dumps([content, source.name, self.alignment]), self.spec.teacher, self.spec)
+        facts = [content, source.name, self.alignment]
+        if (compression := self.options.compression_of(source)) is not None:
+            facts.append(compression.model_dump_json())
+        return label_key(json.dumps(facts), self.spec.teacher, self.spec)
 
     def _write(self, key: str, source: Source) -> tuple[int, dict[str, Any]]:
         counts: dict[str, Any] = {"source": source.name, **dict.fromkeys(_COUNTED, 0)}
@@ -181,12 +204,14 @@ class _Conversion:
         if first is None:
             return 0, counts
         # its counts are whole when the manifest entry is made, which is after the last row
-        entry = write_shard(self.out, f"{self.form}-{key[:16]}", chain([first], batches), self.spec, key, counts)
+        entry = write_shard(
+            self.out, f"{self.options.form}-{key[:16]}", chain([first], batches), self.spec, key, counts
+        )
         return entry.rows, counts
 
     def _labelled(self, source: Source, counts: dict[str, Any]) -> Iterator[LabelledRow]:
         length = self.spec.sequence_length or 0
-        for row in read_rows(source, self.form):
+        for row in self.options.rows(source):
             counts["rows"] += 1
             found = label_row(row, self.alignment, self.spec.k or 0, self.spec.num_classes)
             if found is None:

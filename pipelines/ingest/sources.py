@@ -18,6 +18,7 @@ SUFFIXES = {
     "lm": (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".parquet"),
     "chat": (".jsonl", ".ndjson", ".json", ".parquet"),
     "axolotl": (".jsonl", ".ndjson", ".json", ".parquet"),
+    "distillkit": (".parquet", ".arrow"),
     "lists": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
 COMPRESSED = (".gz", ".zst")

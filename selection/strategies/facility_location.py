@@ -285,7 +285,9 @@ def greedy(objective: FacilityLocation, bounds: Floats, exact: bool, budget: int
         else:
             closer = kind + 1 if _VALUE < kind < objective.finest else _VALUE
             many = _AT_ONCE if closer == _VALUE else objective.at_once(closer)
-            ranks = [rank]  # those that follow are wanted soon, and together they cost one pass over the sample or the pool
+            ranks = [
+                rank
+            ]  # those that follow are wanted soon, and together they cost one pass over the sample or the pool
             while heap and len(ranks) < many and heap[0][2:] == (step, kind):
                 ranks.append(heapq.heappop(heap)[1])
                 while heap and _VALUE < heap[0][3] == kind < objective.finest and heap[0][2] < step:

@@ -24,6 +24,41 @@ from distilbeam.teacher.oom_backoff import Inputs
 from distilbeam.teacher.sources import argument_files, source_files
 
 
+def make_handler(config: BeamConfig) -> ModelHandler[Any, Any, Any]:
+    """Call the factory of a handler; its model is not loaded yet.
+
+    Raises:
+      ValueError: it does not take the arguments, or returns none.
+    """
+    factory = load_object(config.handler, "teacher.handler")
+    try:
+        handler = factory(**config.arguments)
+    except TypeError as e:
+        raise ValueError(f"teacher.arguments do not suit {config.handler}: {first_line(e)}") from e
+    if not isinstance(handler, ModelHandler):
+        raise ValueError(f"teacher.handler: {config.handler} must return a ModelHandler, got {type(handler).__name__}")
+    return handler
+
+
+def artefact_of(config: BeamConfig) -> Artefact:
+    """Return what identifies a handler's answers: its settings, the code that makes it, and the files that it reads.
+
+    Raises:
+      ValueError: a file is missing.
+    """
+    included = {"handler", "arguments", "version", "examples", "output", "input"}
+    settings = json.dumps(config.model_dump(mode="json", include=included), sort_keys=True)
+    sources = source_files(config.handler, "teacher.handler")
+    files = [*config.files, *sources, *argument_files(config.arguments), *function_sources(config.input)]
+    return Artefact(list(dict.fromkeys(files)), settings + config.meaning())
+
+
+def most_at_once(config: BeamConfig, handler: ModelHandler[Any, Any, Any]) -> int | None:
+    """Return how many examples a handler is given at most; None for any number."""
+    limits = (config.batch_rows, handler.batch_elements_kwargs().get("max_batch_size"))
+    return min((rows for rows in limits if rows is not None), default=None)
+
+
 class BeamTeacher(LocalTeacher):
     """Answers with a ModelHandler.
 
@@ -36,23 +71,8 @@ class BeamTeacher(LocalTeacher):
 
     def __init__(self, config: BeamConfig) -> None:
         self._config = config
-        factory = load_object(config.handler, "teacher.handler")
-        try:
-            handler = factory(**config.arguments)
-        except TypeError as e:
-            raise ValueError(f"teacher.arguments do not suit {config.handler}: {first_line(e)}") from e
-        if not isinstance(handler, ModelHandler):
-            raise ValueError(
-                f"teacher.handler: {config.handler} must return a ModelHandler, got {type(handler).__name__}"
-            )
-        included = {"handler", "arguments", "version", "examples", "output", "input"}
-        settings = json.dumps(config.model_dump(mode="json", include=included), sort_keys=True)
-        sources = source_files(config.handler, "teacher.handler")
-        files = [*config.files, *sources, *argument_files(config.arguments), *function_sources(config.input)]
-        artefact = Artefact(list(dict.fromkeys(files)), settings + config.meaning())
-        most = handler.batch_elements_kwargs().get("max_batch_size")
-        limits = [rows for rows in (config.batch_rows, most) if rows is not None]
-        super().__init__(f"beam:{config.handler}", artefact, config, batch_rows=min(limits, default=None))
+        handler, artefact = make_handler(config), artefact_of(config)
+        super().__init__(f"beam:{config.handler}", artefact, config, batch_rows=most_at_once(config, handler))
         self._handler: Any = handler
         self._model: Any = handler.load_model()
 

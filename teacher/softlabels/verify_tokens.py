@@ -26,6 +26,7 @@ from distilbeam.teacher.softlabels.spec import SoftLabelSpec
 from distilbeam.teacher.softlabels.token_labels import TokenLabels, decode_tokens
 
 MOST_CLASSES = 64  # that are asked for now, or as many as are stored
+SERVED_CLASSES = 20  # which vLLM allows as it is started
 Float64 = npt.NDArray[np.float64]
 
 
@@ -64,15 +65,21 @@ def wrong_block(batch: pa.RecordBatch, spec: SoftLabelSpec) -> tuple[int, str] |
     return None
 
 
-def wanted_form(spec: SoftLabelSpec) -> dict[str, Any]:
+def wanted_form(spec: SoftLabelSpec, *, served: bool = False) -> dict[str, Any]:
     """Return the form in which a teacher is asked again, the fields of `TokenForm`.
 
     Args:
       spec: of the stored labels.
+      served: whether a server is asked, which may allow no more classes than were stored.
     """
+    stored = spec.k or 0
+    if served:
+        k = stored if spec.kind == "top_k" else min(stored, SERVED_CLASSES)
+    else:
+        k = max(MOST_CLASSES, stored) if spec.source == "logits" else stored
     return {
         "kind": "top_k",
-        "k": min(spec.num_classes, max(MOST_CLASSES, spec.k or 0) if spec.source == "logits" else spec.k or 0),
+        "k": min(spec.num_classes, k),
         "temperature": spec.temperature,
         "storage": "float32",
         "sequence_length": spec.sequence_length,

@@ -1,6 +1,6 @@
 """Remote calls that are repeated when, and only when, the reason for their failure can pass.
 
-The wait before the i-th repetition is uniform between 0 and min(longest, first * 2^i), so that many workers that failed
+The wait before the i-th repetition is uniform between 0 and min(longest, first * 2^(i - 1)), so that many workers that failed
 together do not come back together (full jitter: Brooker, Exponential Backoff and Jitter, AWS Architecture Blog, 2015).
 """
 
@@ -71,8 +71,7 @@ class Servers:
         failures: list[str] = []
         for attempt in range(self._config.attempts):
             if attempt:
-                longest = min(self._config.longest_wait_s, self._config.first_wait_s * 2 ** (attempt - 1))
-                self._sleep(self._jitter(0, longest))
+                self._sleep(wait_before(attempt, self._config.first_wait_s, self._config.longest_wait_s, self._jitter))
             with self._lock:
                 place = next(self._turn) % len(self._channels)
             try:
@@ -98,6 +97,18 @@ class Servers:
         stub = self._channels[place].unary_unary(method, request_serializer=type(request).SerializeToString)
         answer: bytes = stub(request, timeout=self._config.timeout_s, metadata=request_headers(self._config.headers))
         return answer
+
+
+def wait_before(attempt: int, first_s: float, longest_s: float, jitter: Callable[[float, float], float]) -> float:
+    """Return how long to wait before an attempt.
+
+    Args:
+      attempt: its number; 1 is the first repetition.
+      first_s: longest wait before that one, in seconds.
+      longest_s: longest wait before any.
+      jitter: gives a random number between two bounds.
+    """
+    return jitter(0, min(longest_s, first_s * 2 ** (attempt - 1)))
 
 
 def _parsed(data: bytes, response_type: Any, address: str) -> Any:

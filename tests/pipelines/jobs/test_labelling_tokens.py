@@ -111,6 +111,33 @@ def test_text_becomes_labels_and_labels_become_batches(place: Path, model: Path,
     assert {**work(place)["work"]["label"]}["teacher_calls"] == blocks
 
 
+def test_a_handler_of_beam_labels_a_pool(place: Path, model: Path) -> None:
+    """The same model behind a ModelHandler that answers prompts as vLLM does: the same classes, by the same commands."""
+    write_text(place, "a.jsonl", SENTENCES)
+    ingest(model)
+    write_job(place, model, run={"directory": "local"})
+    call("label", "label.toml")
+    teacher = {"kind": "beam", "handler": "prompt_handlers:Prompts", "arguments": {"model": str(model)}}
+    teacher |= {"files": [str(model)], "tokenizer": str(model)}
+    settings = {"run": {"directory": "job"}, "data": {"pool": "pool"}, "teacher": teacher}
+    (place / "handled.toml").write_text(tomli_w.dumps({**settings, "labels": {"kind": "top_k", "k": 5}}))
+    call("label", "handled.toml")
+    found, expected = (read_manifest(place / name / "labels") for name in ("job", "local"))
+    assert (found.spec.source, expected.spec.source) == ("server:handler", "logits")
+    one, other = (pq.read_table(one.paths()[0]).sort_by("example_id").combine_chunks() for one in (found, expected))
+    assert one["example_id"].equals(other["example_id"])
+    np.testing.assert_array_equal(decode_tokens(one, found.spec).classes, decode_tokens(other, expected.spec).classes)
+    assert "everything is as the manifest says" in call("verify", "job/labels", "--teacher", "handled.toml")
+    said = call(
+        "verify", "local/labels", "--teacher", "handled.toml", code=1
+    )  # it is another teacher that answers the same
+    assert "another one was given to compare with" in said
+    assert "differ by" not in said
+    (place / "drawn.toml").write_text(tomli_w.dumps({**settings, "labels": {"kind": "sampled", "k": 5}}))
+    with pytest.raises(ValueError, match=r"labels.kind must be 'top_k' and labels.temperature 1 for a server"):
+        load_any_config(place / "drawn.toml")
+
+
 def test_what_is_labelled_is_not_asked_again(place: Path, model: Path) -> None:
     write_text(place, "a.jsonl", SENTENCES[:3])
     ingest(model)

@@ -25,6 +25,7 @@ from distilbeam.teacher.softlabels import (
 )
 from distilbeam.teacher.softlabels.codec import round_to_half
 from distilbeam.teacher.softlabels.token_labels import encode_tokens
+from distilbeam.teacher.softlabels.verify_tokens import wanted_form
 
 LENGTH, K = 12, 4
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] + [0] * 2, [1] * 12, [0] * 12])
@@ -181,3 +182,12 @@ def test_columns_are_checked() -> None:
         "teacher_tail_logmass",
         "teacher_token_logprob",
     ]
+
+
+def test_a_server_is_asked_again_for_no_more_classes_than_it_may_allow() -> None:
+    """A model here is asked for more than were stored, to know classes that have come down; vLLM allows 20 as it is started."""
+    assert wanted_form(spec_of())["k"] == 64
+    assert wanted_form(spec_of(), served=True)["k"] == K
+    assert wanted_form(spec_of("sampled", k=32))["k"] == 64
+    assert wanted_form(spec_of("sampled", k=32), served=True)["k"] == 20
+    assert wanted_form(spec_of(source="server:vllm"))["k"] == K

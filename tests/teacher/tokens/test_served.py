@@ -202,6 +202,25 @@ def test_a_block_that_is_refused_is_left_out_alone(fake: Fake, tokenizer: Path) 
     assert answers.errors[0].error == "RequestRefused: the server refuses with status 400: too long"
 
 
+@pytest.mark.parametrize(
+    "said",  # by vLLM 0.32 of a prompt as long as its context, and of a longer one
+    [
+        "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+        "This model's maximum context length is 15 tokens. However, your prompt contains 16 input tokens, which exceeds this limit",
+    ],
+)
+def test_a_text_that_fills_the_server_s_context_is_left_out_with_the_way_out(
+    fake: Fake, tokenizer: Path, said: str
+) -> None:
+    refused = {"error": {"message": said, "type": "BadRequestError", "param": None, "code": 400}}
+    fake.refuse = lambda number, body: (400, {}, refused) if len(body["prompt"]) == 16 else None  # noqa: ARG005
+    teacher = teacher_of(fake, tokenizer)
+    answers = ask(teacher, batch(), teacher.spec.answer_width)
+    assert answers.ok.tolist() == [True, False]
+    assert said in answers.errors[0].error
+    assert "start it with a larger --max-model-len" in answers.errors[0].error
+
+
 def test_too_few_positions_are_no_labels(fake: Fake, tokenizer: Path) -> None:
     def cached(_: int, body: dict[str, Any]) -> Reply:
         answer = _vllm(body)

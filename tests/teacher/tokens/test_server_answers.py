@@ -56,6 +56,30 @@ def test_a_recorded_answer_is_read(read: Any, answer: Any) -> None:
     np.testing.assert_allclose(tail, expected, rtol=1e-6)
 
 
+def test_what_vllm_0_32_said_of_smollm2_is_read() -> None:
+    """The token that is there stands first, whatever its rank; `prompt_logprobs` is beside much that does not matter."""
+    answer = json.loads("""{"id": "cmpl-b9970dfd55d554f1", "object": "text_completion", "created": 1795951005, "model": "smollm",
+ "choices": [{"index": 0, "text": " to", "logprobs": null, "finish_reason": "length", "stop_reason": null, "token_ids": null,
+ "prompt_logprobs": [null,
+ {"253": {"logprob": -5.151916027069092, "rank": 15, "decoded_token": " a"},
+  "29": {"logprob": -0.9626898765563965, "rank": 1, "decoded_token": "-"},
+  "28": {"logprob": -2.1574149131774902, "rank": 2, "decoded_token": ","},
+  "284": {"logprob": -3.4404406547546387, "rank": 3, "decoded_token": " and"}},
+ {"1398": {"logprob": -4.398988246917725, "rank": 5, "decoded_token": " list"},
+  "540": {"logprob": -3.3718924522399902, "rank": 1, "decoded_token": " more"},
+  "216": {"logprob": -3.7747130393981934, "rank": 2, "decoded_token": " "},
+  "1603": {"logprob": -4.330289363861084, "rank": 3, "decoded_token": " non"}},
+ {"282": {"logprob": -0.08613124489784241, "rank": 1, "decoded_token": " of"},
+  "338": {"logprob": -4.565278053283691, "rank": 2, "decoded_token": " that"},
+  "351": {"logprob": -4.604138374328613, "rank": 3, "decoded_token": " with"}}],
+ "prompt_token_ids": null, "routed_experts": null}],
+ "usage": {"prompt_tokens": 4, "total_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": null}}""")
+    classes, logprobs, tail, there = read_vllm(answer, [14362, 253, 1398, 282], 3, 49_152)
+    assert classes.tolist() == [[29, 28, 284], [540, 216, 1603], [282, 338, 351]]
+    np.testing.assert_allclose(there, [-5.151916, -4.398988, -0.0861312], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(logprobs).sum(axis=1) + np.exp(tail), 1, rtol=1e-6)
+
+
 def test_a_token_of_an_equal_rank_beyond_k_is_no_label() -> None:
     def tie(positions: list[Any]) -> None:
         positions[2]["9"] = {"logprob": -1.5, "rank": 2}
