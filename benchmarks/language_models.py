@@ -39,8 +39,13 @@ def step(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for objective in arguments.objectives:
         yield from token_steps.measure(shape, objective, arguments.threads, 3 if arguments.quick else arguments.repeats)
     if not arguments.quick:
-        repeats = min(3, arguments.repeats)
-        yield from token_steps.measure(token_steps.LONG, arguments.objectives[0], arguments.threads, repeats)
+        yield from token_steps.measure(
+            token_steps.LONG,
+            arguments.objectives[0],
+            arguments.threads,
+            min(3, arguments.repeats),
+            token_steps.IN_LONG_STEPS,
+        )
 
 
 def labelling(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ CANDIDATES: dict[str, Callable[[LayerProblem, str], Loss]] = {
 }
 
 
+IN_LONG_STEPS = ("distilbeam fused", "torch, whole logits", "Liger fused")
+
+
 def step_of(problem: LayerProblem, name: str, objective: str) -> Step:
     """Give a candidate's step: forward and backward, after which the gradients are forgotten."""
     loss = CANDIDATES[name](problem, objective)
@@ -120,7 +123,9 @@ def step_of(problem: LayerProblem, name: str, objective: str) -> Step:
     return step
 
 
-def measure(shape_name: str, objective: str, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    shape_name: str, objective: str, threads: int, repeats: int, names: Sequence[str] = tuple(CANDIDATES)
+) -> Iterator[dict[str, Any]]:
     """Time every candidate in turn, and measure what each holds.
 
     Args:
@@ -128,6 +133,7 @@ def measure(shape_name: str, objective: str, threads: int, repeats: int) -> Iter
       objective: of BETAS.
       threads: of torch.
       repeats: rounds.
+      names: of the candidates.
 
     Yields:
       A row for each candidate: `ms` of processor time over threads; `peak MiB` beyond the inputs, `beyond gradients` the same
@@ -139,7 +145,7 @@ def measure(shape_name: str, objective: str, threads: int, repeats: int) -> Iter
     problem = LayerProblem(shape, "cpu", torch.float32)
     steps: dict[str, Step] = {}
     about = {"objective": objective, "shape": shape_name}
-    for name in CANDIDATES:
+    for name in names:
         try:
             step = step_of(problem, name, objective)
             step()

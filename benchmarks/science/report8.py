@@ -91,10 +91,10 @@ def questions(frame: pd.DataFrame) -> Iterator[Comparison]:
 
 
 def _equal_bytes(sizes: pd.Series) -> Iterator[tuple[str, str]]:
-    """Pair draws with the top-k labels whose bytes are nearest, soft alone and half hard."""
-    for ending in ("", ", half hard"):
+    """Pair draws with the top-k labels whose bytes are nearest: both soft alone, both half hard, and each default with the other."""
+    for of_draws, ending in (("", ""), (", half hard", ", half hard"), ("", ", half hard")):
         tops = [name for name in (f"top {k}{ending}" for k in (8, 20, 64)) if name in sizes]
-        for name in (f"{k} draws" for k in (12, 25, 50)):
+        for name in (f"{k} draws{of_draws}" for k in (12, 25, 50)):
             if tops and name in sizes:
                 yield name, min(tops, key=lambda top: abs(np.log(sizes[top] / sizes[name])))
 

@@ -11,7 +11,8 @@ from distilbeam.student.training.config import LoopConfig
 
 CAUSAL_LM: Literal["causal_lm"] = "causal_lm"
 Objective = Literal["tail", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl", "sampled"]
-HARD_SHARES = {"top_k": 0.5, "sampled": 0.0}  # of labels by their kind, where nothing is said
+# of labels by their kind, where nothing is said; study 8: shown for top_k, for draws neither is (RESULTS.md)
+HARD_SHARES = {"top_k": 0.5, "sampled": 0.0}
 
 
 class LanguageModelConfig(Section):
