@@ -3,7 +3,7 @@
     python examples/language_model.py [DIRECTORY] [TEXTS STEPS]
 
 The text is Python's own documentation (docstrings and the topics of `help()`), the teacher a
-Llama of 1.6 million weights that is trained on most of it first. One student learns the
+Llama of 0.4 million weights that is trained on most of it first. One student learns the
 teacher's labels of a tenth of the text, another the same text without labels. About two
 minutes; with fewer TEXTS and STEPS of the teacher's training seconds, and worse models.
 Extra: hf.
@@ -23,7 +23,7 @@ from distilbeam.student.data import TokenLabelDataset
 from distilbeam.student.language.evaluate import evaluate_language_model
 
 
-def main(directory: Path, texts: int | None = None, steps: int = 600) -> None:
+def main(directory: Path, texts: int | None = None, steps: int = 1000) -> None:
     """Write text and teacher, label, train two students, compare them on text that nobody has learned."""
     write(directory, 0, Progress(), steps=steps, documents=texts)
     for part in ("pool", "held-out"):

@@ -34,15 +34,17 @@ def dask_cluster(folder: Path, address: str, workers: Sequence[Host]) -> Iterato
     scheduler = ["scheduler", "--host", address, "--port", "0", "--no-dashboard", f"--scheduler-file={place}"]
     worker = ["worker", f"--scheduler-file={place}", "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
     dask = [sys.executable, "-m", "dask"]
+    # imported before they are at work: on a busy machine that takes longer than a silent worker is believed
+    ready = ["--preload", "distilbeam.pipelines.labelling.phase"]
     with (folder / "dask.log").open("w") as log:
 
         def run(words: list[str]) -> subprocess.Popen[bytes]:
             return subprocess.Popen(words, stdout=log, stderr=log, env=environment, cwd=folder)
 
-        programs = [run([*dask, *scheduler])]
+        programs = [run([*dask, *scheduler, *ready])]
         try:
             wait_for(place.exists)
-            programs += [run(host.command(*dask, *worker)) for host in workers]
+            programs += [run(host.command(*dask, *worker, *ready)) for host in workers]
             from dask.distributed import Client
 
             with Client(scheduler_file=str(place), set_as_default=False) as client:

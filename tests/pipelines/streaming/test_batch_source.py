@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_a_server_is_asked_as_many_questions_at_once_as_it_takes_and_the_order_s
         addresses = [stack.enter_context(serving(Meeting(barrier))) for _ in range(4)]
         asking, spec = source(*addresses, parallel=4)
         found = list(given_by(asking, batches(8)))
+    assert not barrier.broken, "four of them met, twice"
     assert [float(each.timestamp) for each in found] == list(range(8))
     assert [each.value.covers for each in found] == [((0, 5 * i, 5 * i + 4),) for i in range(8)]
     assert [len(each.value.letters) for each in found] == [0] * 8
@@ -102,6 +104,18 @@ def test_the_next_batch_is_read_while_one_is_asked_about_and_no_more_are_held() 
     assert max(ahead) <= 3
     assert teacher.rows[:4] == [ROWS] * 4
     assert len(teacher.rows) == 5, "one question more at the end of a bundle: is it the same teacher?"
+
+
+def test_nobody_is_asked_about_late_messages() -> None:
+    teacher = Linear()
+    with serving(teacher) as address:
+        asking, _ = source(address, parallel=1)
+        before = len(teacher.rows)
+        late = [(replace(batch, late=True), time) for batch, time in batches(2)]
+        found = list(given_by(asking, late))
+    assert len(teacher.rows) == before
+    assert [[item["stage"] for item in each.value.letters] for each in found] == [["late"] * ROWS] * 2
+    assert [each.value.covers for each in found] == [((0, 0, 4),), ((0, 5, 9),)]
 
 
 def test_what_cannot_be_asked_ends_the_bundle() -> None:

@@ -133,10 +133,11 @@ def test_what_an_entry_does_not_hold_any_more_is_asked_again_and_nothing_else(br
     (out / lost.path).unlink()
     (out / "_manifest" / f"{lost.key}.json").unlink()
     times_asked = len(asked(config.parent))
+    config.write_text(tomli_w.dumps(config_of(config.parent) | {"engine": {"teacher_batch": 7}}))
     assert label(broker, config).labels == lost.rows
     assert len(asked(config.parent)) == times_asked + lost.rows
     assert [entry.key for entry in read_manifest(out).entries] == [entry.key for entry in entries], (
-        "the same rows, the same name"
+        "the same rows, the same name, whatever batches they came in"
     )
     assert pq.read_table(out / lost.path).equals(before)
 
