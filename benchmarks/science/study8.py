@@ -32,8 +32,8 @@ import torch
 
 from benchmarks.science.cells import Cell, Store, run
 from benchmarks.science.command import RESULTS
-from benchmarks.science.token_problems import PARTS, POOLS, STUDENT, TEACHER_SEED, Form, TokenProblem
-from distilbeam.pipelines.examples.lm import LENGTH, TEACHER, VOCABULARY
+from benchmarks.science.token_problems import PARTS, POOLS, STUDENT, TEACHER, TEACHER_SEED, Form, TokenProblem
+from distilbeam.pipelines.examples.lm import LENGTH, VOCABULARY
 
 RECIPE = 1
 TRAINING = {"epochs": 4, "batch_size": 8, "lr": 0.002}

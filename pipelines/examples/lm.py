@@ -14,7 +14,7 @@ import math
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +205,27 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
 
 
-def train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progress: Progress) -> None:
-    """Train a Llama on rows of the texts one after another, ends of text between them, and save it beside its tokenizer."""
+def train_teacher(
+    folder: Path,
+    texts: list[str],
+    seed: int,
+    steps: int,
+    progress: Progress,
+    *,
+    sizes: Mapping[str, int] = TEACHER,
+    lr: float = LR,
+) -> None:
+    """Train a Llama on rows of the texts one after another, ends of text between them, and save it beside its tokenizer.
+
+    Args:
+      folder: with the tokenizer.
+      texts: to learn.
+      seed: decides the weights and the order.
+      steps: of `BATCH` rows.
+      progress: called at each step.
+      sizes: of the model, settings of `transformers.LlamaConfig`.
+      lr: the highest learning rate.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -221,10 +240,10 @@ def train_teacher(folder: Path, texts: list[str], seed: int, steps: int, progres
             max_position_embeddings=2 * LENGTH,
             eos_token_id=end[0],
             bos_token_id=None,
-            **TEACHER,
+            **sizes,
         )
         model: Any = transformers.LlamaForCausalLM(config)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
         warm = max(1, steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
