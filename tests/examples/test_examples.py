@@ -71,6 +71,7 @@ def test_smollm2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the example of this name of `init` goes the same way
 def test_language_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs distilbeam[hf]")
     printed = start("language_model.py", tmp_path, 120, 100)

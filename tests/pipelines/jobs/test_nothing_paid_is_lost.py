@@ -194,7 +194,9 @@ def test_answers_that_were_kept_hold_when_the_pool_has_grown_meanwhile(tmp_path:
     assert not (dataset(tmp_path) / "_partial").exists()
 
 
-@pytest.mark.parametrize("processes", [(), PROCESSES], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "processes", [(), pytest.param(PROCESSES, marks=pytest.mark.exhaustive)], ids=["one process", "two processes"]
+)
 def test_an_interrupt_keeps_what_was_asked_and_says_one_sentence(tmp_path: Path, processes: tuple[str, ...]) -> None:
     write_hostile(tmp_path, engine={"unit_rows": 120, "shard_rows": 120, "batch_rows": 120})
     behave(tmp_path, delay_s=0.3)

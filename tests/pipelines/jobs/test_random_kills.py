@@ -18,7 +18,7 @@ SHARD_ROWS = 8
 TWO = ["--", "--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 MODES = [  # kills, workers, Beam's options
     pytest.param(3, 1, [], id="one process"),
-    pytest.param(3, 2, TWO, id="two processes"),
+    pytest.param(3, 2, TWO, id="two processes", marks=pytest.mark.exhaustive),
     pytest.param(12, 1, [], id="one process, more kills", marks=pytest.mark.exhaustive),
     pytest.param(10, 2, TWO, id="two processes, more kills", marks=pytest.mark.exhaustive),
 ]
