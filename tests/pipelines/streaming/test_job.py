@@ -142,7 +142,14 @@ def test_what_an_entry_does_not_hold_any_more_is_asked_again_and_nothing_else(br
     assert pq.read_table(out / lost.path).equals(before)
 
 
-@pytest.mark.parametrize("former", ["", "-1", "-0123456789abcdef"])  # the pane's number, or a hash of other names
+@pytest.mark.parametrize(  # the pane's number, or a hash of other names
+    "former",
+    [
+        pytest.param("", marks=pytest.mark.exhaustive),
+        pytest.param("-1", marks=pytest.mark.exhaustive),
+        "-0123456789abcdef",
+    ],
+)
 def test_a_dataset_whose_panes_have_names_of_former_versions_goes_on(broker: str, config: Path, former: str) -> None:
     out, sent = config.parent / "labels", rows(100)
     first_ms = int(time.time() // 60 * 60_000) - 120_000

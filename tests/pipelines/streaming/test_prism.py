@@ -260,6 +260,8 @@ def test_a_job_that_cannot_begin_says_so_in_a_sentence(real: Broker, config: Pat
     assert not (config.parent / "labels").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive  # half a minute of waiting for a broker that is away; make test-prism runs it
 def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker, config: Path, prism: Path) -> None:
     from confluent_kafka import Producer
     from confluent_kafka.admin import AdminClient, NewPartitions

@@ -90,6 +90,7 @@ def test_every_message_has_one_label_and_is_acknowledged_when_that_is_committed(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # a minute of waiting for leases to end; make test-prism runs it
 def test_a_killed_job_goes_on_with_what_was_not_committed(server: PubsubServer, config: Path) -> None:
     prism, sent = require_prism(), rows(240)
     publish(TOPIC, encoded(sent[:80]))
