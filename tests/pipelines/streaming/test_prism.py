@@ -261,7 +261,7 @@ def test_a_job_that_cannot_begin_says_so_in_a_sentence(real: Broker, config: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # half a minute of waiting for a broker that is away; make test-prism runs it
+@pytest.mark.exhaustive  # a broker is away for a minute; make test-prism runs it
 def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker, config: Path, prism: Path) -> None:
     from confluent_kafka import Producer
     from confluent_kafka.admin import AdminClient, NewPartitions
@@ -281,7 +281,7 @@ def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker,
         wait_for(lambda: len(ids(config)) == 150)
 
         real.kill()
-        time.sleep(8)
+        time.sleep(60)
         real.start()
         send(real.address, TOPIC, sent[150:250])
         wait_for(lambda: len(ids(config)) == 250)
@@ -300,6 +300,45 @@ def test_real_topics_grow_abort_transactions_and_lose_their_broker(real: Broker,
     )
     assert len(asked(config.parent)) == 350
     assert _told(real.address) == _behind_settled(config)
+
+
+@pytest.mark.exhaustive  # half a minute of waiting for the broker's cleaner; make test-prism runs it
+def test_messages_that_compaction_removed_are_settled_without_being_there(
+    real: Broker, config: Path, prism: Path
+) -> None:
+    real.make_topic(TOPIC, 1, **{"cleanup.policy": "compact", "segment.ms": "200", "min.cleanable.dirty.ratio": "0.01"})
+    sent = rows(60)
+    for start in range(0, 60, 20):  # every other key comes again; the last segment is never compacted
+        keys = [str(number if number % 2 else number + start) for number in range(20)]
+        values = sent[start : start + 20]
+        keyed = [{"message": {"value": row, "key": key}} for row, key in zip(values, keys, strict=True)]
+        send(real.address, TOPIC, keyed)
+        time.sleep(0.5)
+    wait_for(lambda: len(_offsets(real.address)) < 60)
+    left = _offsets(real.address)
+    assert left != list(range(left[0], 60)), "there are gaps between messages"
+    arguments = options(real.address, config, 2, "--until", "latest", "--start", "earliest")
+    done = stream(config, *arguments, prism=prism)
+    assert done.returncode == 0, done.stderr
+    assert sorted(ids(config)) == sorted(sent[offset]["key"] for offset in left)
+    assert _behind_settled(config) == {0: 60}
+    again = stream(config, *arguments[:-2], prism=prism)  # goes on, where there is nothing more
+    assert again.returncode == 0, again.stderr
+    assert len(asked(config.parent)) == len(left)
+
+
+def _offsets(address: str) -> list[int]:
+    """Read a topic of one partition from its beginning; give the offsets of what is there."""
+    from confluent_kafka import Consumer, TopicPartition
+
+    consumer = Consumer({"bootstrap.servers": address, "group.id": "reader", "enable.auto.commit": False})
+    consumer.assign([TopicPartition(TOPIC, 0, 0)])
+    _, end_ = consumer.get_watermark_offsets(TopicPartition(TOPIC, 0), timeout=10)
+    found: list[int] = []
+    while not found or found[-1] < end_ - 1:
+        found += [message.offset() for message in consumer.consume(100, 1.0)]
+    consumer.close()
+    return found
 
 
 def _told(address: str) -> dict[int, int]:
