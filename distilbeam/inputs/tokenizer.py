@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,25 @@ class TokenizerFolder:
                 "tokenizer_config.json"
             )
         return int(found)
+
+    def continued(self, text: str, tokens: int, following: Callable[[list[int]], int]) -> str:
+        """Continue a text by one token after another.
+
+        Args:
+          text: at least one token.
+          tokens: how many to add at most; the end of the text ends it.
+          following: gives the id behind some ids.
+
+        Returns:
+          The text and what was added.
+        """
+        ids = list(self.tokenizer(text)["input_ids"])
+        for _ in range(tokens):
+            found = following(ids)
+            if found == self.tokenizer.eos_token_id:
+                break
+            ids.append(found)
+        return str(self.tokenizer.decode(ids))
 
     def fingerprint(self, num_classes: int | None = None) -> str:
         """Hash what the ids below a number mean.

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distilbeam.settings import validated
@@ -110,8 +111,6 @@ def read_compression(path: Path) -> Compression:
     Raises:
       ValueError: there is none, or it does not hold them.
     """
-    import yaml  # type: ignore[import-untyped]
-
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as e:

@@ -11,9 +11,9 @@ of all n candidates over all n rows would cost n^2; here a candidate starts from
 s the sum of its contributions at the m references other than itself, q that of their squares, t the mean remaining weight of
 a reference, for a candidate whose neighbourhood the sample has missed. Its own row counts once and exactly, so that the bound
 does not depend on whether the candidate is a reference. Nothing is chosen by a bound: the largest ones are computed again
-for what is covered by now, and the candidate that still has the largest one is summed over all rows. In pools of millions a sum
-costs as much as bounds of a hundred candidates: there the candidate is first bounded by `_FINER` times as many references,
-which is closer, and is summed when that bound too is the largest.
+for what is covered by now, and the candidate that still has the largest one is summed over all rows. In a pool of
+10^6 rows a sum costs as much as bounds of a hundred candidates: where the pool has 4 x `_FINER` times the references or more, the
+candidate is first bounded by `_FINER` times as many, which is closer, and is summed when that bound too is the largest.
 
 A row counts for a candidate only where that candidate would be its nearest centre, which with L centres is about one row in L.
 These rows are kept with their similarities, so that a bound or a sum is computed again from a few numbers. Time O(n m d) for

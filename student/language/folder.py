@@ -64,15 +64,13 @@ class LanguageModel:
           The text and what was added.
         """
         device = next(self.network.parameters()).device
-        ids = list(self.tokenizer.tokenizer(text)["input_ids"])
-        for _ in range(tokens):
+
+        def following(ids: list[int]) -> int:
             seen = torch.tensor([ids], device=device)
             hidden = self.network.hidden(seen, torch.ones_like(seen))[:, -1]
-            found = int(self.network.logits(hidden)[0, : self.num_classes].argmax())
-            if found == self.tokenizer.tokenizer.eos_token_id:
-                break
-            ids.append(found)
-        return str(self.tokenizer.tokenizer.decode(ids))
+            return int(self.network.logits(hidden)[0, : self.num_classes].argmax())
+
+        return self.tokenizer.continued(text, tokens, following)
 
 
 def save_language_model(

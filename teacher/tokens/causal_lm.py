@@ -115,17 +115,15 @@ class CausalLMTeacher(NotPickled):
         Returns:
           The text and what was added.
         """
-        if self._halves is None:
+        halves = self._halves
+        if halves is None:
             raise RuntimeError("the teacher was closed; load it again")
-        tokenizer = self._tokenizer.tokenizer
-        ids = list(tokenizer(text)["input_ids"])
-        for _ in range(tokens):
-            hidden = self._halves.hidden(torch.tensor([ids], device=self._device), None, None)[0, -1:]
-            found = int(self._halves.logits(hidden)[0, : self.num_classes].argmax())
-            if found == tokenizer.eos_token_id:
-                break
-            ids.append(found)
-        return str(tokenizer.decode(ids))
+
+        def following(ids: list[int]) -> int:
+            hidden = halves.hidden(torch.tensor([ids], device=self._device), None, None)[0, -1:]
+            return int(halves.logits(hidden)[0, : self.num_classes].argmax())
+
+        return self._tokenizer.continued(text, tokens, following)
 
     def close(self) -> None:
         """Drop the model; see `Teacher`."""

@@ -100,6 +100,7 @@ def test_an_end_that_the_broker_does_not_know_yet_is_no_end() -> None:
     ends = Ends(Topic("127.0.0.1:1", TOPIC))
     ends._pending = {0: _Answer(-1001), 2: _Answer(7)}
     assert {partition: end for partition, (end, _) in ends.answers().items()} == {2: 7}
+    assert ends.answers() == {}, "an answer is told once"
 
 
 @pytest.mark.parametrize(
