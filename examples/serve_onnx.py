@@ -5,8 +5,8 @@
     python serve_onnx.py EXPORT --port 8080
     curl -d '[{"text": "where is my card"}]' localhost:8080
 
-EXPORT is what `distilbeam export` wrote, with its own `reader.py`; copy the folder wherever this program runs. The server is for
-trying things out: on the loopback, one request at a time, at most 1,000 rows and 16 MB of them.
+EXPORT is what `distilbeam export` wrote, with its own `reader.py`; copy the folder wherever this program runs. The
+server is for trying things out: on the loopback, one request at a time, at most 1,000 rows and 16 MB of them.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to where their targets are in the manual."""
+    """Lead links to where their targets are in the manual; a page without headings gives the room of their list to its program."""
+    if not re.search(r"^## |^::: ", _CODE_OR_LINK.sub("", markdown), re.MULTILINE):
+        page.meta["hide"] = ["toc"]
     return with_links(markdown, page.file.src_uri)
 
 
