@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
@@ -35,6 +36,8 @@ def open_export(folder: Path) -> Any:
 
 def score(export: Any, data: Path, label: str | None) -> None:
     """Print the prediction of each line, and the accuracy at the end where the lines have a label."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have had enough
     rows = right = 0
     with data.open() as lines:
         for batch in batches(json.loads(line) for line in lines if line.strip()):

@@ -235,7 +235,9 @@ def evaluate(
     answers: Annotated[
         Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Directory: write the figures, of every class too, to this file.")
+    ] = None,
     trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",

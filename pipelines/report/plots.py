@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -112,16 +113,23 @@ def _accuracy(results: dict[str, Any]) -> Figure:
         point = results["uniform"]["labels"], 100 * results["uniform"]["accuracy"]
         ax.plot(*point, "s", color=UNIFORM, ms=7, label="the same student, uniform choice")
     for x, y in zip(labels, accuracy, strict=True):
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-9, 3), ha="right", color=STUDENT)
+        _say(ax, x, y, (7, -13), STUDENT)  # below and to the right a rising curve has room
     if (final := _final(results)) is not None:
         x, y = final["labels"], 100 * final["accuracy"]
         ax.plot(x, y, "*", color=FINAL, ms=11, label="student after the last training")
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(8, -4), ha="left", color=FINAL)
+        _say(ax, x, y, (8, -2), FINAL)
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
     _end_at_100(ax)
     legend_below(figure, ax, columns=2)
     return figure
+
+
+def _say(ax: Axes, x: float, y: float, offset: tuple[int, int], color: str) -> None:
+    """Write a point's value beside it, on a white rim: the teacher's line may pass behind."""
+    rim = [patheffects.withStroke(linewidth=3, foreground="white")]
+    text = ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=offset, ha="left", color=color)
+    text.set_path_effects(rim)
 
 
 def _bought(results: dict[str, Any]) -> Figure:
