@@ -60,7 +60,7 @@ FLOORS = {
         ("strategies",),
     ),
     "student": (
-        ("data", "networks", "own_files"),
+        ("data", "networks", "other_folders", "own_files"),
         ("model_card", "predictions", "trust"),
         ("checkpoint",),
         ("export",),
