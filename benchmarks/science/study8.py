@@ -97,6 +97,7 @@ METHODS = {
 }
 NAMES = tuple(METHODS)
 FEW = ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard")
+FEW += ("25 draws, quarter hard", "top 20, quarter hard")
 STUDY_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "forms": ("64k tokens", NAMES[:13]),
     "all": ("64k tokens", NAMES[13:15]),
