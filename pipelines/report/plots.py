@@ -8,10 +8,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from distilbeam.pipelines.report.point_labels import label_points
 
 TEACHER, STUDENT, FINAL, UNIFORM, GREY = "#1b4965", "#d1495b", "#7b2d3a", "#8d99ae", "#cfd4da"
 STYLE: Any = {
@@ -112,24 +113,17 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     if "uniform" in results:
         point = results["uniform"]["labels"], 100 * results["uniform"]["accuracy"]
         ax.plot(*point, "s", color=UNIFORM, ms=7, label="the same student, uniform choice")
-    for x, y in zip(labels, accuracy, strict=True):
-        _say(ax, x, y, (7, -13), STUDENT)  # below and to the right a rising curve has room
+    points = [(x, y, f"{y:.1f}", STUDENT) for x, y in zip(labels, accuracy, strict=True)]
     if (final := _final(results)) is not None:
         x, y = final["labels"], 100 * final["accuracy"]
         ax.plot(x, y, "*", color=FINAL, ms=11, label="student after the last training")
-        _say(ax, x, y, (8, -2), FINAL)
+        points.append((x, y, f"{y:.1f}", FINAL))
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
     _end_at_100(ax)
     legend_below(figure, ax, columns=2)
+    label_points(ax, points)
     return figure
-
-
-def _say(ax: Axes, x: float, y: float, offset: tuple[int, int], color: str) -> None:
-    """Write a point's value beside it, on a white rim: the teacher's line may pass behind."""
-    rim = [patheffects.withStroke(linewidth=3, foreground="white")]
-    text = ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=offset, ha="left", color=color)
-    text.set_path_effects(rim)
 
 
 def _bought(results: dict[str, Any]) -> Figure:

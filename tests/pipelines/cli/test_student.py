@@ -23,7 +23,7 @@ from distilbeam.pipelines.experiments import pareto
 from distilbeam.pipelines.experiments.evaluate import evaluate_directory
 from distilbeam.pipelines.experiments.exports import write_exports
 from distilbeam.pipelines.experiments.model_metrics import pool_examples
-from distilbeam.pipelines.experiments.pareto import sweep_widths
+from distilbeam.pipelines.experiments.pareto import plan_sweep, sweep_widths
 from distilbeam.pipelines.experiments.tune import tune, with_settings
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.run import Run
@@ -328,6 +328,19 @@ def test_a_stopped_sweep_goes_on_and_its_front_is_in_the_report(config: Path, mo
         match=r"was made with other settings, which differ in training\..* Set these back, or remove the directory",
     ):
         sweep_widths(run_of(config, **{"training.epochs": 4}), Display.silent())
+
+
+def test_what_a_sweep_would_make(config: Path) -> None:
+    run = run_of(config)
+    said = plan_sweep(run)
+    assert said.startswith("7 students, 0 there already; 5 would be trained and 2 compressed: shrunk-0.5, ")
+    (root := run.directory.root / "pareto").mkdir(exist_ok=True)
+    (root / "shrunk-0.5.json").write_text("{}")
+    assert plan_sweep(run).startswith(
+        "7 students, 1 there already; 4 would be trained and 2 compressed: improved-0.5, "
+    )
+    out = invoke("pareto", config, "--dry-run")
+    assert " ".join(out.output.split()).endswith(plan_sweep(run))
 
 
 def test_what_a_sweep_refuses(config: Path) -> None:
