@@ -24,7 +24,7 @@ def inspect(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Labels of tokens: folder of their tokenizer; the labelling job's teacher without it."),
+        typer.Option(help="Labels of tokens: folder of their tokenizer; the teacher of the job or run without it."),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:

@@ -1,4 +1,4 @@
-"""Text of labels of tokens for `inspect`: the tokenizer that is given, or that of the job's teacher."""
+"""Text of labels of tokens for `inspect`: the tokenizer that is given, or that of the teacher of the job or run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distilbeam.inputs.tokenizer import load_tokenizer
-from distilbeam.pipelines.config import describes_labelling, parse_label_config
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.settings import read_toml
 from distilbeam.storage.paths import to_path
-from distilbeam.teacher.config import CausalLMConfig, OpenAIConfig
 from distilbeam.teacher.softlabels import read_manifest
 
 
@@ -29,7 +27,7 @@ def decoder_of(dataset: str, tokenizer: Path | None) -> Callable[[Sequence[int]]
     """
     folder, setting = tokenizer, "--tokenizer"
     if folder is None:
-        folder, setting = _folder_of_teacher(RunDirectory(to_path(dataset).resolve().parent)), "teacher.model"
+        folder, setting = _folder_of_teacher(to_path(dataset).resolve()), "teacher.model"
         if folder is None:
             return None
     spec, found = read_manifest(dataset).spec, load_tokenizer(folder, setting)
@@ -37,14 +35,18 @@ def decoder_of(dataset: str, tokenizer: Path | None) -> Callable[[Sequence[int]]
     return lambda ids: repr(found.tokenizer.decode(list(ids)))[1:-1]
 
 
-def _folder_of_teacher(job: RunDirectory) -> Path | None:
-    """Find the teacher's folder in the configuration of a job, whose paths are as somebody wrote them."""
-    if not job.config.exists() or not describes_labelling(data := read_toml(job.config)):
+def _folder_of_teacher(dataset: Path) -> Path | None:
+    """Find the teacher's folder in the configuration of a job or a run, whose paths are as somebody wrote them."""
+    # a job's labels lie in its directory, those of a run's round one folder below
+    found = (RunDirectory(root) for root in (dataset.parent, dataset.parent.parent))
+    job = next((place for place in found if place.config.exists()), None)
+    if job is None:
         return None
-    config = parse_label_config(data)
-    written = Path(config.run.directory)
+    data = read_toml(job.config)
+    teacher, written = data.get("teacher", {}), Path(data.get("run", {}).get("directory", "."))
+    folder = teacher.get("model" if teacher.get("kind") == "causal_lm" else "tokenizer")
+    if not isinstance(folder, str):
+        return None
     base = job.root if written.is_absolute() else job.root.joinpath(*[".."] * len(written.parts)).resolve()
-    teacher = config.relative_to(base).teacher
-    found = Path(teacher.model) if isinstance(teacher, CausalLMConfig) else None
-    found = Path(teacher.tokenizer) if isinstance(teacher, OpenAIConfig) else found
-    return found if found is not None and found.is_dir() else None
+    place = Path(folder) if Path(folder).is_absolute() else base / folder
+    return place if place.is_dir() else None
