@@ -169,7 +169,7 @@ def run(
             freeze(job.run, check_content)
         if todo[0] is steps[0] and isinstance(job, Job):
             require_different_sets(job.run.inputs)
-            for note in notes_on(job.run.inputs):
+            for note in notes_on(job.run.inputs, job.run.config.data.id):
                 display.say(f"note: {note}")
         for step in todo:
             with display.step(step.title) as progress:

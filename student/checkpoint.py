@@ -32,6 +32,7 @@ from distilbeam.student.networks.config import HUGGINGFACE, KINDS, StudentConfig
 from distilbeam.student.networks.embedding import seen_by_head
 from distilbeam.student.networks.huggingface import CONFIG
 from distilbeam.student.networks.huggingface_files import load_files, write_files
+from distilbeam.student.other_folders import held_instead
 from distilbeam.student.own_files import TOKENIZER, content_of, found_in, with_own_files
 from distilbeam.student.predictions import Predictor
 from distilbeam.student.trust import code_of, require_trusted
@@ -265,7 +266,7 @@ def _read(directory: Path) -> Description:
     try:
         said = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise ValueError(f"{directory} holds no student: {DESCRIPTION} is missing") from e
+        raise ValueError(f"{directory} holds no student: {DESCRIPTION} is missing{held_instead(directory)}") from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from e
     version = said.get("format_version") if isinstance(said, dict) else None

@@ -59,9 +59,12 @@ class Card:
         return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
     def _head(self) -> list[str]:
-        what = "student" if self.export is None else f"{self.export['format']} export of a student"
+        what = "A student"
+        if self.export is not None:
+            name = self.export["format"]
+            what = f"{'A' if name.startswith('p') else 'An'} {name} export of a student"
         return [
-            f"# A {what}: {len(self.classes)} classes from {', '.join(self.config.input.columns)}",
+            f"# {what}: {len(self.classes)} classes from {', '.join(self.config.input.columns)}",
             "",
             f"A network of kind `{self.config.kind}` with {self.parameters:,} parameters, distilled from a teacher by distilbeam. "
             f"It reads the column(s) {_code(self.config.input.columns)} ({self.config.input.kind} input) and says one of "
@@ -150,17 +153,28 @@ class Card:
         )
         reader = ("python FOLDER/reader.py < rows.jsonl     # a line each: " + _example(self.config.input.columns),)
         return [
-            "Without distilbeam, by `reader.py` in this folder (numpy and the file's runtime):",
+            f"Without distilbeam, by `reader.py` in this folder (`pip install {' '.join(self._packages())}`):",
             "",
             "\n".join(("```sh", *reader, "```")),
             "",
-            f"`{self.export['file']}` takes `input`, {self.export['input_dtype']} [{', '.join(self._shape())}], and gives `logits` "
+            f"`{self.export['file']}` takes `{self._input()}`, {self.export['input_dtype']} [{', '.join(self._shape())}], and gives `logits` "
             f"[batch, {len(self.classes)}]. {inside}",
             "",
             "With distilbeam:",
             "",
             call,
         ]
+
+    def _input(self) -> str:
+        assert self.export is not None
+        return "input_ids" if "sequence" in self.export["dimensions"] else "input"
+
+    def _packages(self) -> list[str]:
+        """Name what the reader needs."""
+        assert self.export is not None
+        packages = ["numpy", "onnxruntime" if self.export["file"].endswith(".onnx") else "torch"]
+        packages += ["pillow"] if self.export["input"].get("kind") == "image" else []
+        return packages + (["tokenizers"] if self.export["input"].get("tokenizer") else [])
 
     def _shape(self) -> list[str]:
         assert self.export is not None

@@ -60,7 +60,7 @@ FLOORS = {
         ("strategies",),
     ),
     "student": (
-        ("data", "networks", "own_files"),
+        ("data", "networks", "other_folders", "own_files"),
         ("model_card", "predictions", "trust"),
         ("checkpoint",),
         ("export",),
@@ -71,6 +71,8 @@ FLOORS = {
     "teacher": (
         ("class_order", "oom_backoff", "programs", "protobuf_fields", "protocol", "sources"),
         ("answers", "fingerprint"),
+        ("kind_config",),
+        ("token_config",),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
         ("tfserving",),

@@ -131,6 +131,12 @@ def test_one_section_or_one_setting_is_chosen() -> None:
         ValueError, match=r"^crop is no section and no setting; did you mean training\.augment\.crop\?$"
     ):
         chosen(every, "crop")
+    with pytest.raises(
+        ValueError, match=r"^nonsense is no section and no setting; the sections are run, data, teacher, "
+    ):
+        chosen(every, "nonsense")
+    with pytest.raises(ValueError, match=r"^lr is .*; did you mean training\.lr( or [a-z.]+\.lr)*\?$"):
+        chosen(every, "lr")
 
 
 def test_lines_are_as_wide_as_they_may_be() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from distilbeam.pipelines.cli.options import (
     ConfigArgument,
     DebugOption,
     DryRunOption,
+    JsonOption,
     LogOption,
     MaxFailuresOption,
     RetryOption,
@@ -26,6 +26,8 @@ from distilbeam.pipelines.cli.options import (
     TrustOption,
     check_early,
     console,
+    give_json,
+    json_apart,
     run_steps,
     stop_at_once,
     with_max_failures,
@@ -113,14 +115,18 @@ def plan(
         ),
     ] = 0,
     check_content: CheckContentOption = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the forecast to this file.")] = None,
+    json_file: JsonOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Say what is left of a run or a labelling job and what it will cost, before anything is spent."""
-    configure_logs(log_level, console)
-    settings, flags = _settings(config, overrides), beam_options or []
+    with json_apart(json_file):
+        configure_logs(log_level, console)
+        _plan(_settings(config, overrides), beam_options or [], sample, check_content, json_file)
+
+
+def _plan(settings: Any, flags: list[str], sample: int, check_content: bool, json_file: Path | None) -> None:
     check_early(settings, flags)
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.config import LabelConfig
@@ -128,6 +134,7 @@ def plan(
         from distilbeam.pipelines.forecast.forecast import forecast_labelling, forecast_run
         from distilbeam.pipelines.forecast.token_forecast import forecast_token_run, token_sentences
         from distilbeam.pipelines.jobs.distillation import Job
+        from distilbeam.pipelines.jobs.set_notes import notes_on, require_different_sets
         from distilbeam.pipelines.steps import job_of
 
     options = pipeline_options(flags)
@@ -140,11 +147,12 @@ def plan(
         with _run_directory(settings, held=sample > 0) as directory:
             run_job = job_of(settings, directory, options)
             if isinstance(run_job, Job):
-                sentences, forecast = [], forecast_run(run_job, sample)
+                require_different_sets(run_job.run.inputs)
+                notes = notes_on(run_job.run.inputs, settings.data.id)
+                sentences, forecast = [f"note: {note}" for note in notes], forecast_run(run_job, sample)
             else:
                 sentences, forecast = [*token_sentences(run_job)], forecast_token_run(run_job, sample)
-    if json_file is not None:  # before anything is printed: whoever reads it may have had enough
-        json_file.write_text(json.dumps(forecast.to_json(), indent=2) + "\n")
+    give_json(json_file, forecast.to_json())
     for sentence in sentences:
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     _print_forecast(forecast)

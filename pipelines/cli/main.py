@@ -25,6 +25,7 @@ from distilbeam.pipelines.cli.options import (
     ConfigArgument,
     DebugOption,
     DryRunOption,
+    JsonOption,
     LogOption,
     MaxFailuresOption,
     RetryOption,
@@ -35,6 +36,8 @@ from distilbeam.pipelines.cli.options import (
     console,
     end_stopped,
     errors,
+    give_json,
+    json_apart,
     run_steps,
     with_max_failures,
     with_weak_teacher,
@@ -235,7 +238,7 @@ def evaluate(
     answers: Annotated[
         Path | None, typer.Option(help="Directory: what the teacher answered to these rows, such as run/teacher/test.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Directory: write the figures to this file.")] = None,
+    json_file: JsonOption = None,
     trust: TrustOption = None,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
@@ -244,7 +247,8 @@ def evaluate(
     """Do what is left of a run up to its figures and print the table; or evaluate a student's directory."""
     if target.is_dir():
         configure_logs(log_level, console)
-        evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
+        with json_apart(json_file):
+            evaluate_student(target, data, label_column, teacher, answers, json_file, trust or ())
         return
     if (data, teacher, answers) != (None, None, None):
         if not target.exists():
@@ -252,7 +256,8 @@ def evaluate(
                 f"nothing is at {target}; name a student's or an export's directory, such as run/students/round=003"
             )
         raise ValueError(f"--data, --teacher and --answers are for a student's directory; {target} is a configuration")
-    _print_results(run_steps(target, beam_options, overrides, log_level, ("evaluate", None)))
+    with json_apart(json_file):
+        _print_results(run_steps(target, beam_options, overrides, log_level, ("evaluate", None)), json_file)
 
 
 @app.command()
@@ -271,7 +276,7 @@ def report(
     console.print(f"Report: {directory / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _print_results(directory: Path) -> None:
+def _print_results(directory: Path, json_file: Path | None = None) -> None:
     from distilbeam.pipelines.jobs.work_log import work_table
     from distilbeam.pipelines.language.figures import UNIT
     from distilbeam.pipelines.language.report import sentences as token_sentences
@@ -280,6 +285,7 @@ def _print_results(directory: Path) -> None:
     from distilbeam.storage.files import read_json
 
     results = read_json(directory / "report" / "metrics.json")
+    give_json(json_file, results)
     of_tokens = results.get("unit") == UNIT
     console.print((token_results_table if of_tokens else results_table)(results))
     console.print(work_table(results["work"]))

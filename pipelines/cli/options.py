@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 console = plain_console()
 errors = plain_console(stderr=True)
+_STREAM = Path("-")
 _PATIENCE_S = 30.0  # for a request in flight
 
 ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file (TOML).", show_default=False)]
@@ -70,6 +73,12 @@ RetryOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what is left and what it will cost, as plan does; do nothing.")
 ]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", help="Write the figures to this file; '-': to standard output, and all else to standard error."
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 LogOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
@@ -118,6 +127,29 @@ def check_early(settings: RunConfig | TokenRunConfig | LabelConfig, flags: Seque
         from distilbeam.pipelines.engine.beam_options import pipeline_options
 
         pipeline_options(flags)
+
+
+@contextmanager
+def json_apart(file: Path | None) -> Iterator[None]:
+    """Keep standard output for the figures alone where `--json -` asks for them there: all else goes to standard error."""
+    former = console.stderr
+    console.stderr = former or file == _STREAM
+    try:
+        yield
+    finally:
+        console.stderr = former
+
+
+def give_json(file: Path | None, found: Any) -> None:
+    """Write figures where `--json` says; before any table, for whoever reads these may have had enough."""
+    if file is None:
+        return
+    if file == _STREAM:
+        print(json.dumps(found, indent=2, sort_keys=True), flush=True)
+        return
+    from distilbeam.storage.files import write_json
+
+    write_json(file, found)
 
 
 def stop_at_once(*_: object) -> None:

@@ -87,12 +87,12 @@ def chosen(every: Sequence[Setting], name: str | None) -> list[Setting]:
     ]
     if not found:
         names = dict.fromkeys(part for setting in every for part in (setting.section, setting.dotted))
-        same = [setting.dotted for setting in every if setting.name == wanted]
-        near = same or difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+        same = list(dict.fromkeys(setting.dotted for setting in every if setting.name == wanted))
+        near = same or difflib.get_close_matches(wanted, names, n=1, cutoff=0.7)
         sections = ", ".join(dict.fromkeys(setting.section.partition(".")[0] for setting in every))
         raise ValueError(
             f"{name} is no section and no setting; "
-            + (f"did you mean {near[0]}?" if near else f"the sections are {sections}")
+            + (f"did you mean {' or '.join(near[:3])}?" if near else f"the sections are {sections}")
         )
     return found
 

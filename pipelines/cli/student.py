@@ -19,6 +19,7 @@ from distilbeam.pipelines.cli.options import (
     SetOption,
     TrustOption,
     console,
+    give_json,
     stop_at_once,
 )
 from distilbeam.pipelines.engine.display import Display, configure_logs
@@ -120,6 +121,7 @@ def tune(
 
 def pareto(
     config: ConfigArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what students would be made; make none.")] = False,
     overrides: SetOption = None,
     log_level: LogOption = "warning",
     debug: DebugOption = False,  # noqa: ARG001
@@ -128,9 +130,12 @@ def pareto(
     configure_logs(log_level, console)
     signal.signal(signal.SIGINT, stop_at_once)
     with _opened_run(config, overrides) as run:
-        from distilbeam.pipelines.experiments.pareto import sweep_widths
+        from distilbeam.pipelines.experiments.pareto import plan_sweep, sweep_widths
         from distilbeam.pipelines.report.tables import PARETO_COLUMNS, console_table, pareto_rows
 
+        if dry_run:
+            console.print(plan_sweep(run), highlight=False, soft_wrap=True)
+            return
         results = sweep_widths(run, Display(console))
         title = f"Accuracy against {results['cost']}; the front is that of the validation set"
         console.print(console_table(title, PARETO_COLUMNS, pareto_rows(results)))
@@ -186,42 +191,32 @@ def evaluate_student(
             f"--data must name labelled Parquet to evaluate {directory} on, of a language model a directory of token labels; a "
             "configuration has its own"
         )
+    from distilbeam.pipelines.prediction.opened_model import is_run, kept_in
     from distilbeam.student.language.folder import is_language_model
 
+    directory = kept_in(directory) if is_run(directory) else directory
     if is_language_model(directory):
         _evaluate_language_model(directory, data, json_file, trust)
         return
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.experiments.evaluate import evaluate_directory
-        from distilbeam.pipelines.report.tables import (
-            CLASS_COLUMNS,
-            EXPORT_COLUMNS,
-            class_rows,
-            console_table,
-            export_rows,
-        )
-        from distilbeam.storage.files import write_json
+        from distilbeam.pipelines.report.tables import EXPORT_COLUMNS, class_table, console_table, export_rows
         from distilbeam.student.trust import trust as trust_code
     trust_code(*trust)
     with Display(console).step(f"evaluate {directory}"):
         found = evaluate_directory(directory, data, label, teacher, answers)
-    if json_file is not None:  # before the tables: whoever reads these may have had enough
-        write_json(json_file, found)
+    give_json(json_file, found)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))
-    console.print(
-        console_table("Classes, the lowest recall first", CLASS_COLUMNS, class_rows(found["classes"], found["worst"]))
-    )
+    console.print(class_table(found["classes"], found["worst"]))
 
 
 def _evaluate_language_model(directory: Path, data: Path, json_file: Path | None, trust: Sequence[str]) -> None:
     """Measure a language model on token labels: a line for each figure."""
     with Display(console).step(f"evaluate {directory}"):
-        from distilbeam.storage.files import write_json
         from distilbeam.student.language.evaluate import evaluate_language_model
 
         found = evaluate_language_model(directory, data, trust)
-    if json_file is not None:
-        write_json(json_file, found)
+    give_json(json_file, found)
     from distilbeam.pipelines.report.tables import console_table
 
     rows = [
@@ -280,10 +275,11 @@ def _export_of_run(
     learned = final is not None and learns_validation(run)
     training = run.config.training
     short = training.model_copy(update={"epochs": max(1, round(recovery * training.epochs))})
+    where = output or run.directory.root / "exports" / (student.name if final is None else final.parent.name)
     table = write_exports(
         student,
         formats,
-        output or run.directory.root / "exports" / (student.name if final is None else final.parent.name),
+        where,
         partial(judge_on_run, run, learned_validation=learned),
         Display(console),
         pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
@@ -293,7 +289,7 @@ def _export_of_run(
         ratio,
         run_facts(run),
     )
-    _print_exports(table, "validation" if run.config.data.test is None else "test")
+    _print_exports(table, "validation" if run.config.data.test is None else "test", where)
     _redraw(run)
 
 
@@ -325,15 +321,18 @@ def _export_of_directory(
         )
     where = output or student.with_name(f"{student.name}-exports")
     table = write_exports(student, formats, where, judge_of(data, label), Display(console), examples, origin)
-    _print_exports(table, "data" if data is not None else None)
+    _print_exports(table, "data" if data is not None else None, where)
 
 
-def _print_exports(table: list[dict[str, Any]], evaluated_on: str | None) -> None:
+def _print_exports(table: list[dict[str, Any]], evaluated_on: str | None, where: Path) -> None:
     from distilbeam.pipelines.report.tables import EXPORT_COLUMNS, console_table, export_rows
 
     quality = "" if evaluated_on is None else f"Quality on the {evaluated_on} set; "
     title = f"{quality}latency and memory in a fresh process with one thread"
     console.print(console_table(title, EXPORT_COLUMNS, export_rows(table, evaluated_on)))
+    for folder in (where / row["name"] for row in table):
+        if folder.is_dir():  # the first row is the student itself
+            console.print(f"Export: {folder}", highlight=False, soft_wrap=True)
 
 
 def _redraw(run: Run) -> None:

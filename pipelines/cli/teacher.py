@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from distilbeam.pipelines.cli.options import console
+from distilbeam.pipelines.cli.options import JsonOption, console, give_json, json_apart
 from distilbeam.pipelines.engine.display import configure_logs
 
 DatasetArgument = Annotated[
@@ -56,16 +56,35 @@ def verify(
         float, typer.Option(min=0, help="Largest difference of a probability that is no problem.")
     ] = 2e-3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many rows the teacher would be asked about; ask nobody.")
+    ] = False,
+    json_file: JsonOption = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
 ) -> None:
     """Check a soft-label dataset against its manifest; exit status 1 where something is wrong."""
-    configure_logs("warning", console)
+    with json_apart(json_file):
+        configure_logs("warning", console)
+        _verify(path, teacher, sample, tolerance, seed, dry_run, json_file)
+
+
+def _verify(
+    path: str,
+    teacher: Path | None,
+    sample: int | None,
+    tolerance: float,
+    seed: int,
+    dry_run: bool,
+    json_file: Path | None,
+) -> None:
     from distilbeam.teacher.config import labels_tokens, read_teacher_config
     from distilbeam.teacher.load import load_teacher
     from distilbeam.teacher.softlabels import read_manifest
     from distilbeam.teacher.softlabels.verify import verify_labels
     from distilbeam.teacher.softlabels.verify_tokens import wanted_form
 
+    if dry_run and teacher is None:
+        raise ValueError("--dry-run is for --teacher: without a teacher nobody is asked; leave it out")
     with ExitStack() as stack:
         asked = complete = None
         if teacher is not None:
@@ -79,6 +98,9 @@ def verify(
                     "configuration that they were made with"
                 )
             form = wanted_form(spec, served=told.kind != "causal_lm") if spec.unit == "token" else None
+            if dry_run:
+                _say_what_is_asked(path, sample or (256 if form is None else 16), "rows" if form is None else "blocks")
+                return
             asked = load_teacher(told, classes=spec.classes, form=form)
             sample = sample or (256 if form is None else 16)
             stack.callback(asked.close)
@@ -88,9 +110,20 @@ def verify(
         from distilbeam.pipelines.jobs.pool_check import pool_problems
 
         result = replace(result, problems=(*result.problems, *pool_problems(teacher, path)))
+    give_json(json_file, result.to_json())
     console.print(result)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _say_what_is_asked(path: str, sample: int, unit: str) -> None:
+    from distilbeam.teacher.softlabels import read_manifest
+
+    there = sum(entry.rows for entry in read_manifest(path).entries)
+    console.print(
+        f"The teacher would be asked about {min(sample, there):,} of the {there:,} {unit} of {path}; nothing was asked.",
+        soft_wrap=True,
+    )
 
 
 def to_dataset(
@@ -112,11 +145,11 @@ def to_dataset(
 ) -> None:
     """Write soft labels with each row's class, its name and its confidence, for datasets.load_dataset and others."""
     configure_logs("warning", console)
-    from distilbeam.pipelines.jobs.labels_of_place import id_of, splits_of
+    from distilbeam.pipelines.jobs.labels_of_place import id_of, ids_of_sets, splits_of
     from distilbeam.teacher.softlabels import write_dataset
 
     splits = splits_of(place)
-    rows = write_dataset(splits, out, id_column or id_of(place), prefix)
+    rows = write_dataset(splits, out, id_column or id_of(place), prefix, ids_of_sets(place, splits))
     said = ", ".join(f"{split} {count:,}" for split, count in rows.items())
     console.print(
         f"Wrote {out}: {said} row(s). Next: datasets.load_dataset('{out}')",

@@ -49,12 +49,7 @@ def sweep_widths(run: Run, display: Display) -> dict[str, Any]:
         other settings.
     """
     config, root = run.config, run.directory.root / "pareto"
-    require_extras(needs_of_sweep(config.pareto))
-    stages = plan(config.pareto)
-    run.require_soft_labels("the sweep compares students before and after they learn from soft labels")
-    _require_widths(config, stages)
-    if any(stage.action == "prune" for stage in stages):
-        _require_prunable(run)
+    stages = _checked_stages(run)
     _require_same_settings(root, run)
 
     points = []
@@ -73,6 +68,33 @@ def sweep_widths(run: Run, display: Display) -> dict[str, Any]:
     write_json(root / "pareto.json", results)
     draw_pareto(results, root)
     return results
+
+
+def plan_sweep(run: Run) -> str:
+    """Say what a sweep would make, checked as the sweep checks it; nothing is made.
+
+    Raises:
+      ValueError: as for `sweep_widths`, but for a directory of other settings.
+    """
+    stages, root = _checked_stages(run), run.directory.root / "pareto"
+    left = [stage for stage in stages if not (root / f"{stage.name}.json").exists()]
+    trained = sum(stage.action != "compress" for stage in left)
+    names = f": {', '.join(stage.name for stage in left)}" if left else ""
+    return (
+        f"{len(stages):,} students, {len(stages) - len(left):,} there already; {trained:,} would be trained and {len(left) - trained:,} "
+        f"compressed{names}. Each learns what the run has labelled, and no teacher is asked."
+    )
+
+
+def _checked_stages(run: Run) -> list[Stage]:
+    config = run.config
+    require_extras(needs_of_sweep(config.pareto))
+    stages = plan(config.pareto)
+    run.require_soft_labels("the sweep compares students before and after they learn from soft labels")
+    _require_widths(config, stages)
+    if any(stage.action == "prune" for stage in stages):
+        _require_prunable(run)
+    return stages
 
 
 def _make(stage: Stage, root: Path, run: Run, progress: Progress) -> Path:

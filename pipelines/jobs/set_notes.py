@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +25,21 @@ _BYTES = 64 * 2**20  # of them that are read
 _NAMED = 3  # classes that are named
 
 
-def notes_on(inputs: Inputs) -> list[str]:
-    """Say, in sentences, what limits the estimates: few rows, classes without any, rows that are in several sets."""
-    return [*_few_rows(inputs), *_missing_classes(inputs), *_shared_rows(inputs), *_shared_with_pool(inputs)]
+def notes_on(inputs: Inputs, id_column: str | None = None) -> list[str]:
+    """Say, in sentences, what limits the estimates: few rows, classes without any, rows or ids that are in several sets.
+
+    Args:
+      inputs: the data of a run.
+      id_column: column with the ids, where there is one; sets without it are not compared by it.
+    """
+    return [
+        *_few_rows(inputs),
+        *_missing_classes(inputs),
+        *_contradictions(inputs),
+        *_shared_rows(inputs),
+        *_shared_ids(inputs, id_column),
+        *_shared_with_pool(inputs),
+    ]
 
 
 def require_different_sets(inputs: Inputs) -> None:
@@ -63,6 +77,51 @@ def _missing_classes(inputs: Inputs) -> Iterator[str]:
             yield (
                 f"{name} has no row of {len(missing):,} of the {len(inputs.classes):,} classes ({', '.join(missing[:_NAMED])}{more}): {what}"
             )
+
+
+def _contradictions(inputs: Inputs) -> Iterator[str]:
+    """Rows of one set that the student cannot tell apart and that have different classes."""
+    for name, one in _sets(inputs):
+        classes: dict[bytes, set[int]] = defaultdict(set)
+        for row, truth in zip(one.ids, one.truth.tolist(), strict=True):
+            classes[row].add(truth)
+        odd = sum(len(classes[row]) > 1 for row in one.ids)
+        if odd:
+            yield (
+                f"{odd:,} of the {len(one.ids):,} rows of {name} have the input of another row of it and another class: at most one of "
+                "them is right"
+            )
+
+
+def _sets(inputs: Inputs) -> list[tuple[str, LabelledSet]]:
+    sets = [("data.labelled", inputs.labelled), ("data.validation", inputs.validation)]
+    return sets if inputs.test is inputs.validation else [*sets, ("data.test", inputs.test)]
+
+
+def _shared_ids(inputs: Inputs, column: str | None) -> Iterator[str]:
+    """Ids that are in two sets, of rows whose content is in one: an edited row, or ids that are not unique."""
+    if column is None:
+        return
+    known = [(name, dict(zip(ids, one.ids, strict=True))) for name, one in _sets(inputs) if (ids := _ids(one, column))]
+    for place, (name, rows) in enumerate(known):
+        for other_name, others in known[:place]:
+            odd = sum(others.get(key, row) != row for key, row in rows.items())
+            if odd:
+                yield (
+                    f"{odd:,} of the {len(rows):,} ids of {name} are in {other_name} too, with another content: one row that was "
+                    "edited, or two that share an id"
+                )
+
+
+def _ids(one: LabelledSet, column: str) -> list[Any]:
+    """Read the ids of a set; none where a file has no such column."""
+    found: list[Any] = []
+    for path in dict.fromkeys(unit.path for unit in one.plan.units):
+        file = open_parquet(path)
+        if column not in file.schema_arrow.names:
+            return []
+        found += file.read(columns=[column])[column].to_pylist()
+    return found if len(found) == len(one.ids) else []
 
 
 def _shared_rows(inputs: Inputs) -> Iterator[str]:

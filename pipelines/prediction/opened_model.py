@@ -33,8 +33,8 @@ def open_model(directory: Path, column: str | None = None) -> tuple[Path, Model]
     """
     if not directory.is_dir():
         raise ValueError(
-            f"STUDENT must be the directory of a student, an export, a run or a Hugging Face classifier, got {directory}: none is "
-            "there"
+            f"STUDENT must be the directory of a student, an export, a run or a Hugging Face classifier, got {directory}: "
+            + ("it is a file" if directory.is_file() else "none is there")
         )
     own = (directory / DESCRIPTION).exists() or (directory / "export.json").exists()
     if not own and kind_of(directory) is not None:
@@ -43,9 +43,14 @@ def open_model(directory: Path, column: str | None = None) -> tuple[Path, Model]
         raise ValueError(
             f"--input-column is for a Hugging Face folder, a student knows its columns; leave {column} out"
         )
-    if (directory / "students").is_dir() and (directory / "config.toml").exists():
+    if is_run(directory):
         directory = kept_in(directory)
     return directory, load_model(directory)
+
+
+def is_run(directory: Path) -> bool:
+    """Tell whether a directory is a run's."""
+    return (directory / "students").is_dir() and (directory / "config.toml").exists()
 
 
 def cached_model(directory: str, column: str | None = None, trust: Sequence[str] = ()) -> Model:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,12 @@ class OutputFolder:
     def __init__(self, root: Path, about: Mapping[str, Any]) -> None:
         self.root, self._description = root, root / "_predict.json"
         about = {"format_version": FORMAT_VERSION, **about}
-        if self._description.exists():
+        sweep(root)
+        begun = self._description.exists()
+        if begun and not any(root.glob("*.parquet")):  # of a call that was refused, which others need not go on with
+            shutil.rmtree(root / "_sources", ignore_errors=True)
+            write_json(self._description, about)
+        elif begun:
             found = read_json(self._description)
             differing = [name for name, value in about.items() if found.get(name) != value]
             if differing:
@@ -53,7 +59,6 @@ class OutputFolder:
             if strangers:
                 raise ValueError(f"--out: {root} holds other files ({', '.join(strangers[:3])}); name a new folder")
             write_json(self._description, about)
-        sweep(root)
 
     def begin(self, source: Source) -> tuple[int | None, bool]:
         """Take up a file of examples; what was predicted of another content under its path is removed.

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from distilbeam.pipelines.report.point_labels import label_points
+
 TEACHER, STUDENT, FINAL, UNIFORM, GREY = "#1b4965", "#d1495b", "#7b2d3a", "#8d99ae", "#cfd4da"
 STYLE: Any = {
     "font.size": 10,
@@ -111,16 +113,16 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     if "uniform" in results:
         point = results["uniform"]["labels"], 100 * results["uniform"]["accuracy"]
         ax.plot(*point, "s", color=UNIFORM, ms=7, label="the same student, uniform choice")
-    for x, y in zip(labels, accuracy, strict=True):
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(-9, 3), ha="right", color=STUDENT)
+    points = [(x, y, f"{y:.1f}", STUDENT) for x, y in zip(labels, accuracy, strict=True)]
     if (final := _final(results)) is not None:
         x, y = final["labels"], 100 * final["accuracy"]
         ax.plot(x, y, "*", color=FINAL, ms=11, label="student after the last training")
-        ax.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(8, -4), ha="left", color=FINAL)
+        points.append((x, y, f"{y:.1f}", FINAL))
     ax.set(xlabel="labels bought from the teacher", ylabel=f"accuracy on the {results['evaluated_on']} set (%)")
     ax.margins(x=0.12, y=0.15)
     _end_at_100(ax)
     legend_below(figure, ax, columns=2)
+    label_points(ax, points)
     return figure
 
 

@@ -6,7 +6,8 @@ An export is a directory that appears by one rename, and nothing else is needed 
   input and versions in the file's own metadata (`metadata`);
 * `export.json`: what callers make of an example before, the student that it came from, what it was calibrated on, how far its
   answers lie from the student's, and the section `[teacher]` with which distilbeam asks it;
-* `tokenizer.json` of a student that has one;
+* `tokenizer.json` of a student that has one; beside the `onnx` file of a text classifier of transformers, which takes `input_ids` of
+  any length, also `config.json` and the tokenizer's settings, as tools for such folders expect them;
 * `reader.py`: makes the input and predicts, with numpy and the file's runtime alone;
 * `README.md`: the model card.
 
@@ -27,6 +28,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,12 @@ from distilbeam.inputs.config import InputConfig
 from distilbeam.storage.atomic import committed_directory
 from distilbeam.student.checkpoint import Student, load_student
 from distilbeam.student.export.metadata import EXTRA_FILE, annotate_onnx
-from distilbeam.student.export.preprocessing import LONGEST, GraphInput, graph_input
+from distilbeam.student.export.preprocessing import GraphInput, graph_input
 from distilbeam.student.export.quantise import quantise_static, quantise_weights
 from distilbeam.student.export.runtimes import open_runner
 from distilbeam.student.model_card import CARD, Card
+from distilbeam.student.networks.huggingface import CONFIG
+from distilbeam.student.networks.huggingface_files import TOKENIZER_FILES
 from distilbeam.student.own_files import with_own_files
 
 FORMATS = ("pt2", "onnx", "int8", "int8-weights")
@@ -97,8 +101,15 @@ def export_student(
     with committed_directory(directory) as temporary:
         file = temporary / ("model.pt2" if format == "pt2" else "model.onnx")
         inputs = with_own_files(graph.config, temporary)
+        if format != "onnx":
+            graph = replace(graph, lengths=False)  # the quantiser must know how long a text is
+        graph, program = _program(graph)
         about = _about(loaded, graph, inputs)
-        _write(graph, format, file, raw, about)
+        _write(graph, program, format, file, raw, about)
+        if graph.lengths:
+            for name in (CONFIG, *TOKENIZER_FILES):
+                if (Path(student) / name).is_file():
+                    shutil.copyfile(Path(student) / name, temporary / name)
         check = _compared(loaded, graph, file, raw, exact=format in ("pt2", "onnx"))
         calibration = None if examples is None else {"rows": len(examples), **(origin or {})}
         description = _description(loaded, graph, inputs, about, format, file, check, calibration, provenance or {})
@@ -108,13 +119,19 @@ def export_student(
     return directory
 
 
-def _write(graph: GraphInput, format_: str, file: Path, raw: npt.NDArray[Any] | None, about: Mapping[str, Any]) -> None:
-    program = _program(graph)
+def _write(
+    graph: GraphInput,
+    program: torch.export.ExportedProgram,
+    format_: str,
+    file: Path,
+    raw: npt.NDArray[Any] | None,
+    about: Mapping[str, Any],
+) -> None:
     if format_ == "pt2":
         torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(dict(about))})
         return
     float_file = file if format_ == "onnx" else file.with_name("float.onnx")
-    _write_onnx(program, float_file)
+    _write_onnx(program, float_file, name_of_input(graph))
     if format_ == "int8":
         assert raw is not None
         quantise_static(float_file, file, raw)
@@ -125,14 +142,28 @@ def _write(graph: GraphInput, format_: str, file: Path, raw: npt.NDArray[Any] | 
     annotate_onnx(file, about, graph.dimensions)
 
 
-def _program(graph: GraphInput) -> torch.export.ExportedProgram:
-    most = {"batch": 2**20, "height": LONGEST, "width": LONGEST}
-    sizes = {place: torch.export.Dim(name, min=1, max=most[name]) for place, name in graph.dimensions.items()}
+def name_of_input(graph: GraphInput) -> str:
+    """Name an ONNX file's input as tools for the folders of transformers look for it, where it is that of such a model."""
+    return "input_ids" if graph.lengths else "input"
+
+
+def _program(graph: GraphInput) -> tuple[GraphInput, torch.export.ExportedProgram]:
+    """Trace a graph; of a network that is made for one length alone, the graph of that length."""
+    if graph.lengths:
+        try:
+            return graph, _traced(graph)
+        except Exception:  # noqa: BLE001 - torch says in many ways that a size is built into a network
+            graph = replace(graph, lengths=False)
+    return graph, _traced(graph)
+
+
+def _traced(graph: GraphInput) -> torch.export.ExportedProgram:
+    sizes = {place: torch.export.Dim(name, min=1, max=graph.longest[name]) for place, name in graph.dimensions.items()}
     # an example of two rows: torch takes a dimension of one to be one for ever
     return torch.export.export(graph.module.eval(), (graph.zeros(2),), dynamic_shapes=(sizes,))
 
 
-def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path, name: str = "input") -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401 - torch's exporter is written in it
@@ -140,7 +171,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
         raise ValueError("ONNX exports need onnx and onnxscript; install distilbeam[onnx]") from e
     with _quiet_exporter():
         exported = torch.onnx.export(
-            program, input_names=["input"], output_names=["logits"], opset_version=OPSET, dynamo=True, verbose=False
+            program, input_names=[name], output_names=["logits"], opset_version=OPSET, dynamo=True, verbose=False
         )
     assert exported is not None
     model = exported.model_proto

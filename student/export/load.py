@@ -17,6 +17,7 @@ from distilbeam.inputs.config import InputConfig, make_input
 from distilbeam.student.checkpoint import DESCRIPTION, Student, load_student
 from distilbeam.student.export.export import EXPORT_VERSION
 from distilbeam.student.export.runtimes import open_runner
+from distilbeam.student.other_folders import held_instead
 from distilbeam.student.own_files import found_in
 from distilbeam.student.predictions import Predictor
 from distilbeam.student.trust import code_of_input, require_trusted
@@ -94,7 +95,7 @@ def load_export(directory: str | Path, threads: int | None = None, trust: Sequen
     try:
         description = json.loads((directory / "export.json").read_text())
     except FileNotFoundError as e:
-        raise ValueError(f"{directory} holds no export: export.json is missing") from e
+        raise ValueError(f"{directory} holds no export: export.json is missing{held_instead(directory)}") from e
     except ValueError as e:
         raise ValueError(f"{directory / 'export.json'} is not valid JSON: {e}") from e
     version = description.get("format_version") if isinstance(description, dict) else None
@@ -120,8 +121,8 @@ def load_model(directory: Path) -> Student | ExportedStudent:
     if (directory / "export.json").exists():
         return load_export(directory)
     raise ValueError(
-        f"{directory} must hold a student (student.json) or an export (export.json); name one, such as "
-        "run/students/round=003, or a configuration file"
+        f"{directory} must hold a student (student.json) or an export (export.json), such as run/students/round=003"
+        f"{held_instead(directory)}"
     )
 
 

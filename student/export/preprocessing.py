@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from distilbeam.inputs.config import InputConfig, normalised
 from distilbeam.student.checkpoint import Student
+from distilbeam.student.networks.config import HUGGINGFACE
 
 FAR = 1000.0  # |mean| / std from where float32 numbers are off by more than 6e-5 of a standard deviation
 LONGEST = 2**16  # pixels of a side
@@ -37,6 +38,7 @@ class GraphInput:
       shape: of one example; that of images without a resizing graph is fixed.
       dtype: of the numbers.
       sides: whether images of any height and width are taken.
+      lengths: whether token ids of any length up to that of an example are taken, without padding.
       does: what the graph does, a sentence for each step.
     """
 
@@ -45,6 +47,7 @@ class GraphInput:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     sides: bool = False
+    lengths: bool = False
     does: tuple[str, ...] = ()
 
     def zeros(self, rows: int) -> Tensor:
@@ -54,7 +57,13 @@ class GraphInput:
     @property
     def dimensions(self) -> dict[int, str]:
         """Names of the dimensions of any size."""
-        return {0: "batch", **({1: "height", 2: "width"} if self.sides else {})}
+        more = {1: "height", 2: "width"} if self.sides else {1: "sequence"} if self.lengths else {}
+        return {0: "batch", **more}
+
+    @property
+    def longest(self) -> dict[str, int]:
+        """Greatest sizes of these dimensions, by their names."""
+        return {"batch": 2**20, "height": LONGEST, "width": LONGEST, "sequence": self.shape[0]}
 
     def raw(self, inputs: npt.NDArray[Any], student: InputConfig) -> npt.NDArray[Any]:
         """Go back from a student's inputs [rows, ...] to what the graph takes: before scaling, nearly; pixels exactly."""
@@ -94,7 +103,8 @@ def graph_input(student: Student, pixels: type[np.generic] = np.uint8) -> GraphI
     if config.kind == "tensor" and config != plain and not _far(config):
         does = (f"numbers: {_formula(config, 1.0)}",)
         return GraphInput(Scaled(student.module, config), plain, shape, np.dtype(np.float32), does=does)
-    return GraphInput(student.module, config, shape, student.zeros(1).numpy().dtype)
+    lengths = student.config.kind == HUGGINGFACE and config.gives_ids  # whose networks know padding from text
+    return GraphInput(student.module, config, shape, student.zeros(1).numpy().dtype, lengths=lengths)
 
 
 class Scaled(nn.Module):
@@ -150,7 +160,7 @@ def _image(student: Student, config: InputConfig, pixels: np.dtype[Any]) -> Grap
     does.append(f"pixels from 0 to 255: {_formula(config, 1 / 255)}")
     does += ["channels are put first"] if config.layout == "chw" else []
     module = Pixels(student.module, config, resized)
-    return GraphInput(module, outside, shape, pixels, resized, tuple(does))
+    return GraphInput(module, outside, shape, pixels, resized, does=tuple(does))
 
 
 def _far(config: InputConfig) -> bool:

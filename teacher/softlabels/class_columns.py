@@ -4,8 +4,9 @@
     label_name  string, its name (its number where the classes have none)
     confidence  float32, its probability, at the temperature of the labels
 
-The user's id is under its own name, everything else is as it is stored. The schema's metadata hold the names of the classes under
-`huggingface`, so that `datasets.load_dataset` makes a `ClassLabel` of `label`.
+The user's id is under its own name, everything else is as it is stored. Rows without an id, whose content is their id, have it in
+hexadecimal digits: an id is a text in every split, for a set of data has one type of a column. The schema's metadata hold the names
+of the classes under `huggingface`, so that `datasets.load_dataset` makes a `ClassLabel` of `label`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from distilbeam.teacher.softlabels.spec import SoftLabelSpec, require_unit
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-ID = "example_id"
+ID, ROW = "example_id", "pool_row"
 _ADDED = ("label", "label_name", "confidence")
 _BATCH_ROWS = 16_384
 Splits = Mapping[str, Sequence[str | Path]]
@@ -63,7 +64,7 @@ def with_classes(rows: pa.Table, spec: SoftLabelSpec, id_column: str = ID, prefi
         "confidence": pa.array(np.exp(found.logprobs[each, best])),
     }
     rest = [name for name in rows.column_names if name != ID]
-    columns = {id_column: rows[ID], **{f"{prefix}{name}": values for name, values in added.items()}}
+    columns = {id_column: _as_text(rows[ID]), **{f"{prefix}{name}": values for name, values in added.items()}}
     both = [name for name in rest if name in columns]
     if both:
         raise ValueError(
@@ -76,7 +77,16 @@ def with_classes(rows: pa.Table, spec: SoftLabelSpec, id_column: str = ID, prefi
     return table.replace_schema_metadata(metadata)
 
 
-def write_dataset(splits: Splits, directory: Path, id_column: str = ID, prefix: str = "") -> dict[str, int]:
+def _as_text(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Write the hashes of rows without an id in hexadecimal digits; other ids are as they are."""
+    if not pa.types.is_fixed_size_binary(ids.type):
+        return ids
+    return pa.chunked_array([pa.array([None if one is None else one.hex() for one in ids.to_pylist()], pa.string())])
+
+
+def write_dataset(
+    splits: Splits, directory: Path, id_column: str = ID, prefix: str = "", ids: Mapping[str, pa.Array] | None = None
+) -> dict[str, int]:
     """Write soft labels as a folder of Parquet files that `datasets.load_dataset` reads with the names of the classes.
 
     Args:
@@ -84,6 +94,7 @@ def write_dataset(splits: Splits, directory: Path, id_column: str = ID, prefix: 
       directory: where to write, whole or not at all; must not be there yet.
       id_column: see `with_classes`.
       prefix: see `with_classes`.
+      ids: by split, the user's ids of all rows of its set, where the labels have the hashes of the rows' content instead.
 
     Returns:
       The rows of each split. A file holds the rows of a shard; its name says its split: `train-00000-of-00002.parquet`.
@@ -99,7 +110,8 @@ def write_dataset(splits: Splits, directory: Path, id_column: str = ID, prefix: 
             shards = [(path, manifest.spec) for manifest in manifests for path in manifest.paths()]
             for number, (path, spec) in enumerate(shards):
                 target = folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-                _write(target, _tables(path, spec, id_column, prefix))
+                tables = _tables(path, spec, id_column, prefix, (ids or {}).get(split))
+                _write(target, tables)
     return {split: sum(manifest.rows for manifest in manifests) for split, manifests in read.items()}
 
 
@@ -135,10 +147,15 @@ def _read(manifests: Iterator[Manifest], id_column: str, prefix: str) -> Iterato
             yield from _tables(path, manifest.spec, id_column, prefix)
 
 
-def _tables(path: Path, spec: SoftLabelSpec, id_column: str, prefix: str) -> Iterator[pa.Table]:
+def _tables(
+    path: Path, spec: SoftLabelSpec, id_column: str, prefix: str, ids: pa.Array | None = None
+) -> Iterator[pa.Table]:
     with store_of(path).open_parquet(path) as file:
         for batch in file.iter_batches(_BATCH_ROWS):
-            yield with_classes(pa.Table.from_batches([batch]), spec, id_column, prefix)
+            rows = pa.Table.from_batches([batch])
+            if ids is not None:
+                rows = rows.set_column(rows.column_names.index(ID), ID, pa.chunked_array([ids]).take(rows[ROW]))
+            yield with_classes(rows, spec, id_column, prefix)
 
 
 def _write(path: Path, tables: Iterator[pa.Table]) -> None:

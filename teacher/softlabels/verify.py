@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,10 @@ class Verification:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as plain data."""
+        return {**asdict(self), "directory": str(self.directory), "ok": self.ok}
 
     def __rich__(self) -> RenderableType:
         """Show the result."""

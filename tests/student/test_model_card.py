@@ -48,6 +48,7 @@ def test_an_export_says_what_its_file_takes(folder, tmp_path):
     assert "In the graph: numbers: (x * 0.5 - [1.0]) / 1." in card
     assert "| teacher | torch:t.pt2:abc, labels at temperature 1.25 |" in card
     assert "reader.py < rows.jsonl" in card
+    assert "`reader.py` in this folder (`pip install numpy onnxruntime`)" in card
     assert f"| fingerprint of the student | {load_student(folder).fingerprint()} |" in card
 
 

@@ -46,6 +46,19 @@ def test_it_is_for_what_is_there(command: Command, tmp_path: Path) -> None:
         command("label", "--dry-run", "--watch", "pool")
 
 
+def test_of_a_verification_that_asks(command: Command, tmp_path: Path) -> None:
+    write_job(tmp_path)
+    command("label")
+    before = asked(tmp_path)
+    words = ["verify", "job/labels", "--teacher", "label.toml", "--dry-run"]
+    said = CliRunner().invoke(app, [*words, "--sample", "12"], catch_exceptions=False).output
+    assert said == "The teacher would be asked about 12 of the 240 rows of job/labels; nothing was asked.\n"
+    assert "about 240 of the 240 rows" in CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert asked(tmp_path) == before
+    alone = CliRunner().invoke(app, ["verify", "job/labels", "--dry-run"])
+    assert "--dry-run is for --teacher" in str(alone.exception)
+
+
 def test_of_a_run(problem: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "distilbeam.toml").write_text(tomli_w.dumps(problem))

@@ -47,6 +47,34 @@ def test_a_file_is_trained_wherever_the_command_is_given(
     assert isinstance(again.exception, FileExistsError)
 
 
+def test_a_dry_run_says_what_is_learned_and_trains_nothing(training: Path, tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        out = CliRunner().invoke(app, ["launch", str(training), "--dry-run", *words], catch_exceptions=False)
+        assert out.exit_code == 0
+        return out.output
+
+    before = sorted(tmp_path.rglob("*"))
+    assert said().startswith(
+        f"1 epoch(s) of 60 human-labelled row(s), 64 at a time, into {tmp_path / 'student'}: nothing of it"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "student.training").mkdir()
+    assert "a stopped training is there, which would go on" in said("--set", "training.epochs=2")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "student.json").write_text("{}")
+    assert "the student is there already" in said("--set", "data.directory=other")
+    with pytest.raises(ValueError, match="none/_manifest"):
+        said("--set", "data.soft_labels=['none']")
+
+
+def test_files_of_other_commands_are_refused_with_theirs(tmp_path: Path) -> None:
+    for sections, command in ((("run", "selection", "teacher", "student"), "run"), (("data", "teacher"), "label")):
+        (path := tmp_path / "given.toml").write_text("".join(f"[{name}]\n" for name in sections))
+        out = CliRunner().invoke(app, ["launch", str(path)])
+        assert isinstance(out.exception, ValueError)
+        assert f"'distilbeam {command} {path}' does it" in str(out.exception)
+
+
 @pytest.mark.parametrize("module", MODULES, ids=" ".join)
 def test_a_mistake_is_one_sentence_under_every_name(module: list[str], training: Path) -> None:
     environment = os.environ | {"RANK": "0"}

@@ -39,6 +39,22 @@ def test_of_a_run_has_what_was_bought_and_what_the_teacher_says_of_the_other_set
     best = [max(range(3), key=row.__getitem__) for row in stored["teacher_logprobs"].to_pylist()]
     assert written["label"].to_pylist() == best
     assert written["label_name"].to_pylist() == [str(label) for label in best]
+    for split, rows in (("validation", 60), ("test", 80)):
+        given, answered = pq.read_table(f"{split}.parquet"), pq.read_table(f"labels/{split}-00000-of-00001.parquet")
+        by_id = dict(zip(given["key"].to_pylist(), given["x"].to_pylist(), strict=True))
+        assert [by_id[key] for key in answered["key"].to_pylist()] == answered["x"].to_pylist()
+        assert answered.num_rows == rows
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset("labels", cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 30, "validation": 60, "test": 80}
+    assert loaded["test"].features["label"].names == ["0", "1", "2"]
+    changed = pq.read_table("test.parquet")
+    pq.write_table(changed.take(list(range(80))[::-1]), "test.parquet")  # the ids of other rows would be a lie
+    call("to-dataset", "run", "--out", "again")
+    hashes = pq.read_table("again/test-00000-of-00001.parquet")["key"].to_pylist()
+    assert all(len(key) == 32 and int(key, 16) >= 0 for key in hashes)
+    assert pq.read_table("again/validation-00000-of-00001.parquet")["key"].to_pylist()[0].startswith("3-")
+    datasets.load_dataset("again", cache_dir=str(tmp_path / "cache"))
     call("to-dataset", "run/labels/round=000", "--out", "one", "--id", "name", "--prefix", "teacher_")
     one = pq.read_table("one")
     assert one.column_names[:4] == ["name", "teacher_label", "teacher_label_name", "teacher_confidence"]

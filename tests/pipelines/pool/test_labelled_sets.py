@@ -242,6 +242,30 @@ def test_what_is_said_of_the_sets(tmp_path: Path) -> None:
     assert all(f"note: {note}" in out.getvalue() for note in notes)
 
 
+def test_ids_in_two_sets_and_one_input_with_two_classes(problem: dict[str, Any], tmp_path: Path) -> None:
+    inputs = parse_config(problem).relative_to(tmp_path)
+    labelled, validation = (make_table(*SETS[name], labelled=True) for name in ("labelled", "validation"))
+    other = make_table(3, 9, labelled=True)
+    edited = other.set_column(0, "key", labelled["key"].slice(0, 3))
+    turned = labelled.slice(7, 2).set_column(
+        2, "label", pa.array([(y + 1) % 3 for y in labelled["label"][7:9].to_pylist()])
+    )
+    pq.write_table(pa.concat_tables([labelled, turned]), tmp_path / "labelled.parquet")
+    pq.write_table(pa.concat_tables([validation, edited]), tmp_path / "validation.parquet")
+    notes = notes_on(load_inputs(inputs), "key")
+    assert (
+        "4 of the 17 rows of data.labelled have the input of another row of it and another class: at most one of them is right"
+        in notes
+    )
+    assert (
+        "3 of the 63 ids of data.validation are in data.labelled too, with another content: one row that was edited, or two that share "
+        "an id" in notes
+    )
+    assert not any("ids of data.test" in note for note in notes)
+    assert not any("ids of" in note for note in notes_on(load_inputs(inputs)))  # no column of ids is named
+    assert not any("ids of" in note for note in notes_on(load_inputs(inputs), "none"))  # it is not in the sets
+
+
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_set_that_is_the_labelled_set_is_refused(problem: dict[str, Any], tmp_path: Path, name: str) -> None:
     require_different_sets(load_inputs(parse_config(problem).relative_to(tmp_path)))

@@ -166,6 +166,14 @@ def test_a_stopped_call_goes_on_where_it_stopped(
     assert predict(student, tmp_path / "data", out).predicted == 0
 
 
+def test_a_refused_call_leaves_a_folder_that_any_other_call_takes(student: Path, tmp_path: Path) -> None:
+    write_forms(tmp_path / "data", make_table(30, 5, labelled=True))
+    assert "has no column none" in refusal(student, tmp_path / "data", tmp_path / "out", columns=("none",))
+    found = predict(student, tmp_path / "data" / "a.parquet", tmp_path / "out", columns=("key",), top_k=2)
+    assert (found.rows, found.predicted, found.gone) == (30, 30, ())
+    assert "differ in top_k" in refusal(student, tmp_path / "data", tmp_path / "out", columns=("key",))
+
+
 def test_a_gap_is_predicted_again(student: Path, tmp_path: Path) -> None:
     pq.write_table(make_table(30, 5, labelled=True), tmp_path / "a.parquet")
     predict(student, tmp_path / "a.parquet", tmp_path / "out", file_rows=10)

@@ -139,6 +139,49 @@ def test_exports_answer_like_the_student(trained, tmp_path, format_):
     assert same == 1.0 if format_ in ("pt2", "onnx") else same > 0.8
 
 
+def test_an_onnx_file_of_texts_is_one_for_tools_of_such_folders(trained, tmp_path):
+    import onnxruntime
+
+    from distilbeam.student.export.export import export_student
+
+    kind, folder, data, _ = trained
+    where = export_student(folder, "onnx", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(where / "model.onnx"))
+    (given,) = session.get_inputs()
+    if kind != "text":
+        assert given.name == "input"
+        assert not (where / "config.json").exists()
+        return
+    assert (given.name, given.shape) == ("input_ids", ["batch", "sequence"])
+    assert "takes `input_ids`, int64 [batch, sequence]" in (where / "README.md").read_text()
+    config = transformers.AutoConfig.from_pretrained(where)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    student, rows = load_student(folder), data["validation"].slice(0, 5)
+    expected = student.logits(rows.combine_chunks().to_batches()[0])
+    for text, wanted in zip(rows["text"].to_pylist(), expected, strict=True):  # each of its own length, without padding
+        ids = np.array([tokenizer(text)["input_ids"]], np.int64)
+        (logits,) = session.run(["logits"], {"input_ids": ids})
+        np.testing.assert_allclose(logits[0], wanted, atol=1e-5)
+        assert config.id2label[int(logits.argmax())] == student.classes[int(wanted.argmax())]
+
+
+def test_an_export_of_one_length_where_a_network_has_no_other(trained, tmp_path, monkeypatch):
+    from distilbeam.student.export import export
+
+    folder = trained[1]
+    traced = export._traced
+
+    def fixed(graph):
+        if graph.lengths:
+            raise RuntimeError("a size is built in")
+        return traced(graph)
+
+    monkeypatch.setattr(export, "_traced", fixed)
+    where = export.export_student(folder, "onnx", tmp_path / "onnx")
+    assert "sequence" not in json.loads((where / "export.json").read_text())["dimensions"]
+    assert not (where / "config.json").exists()
+
+
 def test_a_text_without_a_token_has_an_answer(tmp_path):
     network = build_student(settings(tmp_path), (8,), 3).eval()
     ids = torch.zeros(2, 8, dtype=torch.int64)
