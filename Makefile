@@ -16,24 +16,25 @@ COMPILE = @$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib >/dev/null 2>&1 ||
 .PHONY: demo docs test test-base test-processors test-all test-fast test-prism lint types dist bench clean
 .DEFAULT_GOAL := demo
 
+# PYTHONWARNINGS: setuptools warns of every editable installation, in ten lines.
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "distilbeam needs Python 3.11 or newer"'
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e .
 	$(COMPILE)
 	@touch $@
 
 $(DEV): $(READY)
 	@echo "Adding what the tests need to $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	$(COMPILE)
 	@touch $@
 
 $(DOCS): $(READY)
 	@echo "Adding what the manual needs to $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, on handwritten digits

@@ -2,8 +2,8 @@
 
     python examples/images.py [DIRECTORY]
 
-The images are scikit-learn's handwritten digits, written as files of 16 x 16 pixels. `distilbeam ingest` makes the pool. About a
-minute on one core.
+The images are scikit-learn's handwritten digits, written as files of 16 x 16 pixels. `distilbeam ingest` makes the
+pool. About a minute on one core.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python examples/own_parts.py [DIRECTORY]
 
-A configuration names them as `module:name`, and the module must be importable: beside the script, installed, or on PYTHONPATH. The
-teacher is a random forest, which the network imitates without ever meeting it. About a minute on one core.
+A configuration names them as `module:name`, and the module must be importable: beside the script, installed, or on
+PYTHONPATH. The teacher is a random forest, which the network imitates without ever meeting it. About a minute on
+one core.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/own_pipeline.py [DIRECTORY] [--runner=... Beam's options]
 
-Elements are Arrow record batches. `LabelExamples` asks the teacher, `WriteSoftLabels` commits a set of shards for each window,
-whatever stands before them. Seconds on one core.
+Elements are Arrow record batches. `LabelExamples` asks the teacher, `WriteSoftLabels` commits a set of shards for
+each window, whatever stands before them. Seconds on one core.
 """
 
 from __future__ import annotations

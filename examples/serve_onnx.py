@@ -5,8 +5,8 @@
     python serve_onnx.py EXPORT --port 8080
     curl -d '[{"text": "where is my card"}]' localhost:8080
 
-EXPORT is what `distilbeam export` wrote, with its own `reader.py`; copy the folder wherever this program runs. The server is for
-trying things out: on the loopback, one request at a time, at most 1,000 rows and 16 MB of them.
+EXPORT is what `distilbeam export` wrote, with its own `reader.py`; copy the folder wherever this program runs. The
+server is for trying things out: on the loopback, one request at a time, at most 1,000 rows and 16 MB of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
@@ -35,6 +36,8 @@ def open_export(folder: Path) -> Any:
 
 def score(export: Any, data: Path, label: str | None) -> None:
     """Print the prediction of each line, and the accuracy at the end where the lines have a label."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may have had enough
     rows = right = 0
     with data.open() as lines:
         for batch in batches(json.loads(line) for line in lines if line.strip()):

@@ -2,8 +2,9 @@
 
     python examples/streaming.py [DIRECTORY] [HOST:PORT:TOPIC]
 
-Without a topic the messages are rows of Parquet files, which need neither a broker nor Prism: the same job with an end. With one they
-are read from Kafka (`pip install 'distilbeam[kafka]'`) until its newest. Under a minute on one core.
+Without a topic the messages are rows of Parquet files, which need neither a broker nor Prism: the same job with an
+end. With one they are read from Kafka (`pip install 'distilbeam[kafka]'`) until its newest. Under a minute on one
+core.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/tabular.py [DIRECTORY]
 
-A large network that has seen 2,000 labelled rows is the teacher. The student, which has 2 % of its parameters, begins with 60
-rows and buys 2 x 100 labels. About a minute on one core.
+A large network that has seen 2,000 labelled rows is the teacher. The student, which has 2 % of its parameters,
+begins with 60 rows and buys 2 x 100 labels. About a minute on one core.
 """
 
 from __future__ import annotations

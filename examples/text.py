@@ -2,8 +2,9 @@
 
     python examples/text.py [DIRECTORY]
 
-The texts are the first paragraphs of docstrings, without the names of the packages. The teacher, a network over 16,384 hashed n-grams, has
-learned from half of them; the student begins with 80 and buys 2 x 120 labels. About a minute on one core.
+The texts are the first paragraphs of docstrings, without the names of the packages. The teacher, a network over
+16,384 hashed n-grams, has learned from half of them; the student begins with 80 and buys 2 x 120 labels. About a
+minute on one core.
 """
 
 from __future__ import annotations

@@ -2,92 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from distilbeam.inputs.blocks import BLOCK_COLUMNS
 from distilbeam.inputs.config import InputConfig
 from distilbeam.settings import Section, folder_of, read_toml, validated
-from distilbeam.teacher.answers import AnswerKind
+from distilbeam.teacher.kind_config import Arguments, PathText, RowTeacherConfig
+from distilbeam.teacher.kind_config import HeaderConfig as HeaderConfig
+from distilbeam.teacher.token_config import CausalLMConfig as CausalLMConfig
+from distilbeam.teacher.token_config import OpenAIConfig as OpenAIConfig
 
 
-class _Config(Section):
-    model_config = ConfigDict(protected_namespaces=())  # settings may begin with model_
-
-
-def _as_plain(value: Any) -> Any:
-    """Require what JSON can hold, since a configuration travels to workers as text."""
-    if isinstance(value, Mapping):
-        return {key: _as_plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"arguments must be finite numbers, got {value}; let the factory put in what is not")
-    if value is not None and not isinstance(value, str | bool | int | float):
-        raise ValueError(
-            f"arguments must be text, numbers, true or false, lists and tables of them, got the {type(value).__name__} "
-            f"{value}; put it in quotes and let the factory read it"
-        )
-    return value
-
-
-def _as_path(value: str) -> str:
-    if not value.strip() or "\0" in value:
-        raise ValueError(f"a path or a name must be given, got {value!r}")
-    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
-        raise ValueError(f"a path or a name must be shorter, got {value[:40]}...")
-    return value
-
-
-PathText = Annotated[str, AfterValidator(_as_path)]
-Arguments = Annotated[dict[str, Any], AfterValidator(_as_plain)]
-
-
-class _TeacherConfig(_Config):
-    """What every kind of teacher is told."""
-
-    answers: AnswerKind = Field(
-        "logits", description="what the model's numbers are: logits, log-probabilities or probabilities"
-    )
-    classes: tuple[str, ...] = Field(
-        (),
-        description="names of the model's outputs in their order; needed when they stand in another order than data.classes",
-    )
-
-    @model_validator(mode="after")
-    def _distinct_classes(self) -> Self:
-        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes must be at least two different names, got {', '.join(self.classes)}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what says nothing new, so that runs and fingerprints from before these settings stay as they are."""
-        data: dict[str, Any] = handler(self)
-        silent = {"answers": "logits", "classes": (), "trust": False}
-        return {
-            name: value for name, value in data.items() if name not in silent or getattr(self, name) != silent[name]
-        }
-
-    def meaning(self) -> str:
-        """Return what of the answers' form decides the labels, for the fingerprint; nothing for plain logits."""
-        return "" if self.answers == "logits" else f"answers={self.answers}"
-
-
-class TorchConfig(_TeacherConfig):
+class TorchConfig(RowTeacherConfig):
     """A PyTorch model: an exported program, or a function that makes a module and a file with its weights."""
 
     kind: Literal["torch"] = Field("torch", description="a PyTorch model in this process")
@@ -119,25 +50,7 @@ class TorchConfig(_TeacherConfig):
         return ("model",) if self.exported else ("weights",)
 
 
-class HeaderConfig(_Config):
-    """A header of each request. Its value comes from the environment or a file, never from the configuration."""
-
-    env: str | None = Field(None, description="environment variable with the value")
-    file: str | None = Field(None, description="file with the value; read anew for each request")
-    prefix: str = Field("", description="text before the value, such as 'Bearer '")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.env is None) == (self.file is None):
-            raise ValueError("a header must have either env or file")
-        return self
-
-    def paths(self) -> tuple[str, ...]:
-        """Return the names of the settings that are paths."""
-        return ("file",)
-
-
-class TfServingConfig(_TeacherConfig):
+class TfServingConfig(RowTeacherConfig):
     """A model behind TensorFlow Serving's gRPC PredictionService, or behind `distilbeam serve-teacher`."""
 
     kind: Literal["tfserving"] = Field("tfserving", description="a model behind a gRPC server")
@@ -230,7 +143,7 @@ class TfServingConfig(_TeacherConfig):
         return ("ca_file", "cert_file", "key_file")
 
 
-class OnnxConfig(_TeacherConfig):
+class OnnxConfig(RowTeacherConfig):
     """An ONNX model, run by ONNX Runtime."""
 
     kind: Literal["onnx"] = Field("onnx", description="an ONNX model in this process (extra: onnx)")
@@ -246,7 +159,7 @@ class OnnxConfig(_TeacherConfig):
         return ("model",)
 
 
-class SavedModelConfig(_TeacherConfig):
+class SavedModelConfig(RowTeacherConfig):
     """A TensorFlow SavedModel in this process."""
 
     kind: Literal["savedmodel"] = Field("savedmodel", description="a TensorFlow SavedModel in this process")
@@ -262,7 +175,7 @@ class SavedModelConfig(_TeacherConfig):
         return ("model",)
 
 
-class HuggingFaceConfig(_TeacherConfig):
+class HuggingFaceConfig(RowTeacherConfig):
     """A sequence or image classification model of transformers in a local folder."""
 
     kind: Literal["huggingface"] = Field("huggingface", description="a classifier of transformers (extra: hf)")
@@ -284,66 +197,7 @@ class HuggingFaceConfig(_TeacherConfig):
         return ("model",)
 
 
-class CausalLMConfig(_Config):
-    """A causal language model of transformers in a local folder, which labels the tokens of blocks."""
-
-    kind: Literal["causal_lm"] = Field("causal_lm", description="a language model of transformers (extra: hf)")
-    model: PathText = Field(description="folder with config.json, safetensors and the tokenizer")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, tpu, or auto for CUDA where there is one")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type that the model computes in")
-    batch_tokens: int = Field(
-        8192, ge=1, description="most tokens in one forward pass, a block at least; halved when memory runs out"
-    )
-
-    @property
-    def input(self) -> InputConfig:
-        """The columns of a block."""
-        return InputConfig(columns=BLOCK_COLUMNS)
-
-    def paths(self) -> tuple[str, ...]:
-        """Return the names of the settings that are paths."""
-        return ("model",)
-
-
-class OpenAIConfig(_Config):
-    """A language model behind a server of vLLM or SGLang, which labels the tokens of blocks (top-k alone)."""
-
-    kind: Literal["openai"] = Field("openai", description="a language model behind vLLM or SGLang (extra: hf)")
-    address: str = Field(description="of the server, such as http://host:8000")
-    api: Literal["vllm", "sglang"] = Field("vllm", description="vllm asks /v1/completions, sglang asks /generate")
-    model: str = Field(min_length=1, description="name of the model at the server")
-    tokenizer: PathText = Field(description="folder of the model's tokenizer")
-    version: str = Field("", description="text to change when the answers change, such as the weights' revision")
-    max_length: int | None = Field(
-        None, ge=2, description="most tokens of a prompt; one less than vLLM's --max-model-len"
-    )
-    parallel: int = Field(16, ge=1, le=1024, description="most requests in flight, each of one text of a block")
-    timeout_s: float = Field(120.0, gt=0, le=86_400, description="deadline of one attempt, in seconds")
-    attempts: int = Field(6, ge=1, description="attempts at a request whose failure can pass")
-    first_wait_s: float = Field(
-        0.5, gt=0, le=86_400, description="longest wait before the second attempt, in seconds; doubled each time"
-    )
-    longest_wait_s: float = Field(60.0, gt=0, le=86_400, description="longest wait between attempts, in seconds")
-    headers: dict[str, HeaderConfig] = Field({}, description="headers of each request, such as authorization")
-
-    @field_validator("address")
-    @classmethod
-    def _is_http(cls, address: str) -> str:
-        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", address):
-            raise ValueError(f"address must be http://host:port or https://..., got {address!r}")
-        return address.rstrip("/")
-
-    @property
-    def input(self) -> InputConfig:
-        """The columns of a block."""
-        return InputConfig(columns=BLOCK_COLUMNS)
-
-    def paths(self) -> tuple[str, ...]:
-        """Return the names of the settings that are paths."""
-        return ("tokenizer",)
-
-
-class BeamConfig(_TeacherConfig):
+class BeamConfig(RowTeacherConfig):
     """Any Apache Beam ModelHandler; with a tokenizer one of a language model, which labels the tokens of blocks (top-k alone)."""
 
     kind: Literal["beam"] = Field("beam", description="a ModelHandler of Apache Beam")

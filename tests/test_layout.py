@@ -71,6 +71,8 @@ FLOORS = {
     "teacher": (
         ("class_order", "oom_backoff", "programs", "protobuf_fields", "protocol", "sources"),
         ("answers", "fingerprint"),
+        ("kind_config",),
+        ("token_config",),
         ("config", "predict"),
         ("backends", "load", "softlabels"),
         ("tfserving",),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.science.study8 --quick                  # no data needed: minutes
     python -m benchmarks.science.study8 --work DIR [--minutes M] [--seeds N] [--parts NAME ...] [--methods NAME ...]
+    python -m benchmarks.science.study8 --work DIR --parts smollm2 --model FOLDER     # as examples/smollm2.py writes it
 
 The text is Python's own documentation, with one teacher for all seeds (`token_problems`, extra: hf). A seed has text, weights and an
 order of its own, which all of its students share; they take as many steps. What is named before a comma is the form of the
@@ -16,6 +17,7 @@ without the text's own token. `half hard` mixes in the cross-entropy of that tok
 | objectives | the same | other divergences |
 | better | the same | a part of the forms, of a teacher that was trained three times as long |
 | more | 192,000 tokens, those of three seeds | the same part of them |
+| smollm2 | half of that text, 17,000 tokens of SmolLM2-135M's | the same part of them, with that model as the teacher |
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ from distilbeam.pipelines.examples.lm import LENGTH, VOCABULARY
 
 RECIPE = 1
 TRAINING = {"epochs": 4, "batch_size": 8, "lr": 0.002}
+REAL, REAL_DOCUMENTS = "SmolLM2-135M", 2_500  # of 4,970: a token costs it 4 ms
 TEXTS = {
     "64k tokens": (1, 1),
     "64k tokens, better teacher": (1, 3),
     "192k tokens": (3, 1),
+    REAL: (1, 1),
 }  # pools; times the teacher's steps
 HARD, HALF = {"hard_share": 1.0}, {"hard_share": 0.5}
 
@@ -92,16 +96,16 @@ METHODS = {
     "all, JSD": _top(None, objective="jsd", beta=0.5),
 }
 NAMES = tuple(METHODS)
+FEW = ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard")
+FEW += ("25 draws, quarter hard", "top 20, quarter hard")
 STUDY_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "forms": ("64k tokens", NAMES[:13]),
     "all": ("64k tokens", NAMES[13:15]),
     "shares": ("64k tokens", NAMES[15:20]),
     "objectives": ("64k tokens", NAMES[20:]),
-    "better": (
-        "64k tokens, better teacher",
-        ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard"),
-    ),
-    "more": ("192k tokens", ("plain", "25 draws", "25 draws, half hard", "top 20", "top 20, half hard")),
+    "better": ("64k tokens, better teacher", FEW),
+    "more": ("192k tokens", FEW),
+    "smollm2": (REAL, FEW),
 }
 QUICK = ("plain", "12 draws", "top 8", "top 8, half hard", "all")
 
@@ -113,6 +117,7 @@ class Arguments:
     Attributes:
       steps: of a teacher's training.
       documents: how many to take at most.
+      model: folder of SmolLM2-135M.
     """
 
     seeds: range
@@ -123,6 +128,7 @@ class Arguments:
     methods: tuple[str, ...]
     steps: int = 600
     documents: int | None = None
+    model: Path | None = None
 
 
 def main() -> None:
@@ -143,8 +149,12 @@ def arguments(words: list[str] | None = None) -> Arguments:
     parser.add_argument("--seeds", type=int, help="number of seeds (5; 2 for --quick)")
     parser.add_argument("--parts", nargs="+", choices=STUDY_PARTS, help="which parts to compute")
     parser.add_argument("--methods", nargs="+", choices=NAMES, help="which methods to compute")
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M, for the part of that name")
     parser.add_argument("--out", type=Path, help="directory of the results")
     given = parser.parse_args(words)
+    if given.model is None and "smollm2" in (given.parts or ()):
+        parser.error("--parts smollm2 needs --model, the folder of the teacher that examples/smollm2.py writes")
+    every = [name for name in STUDY_PARTS if name != "smollm2" or given.model is not None]
     torch.set_num_threads(1)
     work = given.work or Path(tempfile.mkdtemp(prefix="science-"))
     out = given.out or (work / "results" if given.quick else RESULTS)
@@ -154,10 +164,11 @@ def arguments(words: list[str] | None = None) -> Arguments:
         store=store,
         minutes=given.minutes,
         out=out,
-        parts=tuple(given.parts or (["forms"] if quick else STUDY_PARTS)),
+        parts=tuple(given.parts or (["forms"] if quick else every)),
         methods=tuple(given.methods or (QUICK if quick else NAMES)),
         steps=60 if quick else 600,
         documents=600 if quick else None,
+        model=given.model,
     )
 
 
@@ -167,29 +178,37 @@ def study_cells(given: Arguments) -> list[Cell]:
     cells = []
     for text, methods in (STUDY_PARTS[name] for name in given.parts):
         steps = given.steps * TEXTS[text][1]
-        problem = TokenProblem(folder, steps, given.documents)
+        documents = given.documents if text != REAL else REAL_DOCUMENTS
+        problem = TokenProblem(folder, steps, documents, given.model if text == REAL else None)
+        teacher = {**TEACHER, "steps": steps, "vocabulary": VOCABULARY} if text != REAL else {"model": REAL}
         for seed in given.seeds:
             for method in (name for name in methods if name in given.methods):
+                form = _form(text, method)
                 key = {
                     "study": "study8",
                     "recipe": RECIPE,
                     "text": text,
                     "method": method,
                     "seed": seed,
-                    "form": [METHODS[method].form.kind, METHODS[method].form.k],
+                    "form": [form.kind, form.k],
                     "training": {**TRAINING, **SOFT, **METHODS[method].training},
                     "about": {
                         "python": platform.python_version(),  # whose documentation it is
                         "student": STUDENT,
-                        "teacher": {**TEACHER, "steps": steps, "vocabulary": VOCABULARY},
+                        "teacher": teacher,
                         "length": LENGTH,
                         "parts": PARTS,
                         "teacher_seed": TEACHER_SEED,
-                        "documents": given.documents,
+                        "documents": documents,
                     },
                 }
                 cells.append(Cell(key, partial(_compute, problem, key)))
     return cells
+
+
+def _form(text: str, method: str) -> Form:
+    """Give a method's form of labels; what learns no label reads those that another method has of a teacher that is slow to ask."""
+    return METHODS["25 draws" if (text, method) == (REAL, "plain") else method].form
 
 
 def _compute(problem: TokenProblem, key: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ Text, tokenizer and student are those of `distilbeam init --example lm`; the tea
 documents 62 train tokenizer and teacher, 3 are held out, and 35 are five pools of 7, about 64,000 tokens each: a seed has its own,
 and its own student. Labels are made by the label phase and read from Parquet by the trainer; what students are measured on has the
 teacher's whole distribution.
+
+With the folder of a model that is there already, such as SmolLM2-135M, that one is the teacher and has the tokenizer: the pools have
+17,000 of its tokens each (half of the documents), students are measured on its 64 most probable classes and the mass of the others.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Form:
 
 
 WHOLE = Form("top_k")
+MOST = Form("top_k", 64)
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,18 @@ class TokenProblem:
       folder: of all such problems.
       steps: of the teacher's training.
       documents: how many to take at most; None for all.
+      model: folder of a model that is the teacher; None for one that is trained here.
     """
 
     folder: Path
     steps: int
     documents: int | None = None
+    model: Path | None = None
 
     @cached_property
     def root(self) -> Path:
         """The folder of this one, with corpus and teacher."""
-        root = self.folder / f"{self.steps}-{self.documents}"
+        root = self.folder / f"{self.steps if self.model is None else self.model.name}-{self.documents}"
         if not (root / "teacher" / "config.json").exists():
             texts: dict[str, list[str]] = {name: [] for name in PARTS}
             for text in list(python_texts())[: self.documents]:
@@ -86,17 +92,15 @@ class TokenProblem:
             for name, those in texts.items():
                 lines = (json.dumps({"text": text}, ensure_ascii=False) for text in those)
                 (root / "corpus" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            write_tokenizer(root / "teacher", texts["teacher"])
-            train_teacher(
-                root / "teacher",
-                texts["teacher"],
-                TEACHER_SEED,
-                self.steps,
-                Progress(),
-                sizes=TEACHER,
-                lr=TEACHER_LR,
-            )
+            self._write_teacher(root / "teacher", texts["teacher"])
         return root
+
+    def _write_teacher(self, folder: Path, texts: list[str]) -> None:
+        if self.model is not None:
+            folder.symlink_to(self.model.resolve(), target_is_directory=True)
+            return
+        write_tokenizer(folder, texts)
+        train_teacher(folder, texts, TEACHER_SEED, self.steps, Progress(), sizes=TEACHER, lr=TEACHER_LR)
 
     def labels(self, form: Form, part: str) -> Path:
         """Label a part of the text in a form, if that was not done; give the labels' folder."""
@@ -148,7 +152,7 @@ class TokenProblem:
         begun = time.process_time()
         train_language_model(student, TokenTrainConfig(**training), soft_labels=given, directory=out, seed=seed)
         seconds = time.process_time() - begun
-        found = evaluate_language_model(out, self.labels(WHOLE, "held-out"))
+        found = evaluate_language_model(out, self.labels(WHOLE if self.model is None else MOST, "held-out"))
         return {
             **{name: found[name] for name in MEASURED},
             **size_of(given),

@@ -70,7 +70,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to where their targets are in the manual."""
+    """Lead links to where their targets are in the manual; a page with a program gives it the room of the list of headings."""
+    if '--8<-- "examples/' in markdown:
+        page.meta["hide"] = ["toc"]
     return with_links(markdown, page.file.src_uri)
 
 

@@ -197,22 +197,14 @@ def evaluate_student(
         return
     with Display(console).waiting("loading"):
         from distilbeam.pipelines.experiments.evaluate import evaluate_directory
-        from distilbeam.pipelines.report.tables import (
-            CLASS_COLUMNS,
-            EXPORT_COLUMNS,
-            class_rows,
-            console_table,
-            export_rows,
-        )
+        from distilbeam.pipelines.report.tables import EXPORT_COLUMNS, class_table, console_table, export_rows
         from distilbeam.student.trust import trust as trust_code
     trust_code(*trust)
     with Display(console).step(f"evaluate {directory}"):
         found = evaluate_directory(directory, data, label, teacher, answers)
     give_json(json_file, found)
     console.print(console_table(f"On {data}, one thread", EXPORT_COLUMNS, export_rows([found], "data")))
-    console.print(
-        console_table("Classes, the lowest recall first", CLASS_COLUMNS, class_rows(found["classes"], found["worst"]))
-    )
+    console.print(class_table(found["classes"], found["worst"]))
 
 
 def _evaluate_language_model(directory: Path, data: Path, json_file: Path | None, trust: Sequence[str]) -> None:
@@ -280,10 +272,11 @@ def _export_of_run(
     learned = final is not None and learns_validation(run)
     training = run.config.training
     short = training.model_copy(update={"epochs": max(1, round(recovery * training.epochs))})
+    where = output or run.directory.root / "exports" / (student.name if final is None else final.parent.name)
     table = write_exports(
         student,
         formats,
-        output or run.directory.root / "exports" / (student.name if final is None else final.parent.name),
+        where,
         partial(judge_on_run, run, learned_validation=learned),
         Display(console),
         pool_examples(run.inputs.pool, run.student_config().input, rows, run.config.run.seed),
@@ -293,7 +286,7 @@ def _export_of_run(
         ratio,
         run_facts(run),
     )
-    _print_exports(table, "validation" if run.config.data.test is None else "test")
+    _print_exports(table, "validation" if run.config.data.test is None else "test", where)
     _redraw(run)
 
 
@@ -325,15 +318,18 @@ def _export_of_directory(
         )
     where = output or student.with_name(f"{student.name}-exports")
     table = write_exports(student, formats, where, judge_of(data, label), Display(console), examples, origin)
-    _print_exports(table, "data" if data is not None else None)
+    _print_exports(table, "data" if data is not None else None, where)
 
 
-def _print_exports(table: list[dict[str, Any]], evaluated_on: str | None) -> None:
+def _print_exports(table: list[dict[str, Any]], evaluated_on: str | None, where: Path) -> None:
     from distilbeam.pipelines.report.tables import EXPORT_COLUMNS, console_table, export_rows
 
     quality = "" if evaluated_on is None else f"Quality on the {evaluated_on} set; "
     title = f"{quality}latency and memory in a fresh process with one thread"
     console.print(console_table(title, EXPORT_COLUMNS, export_rows(table, evaluated_on)))
+    for folder in (where / row["name"] for row in table):
+        if folder.is_dir():  # the first row is the student itself
+            console.print(f"Export: {folder}", highlight=False, soft_wrap=True)
 
 
 def _redraw(run: Run) -> None:

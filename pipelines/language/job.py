@@ -22,6 +22,7 @@ from distilbeam.pipelines.acquisition.score import Candidates
 from distilbeam.pipelines.acquisition.score_blocks import ScoreBlocks, arrays_of
 from distilbeam.pipelines.acquisition.select import Choice, choose
 from distilbeam.pipelines.acquisition.unusable_rows import gather_unusable, unusable_list, unusable_sentence
+from distilbeam.pipelines.engine.model_cache import cached_teacher
 from distilbeam.pipelines.jobs.blocks import COLUMNS, ID
 from distilbeam.pipelines.jobs.directory import RunDirectory
 from distilbeam.pipelines.jobs.label_step import LabelStep
@@ -79,7 +80,15 @@ class TokenJob:
         self.run.train(self.run.plain.student(rounds), labels, progress, hard_share=1.0)
 
     def ask(self, name: str, progress: Progress) -> None:
-        """Ask the teacher about held-out blocks."""
+        """Ask the teacher about held-out blocks.
+
+        Raises:
+          TeacherMisfit: a server allows fewer classes than the pool's labels have, which is known before anything is paid.
+        """
+        labels = self.config.labels
+        if (labels.k or 0) > labels.held_out_k and self.config.teacher.kind != "causal_lm":
+            answering: Any = cached_teacher(self.run.teacher())
+            answering.try_form()
         plan = self.run.inputs.held_out[name]
         work = self.label_work(name, self.directory.asked(name), f"ask-{name}", None)
         self._step.carry_out(work, plan.units, self.directory.asked(name), progress)

@@ -164,10 +164,16 @@ def sentences(results: dict[str, Any]) -> list[str]:
 def _comparisons(results: dict[str, Any]) -> list[str]:
     last = results["students"][-1]["bits_per_byte"]
     said = []
-    if "plain" in results and last >= results["plain"]["bits_per_byte"]:
+    plain, teacher = results.get("plain", {}).get("bits_per_byte"), results["teacher"].get("bits_per_byte")
+    if plain is not None and last >= plain:
         said.append(
             "The student of the text alone has as few bits per byte: for these the labels are not worth their price; more draws, "
             "training.hard_share, or a better teacher may make them so."
+        )
+    if plain is not None and teacher is not None and teacher >= plain:
+        said.append(
+            f"The teacher is no better than the student of the text alone ({teacher:.3f} and {plain:.3f} bits per byte): learning what "
+            "it says holds a student back; take a better teacher, or the text alone (training.hard_share = 1)."
         )
     if "uniform" in results and last >= results["uniform"]["bits_per_byte"]:
         said.append("As many uniformly chosen blocks were as good: the choice has gained nothing in bits per byte.")

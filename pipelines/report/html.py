@@ -14,6 +14,7 @@ from distilbeam.pipelines.jobs.final_result import final_sentence
 from distilbeam.pipelines.jobs.kept_student import worse_sentence
 from distilbeam.pipelines.report.tables import (
     CLASS_COLUMNS,
+    CLASSES_SHOWN,
     EXPORT_COLUMNS,
     LATENCIES,
     PARETO_COLUMNS,
@@ -59,6 +60,7 @@ def write_report(where: RunDirectory, progress: Progress) -> None:
         sentences=_sentences(results),
         plots=[(base64.b64encode(path.read_bytes()).decode(), path.name, _CAPTIONS[path.name]) for path in plots],
         class_columns=CLASS_COLUMNS,
+        shown=CLASSES_SHOWN,
         classes=class_rows(results.get("classes", []), results.get("worst", [])),
         export_columns=EXPORT_COLUMNS,
         exports=export_rows(exports, results["evaluated_on"]),

@@ -15,6 +15,7 @@ EXPORT_COLUMNS = (
 )  # fmt: skip
 PARETO_COLUMNS = ("", "strategy", "width", "form", "validation", "test", "weights", "size", "ms", "ms/64", "front")
 CLASS_COLUMNS = ("class", "examples", "recall", "precision", "F1", "mistaken for")
+CLASSES_SHOWN = 20  # of many, those with the lowest recall
 _LEFT_OUT = {"ECE", "p95", "p95/64", "runtime", "strategy", "width", "form"}  # a console has 80 columns
 _WORDS = {"class", "mistaken for"}
 DASH = "–"
@@ -109,6 +110,13 @@ def class_rows(classes: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str
         )
         for row in met
     ]
+
+
+def class_table(classes: Sequence[Mapping[str, Any]], worst: Sequence[Mapping[str, Any]]) -> PlainTable:
+    """Lay out the classes for a terminal; of many those with the lowest recall, so that the figures above them stay in sight."""
+    rows = class_rows(classes, worst)
+    some = f"{CLASSES_SHOWN} of {len(rows):,} classes" if len(rows) > CLASSES_SHOWN else "Classes"
+    return console_table(f"{some}, the lowest recall first", CLASS_COLUMNS, rows[:CLASSES_SHOWN])
 
 
 def size_text(size: float | None) -> str:

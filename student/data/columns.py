@@ -66,7 +66,11 @@ class ColumnReader:
     def take(self, shuffled: ShuffledColumns, rows: slice) -> Batch:
         """Give consecutive rows, and make their input; no other rows share their memory."""
         batch = {name: values[rows] for name, values in shuffled.tensors.items()}
-        if CLASSES in batch:
+        for name, (like, *_) in shuffled.wide.items():
+            shape = (len(shuffled.unit[rows]), *like.shape[1:])
+            batch[name] = self.memory.tensor(shape, INDEX if name == CLASSES else like.dtype)
+            shuffled.gather(name, rows, batch[name])
+        if CLASSES in shuffled.tensors:
             narrow = batch[CLASSES]
             batch[CLASSES] = self.memory.tensor(narrow.shape, INDEX)
             np.copyto(batch[CLASSES].numpy(), narrow.numpy())  # in this thread alone, as torch would not

@@ -1,6 +1,6 @@
 """Language models as students: trained token by token from a teacher's stored labels of blocks, in one process or several.
 
-Read in this order: train, config, network, step, sharing, state; scoring (what a student is unsure of), folder (what is saved and
+Read in this order: train, config, network, step, sharing, state, threads; scoring (what a student is unsure of), folder (what is saved and
 opened again), evaluate, launch; untrained.
 Imports: data, networks, checkpoint, training; distilbeam.kernels, distilbeam.teacher.softlabels, distilbeam.inputs.
 """

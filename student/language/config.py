@@ -11,8 +11,6 @@ from distilbeam.student.training.config import LoopConfig
 
 CAUSAL_LM: Literal["causal_lm"] = "causal_lm"
 Objective = Literal["tail", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "truncated_kl", "sampled"]
-# of labels by their kind, where nothing is said; study 8: shown for top_k, for draws neither is (RESULTS.md)
-HARD_SHARES = {"top_k": 0.5, "sampled": 0.0}
 
 
 class LanguageModelConfig(Section):
@@ -72,12 +70,12 @@ class TokenTrainConfig(LoopConfig):
     )
     beta: float | None = Field(None, ge=0, le=1, description="jsd: 0 is forward KL, 1 reverse KL")
     alpha: float | None = Field(None, ge=0, lt=1, description="skew_kl, skew_reverse_kl: share that is mixed in")
-    hard_share: float | None = Field(
-        None,
+    hard_share: float = Field(
+        0.25,  # study 8: of 0, a quarter and a half the one that loses least, whether the teacher is good or weak
         ge=0,
         le=1,
-        description="share of the cross-entropy of the text's own token beside the distillation loss: 0.5 for top_k labels and 0 "
-        "for sampled ones unless given; 1 is plain training, which reads no label",
+        description="share of the cross-entropy of the text's own token beside the distillation loss; 1 is plain training, which "
+        "reads no label",
     )
     accumulate: int = Field(1, ge=1, description="micro-batches that a step's blocks are cut into in each process")
     checkpointing: bool = Field(

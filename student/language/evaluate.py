@@ -25,6 +25,7 @@ from distilbeam.student.data.token_labels import TokenLabelDataset
 from distilbeam.student.language.folder import LanguageModel, load_language_model
 from distilbeam.student.language.network import CausalLm, require_suits
 from distilbeam.student.language.step import Batch, Positions
+from distilbeam.student.language.threads import forward_operations, threads_for
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
 CHUNK = 1024  # positions whose logits are held
@@ -124,7 +125,10 @@ def measure(
     sums: dict[str, float] = dict.fromkeys(("tokens", "bytes", "nll", "teacher_nll", "kl", "agreement"), 0.0)
     for batch in batches:
         if len(batch["input_ids"]):
-            for name, value in _of_batch(network, batch, spec, lengths, device).items():
+            operations = forward_operations(network, spec.num_classes, batch["input_ids"].numel())
+            with threads_for(operations, device):
+                found = _of_batch(network, batch, spec, lengths, device)
+            for name, value in found.items():
                 sums[name] += value
     tokens, size = sums["tokens"], max(sums["bytes"], 1.0)
     if not tokens:

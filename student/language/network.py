@@ -95,15 +95,20 @@ class CausalLm(nn.Module):
         try:
             if self.of_transformers:
                 self._require_linear_head(what)
-            for packing in ("positions", "mask"):
-                self.packing = packing
+            if not self._leaks():
+                return self
+            self.packing = "mask"
+            try:
                 if not self._leaks():
                     return self
+                found = "with a mask too"
+            except Exception as e:  # noqa: BLE001 - of a recurrent model anything: its masks are of padding alone
+                found = f"and takes no mask ({first_line(e)})"
         finally:
             self.model.train(training)
         raise ValueError(
-            f"{what} lets texts of a block see each other, with position ids and with a mask alike: its labels are of texts "
-            "apart; label and train with one text a block, or choose another model"
+            f"{what} lets texts of a block see each other with position ids, {found}, while labels are of texts apart; choose a "
+            "student whose attention can be masked"
         )
 
     def _leaks(self) -> bool:

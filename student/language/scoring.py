@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distilbeam.inputs.blocks import COMPLETION_MASK, INPUT_IDS, SEGMENT_IDS, has_label
 from distilbeam.student.language.network import CausalLm
+from distilbeam.student.language.threads import forward_operations, threads_for
 
 LOGIT_BYTES = 2**26  # of float32 logits that exist at a time
 TOKENS = 8192  # in a forward pass, a block at least
@@ -57,10 +58,12 @@ def score_blocks(
     ids, segments = blocks[INPUT_IDS], blocks[SEGMENT_IDS]
     labelled = has_label(segments, blocks[COMPLETION_MASK])
     at_once = max(1, TOKENS // max(ids.shape[1], 1))
-    parts = [
-        _score(network, ids[rows], segments[rows], labelled[rows], gain, num_classes, device)
-        for rows in (slice(start, start + at_once) for start in range(0, len(ids), at_once))
-    ]
+    operations = forward_operations(network, num_classes, min(at_once, len(ids)) * ids.shape[1])
+    with threads_for(operations, device):
+        parts = [
+            _score(network, ids[rows], segments[rows], labelled[rows], gain, num_classes, device)
+            for rows in (slice(start, start + at_once) for start in range(0, len(ids), at_once))
+        ]
     if not parts:
         return BlockScores(np.empty(0, np.float32), np.empty((0, 1), np.float32))
     gains, embeddings = (np.concatenate(columns) for columns in zip(*parts, strict=True))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distilbeam.kernels.labels import HardLabels, Labels, SampledLabels, TopKLabels
 from distilbeam.kernels.linear_distillation.interface import linear_distill_loss
-from distilbeam.student.language.config import HARD_SHARES, TokenTrainConfig, objective_of
+from distilbeam.student.language.config import TokenTrainConfig, objective_of
 from distilbeam.student.language.network import CausalLm
 from distilbeam.teacher.softlabels import SoftLabelSpec
 
@@ -62,11 +62,6 @@ def labels_of(batch: Batch, spec: SoftLabelSpec, positions: Positions) -> Labels
     return SampledLabels(found["teacher_logprobs"], found["teacher_classes"])
 
 
-def hard_share(training: TokenTrainConfig, spec: SoftLabelSpec) -> float:
-    """The share of the text's own token in the loss."""
-    return HARD_SHARES[spec.kind] if training.hard_share is None else training.hard_share
-
-
 def objective(training: TokenTrainConfig, spec: SoftLabelSpec) -> str:
     """The objective of a training on labels of a specification.
 
@@ -91,7 +86,7 @@ class TokenStep(nn.Module):
     def __init__(self, network: CausalLm, training: TokenTrainConfig, spec: SoftLabelSpec) -> None:
         super().__init__()
         self.network = network
-        self._spec, self._hard_share = spec, hard_share(training, spec)
+        self._spec, self._hard_share = spec, training.hard_share
         self._narrow = training.precision == "bf16"
         self._options: dict[str, Any] = {"objective": objective(training, spec), "temperature": training.temperature}
         self._options |= {n: v for n in ("beta", "alpha") if (v := getattr(training, n)) is not None}

@@ -27,7 +27,8 @@ from distilbeam.student.language.folder import save_language_model
 from distilbeam.student.language.network import CausalLm, build_language_model, require_suits
 from distilbeam.student.language.sharing import gradients_shared, recompute_activations, share_out
 from distilbeam.student.language.state import TokenState, WeightAverage, whole_weights
-from distilbeam.student.language.step import Batch, TokenStep, hard_share, micro_batches, objective
+from distilbeam.student.language.step import Batch, TokenStep, micro_batches, objective
+from distilbeam.student.language.threads import step_operations, threads_for
 from distilbeam.student.own_files import content_of_folder
 from distilbeam.student.training.checkpoints import TrainingDirectory
 from distilbeam.student.training.config import FREE
@@ -83,7 +84,12 @@ def train_language_model(
         tokenizer.require_same(blocks.spec.tokenizer, blocks.spec.num_classes, "the labels")
         network = build_language_model(student, tokenizer)
         require_suits(network, blocks.spec.num_classes, blocks.spec.sequence_length or 0)
-        with _Trained(student, training, network, blocks, tokenizer, held_out, directory, seed, processes) as work:
+        tokens = training.batch_size // processes.size * (blocks.spec.sequence_length or 0)
+        operations = step_operations(network, blocks.spec.num_classes, tokens)
+        with (
+            threads_for(operations, processes.device),
+            _Trained(student, training, network, blocks, tokenizer, held_out, directory, seed, processes) as work,
+        ):
             return work.to_the_end(progress or Progress())
 
 
@@ -247,7 +253,7 @@ class _Trained:
             "student": told,
             "training": self.training.model_dump(mode="json", exclude=free),
             "objective": objective(self.training, self.spec),
-            "hard_share": hard_share(self.training, self.spec),
+            "hard_share": self.training.hard_share,
             "seed": self.seed,
             "steps": self.steps,
         }

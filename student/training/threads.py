@@ -14,16 +14,17 @@ other: torch's pool spins at every operation until its last thread has had its t
 | text, 32,768 x 128 | 1 M | 4,196,884 | 37.6, 37.5 | 32.8, 59.7 |
 | cnn, width 1, 32 x 32 pixels | 15 G | 1,342,122 | 205, 194 | 124, 235 |
 
-A parameter costs the optimizer a while that `_PARAMETER` puts into operations.
+A parameter costs the optimizer a while that `PARAMETER` puts into operations.
 
 On a machine with four times as much work as cores the example of digits took .9 minutes with one thread and more than 10 with two.
+Language models have a limit of their own (`student.language.threads`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -33,25 +34,24 @@ from distilbeam.student.networks.config import StudentConfig
 from distilbeam.student.training.batches import Sources
 
 SMALL_STEP = 350_000_000
-_PASSES = 3  # forward, and backward to the inputs and to the weights
-_PARAMETER = 300
+PASSES = 3  # forward, and backward to the inputs and to the weights
+PARAMETER = 300
 
 
 @contextmanager
-def threads_of_steps(module: nn.Module, sources: Sources, student: StudentConfig) -> Iterator[None]:
-    """Compute on one thread while the block runs, where a step is too small for more; else on as many as torch has.
+def threads_of(operations: float, device: torch.device, small: float = SMALL_STEP) -> Iterator[None]:
+    """Compute on one thread while the block runs, where an operation of it is too small for more; else on as many as torch has.
 
-    The choice follows from the network and the batch alone, so that a training that goes on after a kill makes it again: the
-    number of threads decides the order of sums, and so the last bits of the weights.
+    The choice follows from what is computed alone, so that a training that goes on after a kill makes it again: the number of
+    threads decides the order of sums, and so the last bits of the weights.
 
     Args:
-      module: the student, on the device that it is trained on; it stays as it is.
-      sources: the data of the training.
-      student: the student's configuration.
+      operations: floating-point operations of a step, or of whatever is done again and again.
+      device: where it is done; on others than the CPU nothing changes.
+      small: operations that are worth more than one thread.
     """
     before = torch.get_num_threads()
-    small = sources.processes.device.type == "cpu" and step_operations(module, sources, student) < SMALL_STEP
-    if not small or before == 1:
+    if device.type != "cpu" or operations >= small or before == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -59,6 +59,18 @@ def threads_of_steps(module: nn.Module, sources: Sources, student: StudentConfig
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def threads_of_steps(module: nn.Module, sources: Sources, student: StudentConfig) -> AbstractContextManager[None]:
+    """Choose the threads of a training's steps; see `threads_of`.
+
+    Args:
+      module: the student, on the device that it is trained on; it stays as it is.
+      sources: the data of the training.
+      student: the student's configuration.
+    """
+    device = sources.processes.device
+    return threads_of(step_operations(module, sources, student) if device.type == "cpu" else 0.0, device)
 
 
 def step_operations(module: nn.Module, sources: Sources, student: StudentConfig) -> float:
@@ -81,4 +93,4 @@ def step_operations(module: nn.Module, sources: Sources, student: StudentConfig)
     except Exception:  # noqa: BLE001 - whatever a network of one's own raises, the first step says it in its own words
         return float("inf")
     parameters = sum(some.numel() for some in module.parameters())
-    return float(counted.get_total_flops()) * rows * _PASSES + parameters * _PARAMETER
+    return float(counted.get_total_flops()) * rows * PASSES + parameters * PARAMETER

@@ -8,9 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distilbeam.inputs.blocks import block_fields
 from distilbeam.teacher.protocol import NotPickled, TeacherChanged, TeacherMisfit, TeacherUnavailable
 from distilbeam.teacher.softlabels import SoftLabelSpec
 from distilbeam.teacher.tokens.protocol import TokenForm, TokenTeacher
+
+_TRIED = 2  # tokens: one has a label
 
 
 class BlockAnswers(NotPickled):
@@ -85,6 +88,22 @@ class BlockAnswers(NotPickled):
             except Exception as e:  # noqa: BLE001  (it is asked again with fewer blocks)
                 pieces.append((len(part), e))
         return pieces
+
+    def try_form(self) -> None:
+        """Ask about a text of two tokens, so that what a server refuses whatever the blocks is known before they are paid.
+
+        Raises:
+          TeacherMisfit: it allows fewer classes than the labels have.
+          TeacherUnavailable: it cannot be reached.
+        """
+        length = self.spec.sequence_length or 0
+        text = np.minimum(np.arange(length), 1), (np.arange(length) < _TRIED).astype(int), np.ones(length, int)
+        columns = [
+            pa.FixedSizeListArray.from_arrays(pa.array(values, field.type.value_type), type=field.type)
+            for values, field in zip(text, block_fields(length), strict=True)
+        ]
+        names = [field.name for field in block_fields(length)]
+        self.logits(pa.record_batch([pa.array(["tried"]), *columns], ["example_id", *names]))
 
     def close(self) -> None:
         """Give back what the teacher holds."""

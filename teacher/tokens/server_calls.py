@@ -127,8 +127,8 @@ def cap_misfit(said: str, k: int) -> TeacherMisfit | None:
     allowed = _ALLOWED.search(said)
     number = allowed[1] if allowed else "20"
     return TeacherMisfit(
-        f"the server allows {number} log-probabilities of each token, labels.k = {k} asks for more; start it with "
-        f"--max-logprobs {k} or set labels.k = {number} ({said})"
+        f"the server allows {number} log-probabilities of each token, {k} are asked for; start it with "
+        f"--max-logprobs {k} or set labels.k = {number}, of held-out blocks labels.held_out_k ({said})"
     )
 
 

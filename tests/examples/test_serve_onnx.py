@@ -67,6 +67,18 @@ def test_its_accuracy_is_that_of_evaluate(export: Path, tmp_path: Path) -> None:
     assert [row["prediction"] for row in found[:-1]] == student["prediction"].to_pylist()
 
 
+def test_a_reader_that_has_had_enough_ends_it_without_a_traceback(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text('{"text": "lost card"}\n' * 5_000)  # more than a pipe holds
+    words = [sys.executable, "-S", str(PROGRAM), str(export), "--data", str(tmp_path / "many.jsonl")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=without_distilbeam(tmp_path), **pipes) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["prediction"] == "card"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_it_answers_over_http_and_refuses_in_a_sentence(export: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-S", str(PROGRAM), str(export), "--port", "0"]
     process = subprocess.Popen(words, env=without_distilbeam(tmp_path), stdout=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ class Completion:
 class Prompts(ModelHandler[Sequence[int], Any, Any]):
     """Runs a folder's model over one prompt at a time."""
 
-    def __init__(self, model: str, allowed: int = 20, *, plain: bool = False, drop: int | None = None) -> None:
+    def __init__(
+        self, model: str, allowed: int = 20, *, plain: bool = False, drop: int | None = None, log: str | None = None
+    ) -> None:
         super().__init__(max_batch_size=3)
-        self._folder, self._allowed, self._plain, self._drop = model, allowed, plain, drop
+        self._folder, self._allowed, self._plain, self._drop, self._log = model, allowed, plain, drop, log
         self.asked: list[tuple[int, dict[str, Any]]] = []
 
     def load_model(self) -> Any:
@@ -40,6 +43,9 @@ class Prompts(ModelHandler[Sequence[int], Any, Any]):
         self.asked.append((len(batch), arguments))
         if k > self._allowed:  # vLLM's own words
             raise ValueError(f"Requested prompt logprobs of {k}, which is greater than max allowed: {self._allowed}")
+        if self._log is not None:  # a line of a file for each prompt, whatever becomes of this process
+            with Path(self._log).open("a") as file:
+                file.writelines(f"{list(ids)}\n" for ids in batch)
         for ids in batch:
             answer = completion(model, ids, k)
             if len(ids) == self._drop:

@@ -97,6 +97,9 @@ def test_exports_of_a_run_in_one_table_and_in_the_report(config: Path) -> None:
     for row in ("student", "pt2", "int8", "pruned"):
         assert f"\n {row} " in out.output
     where = config.parent / "run/exports/round=001"
+    folders = [line.removeprefix("Export: ") for line in out.output.splitlines() if line.startswith("Export: ")]
+    assert folders == [str(where / name) for name in ("pt2", "int8", "pruned")]
+    assert all((Path(folder) / "export.json").exists() for folder in folders)
     rows = {row["name"]: row for row in json.loads((where / "results.json").read_text())["rows"]}
     assert list(rows) == ["student", "pt2", "int8", "pruned"]
     student = load_student(config.parent / "run/students/round=001")
@@ -128,6 +131,17 @@ def test_exports_of_a_run_in_one_table_and_in_the_report(config: Path) -> None:
     shutil.rmtree(config.parent / "run/students/round=001")
     shutil.copytree(config.parent / "run/students/round=000", config.parent / "run/students/round=001")
     assert "holds another student" in refusal("export", config, "--format", "int8")
+
+
+@pytest.mark.slow
+def test_a_report_of_many_classes_folds_all_but_the_worst(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distilbeam.pipelines.report.html.CLASSES_SHOWN", 2)
+    assert invoke("report", config).exit_code == 0
+    report = (config.parent / "run/report/report.html").read_text()
+    before, _, folded = report.partition("<h2>Classes</h2>")[2].partition("<h2>Plots")[0].partition("<details>")
+    assert before.count("<tr><td>") == 2
+    assert f"the other {CLASSES - 2} of {CLASSES} classes" in folded
+    assert folded.count("<tr><td>") == CLASSES - 2
 
 
 @pytest.mark.slow

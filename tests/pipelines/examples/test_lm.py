@@ -68,4 +68,4 @@ def test_the_files_of_the_example_are_valid(tmp_path: Path) -> None:
     }
     assert trainings["student"].student == trainings["plain"].student
     assert trainings["student"].student.config == run.student.config
-    assert (trainings["student"].training.hard_share, trainings["plain"].training.hard_share) == (None, 1.0)
+    assert (trainings["student"].training.hard_share, trainings["plain"].training.hard_share) == (0.25, 1.0)

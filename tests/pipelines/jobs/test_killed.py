@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tomli_w
-from problem import FEATURES, SUPPORT, asked, write_problem
+from killed_runs import StartedRun
+from problem import FEATURES, asked, write_problem
 
 from distilbeam.teacher.softlabels import read_manifest
 
@@ -37,37 +33,8 @@ MOMENTS = [
 ]
 
 
-def start(directory: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "distilbeam", "run", str(directory / "distilbeam.toml")]
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        cwd=directory,
-        start_new_session=True,
-    )
-
-
-def kill_when(directory: Path, moment: str, already: int) -> bool:
-    """Start a run and kill it when `already` + 1 files match; return False if it ended before."""
-    process = start(directory)
-    while process.poll() is None:
-        if len(list((directory / "run").glob(moment))) > already:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return True
-        time.sleep(0.002)
-    process.communicate()
-    return False
-
-
-def finish(directory: Path) -> str:
-    process = start(directory)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
+def started(directory: Path) -> StartedRun:
+    return StartedRun(directory, ("-m", "distilbeam", "run", str(directory / "distilbeam.toml")))
 
 
 def result(directory: Path) -> dict[str, Any]:
@@ -100,7 +67,7 @@ def settings(directory: Path) -> dict[str, Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("undisturbed") / "d"
     settings(directory)
-    finish(directory)
+    started(directory).finish()
     return {**result(directory), "calls": paid_calls(directory)}
 
 
@@ -117,13 +84,9 @@ def test_killed_and_started_again_it_ends_in_the_same_result(
 ) -> None:
     directory = tmp_path / "d"
     problem = settings(directory)
-    killed = 0
-    for moment in moments:
-        before = len(list((directory / "run").glob(moment)))
-        if kill_when(directory, moment, before):
-            killed += 1
+    killed = sum(started(directory).kill_when(moment) for moment in moments)
     assert killed >= len(moments) - 1, "the moments are met in their order"
-    finish(directory)
+    started(directory).finish()
     after = result(directory)
     for name in after:
         assert after[name] == undisturbed[name], name
@@ -137,7 +100,7 @@ def test_no_committed_shard_is_asked_again(tmp_path: Path) -> None:
     directory = tmp_path / "d"
     settings(directory)
     moment = "labels/round=000/_manifest/*.json"
-    assert kill_when(directory, moment, 1)
+    assert started(directory).kill_when(moment, 2)
     log = asked(directory)
     assert 2 <= len(read_manifest(directory / "run" / "labels" / "round=000").entries) < 4
 
@@ -149,7 +112,7 @@ def test_no_committed_shard_is_asked_again(tmp_path: Path) -> None:
 
     paid = committed_rows()
     assert set(paid) <= set(log)
-    finish(directory)
+    started(directory).finish()
     again = Counter(asked(directory)[len(log) :])
     assert not set(paid) & set(again), "rows of committed shards were asked again"
 
@@ -157,8 +120,8 @@ def test_no_committed_shard_is_asked_again(tmp_path: Path) -> None:
 def test_the_finished_run_says_that_there_is_nothing_to_do(tmp_path: Path) -> None:
     directory = tmp_path / "d"
     settings(directory)
-    first = finish(directory)
+    first = started(directory).finish()
     assert "Report:" in first
     calls = len(asked(directory))
-    assert "Nothing to do: all 12 steps are done" in finish(directory)
+    assert "Nothing to do: all 12 steps are done" in started(directory).finish()
     assert len(asked(directory)) == calls

@@ -18,6 +18,7 @@ from distilbeam.inputs.blocks import has_label
 from distilbeam.pipelines.acquisition.score_blocks import arrays_of
 from distilbeam.pipelines.cli.main import app
 from distilbeam.pipelines.engine.model_cache import forget_models
+from distilbeam.pipelines.language.report import sentences
 from distilbeam.pipelines.steps import run
 from distilbeam.selection.rounding import shard_rng
 from distilbeam.selection.strategies.herding import herd
@@ -169,6 +170,15 @@ def test_the_report_says_it_to_people(finished: Path) -> None:
     assert "<script" not in html
     assert repr(found["teacher"]["continued"]).strip("'\"")[:3] in text
     assert f"| 2 | herding | {POOL - BUDGET} | {BUDGET} | 0 |" in text
+
+
+def test_the_report_says_that_a_teacher_is_no_better_than_its_text(finished: Path) -> None:
+    found = figures(finished)
+    plain = found["plain"]["bits_per_byte"]
+    for teacher, is_said in ((plain + 0.5, True), (plain - 0.5, False)):
+        said = sentences({**found, "teacher": {**found["teacher"], "bits_per_byte": teacher}})
+        beside = f"no better than the student of the text alone ({teacher:.3f} and {plain:.3f} bits per byte)"
+        assert any(beside in sentence for sentence in said) == is_said
 
 
 def test_another_student_is_refused_with_a_way_out(finished: Path) -> None:

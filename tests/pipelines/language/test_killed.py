@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_runs import SUPPORT, StartedRun
 from language_runs import asked, write_run
 
 from distilbeam.teacher.softlabels import read_manifest
@@ -18,7 +14,6 @@ from distilbeam.teacher.softlabels import read_manifest
 pytest.importorskip("transformers", reason="needs distilbeam[hf]")
 pytestmark = pytest.mark.slow
 
-SUPPORT = Path(__file__).resolve().parents[2] / "support"
 # files whose appearance is the moment to kill, relative to the run directory: of a training, a score phase, a label phase
 MOMENTS = [
     "students/round=001.training/step-*.safetensors",
@@ -37,32 +32,8 @@ MORE = [
 TRAINING = {"checkpoint_steps": 1}
 
 
-def start(place: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SUPPORT / "language_runs.py"), "asked.log", "run", "run.toml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=place, start_new_session=True
-    )
-
-
-def kill_when(place: Path, moment: str) -> bool:
-    """Start a run and kill it when one more file matches; return False if it ended before."""
-    already = len(list((place / "run").glob(moment)))
-    process = start(place)
-    while process.poll() is None:
-        if len(list((place / "run").glob(moment))) > already:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return True
-        time.sleep(0.002)
-    process.communicate()
-    return False
-
-
-def finish(place: Path) -> None:
-    process = start(place)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
+def started(place: Path) -> StartedRun:
+    return StartedRun(place, (str(SUPPORT / "language_runs.py"), "asked.log", "run", "run.toml"))
 
 
 def result(place: Path) -> dict[str, Any]:
@@ -80,7 +51,7 @@ def result(place: Path) -> dict[str, Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("undisturbed")
     write_run(place, training=TRAINING)
-    finish(place)
+    started(place).finish()
     return {**result(place), "asked": asked(place / "asked.log")}
 
 
@@ -93,13 +64,13 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(
     write_run(tmp_path, training=TRAINING)
     killed, paid = 0, {}
     for moment in moments:
-        killed += kill_when(tmp_path, moment)
+        killed += started(tmp_path).kill_when(moment)
         log = asked(tmp_path / "asked.log")
         for ids in paid.values():
             assert all(log[id_] == 1 for id_ in ids), "a block of a committed shard was asked again"
         paid = {path: ids for path, ids in committed(tmp_path).items() if all(log[id_] == 1 for id_ in ids)}
     assert killed >= len(moments) - 1, "the moments are met in their order"
-    finish(tmp_path)
+    started(tmp_path).finish()
     after = result(tmp_path)
     for name in after:
         assert after[name] == undisturbed[name], name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distilbeam.inputs.config import InputConfig, InputError, make_input
+from distilbeam.student.data import shuffle
 from distilbeam.student.data.batch_rng import Place
 from distilbeam.student.data.loader import SoftLabelDataset
 from distilbeam.student.data.prefetch import Work, in_background
@@ -159,12 +161,18 @@ def _rows_of(order, units):
     buffer_rows=st.integers(1, 60),
     workers=st.integers(1, 3),
     cached=st.booleans(),
+    wide=st.booleans(),
     stop=st.integers(0, 6),
 )
 def test_batches_depend_on_nothing_but_the_order(
-    tmp_path_factory, batch_size, world_size, buffer_rows, workers, cached, stop
+    tmp_path_factory, batch_size, world_size, buffer_rows, workers, cached, wide, stop
 ):
-    """Whatever the ranks, threads, cache and where one stopped: row i comes with the columns of row i."""
+    """Whatever the ranks, threads, cache, where one stopped and when rows are copied: row i comes with the columns of row i."""
+    with mock.patch.object(shuffle, "WIDE_BYTES", 1 if wide else shuffle.WIDE_BYTES):
+        _check_batches(tmp_path_factory, batch_size, world_size, buffer_rows, workers, cached, stop)
+
+
+def _check_batches(tmp_path_factory, batch_size, world_size, buffer_rows, workers, cached, stop):
     path = tmp_path_factory.getbasetemp() / "depends"
     values = np.random.default_rng(2).normal(size=(43, 5)).astype(np.float32)
     if not path.exists():
@@ -268,8 +276,10 @@ def test_small_datasets_are_read_once_and_large_ones_every_epoch(write_labels, m
         assert sorted(first) == sorted(second) == list(range(43))
 
 
-def test_a_batch_is_nobody_elses(write_labels):
+@pytest.mark.parametrize("wide_bytes", [1, shuffle.WIDE_BYTES])
+def test_a_batch_is_nobody_elses(write_labels, monkeypatch, wide_bytes):
     """What a training does to a batch reaches neither the cache nor the batches beside it."""
+    monkeypatch.setattr(shuffle, "WIDE_BYTES", wide_bytes)
     path = write_labels(SHARDS)
     spoilt, clean = SoftLabelDataset(path, 4, 0, **CACHED), SoftLabelDataset(path, 4, 0, **STREAMED)
     for _ in range(2):

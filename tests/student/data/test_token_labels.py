@@ -12,7 +12,7 @@ import torch
 from language_models import blocks_of, labelled, random_labels
 
 from distilbeam.inputs.blocks import BLOCK_COLUMNS
-from distilbeam.student.data import SoftLabelDataset, TokenLabelDataset
+from distilbeam.student.data import SoftLabelDataset, TokenLabelDataset, shuffle
 from distilbeam.student.data.token_labels import tensor_bytes
 from distilbeam.teacher.softlabels import SoftLabelSpec, decode_tokens, encode, write_shard
 
@@ -36,7 +36,11 @@ def write(folder: Path, kind: str = "top_k") -> SoftLabelSpec:
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])
-def test_batches_hold_the_blocks_of_the_shards(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("wide_bytes", [1, 100, shuffle.WIDE_BYTES])
+def test_batches_hold_the_blocks_of_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wide_bytes: int
+) -> None:
+    monkeypatch.setattr(shuffle, "WIDE_BYTES", wide_bytes)
     spec = write(tmp_path, kind)
     tables = [pq.read_table(tmp_path / f"s{seed}.parquet") for seed in (0, 1)]
     labels = [decode_tokens(table, spec) for table in tables]

@@ -74,6 +74,13 @@ def test_a_model_that_leaks_by_positions_gets_a_mask():
         attending(heed_mask=False).tried("the model")
 
 
+def test_a_recurrent_student_which_takes_no_mask_is_refused_in_a_sentence(folder):
+    mamba = {"model_type": "mamba", "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 4}
+    student = LanguageModelConfig(config=mamba, tokenizer=str(folder))
+    with pytest.raises(ValueError, match=r"see each other with position ids, and takes no mask \(.*choose a student"):
+        build_language_model(student, load_tokenizer(folder, "tokenizer"))
+
+
 def test_positions_begin_anew_with_each_text():
     found = positions(torch.tensor([[1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 4]]))
     assert found.tolist() == [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 0]]

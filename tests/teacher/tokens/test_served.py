@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import log_softmax
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
 from language_models import blocks_of, write_tokenizer
+from language_server import TABLE, LanguageServer, Reply, language_server, vllm_answer
 
 from distilbeam.teacher.load import load_teacher
 from distilbeam.teacher.predict import ask
@@ -26,83 +22,12 @@ from distilbeam.teacher.softlabels import TokenLabels
 
 LENGTH, K = 16, 3
 SEGMENTS = np.array([[1] * 6 + [2] * 7 + [3] + [0] * 2, [1] * 16])
-TABLE = log_softmax(np.random.default_rng(0).normal(0, 2, (300, 300)), axis=1)  # of the token before
-Reply = tuple[int, dict[str, str], Any]
-
-
-class Fake:
-    """A server that answers as vLLM or SGLang do, and writes down what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.most = self._now = 0
-        self.refuse: Callable[[int, dict[str, Any]], Reply | None] = lambda number, body: None  # noqa: ARG005
-        self.wait_s = 0.0
-        self.pair: threading.Barrier | None = None
-        self._lock = threading.Lock()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, headers, answer = fake.answer(self.path, body, dict(self.headers))
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        with self._lock:
-            number = len(self.asked)
-            self.asked.append({**body, "path": path})
-            self.headers.append(headers)
-            self._now += 1
-            self.most = max(self.most, self._now)
-        time.sleep(self.wait_s)
-        if self.pair is not None:
-            self.pair.wait()
-        with self._lock:
-            self._now -= 1
-        refused = self.refuse(number, body)
-        if refused is not None:
-            return refused
-        return 200, {}, _vllm(body) if path == "/v1/completions" else _sglang(body)
-
-
-def _vllm(body: dict[str, Any]) -> Any:
-    ids, k, positions = body["prompt"], body["prompt_logprobs"], [None]
-    for before, token in pairwise(ids):
-        order = np.argsort(-TABLE[before])
-        rank = {int(c): r + 1 for r, c in enumerate(order)}
-        wanted = [*order[:k].tolist(), *([token] if rank[token] > k else [])]
-        positions.append({str(c): {"logprob": TABLE[before, c], "rank": rank[c]} for c in wanted})  # type: ignore[arg-type]
-    return {"choices": [{"prompt_logprobs": positions}]}
-
-
-def _sglang(body: dict[str, Any]) -> Any:
-    ids, k = body["input_ids"], body["top_logprobs_num"]
-    pairs = list(pairwise(ids))
-    tops = [[[TABLE[b, c], int(c), None] for c in np.argsort(-TABLE[b])[:k]] for b, _ in pairs]
-    tokens = [[TABLE[b, t], t, None] for b, t in pairs]
-    return {"meta_info": {"input_token_logprobs": [[None, ids[0], None], *tokens], "input_top_logprobs": [None, *tops]}}
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
-    server = Fake()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+def fake() -> Iterator[LanguageServer]:
+    with language_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def teacher_of(fake: Fake, tokenizer: Path, k: int = K, **settings: Any) -> Any:
+def teacher_of(fake: LanguageServer, tokenizer: Path, k: int = K, **settings: Any) -> Any:
     form = {"kind": "top_k", "k": k, "temperature": 1.0, "storage": "float32", "sequence_length": LENGTH, "carried": ()}
     config = {
         "kind": "openai",
@@ -127,7 +52,9 @@ def batch() -> Any:
 
 
 @pytest.mark.parametrize("api", ["vllm", "sglang"])
-def test_each_text_is_a_request_and_its_labels_are_what_the_server_says(fake: Fake, tokenizer: Path, api: str) -> None:
+def test_each_text_is_a_request_and_its_labels_are_what_the_server_says(
+    fake: LanguageServer, tokenizer: Path, api: str
+) -> None:
     teacher = teacher_of(fake, tokenizer, api=api)
     labels = TokenLabels.unpack(ask(teacher, batch(), teacher.spec.answer_width).logits, teacher.spec)
     ids = np.array(batch()["input_ids"].to_pylist())
@@ -153,7 +80,7 @@ def test_each_text_is_a_request_and_its_labels_are_what_the_server_says(fake: Fa
         assert {(body["logprob_start_len"], body["top_logprobs_num"]) for body in fake.asked} == {(0, K)}
 
 
-def test_the_window_is_bounded(fake: Fake, tokenizer: Path) -> None:
+def test_the_window_is_bounded(fake: LanguageServer, tokenizer: Path) -> None:
     fake.pair = threading.Barrier(
         2, timeout=60
     )  # each request waits for another one: two are in flight, or nothing is answered
@@ -163,7 +90,7 @@ def test_the_window_is_bounded(fake: Fake, tokenizer: Path) -> None:
     assert fake.most == 2
 
 
-def test_what_can_pass_is_asked_again(fake: Fake, tokenizer: Path) -> None:
+def test_what_can_pass_is_asked_again(fake: LanguageServer, tokenizer: Path) -> None:
     fake.refuse = lambda number, _: (
         ((429, {"Retry-After": "0"}, {}), (503, {}, {"message": "busy"}))[number] if number < 2 else None
     )
@@ -175,13 +102,13 @@ def test_what_can_pass_is_asked_again(fake: Fake, tokenizer: Path) -> None:
         ask(teacher_of(fake, tokenizer, attempts=3), batch(), teacher.spec.answer_width)
 
 
-def test_a_server_that_says_nothing_is_given_up(fake: Fake, tokenizer: Path) -> None:
+def test_a_server_that_says_nothing_is_given_up(fake: LanguageServer, tokenizer: Path) -> None:
     fake.wait_s = 1.0
     with pytest.raises(TeacherUnavailable, match="does not answer after 2 attempts: timed out"):
         ask(teacher_of(fake, tokenizer, attempts=2, timeout_s=0.1), batch(), 2 * LENGTH * (K + 1))
 
 
-def test_a_cap_is_said_with_both_ways_out(fake: Fake, tokenizer: Path) -> None:
+def test_a_cap_is_said_with_both_ways_out(fake: LanguageServer, tokenizer: Path) -> None:
     said = {
         "message": "Requested prompt logprobs of 64, which is greater than max allowed: 20",
         "type": "BadRequestError",
@@ -194,7 +121,7 @@ def test_a_cap_is_said_with_both_ways_out(fake: Fake, tokenizer: Path) -> None:
         ask(teacher, batch(), teacher.spec.answer_width)
 
 
-def test_a_block_that_is_refused_is_left_out_alone(fake: Fake, tokenizer: Path) -> None:
+def test_a_block_that_is_refused_is_left_out_alone(fake: LanguageServer, tokenizer: Path) -> None:
     fake.refuse = lambda number, body: (400, {}, {"message": "too long"}) if len(body["prompt"]) == 16 else None  # noqa: ARG005
     teacher = teacher_of(fake, tokenizer)
     answers = ask(teacher, batch(), teacher.spec.answer_width)
@@ -210,7 +137,7 @@ def test_a_block_that_is_refused_is_left_out_alone(fake: Fake, tokenizer: Path) 
     ],
 )
 def test_a_text_that_fills_the_server_s_context_is_left_out_with_the_way_out(
-    fake: Fake, tokenizer: Path, said: str
+    fake: LanguageServer, tokenizer: Path, said: str
 ) -> None:
     refused = {"error": {"message": said, "type": "BadRequestError", "param": None, "code": 400}}
     fake.refuse = lambda number, body: (400, {}, refused) if len(body["prompt"]) == 16 else None  # noqa: ARG005
@@ -221,9 +148,9 @@ def test_a_text_that_fills_the_server_s_context_is_left_out_with_the_way_out(
     assert "start it with a larger --max-model-len" in answers.errors[0].error
 
 
-def test_too_few_positions_are_no_labels(fake: Fake, tokenizer: Path) -> None:
+def test_too_few_positions_are_no_labels(fake: LanguageServer, tokenizer: Path) -> None:
     def cached(_: int, body: dict[str, Any]) -> Reply:
-        answer = _vllm(body)
+        answer = vllm_answer(body)
         if len(body["prompt"]) == 7:
             answer["choices"][0]["prompt_logprobs"][1:4] = []
         return 200, {}, answer
@@ -235,7 +162,9 @@ def test_too_few_positions_are_no_labels(fake: Fake, tokenizer: Path) -> None:
     assert "for the 6 tokens behind the first of 7, got 3" in answers.errors[0].error
 
 
-def test_credentials_come_from_the_environment(fake: Fake, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_come_from_the_environment(
+    fake: LanguageServer, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LM_TOKEN", "secret-1")
     teacher = teacher_of(fake, tokenizer, headers={"authorization": {"env": "LM_TOKEN", "prefix": "Bearer "}})
     assert ask(teacher, batch(), teacher.spec.answer_width).ok.all()
@@ -249,7 +178,7 @@ def test_credentials_come_from_the_environment(fake: Fake, tokenizer: Path, monk
         teacher_of(fake, tokenizer, address="127.0.0.1:80")
 
 
-def test_the_fingerprint_is_of_what_is_told(fake: Fake, tokenizer: Path) -> None:
+def test_the_fingerprint_is_of_what_is_told(fake: LanguageServer, tokenizer: Path) -> None:
     one = teacher_of(fake, tokenizer).fingerprint()
     assert one == teacher_of(fake, tokenizer, parallel=3, address="http://elsewhere").fingerprint()
     assert (
