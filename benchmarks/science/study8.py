@@ -17,7 +17,7 @@ without the text's own token. `half hard` mixes in the cross-entropy of that tok
 | objectives | the same | other divergences |
 | better | the same | a part of the forms, of a teacher that was trained three times as long |
 | more | 192,000 tokens, those of three seeds | the same part of them |
-| smollm2 | half of that text, 17,000 tokens of SmolLM2-135M's | the same part of them, with that model as the teacher |
+| smollm2 | half of the documents, 28,000 tokens of SmolLM2-135M's | the same part of them, with that model as the teacher |
 """
 
 from __future__ import annotations

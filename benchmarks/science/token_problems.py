@@ -6,7 +6,7 @@ and its own student. Labels are made by the label phase and read from Parquet by
 teacher's whole distribution.
 
 With the folder of a model that is there already, such as SmolLM2-135M, that one is the teacher and has the tokenizer: the pools have
-17,000 of its tokens each (half of the documents), students are measured on its 64 most probable classes and the mass of the others.
+28,000 of its tokens each (half of the documents), students are measured on its 64 most probable classes and the mass of the others.
 """
 
 from __future__ import annotations
