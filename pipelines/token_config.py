@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from distilbeam.pipelines.sections import EngineSection, GainName, LabelsSection, PricesSection, check_token_labels
 from distilbeam.selection.gains import GAINS
 from distilbeam.selection.strategies.registry import gain_read, names, strategy_class
+from distilbeam.selection.strategies.selectors import Selector
 from distilbeam.settings import Configuration, Section
 from distilbeam.student.language.config import CAUSAL_LM, LanguageModelConfig, TokenTrainConfig, objective_of
 from distilbeam.teacher.config import BeamConfig, CausalLMConfig, OpenAIConfig
@@ -121,6 +122,9 @@ class BlockSelectionSection(Section):
     @field_validator("method")
     @classmethod
     def _known_to_a_run(cls, method: str) -> str:
+        if ":" not in method and method.replace("_", "-") not in names():
+            allowed = [name for name in names() if name not in _BY_TRUTH and _reads_blocks_alone(strategy_class(name))]
+            raise ValueError(f"method must be one of {', '.join(allowed)}, or module:Class, got {method}")
         made = strategy_class(method, "method")
         if method.replace("_", "-") in _BY_TRUTH or "errors" in made.reads:
             raise ValueError(f"method must not be {method}: a game against the teacher's mistakes {_ONE_CLASS}")
@@ -200,6 +204,10 @@ def describes_tokens(data: Mapping[str, Any]) -> bool:
     """Tell whether plain data of a run names a teacher of tokens: a handler of Beam's is one where it has a tokenizer."""
     kind = _given(data, "teacher.kind")
     return kind in ("causal_lm", "openai") or (kind == "beam" and _given(data, "teacher.tokenizer") is not None)
+
+
+def _reads_blocks_alone(made: type[Selector]) -> bool:
+    return all(name in _KNOWN_OF_BLOCKS for name in made.reads)
 
 
 def _given(data: Mapping[str, Any], name: str) -> Any:

@@ -187,7 +187,10 @@ def evaluate_student(
 ) -> None:
     """Evaluate a student's or an export's directory on labelled Parquet, class by class."""
     if data is None:
-        raise ValueError(f"--data must name labelled Parquet to evaluate {directory} on; a configuration has its own")
+        raise ValueError(
+            f"--data must name labelled Parquet to evaluate {directory} on, of a language model a directory of token labels; a "
+            "configuration has its own"
+        )
     from distilbeam.pipelines.prediction.opened_model import is_run, kept_in
     from distilbeam.student.language.folder import is_language_model
 

@@ -94,7 +94,7 @@ def load_export(directory: str | Path, threads: int | None = None, trust: Sequen
     directory = Path(directory)
     try:
         description = json.loads((directory / "export.json").read_text())
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise ValueError(f"{directory} holds no export: export.json is missing{held_instead(directory)}") from e
     except ValueError as e:
         raise ValueError(f"{directory / 'export.json'} is not valid JSON: {e}") from e

@@ -62,7 +62,7 @@ def test_what_is_of_classes_is_refused_with_its_reason(name: str) -> None:
         ("selection.method", "rad", "method must not be rad: a game against the teacher's mistakes"),
         ("selection.method", "correct-gain", "method must not be correct-gain"),
         ("selection.method", "badge", "badge reads logits, which a block has for each of its tokens"),
-        ("selection.method", "herdin", "method must be one of uniform, margin"),
+        ("selection.method", "herdin", "greedy, k-center, cluster-margin, herding, or module:Class, got herdin"),
         ("selection.gain", "loss", "gain must be one of margin, entropy, least_confidence"),
         ("selection.budget_tokens", 100, "budget, in blocks, or budget_tokens must be given, one of them"),
         (

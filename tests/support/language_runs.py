@@ -82,15 +82,33 @@ def log_what_is_asked(log: Path) -> None:
     labels = CausalLMTeacher.token_labels
 
     def logged(self: CausalLMTeacher, blocks: pa.RecordBatch, spec: Any) -> Any:
-        with log.open("a") as file:
-            file.write("".join(f"{id_}\n" for id_ in blocks.column("example_id").to_pylist()))
+        _note(log, blocks)
         return labels(self, blocks, spec)
 
     CausalLMTeacher.token_labels = logged  # type: ignore[method-assign]
 
 
+def log_what_is_asked_apart(log: Path) -> None:
+    """Write down likewise what is asked in a process apart, as blocks are that were in flight when a run was killed."""
+    from distilbeam.pipelines.labelling import portions
+
+    ask_apart = portions.ask_apart
+
+    def logged(question: Any) -> Any:
+        _note(log, question.rows)
+        return ask_apart(question)
+
+    portions.ask_apart = logged
+
+
+def _note(log: Path, blocks: pa.RecordBatch) -> None:
+    with log.open("a") as file:
+        file.write("".join(f"{id_}\n" for id_ in blocks.column("example_id").to_pylist()))
+
+
 if __name__ == "__main__":  # python language_runs.py LOG ARGUMENTS: the command line, with a log of what is asked
-    log_what_is_asked(Path(sys.argv.pop(1)))
+    log_what_is_asked(Path(sys.argv[1]))
+    log_what_is_asked_apart(Path(sys.argv.pop(1)))
     from distilbeam.pipelines.cli.main import main
 
     main()

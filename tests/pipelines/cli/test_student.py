@@ -333,11 +333,11 @@ def test_a_stopped_sweep_goes_on_and_its_front_is_in_the_report(config: Path, mo
 def test_what_a_sweep_would_make(config: Path) -> None:
     run = run_of(config)
     said = plan_sweep(run)
-    assert said.startswith("7 students, 0 there already; 5 would be trained and 2 compressed: shrunk-0.5, ")
+    assert said.startswith("6 students, 0 there already; 4 would be trained and 2 compressed: shrunk-0.5, ")
     (root := run.directory.root / "pareto").mkdir(exist_ok=True)
     (root / "shrunk-0.5.json").write_text("{}")
     assert plan_sweep(run).startswith(
-        "7 students, 1 there already; 4 would be trained and 2 compressed: improved-0.5, "
+        "6 students, 1 there already; 3 would be trained and 2 compressed: improved-0.5, "
     )
     out = invoke("pareto", config, "--dry-run")
     assert " ".join(out.output.split()).endswith(plan_sweep(run))

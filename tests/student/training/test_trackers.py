@@ -74,13 +74,14 @@ def log_records(log: bytes, block: int = 32_768, header: int = 7) -> Iterator[by
 
 
 def test_wandb_has_the_figures_of_both_halves_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "online")  # nothing is sent all the same
     training = TrainConfig(track="wandb", lr=0.02)
     train(tmp_path, training, 0, range(1, 3))
     train(tmp_path, training, 20, range(3, 5))
+    wandb.teardown()  # its process writes in its own time
     ids, rows, settings = set(), [], {}
     for file in sorted((tmp_path / "wandb").rglob("*.wandb")):
         for data in log_records(file.read_bytes()):
