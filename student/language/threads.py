@@ -6,16 +6,19 @@
 
 An embedding is looked up, not multiplied; where its weights are the last layer's too, they count as those.
 
-Its products are many and small, and after each of them a second thread is waited for. Measured on two cores that others used too (a
-Llama of 2 layers, 1,024 ids, 8 blocks), the median of five times ten:
+Its products are many and small, and after each of them a second thread is waited for. Measured on two cores that nobody else used (Llamas
+of 1,024 ids, 8 blocks; medians of three times five steps):
 
-| width, tokens of a block | operations | 1 thread: ms, processor ms | 2 threads |
+| width x layers, tokens of a block | operations | 1 thread: ms, processor ms | 2 threads |
 |---|---:|---:|---:|
-| scoring, 32, 64 | 55 M | 68, 11 | 1,698, 300 |
-| step, 32, 64 | 189 M | 114, 12 | 5,526, 814 |
-| step, 64, 128 | 1,049 M | 265, 31 | 11,308, 1,913 |
+| 32 x 2, 64 | 184 M | 15, 14 | 15, 29 |
+| 32 x 2, 128 | 351 M | 25, 26 | 18, 38 |
+| 48 x 2, 128 | 645 M | 27, 28 | 20, 41 |
+| 64 x 2, 128 | 998 M | 34, 34 | 21, 43 |
+| 128 x 3, 128, 16 blocks | 8,506 M | 166, 168 | 93, 191 |
 
-So the limit is higher than that of classifiers: what takes less than a sixteenth of a second of one processor stays on it.
+On the same cores under ten times as much other work, the first of these took 114 ms with one thread and seconds with two. The limit is where a
+second thread begins to save more than half of what it costs.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from torch import nn
 from distilbeam.student.language.network import CausalLm
 from distilbeam.student.training.threads import PARAMETER, PASSES, threads_of
 
-SMALL = 2_000_000_000
+SMALL = 700_000_000
 
 
 def threads_for(operations: float, device: torch.device) -> AbstractContextManager[None]:
