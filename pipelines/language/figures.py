@@ -146,7 +146,8 @@ def _bought(where: RunDirectory, number: int) -> dict[str, Any]:
     if not gains:  # of a choice that does not look at the blocks
         return entry
     pool, own = np.concatenate(gains), np.concatenate([_column(path, "gain") for path in paths])
-    edges = np.linspace(0, max(float(pool.max(initial=0)), 1e-9), _BINS + 1)
+    # from the least on: mean entropies of blocks lie close together and far from 0, where one bar would hold them all
+    edges = np.histogram_bin_edges(np.concatenate([pool, own]), _BINS)
     return {
         **entry,
         "edges": edges.tolist(),

@@ -172,6 +172,13 @@ def test_the_report_says_it_to_people(finished: Path) -> None:
     assert f"| 2 | herding | {POOL - BUDGET} | {BUDGET} | 0 |" in text
 
 
+def test_the_gains_of_pool_and_choice_fill_the_plot(finished: Path) -> None:
+    entry = figures(finished)["rounds"][1]
+    counted = [np.array(entry[name]) for name in ("pool", "bought")]
+    assert [int(counts.sum()) for counts in counted] == [POOL - BUDGET, BUDGET]
+    assert counted[0][0] + counted[1][0] > 0 < counted[0][-1] + counted[1][-1]
+
+
 def test_the_report_says_that_a_teacher_is_no_better_than_its_text(finished: Path) -> None:
     found = figures(finished)
     plain = found["plain"]["bits_per_byte"]
