@@ -186,6 +186,29 @@ def test_every_label_is_the_teachers(tmp_path: Path, folder: Path, form: str) ->
     assert (result.counts["unknown"] > 0) is not told
 
 
+@pytest.mark.parametrize(("form", "alignment"), [("legacy", "own"), ("current", "next")])
+def test_what_axolotl_itself_made_is_read(tmp_path: Path, folder: Path, form: str, alignment: str) -> None:
+    """Rows that `transform_logprobs` of axolotl 0.19's two strategies made of the chain's 4 most probable tokens, whose mass it makes 1."""
+    result = converted(Path(__file__).with_name(f"axolotl-{form}.parquet"), tmp_path / "labels", folder)
+    assert result.alignment == alignment
+    columns, labels = read(tmp_path / "labels")
+    assert labels.tail_logmass is not None
+    found = segments(columns)
+    assert len(found) == 10
+    for block, at in found:
+        ids = columns["input_ids"][block, at]
+        prompt = (len(ids) - 6) % 4
+        # its mask is that of token j, also where list j is of the token behind: the first answer to a prompt is left out then
+        first = max(prompt, 1) - 1 if form == "legacy" else prompt
+        assert labels.labelled[block, at].tolist() == [first <= j < len(ids) - 1 for j in range(len(ids))]
+        for j in np.flatnonzero(labels.labelled[block, at]):
+            kept = most_probable(ids[j])[:4]
+            assert labels.classes[block, at[j]].tolist() == kept
+            expected = CHAIN[ids[j], kept] - np.log(np.exp(CHAIN[ids[j], kept]).sum())
+            np.testing.assert_allclose(labels.logprobs[block, at[j]], expected, atol=2e-3)  # of half precision
+            assert labels.tail_logmass[block, at[j]] < -8
+
+
 @pytest.mark.parametrize("alignment", ["own", "next"])
 def test_there_and_back_changes_nothing(tmp_path: Path, folder: Path, alignment: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(packing, "_BATCH_BYTES", 3 * LENGTH * K * 8)
