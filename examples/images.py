@@ -107,7 +107,9 @@ def save_teacher(images: np.ndarray, digits: np.ndarray, path: Path) -> None:
             torch.nn.functional.cross_entropy(network(x[index]), y[index]).backward()
             optimizer.step()
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-    torch.export.save(torch.export.export(network.eval(), (x[:2],), dynamic_shapes=shapes), path)
+    # a program keeps its example, and a slice would keep all that it was cut from
+    program = torch.export.export(network.eval(), (x[:2].clone(),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
 
 
 if __name__ == "__main__":
