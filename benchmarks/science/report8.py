@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib.ticker import NullLocator
 
 from benchmarks.science.noninferiority import POWER, benjamini_hochberg, least_lead
 from benchmarks.science.report import by_setting, known, save, table, write_markdown, write_parquet
@@ -135,8 +136,10 @@ def draw(path: Path, frame: pd.DataFrame) -> None:
     figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.4), squeeze=False)
     series = {
         "draws": [f"{k} draws" for k in (12, 25, 50)],
+        "draws, quarter hard": ["25 draws, quarter hard"],
         "draws, half hard": [f"{k} draws, half hard" for k in (12, 25, 50)],
         "top-k with tail": [*(f"top {k}" for k in (8, 20, 64)), "all"],
+        "top-k with tail, quarter hard": ["top 20, quarter hard"],
         "top-k with tail, half hard": [*(f"top {k}, half hard" for k in (8, 20, 64)), "all, half hard"],
         "top 20, truncated": ["top 20, truncated"],
     }
@@ -150,10 +153,16 @@ def draw(path: Path, frame: pd.DataFrame) -> None:
             found = [interval(known((table_of[method] - table_of["plain"]).to_numpy(float))) for method in there]
             bars = [one.half if np.isfinite(one.half) else 0.0 for one in found]
             x = [sizes[method] * 1.015**number for method in there]
-            style: dict[str, Any] = {"color": f"C{number}", "marker": "osDv^"[number], "ms": 4, "lw": 1, "capsize": 2}
+            style: dict[str, Any] = {"color": f"C{number}", "marker": "oPsDXv^"[number], "ms": 4, "lw": 1, "capsize": 2}
             axis.errorbar(x, [one.mean for one in found], bars, label=name, **style)
         axis.axhline(0, color="grey", lw=0.7)
         axis.set(xscale="log", xlabel="bytes a token", title=str(text))
+        least, most = axis.get_xlim()
+        ticks = (20, 50, 100, 300, 1000) if most > 10 * least else (20, 30, 40, 50, 60, 80)
+        axis.set_xticks([tick for tick in ticks if least <= tick <= most])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("bits per byte minus plain training")
-    axes[0, -1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    keys = {key: handle for axis in axes[0] for handle, key in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0, -1].legend(keys.values(), keys, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)
