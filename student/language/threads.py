@@ -17,8 +17,8 @@ of 1,024 ids, 8 blocks; medians of three times five steps):
 | 64 x 2, 128 | 998 M | 34, 34 | 21, 43 |
 | 128 x 3, 128, 16 blocks | 8,506 M | 166, 168 | 93, 191 |
 
-On the same cores, full of other work, the first of these took 114 ms with one thread and 5,526 with two. The limit is a choice between: below it
-a second thread saves a quarter of the time at most, and costs half as much again of the processors.
+On the same cores, full of other work, the first of these took 114 ms with one thread and 5,526 with two. The limit is a choice:
+below it a second thread saves hardly more than a quarter of the time, and costs half as much again of the processors.
 """
 
 from __future__ import annotations
